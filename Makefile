@@ -1,0 +1,34 @@
+# The one entrance: each target sets up what it needs on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types unit diagrams clean
+
+demo: $(READY)
+	@$(BIN)/proxy-fsm demo
+
+test: $(READY) system lint
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+diagrams: $(READY)
+	$(BIN)/python -m proxy_fsm.diagram diagrams
+
+.PHONY: system
+system:
+	@tests/install-system-packages
+
+$(READY): pyproject.toml
+	@tests/make-venv $(PYTHON) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[cli]" --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage demo-output

@@ -1,0 +1,61 @@
+"""Remote-desktop proxies as explicit state machines over paramiko: tunnel, proxy program, and exact word of both."""
+
+from __future__ import annotations
+
+from proxy_fsm.backends import Backend, BackendContext, CommandBackend, NX3Backend
+from proxy_fsm.engine import Proxy
+from proxy_fsm.errors import (
+    BackendError,
+    InvalidSession,
+    InvalidTransition,
+    ProxyEnded,
+    ProxyFailed,
+    ProxyFsmError,
+    ProxyStopped,
+)
+from proxy_fsm.evidence import Evidence
+from proxy_fsm.lifecycle import TRANSITIONS, Lifecycle, State, Transition, Trigger
+from proxy_fsm.session import (
+    ListedSession,
+    SessionInfo,
+    SessionStatus,
+    parse_agent_output,
+    parse_session_list,
+)
+from proxy_fsm.ssh import fast_transport
+from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TRANSITIONS",
+    "Backend",
+    "BackendContext",
+    "BackendError",
+    "CommandBackend",
+    "EndReason",
+    "Evidence",
+    "InvalidSession",
+    "InvalidTransition",
+    "Lifecycle",
+    "Link",
+    "ListedSession",
+    "NX3Backend",
+    "Proxy",
+    "ProxyEnded",
+    "ProxyFailed",
+    "ProxyFsmError",
+    "ProxyStatus",
+    "ProxyStopped",
+    "SessionInfo",
+    "SessionStatus",
+    "State",
+    "Timeouts",
+    "Transition",
+    "TransitionRecord",
+    "Trigger",
+    "TunnelStats",
+    "fast_transport",
+    "parse_agent_output",
+    "parse_session_list",
+]

@@ -1,0 +1,8 @@
+"""What differs from one proxy program to the next."""
+
+from __future__ import annotations
+
+from proxy_fsm.backends.base import Backend, BackendContext, CommandBackend
+from proxy_fsm.backends.nx3 import NX3Backend
+
+__all__ = ["Backend", "BackendContext", "CommandBackend", "NX3Backend"]

@@ -1,0 +1,213 @@
+"""The interface of a backend, and the backend for any viewer that a command starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from proxy_fsm.errors import BackendError
+from proxy_fsm.evidence import AgentClosed, AgentSpoke, ChannelOpened, ConnectionEnded
+from proxy_fsm.status import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from proxy_fsm.evidence import Evidence
+    from proxy_fsm.session import SessionInfo
+
+__all__ = ["Backend", "BackendContext", "CommandBackend", "ListenKind", "ReadyWhen", "find_program"]
+
+ListenKind = Literal["unix", "tcp"]
+ReadyWhen = Literal["first_bytes", "connected"]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendContext:
+    """What a backend may use to make its command.
+
+    Attributes:
+        session: The session.
+        executable: Path of the proxy program, as `Backend.find_executable` returned it.
+        listen_address: What the proxy connects to: a unix socket's path, or ``127.0.0.1:PORT``.
+        sessions_root: Where the session roots are.
+        session_root: This session's own directory, mode 0700; the proxy's working directory.
+        environ: The environment that the proxy inherits.
+    """
+
+    session: SessionInfo
+    executable: str
+    listen_address: str
+    sessions_root: Path
+    session_root: Path
+    environ: Mapping[str, str] = field(repr=False)
+
+    @property
+    def port(self) -> int | None:
+        """The local TCP port to connect to; None where it is a unix socket."""
+        host, _, port = self.listen_address.rpartition(":")
+        return int(port) if host == "127.0.0.1" else None
+
+
+class Backend:
+    """One kind of proxy program. It has no thread, and no I/O but in `find_executable` and `preflight`.
+
+    Subclass it, and set or override what differs. An engine asks in this order: `check_session` when it is made;
+    `find_executable`, `preflight`, `command` and `environment` in its preflight; `ready` and `diagnose` after each
+    observation. Whatever raises `BackendError` ends the engine with that error's reason.
+
+    Attributes:
+        name: A short name for events and messages.
+        listen_kind: ``"unix"`` or ``"tcp"``: how the program can connect.
+        max_connections: How many connections it makes; None for any number.
+        needs_display: Whether it cannot run without an X server, which is then tried before it starts.
+    """
+
+    name: str = "proxy"
+    listen_kind: ListenKind = "tcp"
+    max_connections: int | None = 1
+    needs_display: bool = False
+
+    def check_session(self, session: SessionInfo) -> None:
+        """Refuse a session that lacks what this backend needs.
+
+        Raises:
+            InvalidSession: A field is missing or unfit.
+        """
+
+    def find_executable(self) -> str:
+        """Return the path of the program.
+
+        Raises:
+            BackendError: ``proxy_not_found`` or ``proxy_not_startable``.
+        """
+        raise NotImplementedError
+
+    def preflight(self, context: BackendContext) -> None:
+        """Check what else must be good before the program starts; may block, within ``preflight_s``.
+
+        Raises:
+            BackendError: Something is not good.
+        """
+
+    def command(self, context: BackendContext) -> Sequence[str]:
+        """Return the argument vector. Everybody on this machine can read it: no secret in it."""
+        raise NotImplementedError
+
+    def environment(self, context: BackendContext) -> Mapping[str, str]:  # noqa: ARG002 - for subclasses
+        """Return what is added to the inherited environment; secrets may be in it."""
+        return {}
+
+    def ready(self, evidence: Evidence) -> bool:
+        """Tell whether the session can be used."""
+        raise NotImplementedError
+
+    def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:  # noqa: ARG002 - for subclasses
+        """Tell why it ends, as soon as that can be known: a reason, and one sentence for a person.
+
+        Asked after each observation, and a last time when the program has exited. Where it then returns None,
+        the engine judges by exit code or signal alone.
+        """
+        return None
+
+    def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Take the options that this backend knows; return the others."""
+        return dict(options)
+
+
+def find_program(program: str, *, hint: str | None = None) -> str:
+    """Return the absolute path of a program: looked up in PATH, or taken as it is where it names a directory.
+
+    Raises:
+        BackendError: ``proxy_not_found``, or ``proxy_not_startable`` where it is there and cannot be executed.
+    """
+    found = shutil.which(program)
+    if found is not None:
+        return os.path.abspath(found)  # noqa: PTH100 - symbolic links stay as they are
+    if os.path.dirname(program) and os.path.lexists(program):  # noqa: PTH120 - a plain question about a string
+        raise BackendError(
+            EndReason.PROXY_NOT_STARTABLE,
+            f"The proxy program {program} is there, but is not an executable file.",
+            hint,
+        )
+    raise BackendError(EndReason.PROXY_NOT_FOUND, f"The proxy program {program} was not found.", hint)
+
+
+class CommandBackend(Backend):
+    """Any viewer that a command starts: VNC, RDP, SPICE, ….
+
+    Args:
+        command: Program and arguments. ``{host}`` and ``{port}`` are replaced by the local end's address, or
+            ``{path}`` by that of a unix socket.
+        ready_when: ``"first_bytes"``: the agent's first bytes came; ``"connected"``: the channel stands; or a
+            pattern that is searched in each line of the viewer's output. Beware of the last: many programs hold
+            their output back while it goes to a pipe.
+        max_connections: How many connections the viewer makes; None for any number.
+        needs_display: Whether the viewer needs an X server; then that is tried first.
+
+    Raises:
+        ValueError: The command is empty, names neither ``{port}`` nor ``{path}`` or both, or a value is out of range.
+    """
+
+    name = "command"
+    _PLACEHOLDER: ClassVar[re.Pattern[str]] = re.compile(r"\{(host|port|path)\}")
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        ready_when: ReadyWhen | re.Pattern[str] = "first_bytes",
+        max_connections: int | None = 1,
+        needs_display: bool = False,
+    ) -> None:
+        if isinstance(command, str) or not command or not all(isinstance(word, str) for word in command):
+            raise ValueError("The command must be a sequence of strings: the program, then its arguments.")
+        if not isinstance(ready_when, re.Pattern) and ready_when not in {"first_bytes", "connected"}:
+            raise ValueError("ready_when must be 'first_bytes', 'connected' or a compiled pattern.")
+        if max_connections is not None and max_connections < 1:
+            raise ValueError("max_connections must be at least 1, or None for any number.")
+        used = {name for word in command for name in self._PLACEHOLDER.findall(word)}
+        if "path" in used and used != {"path"}:
+            raise ValueError("The command can have {path}, or {host} and {port}, but not both.")
+        if not used & {"path", "port"}:
+            raise ValueError("The command must say where to connect: put {port} (and {host}), or {path}, into it.")
+        self._command = tuple(command)
+        self._ready_when = ready_when
+        self.listen_kind: ListenKind = "unix" if "path" in used else "tcp"
+        self.max_connections = max_connections
+        self.needs_display = needs_display
+
+    def find_executable(self) -> str:
+        """Look the first word of the command up."""
+        return find_program(self._command[0])
+
+    def command(self, context: BackendContext) -> Sequence[str]:
+        """Fill in the local end's address."""
+        values = {"host": "127.0.0.1", "port": str(context.port), "path": context.listen_address}
+        return [
+            context.executable,
+            *(self._PLACEHOLDER.sub(lambda found: values[found[1]], word) for word in self._command[1:]),
+        ]
+
+    def ready(self, evidence: Evidence) -> bool:
+        """Judge by what ``ready_when`` asks for."""
+        if self._ready_when == "first_bytes":
+            return evidence.saw(AgentSpoke)
+        if self._ready_when == "connected":
+            return evidence.saw(ChannelOpened)
+        pattern = self._ready_when
+        return any(pattern.search(line.text) for line in evidence.lines)
+
+    def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
+        """Tell the viewer closed by its user from the session ended by the agent."""
+        if not evidence.ready:
+            return None
+        agent_left = self.max_connections == 1 and evidence.saw(AgentClosed)
+        if agent_left and (evidence.saw(ConnectionEnded) or evidence.exited):
+            return EndReason.SESSION_ENDED, "The other side closed the connection."
+        if evidence.exited and evidence.exited.exit_code == 0:
+            return EndReason.VIEWER_CLOSED, "The viewer was closed."
+        return None

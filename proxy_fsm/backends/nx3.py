@@ -1,0 +1,193 @@
+"""The backend for nxproxy, the proxy program of X2Go's NX sessions.
+
+Source for wording and meaning of nxproxy's lines: nx-libs 3.5.99, nxcomp/src/Loop.cpp and its neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from proxy_fsm.backends.base import Backend, BackendContext, find_program
+from proxy_fsm.errors import BackendError, InvalidSession
+from proxy_fsm.evidence import ChannelOpened, OutputLine
+from proxy_fsm.status import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from proxy_fsm.evidence import Evidence
+    from proxy_fsm.session import SessionInfo
+
+__all__ = ["NX3Backend"]
+
+_READY = "Established X server connection"
+_TERMINATING = "Session: Terminating session at"
+_CAUGHT_SIGNAL = "Waiting the cleanup timeout"
+_NOT_CONNECTED = "Connection to Unix file socket '"
+_NEGOTIATION = (
+    "Failure negotiating the session in stage",
+    "Wrong version or invalid session authentication cookie",
+    "The remote NX proxy closed the connection",
+)
+_PEER_BROKEN = ("Failure reading from the peer proxy", "Connection with remote peer broken")
+_PEER_SILENT = "No data received"
+_NO_DISPLAY = (
+    "Host X server DISPLAY is not set",
+    "X connection failed with error",
+    "closed before reaching a usable state",
+    "Connection to '",  # the display's address: that of the tunnel is called a Unix file socket
+)
+
+_MAX_VALUE_BYTES = 255
+_MAX_STRING_BYTES = 1023
+_KEY = re.compile(r"[a-z0-9_]+")
+_VALUE = re.compile(r"[!-+\--<>-~]*")  # printable ASCII without blank, comma and equals sign
+
+
+class NX3Backend(Backend):
+    """Runs ``nxproxy -S``, its options in the environment alone, where only its owner can read the cookie.
+
+    Args:
+        executable: The program; by default what ``NXPROXY_BINARY`` names, else ``nxproxy`` from PATH.
+        options: Options of the NX string beside those that the engine sets, for example ``{"clipboard": "both"}``.
+
+    Raises:
+        ValueError: An option's name or value cannot stand in an NX option string, or is one that the engine sets.
+    """
+
+    name = "nx3"
+    listen_kind = "unix"
+    max_connections = 1
+    needs_display = True
+
+    #: What python-x2go passes too. The first connect always succeeds here, so the number of retries is small.
+    DEFAULT_OPTIONS: Mapping[str, str] = {"retry": "5", "composite": "1", "clipboard": "1"}
+    #: Set from the session and the tunnel. ``listen`` and ``accept`` would have nxproxy listen on every interface.
+    _OWN_OPTIONS = frozenset({"connect", "cookie", "port", "id", "root", "errors", "listen", "accept", "options"})
+
+    def __init__(self, executable: str | None = None, options: Mapping[str, str] | None = None) -> None:
+        self._executable = executable
+        self._options = dict(self.DEFAULT_OPTIONS)
+        for key, value in (options or {}).items():
+            if key in self._OWN_OPTIONS:
+                raise ValueError(f"The NX option {key!r} is set by the engine and cannot be given.")
+            if not _fits(key, value):
+                raise ValueError(f"The NX option {key!r} cannot be written into an NX option string.")
+            self._options[key] = value
+
+    def check_session(self, session: SessionInfo) -> None:
+        """An NX session has a cookie and a display number."""
+        if session.cookie is None:
+            raise InvalidSession("cookie", "an NX session needs one; it is printed by x2gostartagent.")
+        if session.display is None:
+            raise InvalidSession("display", "an NX session needs its display number on the server.")
+
+    def find_executable(self) -> str:
+        """Find nxproxy."""
+        program = self._executable or os.environ.get("NXPROXY_BINARY") or "nxproxy"
+        return find_program(program, hint="Install nxproxy (on Debian, Ubuntu and Fedora the package nxproxy).")
+
+    def preflight(self, context: BackendContext) -> None:
+        """Make sure that nxproxy will read the options as they are meant."""
+        if not _fits("connect", f"unix:{context.listen_address}"):
+            raise BackendError(
+                EndReason.LISTEN_FAILED,
+                f"The path {context.listen_address} cannot be written into an NX option string.",
+                "Set TMPDIR or XDG_RUNTIME_DIR to a short path without comma, blank or equals sign.",
+            )
+        if len(self._option_string(context)) > _MAX_STRING_BYTES:
+            raise BackendError(
+                EndReason.PROXY_NOT_STARTABLE,
+                f"The NX option string is longer than the {_MAX_STRING_BYTES} bytes that nxproxy reads.",
+                "Pass fewer options, or use a shorter session name.",
+            )
+
+    def command(self, context: BackendContext) -> Sequence[str]:
+        """With a bare ``-S`` nxproxy takes its options from the environment."""
+        return [context.executable, "-S"]
+
+    def environment(self, context: BackendContext) -> Mapping[str, str]:
+        """Return the options, the session root, and a stand-in for the dialog that would block nxproxy."""
+        return {
+            "NX_DISPLAY": self._option_string(context),
+            "NX_ROOT": str(context.sessions_root),
+            "NX_CLIENT": shutil.which("true") or "/bin/true",
+        }
+
+    def ready(self, evidence: Evidence) -> bool:
+        """The X connection stands; earlier lines come also when it is then refused."""
+        return isinstance(evidence.last, OutputLine) and _READY in evidence.last.text
+
+    def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
+        """Read the cause from nxproxy's lines, since its exit code says nothing."""
+        if evidence.signalled or not (isinstance(evidence.last, OutputLine) or evidence.exited):
+            return None
+        if evidence.ready:
+            return self._after_ready(evidence)
+        return self._before_ready(evidence)
+
+    def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Take what fits into an NX option string and is not set by the engine; return the others."""
+        ignored = {}
+        for key, value in options.items():
+            if isinstance(value, str) and key not in self._OWN_OPTIONS and _fits(key, value):
+                self._options[key] = value
+            else:
+                ignored[key] = value
+        return ignored
+
+    def _option_string(self, context: BackendContext) -> str:
+        session = context.session
+        # connect comes first: without it nxproxy would listen on every interface.
+        options = {
+            "connect": f"unix:{context.listen_address}",
+            "cookie": session.cookie,
+            "id": session.name,
+            **self._options,
+        }
+        return "nx/nx," + ",".join(f"{key}={value}" for key, value in options.items()) + f":{session.display}"
+
+    @staticmethod
+    def _before_ready(evidence: Evidence) -> tuple[EndReason, str] | None:
+        if evidence.said(*_NO_DISPLAY):
+            return (
+                EndReason.DISPLAY_UNAVAILABLE,
+                "The X server refused nxproxy, or DISPLAY does not reach one.",
+            )
+        if not evidence.saw(ChannelOpened):
+            if evidence.said(_NOT_CONNECTED):
+                return EndReason.LISTEN_FAILED, "nxproxy could not connect to the local end of the tunnel."
+            return None
+        if evidence.said(*_NEGOTIATION):
+            return EndReason.NEGOTIATION_FAILED, (
+                "The agent closed the connection during negotiation: the session cookie is wrong, or the agent has gone."
+            )
+        if evidence.said(*_PEER_BROKEN):
+            return EndReason.PEER_LOST, "nxproxy lost the agent before the session stood."
+        return None
+
+    @staticmethod
+    def _after_ready(evidence: Evidence) -> tuple[EndReason, str] | None:
+        if evidence.said(_PEER_SILENT):
+            return EndReason.PEER_LOST, "nxproxy has not heard from the agent for too long."
+        if evidence.said(*_PEER_BROKEN):
+            return EndReason.PEER_LOST, "nxproxy lost the agent, while the SSH connection lives."
+        if evidence.said(_CAUGHT_SIGNAL):
+            return (
+                EndReason.PROXY_KILLED,
+                "nxproxy was told to end by a signal TERM, INT or HUP from outside.",
+            )
+        if evidence.said(_TERMINATING) and evidence.exited:
+            return EndReason.SESSION_ENDED, "The agent closed the session: it was suspended or terminated."
+        return None
+
+
+def _fits(key: str, value: str) -> bool:
+    return (
+        _KEY.fullmatch(key) is not None
+        and _VALUE.fullmatch(value) is not None
+        and len(value.encode()) <= _MAX_VALUE_BYTES
+    )

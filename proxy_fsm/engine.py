@@ -1,0 +1,813 @@
+"""The engine: one owner thread that takes orders and observations from an inbox and drives the lifecycle.
+
+::
+
+    caller ─ orders ─┐
+    tunnel           ├──► inbox ──► owner thread: lifecycle ──► effects (preflight, tunnel, process)
+    process, output  │                  │
+    transport, X     │                  └──► journal: event, history, subscribers, waiters
+    deadlines ───────┘
+
+Only the owner fires triggers and touches the engine's fields; what can block runs in a worker that posts an
+observation when it is done. An engine that was never started has no owner: there, whoever orders it to stop first is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import paramiko
+
+from proxy_fsm import monitor
+from proxy_fsm.backends import Backend, NX3Backend
+from proxy_fsm.errors import BackendError, InvalidTransition, ProxyFailed, ProxyStopped
+from proxy_fsm.events import EventLog
+from proxy_fsm.evidence import (
+    ChannelOpened,
+    ConnectionEnded,
+    DisplayLost,
+    DisplayRestored,
+    Evidence,
+    LinkDead,
+    LinkRestored,
+    LinkSilent,
+    LogFailed,
+    Observation,
+    OutputLine,
+    PeerRejected,
+    PreparationEnded,
+    Prepared,
+    ProcessExited,
+    ProcessSpawned,
+    ServerAnswered,
+    SpawnFailed,
+    StopOrdered,
+    TransportEnded,
+    TunnelClosed,
+    WorkerFailed,
+    WorkerRefused,
+)
+from proxy_fsm.forwarder import Forwarder
+from proxy_fsm.journal import Journal
+from proxy_fsm.lifecycle import Lifecycle, State, Transition, Trigger
+from proxy_fsm.preflight import Preparation
+from proxy_fsm.process import ProxyProcess
+from proxy_fsm.server import ServerQuestion
+from proxy_fsm.session import SessionInfo, SessionStatus
+from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, is_retryable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+__all__ = ["Proxy"]
+
+_TAIL_LINES = 20
+#: How long what the proxy sent last may take to get through, once it is gone, before its channel is cut.
+_DRAIN_S = 0.5
+#: How long the threads that have said their last word may take to be gone.
+_JOIN_S = 1.0
+
+#: Causes that are second-hand where the transport has gone: they are then its consequence.
+_TRANSPORT_FIRST = frozenset(
+    {EndReason.NEGOTIATION_FAILED, EndReason.PEER_LOST, EndReason.SESSION_ENDED, EndReason.PROXY_EXITED}
+)
+_HOW_IT_ENDED = {
+    SessionStatus.SUSPENDED: (EndReason.SESSION_SUSPENDED, "The session was suspended on the server."),
+    SessionStatus.FINISHED: (EndReason.SESSION_TERMINATED, "The session was terminated on the server."),
+}
+
+#: Engines that hold something, for the end of the interpreter.
+_live: set[_Engine] = set()
+
+
+class _Engine:
+    """What runs behind a `Proxy`. It knows nothing of its proxy, so that a dropped proxy can be noticed."""
+
+    def __init__(
+        self,
+        session: SessionInfo,
+        transport: paramiko.Transport,
+        backend: Backend,
+        *,
+        sessions_root: Path,
+        timeouts: Timeouts,
+        logger: Any,
+        environ: Mapping[str, str],
+        ask_server: bool,
+        resumed: bool,
+    ) -> None:
+        self.id = secrets.token_hex(4)
+        #: How long stopping may take at the most, in seconds.
+        self.end_within_s = timeouts.stop_grace_s + _DRAIN_S + 2 * timeouts.kill_s
+        self._session = session
+        self._transport = transport
+        self._backend = backend
+        self._timeouts = timeouts
+        self._ask_server = ask_server
+        self._resumed = resumed
+
+        self.log = EventLog(logger, proxy_id=self.id, session=session.name)
+        self.journal = Journal(self.log)
+        self._inbox: SimpleQueue[Observation | None] = SimpleQueue()
+        #: Taken once, by the one who becomes the owner: the thread of `start`, or who orders an idle engine to stop.
+        self._ownership = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._owner_pid: int | None = None
+
+        self._lifecycle = Lifecycle(
+            on_change=self._changed,
+            on_enter={
+                State.TUNNELLING: self._start_preflight,
+                State.SPAWNING: self._start_proxy,
+                State.RUNNING: self._clear_timer,
+                State.STOPPING: self._start_stopping,
+            },
+        )
+        self._evidence = Evidence()
+        self._view = ProxyStatus(id=self.id, session=session.name, state=State.IDLE, since=datetime.now(UTC))
+        self._entered_at = time.monotonic()
+        self._heard_at = 0.0
+        self._timer: tuple[float, Callable[[], None]] | None = None
+        self._cause: EndReason | None = None
+        #: The cause that is settled as soon as it is confirmed; the first one, unless the display proves lost.
+        self._likely: tuple[EndReason, str] | None = None
+
+        self._forwarder = Forwarder(
+            transport,
+            (session.agent_host, session.graphics_port),
+            max_connections=backend.max_connections,
+            agent_connect_s=timeouts.agent_connect_s,
+            post=self._inbox.put,
+        )
+        self._preparation = Preparation(
+            session,
+            backend,
+            self._forwarder,
+            sessions_root=sessions_root,
+            environ=environ,
+            timeout_s=timeouts.preflight_s,
+            post=self._inbox.put,
+        )
+        self._attachment: monitor.Attachment | None = None
+        self._process: ProxyProcess | None = None
+        self._question: ServerQuestion | None = None
+        self._prepared = self._process_alive = False
+
+    # ---- orders, on any thread ----
+
+    @property
+    def state(self) -> State:
+        return self._view.state
+
+    def start(self) -> None:
+        if not self._ownership.acquire(blocking=False):
+            raise InvalidTransition(str(Trigger.START), self.state)
+        self._owner_pid = os.getpid()
+        owner = threading.Thread(target=self._run, name=f"proxy_fsm-{self.id}", daemon=True)
+        try:
+            owner.start()
+        except BaseException:
+            self._ownership.release()
+            if not self._inbox.empty():
+                self.stop()  # it was ordered meanwhile
+            raise
+        self._owner = owner
+        self.journal.wait(frozenset(State) - {State.IDLE}, None)
+
+    def stop(self) -> None:
+        if self.is_foreign():
+            return
+        if self._ownership.acquire(blocking=False):
+            self._cause = EndReason.STOP_REQUESTED
+            self._view = replace(self._view, reason=self._cause, detail="It was stopped before it was started.")
+            self._lifecycle.fire(Trigger.STOP)
+        else:
+            self._inbox.put(StopOrdered())
+
+    def wait(self, states: frozenset[State], timeout: float | None) -> State:
+        self.refuse_on_owner("wait")
+        if self.is_foreign() and not self.state.is_final:
+            raise RuntimeError("This proxy belongs to the parent process: a fork cannot wait for it.")
+        state = self.journal.wait(states, timeout)
+        if state.is_final and self._owner is not None:
+            self._owner.join(_JOIN_S)
+        return state
+
+    def refuse_on_owner(self, what: str) -> None:
+        if self.journal.is_delivering() or threading.current_thread() is self._owner:
+            raise RuntimeError(f"'{what}' waits for the proxy, which waits for this subscriber: call stop() instead.")
+
+    def is_foreign(self) -> bool:
+        """Tell whether this is the copy of a running engine in a forked child."""
+        return self._owner_pid is not None and self._owner_pid != os.getpid()
+
+    def subscribe(
+        self,
+        callback: Callable[[TransitionRecord], object],
+        via: Callable[..., object] | None,
+        *,
+        replay: bool,
+    ) -> Callable[[], None]:
+        unsubscribe = self.journal.subscribe(callback, via, replay=replay)
+        self._inbox.put(None)  # the owner tells the newcomer what it missed
+        return unsubscribe
+
+    def status(self) -> ProxyStatus:
+        view = self._view
+        return replace(
+            view,
+            tunnel=None if view.listen_address is None else self._forwarder.stats(),
+            silent_s=time.monotonic() - self._heard_at if view.link is Link.SILENT else 0.0,
+        )
+
+    # ---- the owner thread ----
+
+    def _run(self) -> None:
+        _live.add(self)
+        try:
+            self._guarded(self._lifecycle.start)
+            while not self.state.is_final:
+                self._guarded(self._step)
+        finally:
+            _live.discard(self)
+
+    def _guarded(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - a bug of ours ends the engine in order, with its traceback logged
+            self.log("error", "internal.error", exc_info=True)
+            with suppress(InvalidTransition):  # the table refuses it in idle alone, where nothing is held
+                self._settle(EndReason.INTERNAL_ERROR, f"An internal error: {type(error).__name__}: {error}.")
+
+    def _step(self) -> None:
+        try:
+            wait_s = None if self._timer is None else max(0.0, self._timer[0] - time.monotonic())
+            observation = self._inbox.get(timeout=wait_s)
+        except Empty:
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer[1]()
+            return
+        if observation is None:
+            self.journal.catch_up()
+            return
+        self._evidence.add(observation)
+        self._note(observation)
+        self._act(observation)
+        if self.state in {State.SPAWNING, State.RUNNING}:
+            self._judge()
+        if not self.state.is_final:
+            self._update(waiting_for=self._waiting_for())
+
+    def _changed(self, row: Transition) -> None:
+        assert row.dest is not None  # noqa: S101 - an ignored trigger changes nothing
+        now, at = time.monotonic(), datetime.now(UTC)
+        record = TransitionRecord(
+            proxy_id=self.id,
+            session=self._session.name,
+            trigger=row.trigger,
+            source=row.source,
+            dest=row.dest,
+            reason=self._view.reason,
+            detail=self._view.detail,
+            at=at,
+            elapsed_s=now - self._entered_at,
+            sequence=len(self._view.history) + 1,
+        )
+        self._entered_at = now
+        last_words = {}
+        if row.dest.is_final and self._cause is not None:
+            retryable = is_retryable(
+                self._cause,
+                channel_opened=self._evidence.saw(ChannelOpened),
+                was_running=self._evidence.ready,
+                resumed=self._resumed,
+            )
+            self._update(retryable=retryable, waiting_for="")
+            last_words = {"hint": self._view.hint, "retryable": retryable}
+        self._update(state=row.dest, since=at, history=(*self._view.history, record))
+        self.journal.record(record, **last_words)
+
+    def _update(self, **changes: Any) -> None:
+        self._view = replace(self._view, **changes)
+
+    # ---- effects: started here, done elsewhere ----
+
+    def _set_timer(self, after_s: float, action: Callable[[], None]) -> None:
+        self._timer = (time.monotonic() + after_s, action)
+
+    def _clear_timer(self) -> None:
+        self._timer = None
+
+    def _start_preflight(self) -> None:
+        self._set_timer(self._timeouts.preflight_s, lambda: self._too_late(self._timeouts.preflight_s))
+        self._attachment = monitor.attach(self._transport, self._timeouts, self._inbox.put)
+        self._preparation.start()
+
+    def _start_proxy(self) -> None:
+        self._set_timer(self._timeouts.ready_s, lambda: self._too_late(self._timeouts.ready_s))
+        launch, watch = self._preparation.launch, self._preparation.watch
+        assert launch is not None  # noqa: S101 - set before Prepared is posted
+        if watch is not None:
+            watch.start()
+        self._forwarder.start()
+        self._process = ProxyProcess(
+            launch.command,
+            environment=launch.environment,
+            directory=launch.directory,
+            log=launch.log,
+            secrets=[self._session.cookie] if self._session.cookie else [],
+            post=self._inbox.put,
+        )
+        self._process.start()
+        self._process_alive = True
+
+    def _too_late(self, after_s: float) -> None:
+        self._end(
+            EndReason.START_TIMEOUT,
+            f"Not ready after {after_s:g} s: {self._waiting_for()} was still missing.",
+        )
+
+    def _outlived(self) -> None:
+        self._end(EndReason.SESSION_ENDED, "The connection to the agent has ended; the proxy program stayed, alone.")
+
+    # ---- what observations mean ----
+
+    def _act(self, seen: Observation) -> None:  # noqa: C901, PLR0912 - one flat case an observation
+        match seen:
+            case StopOrdered():
+                self._end(EndReason.STOP_REQUESTED, "It was asked to stop.")
+            case Prepared(listen_address=address):
+                if self.state is State.TUNNELLING:
+                    self._update(listen_address=address)
+                self._lifecycle.fire(Trigger.TUNNEL_OPENED)
+            case PreparationEnded():
+                self._prepared = True
+                self._finish_if_released()
+            case SpawnFailed(error=error):
+                self._process_gone()
+                self._end(error.reason, error.detail, error.hint)
+            case WorkerRefused(error=error):
+                if self.state is State.RUNNING:
+                    self.log("warning", "tunnel.refused", reason=str(error.reason), detail=error.detail)
+                else:
+                    self._end(error.reason, error.detail, error.hint)
+            case WorkerFailed(worker=worker, error=error):
+                self._end(EndReason.INTERNAL_ERROR, f"An internal error in the {worker}: {error!r}.")
+            case ProcessExited():
+                self._process_gone()
+            case TunnelClosed():
+                self._finish_if_released()
+            case ConnectionEnded():
+                if self.state is State.RUNNING and self._backend.max_connections == 1 and self._likely is None:
+                    self._set_timer(self._timeouts.stop_grace_s, self._outlived)
+            case TransportEnded(detail=detail):
+                self._end(EndReason.TRANSPORT_LOST, detail)
+            case LinkDead(silent_s=silent_s):
+                self._end(EndReason.TRANSPORT_SILENT, f"The SSH server has not been heard for {silent_s:.0f} s.")
+            case DisplayLost(detail=detail):
+                self._likely = None  # what the proxy says when its display goes looks like an end of the session
+                self._end(EndReason.DISPLAY_LOST, f"The X server has gone: {detail}")
+            case DisplayRestored():
+                self._confirm()
+            case ServerAnswered(status=status) if self._likely is not None:
+                self._settle(*_HOW_IT_ENDED.get(status, self._likely) if status is not None else self._likely)
+            case _:
+                pass
+
+    def _judge(self) -> None:
+        """Ask the backend what all that was seen means."""
+        try:
+            if self.state is State.SPAWNING and self._backend.ready(self._evidence):
+                self._evidence.ready = True
+                self._lifecycle.fire(Trigger.PROXY_READY)
+            verdict = self._backend.diagnose(self._evidence)
+        except BackendError as error:
+            self._end(error.reason, error.detail, error.hint)
+            return
+        if verdict is None and self._evidence.exited is not None:
+            verdict = self._judge_exit(self._evidence.exited)
+        if verdict is not None:
+            self._end(*verdict)
+
+    def _judge_exit(self, exited: ProcessExited) -> tuple[EndReason, str]:
+        if exited.signal is not None:
+            return EndReason.PROXY_KILLED, f"The proxy program was ended by {_signal_name(exited.signal)}."
+        last = next((line.text for line in reversed(self._evidence.lines) if line.text.strip()), None)
+        said = f"; its last line: {last}" if last is not None else " and printed nothing."
+        return EndReason.PROXY_EXITED, f"The proxy program ended with exit code {exited.exit_code}{said}"
+
+    def _end(self, reason: EndReason, detail: str, hint: str | None = None) -> None:
+        """Take a cause; the first one counts."""
+        if self._cause is not None:
+            return
+        if self._likely is not None:
+            if self._likely[0] is not reason:
+                self._settle(*self._likely)
+            return
+        if reason in _TRANSPORT_FIRST and not self._transport.is_active():
+            reason, detail = EndReason.TRANSPORT_LOST, "The SSH connection ended."
+        if reason is EndReason.SESSION_ENDED:
+            self._likely = reason, detail
+            self._set_timer(self._timeouts.ask_server_s, self._confirmed_by_time)
+            self._confirm()
+        else:
+            self._settle(reason, detail, hint)
+
+    def _confirm(self) -> None:
+        """See whether the session's end is what it looks like: the display is there, and the server agrees."""
+        if self._likely is None or (self._preparation.watch is not None and self._preparation.watch.suspect):
+            return  # DisplayLost or DisplayRestored will come
+        if not self._ask_server:
+            self._settle(*self._likely)
+        elif self._question is None:
+            self._question = ServerQuestion(self._transport, self._session.name, self._inbox.put)
+            self._question.start()
+
+    def _confirmed_by_time(self) -> None:
+        if self._likely is not None:
+            self._settle(*self._likely)
+
+    def _settle(self, reason: EndReason, detail: str, hint: str | None = None) -> None:
+        """Fix the cause and leave: it is never overwritten but by `stop_timeout`."""
+        if self._cause is not None:
+            return
+        self._cause = reason
+        self._update(reason=reason, detail=detail, hint=hint or reason.hint)
+        if reason is EndReason.STOP_REQUESTED:
+            self._lifecycle.fire(Trigger.STOP)
+        else:
+            self._lifecycle.fire(Trigger.SESSION_ENDED if reason.clean else Trigger.FAULT_FOUND)
+
+    # ---- stopping: the proxy first, then all the rest, each within its time ----
+
+    def _start_stopping(self) -> None:
+        self._set_timer(self._timeouts.kill_s, self._abandon)  # whatever goes wrong below, this comes to an end
+        self._update(waiting_for=self._waiting_for())
+        if self._question is not None:
+            self._question.abandon()
+        if not self._process_alive or self._process is None:
+            self._release()
+        elif self._evidence.saw(TransportEnded, LinkDead) or self._view.link is Link.SILENT:
+            self._kill()  # nothing orderly can travel any more
+        else:
+            self._evidence.signalled = True
+            self._process.signal(signal.SIGTERM)
+            self._set_timer(self._timeouts.stop_grace_s, self._kill)
+
+    def _kill(self) -> None:
+        self._set_timer(self._timeouts.kill_s, self._survived)
+        if self._process is not None:
+            self._evidence.signalled = True
+            self._process.signal(signal.SIGKILL)
+
+    def _survived(self) -> None:
+        detail = f"The proxy program (process {self._view.pid}) is still there after SIGKILL."
+        if self._cause is None or self._cause.clean:
+            self._cause = EndReason.STOP_TIMEOUT
+            self._update(reason=self._cause, detail=detail, hint=self._cause.hint)
+        self._update(abandoned=(*self._view.abandoned, f"process {self._view.pid}"))
+        self._release()
+
+    def _process_gone(self) -> None:
+        self._process_alive = False
+        if self.state is State.STOPPING:
+            self._release()
+
+    def _release(self) -> None:
+        self._set_timer(_DRAIN_S, self._cut)
+        self._preparation.close()
+        self._forwarder.close()
+        if self._evidence.saw(TransportEnded, LinkDead):
+            self._forwarder.cut()
+        self._finish_if_released()
+
+    def _cut(self) -> None:
+        self._set_timer(self._timeouts.kill_s, self._abandon)
+        self._forwarder.cut()
+
+    def _abandon(self) -> None:
+        left = list(self._forwarder.standing())
+        if self._process_alive and self._process is not None:
+            self._process.signal(signal.SIGKILL)
+            left.append(f"process {self._view.pid}")
+        if not self._prepared:
+            left.append(f"the preflight, waiting for {self._preparation.step}")
+        self._update(abandoned=(*self._view.abandoned, *left))
+        self._preparation.close()
+        self._finish()
+
+    def _finish_if_released(self) -> None:
+        if self.state is State.STOPPING and self._prepared and self._evidence.saw(TunnelClosed):
+            self._finish()
+
+    def _finish(self) -> None:
+        self._clear_timer()
+        if self._attachment is not None:
+            self._attachment.detach()
+        if not self._view.abandoned:
+            self._join_workers()
+        clean = self._cause is not None and self._cause.clean
+        self._lifecycle.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
+
+    def _join_workers(self) -> None:
+        """Wait for threads that have said their last word, so that nothing at all is left."""
+        deadline = time.monotonic() + _JOIN_S
+        workers = [self._preparation.thread, *self._forwarder.threads()]
+        workers += [worker.thread for worker in (self._process, self._question) if worker is not None]
+        for thread in workers:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._preparation.watch is not None:
+            self._preparation.watch.join(max(0.0, deadline - time.monotonic()))
+
+    # ---- what is told ----
+
+    def _note(self, seen: Observation) -> None:  # noqa: C901 - one flat case an observation
+        """Put what was seen into the status, and into the log."""
+        match seen:
+            case Prepared(listen_address=address):
+                self.log("info", "tunnel.listening", address=address)
+            case ProcessSpawned(pid=pid, executable=executable):
+                self._update(pid=pid)
+                self.log("info", "process.spawned", pid=pid, executable=executable)
+            case OutputLine(text=text):
+                self._update(output_tail=(*self._view.output_tail, text)[-_TAIL_LINES:])
+                self.log("debug", "process.output", line=text)
+            case ProcessExited(exit_code=exit_code, signal=number):
+                self._update(exit_code=exit_code, signal=number)
+                self.log("info", "process.exited", exit_code=exit_code, signal=number)
+            case ChannelOpened(connection=connection):
+                self.log("info", "tunnel.connected", connection=connection)
+            case ConnectionEnded(connection, to_agent, from_agent, duration_s):
+                self.log(
+                    "info",
+                    "tunnel.closed",
+                    connection=connection,
+                    bytes_to_agent=to_agent,
+                    bytes_from_agent=from_agent,
+                    duration_s=round(duration_s, 6),
+                )
+            case PeerRejected(peer=peer):
+                self.log("warning", "tunnel.rejected", peer=peer)
+            case LinkSilent(heard_at=heard_at):
+                self._heard_at = heard_at
+                self._update(link=Link.SILENT)
+                self.log("warning", "link.silent", silent_s=round(time.monotonic() - heard_at, 3))
+            case LinkRestored(silent_s=silent_s):
+                self._update(link=Link.OK)
+                self.log("info", "link.restored", silent_s=round(silent_s, 3))
+            case LogFailed(detail=detail):
+                self.log("warning", "process.log_failed", detail=detail)
+            case WorkerFailed(worker=worker, error=error):
+                self.log("error", "internal.error", worker=worker, exc_info=error)
+            case _:
+                pass
+
+    def _waiting_for(self) -> str:  # noqa: PLR0911 - one flat case a state
+        evidence = self._evidence
+        match self.state:
+            case State.TUNNELLING:
+                return self._preparation.step
+            case State.SPAWNING if not evidence.saw(ProcessSpawned):
+                return "the proxy program's start"
+            case State.SPAWNING if not evidence.saw(ChannelOpened):
+                return "the channel to the agent"
+            case State.SPAWNING:
+                return "the proxy's sign that the session stands"
+            case State.STOPPING if self._process_alive:
+                return "the proxy program's end"
+            case State.STOPPING:
+                return "the tunnel's end"
+            case _:
+                return ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {signal.Signals(number).name}"
+    except ValueError:
+        return f"signal {number}"
+
+
+class Proxy:
+    """Brings one remote-desktop session to the screen: tunnel, proxy program, and exact word of both.
+
+    A proxy is used once. Making one acquires nothing; it holds things between `start` and a final state.
+    All methods may be called from any thread, `stop` also from a signal handler.
+
+    Args:
+        session: The session to attach to.
+        transport: A connected, authenticated transport. It stays the caller's: it is never closed.
+        backend: What to run; by default `NX3Backend`.
+        sessions_root: Directory for the session roots, ``S-<session name>``, which hold the proxy's log; by default
+            ``~/.x2go``.
+        timeouts: How long things may take.
+        logger: Where events go: a structlog logger, or one of the standard library's. By default structlog's where
+            the program has configured it, else ``logging.getLogger("proxy_fsm")``.
+        environ: The environment that the proxy program inherits; by default this process's.
+        ask_server: Whether to ask an X2Go server how a session ended: suspended or terminated.
+        resumed: Whether the session was resumed, and so survives a failed attempt (see ``ProxyStatus.retryable``).
+
+    Raises:
+        TypeError: An argument is not of the kind it has to be.
+        InvalidSession: The session lacks what the backend needs.
+    """
+
+    def __init__(
+        self,
+        session: SessionInfo,
+        transport: paramiko.Transport,
+        *,
+        backend: Backend | None = None,
+        sessions_root: str | os.PathLike[str] | None = None,
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - it is frozen
+        logger: Any = None,
+        environ: Mapping[str, str] | None = None,
+        ask_server: bool = False,
+        resumed: bool = False,
+    ) -> None:
+        backend = NX3Backend() if backend is None else backend
+        for name, value, kind in (
+            ("session", session, SessionInfo),
+            ("transport", transport, paramiko.Transport),
+            ("backend", backend, Backend),
+            ("timeouts", timeouts, Timeouts),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}.")
+        backend.check_session(session)
+        root = Path(sessions_root) if sessions_root is not None else Path.home() / ".x2go"
+        self._engine = _Engine(
+            session,
+            transport,
+            backend,
+            sessions_root=root.absolute(),
+            timeouts=timeouts,
+            logger=logger,
+            environ=dict(os.environ if environ is None else environ),
+            ask_server=ask_server,
+            resumed=resumed,
+        )
+
+    @property
+    def id(self) -> str:
+        """Short unique id of this engine, in every event and record."""
+        return self._engine.id
+
+    @property
+    def state(self) -> State:
+        """The state; takes no lock."""
+        return self._engine.state
+
+    def ok(self) -> bool:
+        """Tell whether it is running, and nothing else; takes no lock."""
+        return self._engine.state is State.RUNNING
+
+    def status(self) -> ProxyStatus:
+        """Return a snapshot of everything that is known."""
+        return self._engine.status()
+
+    def start(self) -> None:
+        """Start it; returns as soon as it is under way.
+
+        Raises:
+            InvalidTransition: It was started, or stopped, before.
+        """
+        self._engine.refuse_on_owner("start")
+        self._engine.start()
+
+    def stop(self) -> None:
+        """Ask it to end, in any state, from any thread, any number of times; returns at once."""
+        self._engine.stop()
+
+    def wait(self, *states: State, timeout: float | None = None) -> State:
+        """Wait until it is in one of these states, or in a final one, and return that state.
+
+        Args:
+            states: The states; none for a final one.
+            timeout: In seconds; None waits without end.
+
+        Raises:
+            TimeoutError: It was not within that time; the proxy goes on.
+            RuntimeError: Called by a subscriber on the owner thread, or in a forked child.
+        """
+        return self._engine.wait(frozenset(State(state) for state in states), timeout)
+
+    def wait_running(self, timeout: float | None = None) -> None:
+        """Wait until it is running.
+
+        Args:
+            timeout: In seconds; None waits without end.
+
+        Raises:
+            ProxyFailed: It failed; ``status`` tells why.
+            ProxyStopped: It was stopped, or the session ended.
+            TimeoutError: It was neither within that time; the proxy goes on.
+            RuntimeError: Called by a subscriber on the owner thread, or in a forked child.
+        """
+        state = self.wait(State.RUNNING, timeout=timeout)
+        if state is State.FAILED:
+            raise ProxyFailed(self.status())
+        if state is State.STOPPED:
+            raise ProxyStopped(self.status())
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stop it and wait until nothing is held.
+
+        Args:
+            timeout: In seconds; None waits as long as its own time limits allow, which are all finite.
+
+        Raises:
+            TimeoutError: It was not released within that time; that goes on.
+            RuntimeError: Called by a subscriber on the owner thread.
+        """
+        self._engine.refuse_on_owner("close")
+        if self._engine.is_foreign():
+            return
+        self.stop()
+        self.wait(timeout=timeout)
+
+    def subscribe(
+        self,
+        callback: Callable[[TransitionRecord], object],
+        *,
+        via: Callable[..., object] | None = None,
+        replay: bool = False,
+    ) -> Callable[[], None]:
+        """Have each change of state told, in order, none lost.
+
+        Args:
+            callback: Takes a record. What it raises is logged and changes nothing.
+            via: Hands the call to another loop, as ``via(function, *arguments)``: ``loop.call_soon_threadsafe``,
+                ``GLib.idle_add``, the ``emit`` of a Qt signal. Without it the call comes on the owner thread and
+                must be short; there, `stop` is welcome, and what waits raises RuntimeError.
+            replay: Whether to tell the past changes first.
+
+        Returns:
+            A function that ends the subscription.
+        """
+        return self._engine.subscribe(callback, via, replay=replay)
+
+    def __enter__(self) -> Proxy:  # noqa: PYI034 - an engine is no base class
+        try:
+            self.start()
+            self.wait_running()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        status = self._engine.status()
+        reason = "" if status.reason is None else f" ({status.reason})"
+        return f"<Proxy {self.id} of {status.session}: {status.state}{reason}>"
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is None or engine.state is State.IDLE or engine.state.is_final or engine.is_foreign():
+            return
+        engine.stop()
+        if not sys.is_finalizing():
+            warnings.warn(
+                f"A proxy was dropped while {engine.state}; it is ended.", ResourceWarning, stacklevel=2, source=self
+            )
+
+
+def _end_all() -> None:
+    """End all proxies when the interpreter ends, within one deadline; starts no thread."""
+    engines = [engine for engine in tuple(_live) if not engine.is_foreign()]
+    for engine in engines:
+        engine.stop()
+    deadline = time.monotonic() + max((engine.end_within_s for engine in engines), default=0.0)
+    for engine in engines:
+        with suppress(TimeoutError):  # the proxy program sees its socket close, and goes
+            engine.wait(frozenset(), max(0.0, deadline - time.monotonic()))
+
+
+def _forget_all() -> None:
+    """In a forked child: what runs belongs to the parent."""
+    _live.clear()
+    monitor.forget_all()
+
+
+atexit.register(_end_all)
+os.register_at_fork(after_in_child=_forget_all)

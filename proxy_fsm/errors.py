@@ -1,0 +1,120 @@
+"""The exceptions of this package.
+
+::
+
+    ProxyFsmError
+    ├── InvalidTransition      an order that the lifecycle's table refuses in this state
+    ├── InvalidSession         a field of a session cannot be used (also a ValueError)
+    ├── BackendError           a backend cannot go on; carries reason, detail and hint
+    └── ProxyEnded
+        ├── ProxyFailed        the engine ended by a fault; carries the status
+        └── ProxyStopped       the engine ended cleanly while one waited for it to run; carries the status
+
+Every message is a whole sentence that says what to do; what a program needs is in attributes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proxy_fsm.lifecycle import State
+    from proxy_fsm.status import EndReason, ProxyStatus
+
+__all__ = [
+    "BackendError",
+    "InvalidSession",
+    "InvalidTransition",
+    "ProxyEnded",
+    "ProxyFailed",
+    "ProxyFsmError",
+    "ProxyStopped",
+]
+
+
+class ProxyFsmError(Exception):
+    """Whatever this package raises of its own."""
+
+
+class InvalidTransition(ProxyFsmError):  # noqa: N818 - the contract's name
+    """The lifecycle's table refuses this trigger in this state; the state is unchanged.
+
+    Attributes:
+        trigger: The trigger's name.
+        state: The state in which it was refused.
+    """
+
+    def __init__(self, trigger: str, state: State) -> None:
+        self.trigger = trigger
+        self.state = state
+        super().__init__(
+            f"'{trigger}' is refused in state '{state}'. An engine is used once: make a new Proxy for a new attempt."
+            if trigger == "start"
+            else f"'{trigger}' is refused in state '{state}'. See proxy_fsm.TRANSITIONS for what each state takes."
+        )
+
+    def __reduce__(self) -> tuple[type[InvalidTransition], tuple[str, State]]:
+        return type(self), (self.trigger, self.state)
+
+
+class InvalidSession(ProxyFsmError, ValueError):  # noqa: N818 - the contract's name
+    """A field of a session cannot be used.
+
+    Attributes:
+        field: The name of the field.
+        problem: What is wrong with it, without the value where that is a secret.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        self.field = field
+        self.problem = problem
+        super().__init__(f"The session's {field} cannot be used: {problem}")
+
+    def __reduce__(self) -> tuple[type[InvalidSession], tuple[str, str]]:
+        return type(self), (self.field, self.problem)
+
+
+class BackendError(ProxyFsmError):
+    """A backend cannot go on.
+
+    Attributes:
+        reason: The EndReason that the engine shall end with.
+        detail: One sentence for a person: what happened.
+        hint: What to do about it, or None for the reason's own hint.
+    """
+
+    def __init__(self, reason: EndReason, detail: str, hint: str | None = None) -> None:
+        self.reason = reason
+        self.detail = detail
+        self.hint = hint
+        super().__init__(detail if hint is None else f"{detail} {hint}")
+
+    def __reduce__(self) -> tuple[type[BackendError], tuple[EndReason, str, str | None]]:
+        return type(self), (self.reason, self.detail, self.hint)
+
+
+class ProxyEnded(ProxyFsmError):  # noqa: N818 - both of its kinds are named by the contract
+    """The engine reached a final state while one waited for it to run.
+
+    Attributes:
+        status: The ProxyStatus at its end.
+    """
+
+    def __init__(self, status: ProxyStatus) -> None:
+        self.status = status
+        words = f"The proxy of session {status.session} is {status.state}"
+        if status.reason is not None:
+            words += f" ({status.reason})"
+        words += f": {status.detail}" if status.detail else "."
+        super().__init__(f"{words} {status.hint}" if status.hint else words)
+
+    def __reduce__(self) -> tuple[type[ProxyEnded], tuple[ProxyStatus]]:
+        return type(self), (self.status,)
+
+
+class ProxyFailed(ProxyEnded):
+    """The engine ended by a fault: see ``status.reason``, ``status.detail`` and ``status.hint``."""
+
+
+class ProxyStopped(ProxyEnded):
+    """The engine ended cleanly before it was running, or while one waited for that."""

@@ -1,0 +1,432 @@
+"""A local socket forwarded over SSH to the graphics port: a listener, and two relays a connection.
+
+What ``ssh -L`` does. Data flow of a connection::
+
+    proxy ── local socket ──► up relay ───► channel ──► agent
+    proxy ◄── local socket ── down relay ◄── channel ◄── agent
+
+Each relay is one blocking thread: the side that takes nothing holds the side that gives. End of one direction is
+passed on as the end of that direction. The channel is closed when both relays have ended, by the last of them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import paramiko
+
+from proxy_fsm.errors import BackendError
+from proxy_fsm.evidence import (
+    AgentClosed,
+    AgentSpoke,
+    ChannelOpened,
+    ConnectionEnded,
+    PeerRejected,
+    TunnelClosed,
+    WorkerFailed,
+    WorkerRefused,
+)
+from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone
+from proxy_fsm.status import EndReason, TunnelStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxy_fsm.evidence import Observation
+
+__all__ = ["MAX_SOCKET_PATH_BYTES", "Forwarder"]
+
+#: The longest path of a unix socket (``sun_path`` holds 108 bytes with its end mark); longer ones are cut silently.
+MAX_SOCKET_PATH_BYTES = 107
+
+_READ_BYTES = 256 << 10
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 0.5
+
+
+class Forwarder:
+    """Forwards a local socket over a transport.
+
+    Args:
+        transport: Where channels are opened.
+        destination: Host and port of the agent, as the server knows them.
+        max_connections: How many connections are taken before the listener is closed; None for any number.
+        agent_connect_s: How long a refused channel is tried again, in seconds.
+        post: Takes what is observed, on any thread.
+    """
+
+    def __init__(
+        self,
+        transport: paramiko.Transport,
+        destination: tuple[str, int],
+        *,
+        max_connections: int | None,
+        agent_connect_s: float,
+        post: Callable[[Observation], None],
+    ) -> None:
+        self.transport = transport
+        self.destination = destination
+        self.agent_connect_s = agent_connect_s
+        self.post = post
+        self.closing = threading.Event()
+        self._max_connections = max_connections
+        self._lock = threading.Lock()
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+        self._accepting = False
+        self._open: list[_Connection] = []
+        self._gone = [0, 0]
+        self._connections = 0
+        self._opened_at: datetime | None = None
+        self._told_closed = False
+
+    def bind(self, kind: str, directory: Path) -> str:
+        """Bind the local end, so that connections wait from now on.
+
+        Args:
+            kind: ``"unix"`` for a socket in the directory, ``"tcp"`` for a free port on 127.0.0.1.
+            directory: A directory that nobody else can enter.
+
+        Returns:
+            The socket's path, or ``127.0.0.1:PORT``.
+
+        Raises:
+            OSError: It cannot be bound.
+        """
+        if kind == "unix":
+            path = directory / "proxy.sock"
+            if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+                raise OSError(f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
+            listener, address = socket.socket(socket.AF_UNIX), str(path)
+        else:
+            listener, address = socket.socket(socket.AF_INET), ""
+        try:
+            listener.bind(address if kind == "unix" else ("127.0.0.1", 0))
+            listener.listen(16)
+        except BaseException:
+            listener.close()
+            raise
+        self._listener = listener
+        return address or f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def start(self) -> None:
+        """Take connections from now on; returns at once."""
+        with self._lock:
+            if self.closing.is_set():
+                return
+            acceptor = threading.Thread(target=self._accept, name="proxy_fsm-tunnel", daemon=True)
+            acceptor.start()  # it takes this lock before it says that it is done
+            self._acceptor, self._accepting = acceptor, True
+
+    def close(self) -> None:
+        """Take no more connections, and end those that stand once what the proxy sent is through.
+
+        Returns at once; `TunnelClosed` is posted when all are gone.
+        """
+        with self._lock:
+            self.closing.set()
+            listener, accepting, connections = self._listener, self._accepting, tuple(self._open)
+        if listener is not None:
+            with suppress(OSError):  # it was closed after the last connection
+                listener.shutdown(socket.SHUT_RDWR)
+            if not accepting:
+                listener.close()
+        for connection in connections:
+            connection.finish()
+        self._tell_if_closed()
+
+    def cut(self) -> None:
+        """End the connections that stand without waiting for what is still under way."""
+        with self._lock:
+            connections = tuple(self._open)
+        for connection in connections:
+            connection.cut()
+
+    def standing(self) -> tuple[str, ...]:
+        """Return what is not released yet, for a person."""
+        with self._lock:
+            return tuple(f"channel {connection.number} of the tunnel" for connection in self._open)
+
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """Return the threads that are at work here."""
+        with self._lock:
+            acceptor = () if self._acceptor is None else (self._acceptor,)
+            return (*acceptor, *(thread for connection in self._open for thread in connection.threads))
+
+    def stats(self) -> TunnelStats:
+        """Return what was carried so far."""
+        with self._lock:
+            return TunnelStats(
+                bytes_to_agent=self._gone[0] + sum(c.bytes_to_agent for c in self._open),
+                bytes_from_agent=self._gone[1] + sum(c.bytes_from_agent for c in self._open),
+                opened_at=self._opened_at,
+                connections=self._connections,
+            )
+
+    def opened(self, connection: _Connection) -> None:
+        """Count a channel that stands, and tell."""
+        with self._lock:
+            self._connections += 1
+            self._opened_at = self._opened_at or datetime.now(UTC)
+        self.post(ChannelOpened(connection.number))
+
+    def gone(self, connection: _Connection) -> None:
+        """Forget a connection that has ended, and tell."""
+        with self._lock:
+            self._open.remove(connection)
+            self._gone[0] += connection.bytes_to_agent
+            self._gone[1] += connection.bytes_from_agent
+        if connection.opened_at is not None:
+            duration_s = time.monotonic() - connection.opened_at
+            self.post(
+                ConnectionEnded(connection.number, connection.bytes_to_agent, connection.bytes_from_agent, duration_s)
+            )
+        self._tell_if_closed()
+
+    def _tell_if_closed(self) -> None:
+        with self._lock:
+            if self._told_closed or not self.closing.is_set() or self._accepting or self._open:
+                return
+            self._told_closed = True
+        self.post(TunnelClosed())
+
+    def _accept(self) -> None:
+        listener = self._listener
+        assert listener is not None  # noqa: S101 - start() comes after bind()
+        last: _Connection | None = None
+        taken = 0
+        try:
+            while self._max_connections is None or taken < self._max_connections:
+                try:
+                    local, _ = listener.accept()
+                except OSError:
+                    if self.closing.is_set():
+                        return
+                    raise
+                stranger = _stranger(local)
+                if stranger is not None:
+                    local.close()
+                    self.post(PeerRejected(stranger))
+                    continue
+                taken += 1
+                last = self._take(local, taken)
+                if last is None:
+                    return
+                if taken != self._max_connections:
+                    last.start()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
+            self.post(WorkerFailed("tunnel listener", error))
+            last = None
+        finally:
+            listener.close()
+            with self._lock:
+                self._accepting = False
+            self._tell_if_closed()
+        if last is not None:
+            last.run()  # the last connection that may come is served by this thread
+
+    def _take(self, local: socket.socket, number: int) -> _Connection | None:
+        connection = _Connection(self, local, number)
+        with self._lock:
+            if not self.closing.is_set():
+                self._open.append(connection)
+                return connection
+        local.close()
+        return None
+
+
+class _Connection:
+    """One connection of the proxy: its local socket, its channel, its two relays."""
+
+    def __init__(self, forwarder: Forwarder, local: socket.socket, number: int) -> None:
+        self.number = number
+        self.bytes_to_agent = 0
+        self.bytes_from_agent = 0
+        self.opened_at: float | None = None
+        self.threads: list[threading.Thread] = []
+        self._forwarder = forwarder
+        self._local = local
+        self._channel: SafeChannel | None = None
+        self._opening: ChannelOpening | None = None
+        self._lock = threading.Lock()
+        self._relays = 1
+        self._up_done = False
+        if local.family == socket.AF_INET:
+            local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def start(self) -> None:
+        """Serve it on a thread of its own."""
+        thread = threading.Thread(target=self.run, name="proxy_fsm-up", daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def run(self) -> None:
+        """Open the channel, relay both ways, and leave nothing behind."""
+        try:
+            channel = self._channel = self._open_channel()
+            if channel is None:
+                return
+            self.opened_at = time.monotonic()
+            self._forwarder.opened(self)
+            down = threading.Thread(target=self._down, args=(channel,), name="proxy_fsm-down", daemon=True)
+            self._relays = 2
+            try:
+                down.start()
+            except BaseException:
+                self._relays = 1
+                raise
+            self.threads.append(down)
+            self._up(channel)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
+            self._forwarder.post(WorkerFailed("tunnel", error))
+        finally:
+            self._leave()
+
+    def finish(self) -> None:
+        """Let what the proxy has sent through, then end."""
+        with self._lock:
+            opening, channel, up_done = self._opening, self._channel, self._up_done
+        if opening is not None:
+            opening.abandon()
+        if channel is not None and up_done:
+            channel.close()
+        with suppress(OSError):  # it is closed: that is what is wanted
+            self._local.shutdown(socket.SHUT_RD)  # what was received before can still be read, then comes the end
+
+    def cut(self) -> None:
+        """End without waiting for what is under way."""
+        with suppress(OSError):  # it is closed: that is what is wanted
+            self._local.shutdown(socket.SHUT_RDWR)
+        if self._channel is not None:
+            self._channel.close()
+
+    def _open_channel(self) -> SafeChannel | None:
+        forwarder = self._forwarder
+        began = time.monotonic()
+        deadline = began + forwarder.agent_connect_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            opening = ChannelOpening(forwarder.transport, "direct-tcpip", forwarder.destination)
+            with self._lock:
+                self._opening = opening
+            if forwarder.closing.is_set():
+                return None
+            try:
+                opening.send()
+                return opening.wait()
+            except (TransportGone, OpenAbandoned):
+                return None  # told by the transport's monitor, or wanted by the owner
+            except ChannelRefused as refused:
+                error = self._judge(refused, time.monotonic() - began, give_up=time.monotonic() >= deadline)
+            finally:
+                with self._lock:
+                    self._opening = None
+            if error is not None:
+                forwarder.post(WorkerRefused(error))
+                return None
+            if forwarder.closing.wait(min(pause_s, max(0.0, deadline - time.monotonic()))):
+                return None
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _judge(self, refused: ChannelRefused, after_s: float, *, give_up: bool) -> BackendError | None:
+        """Tell what a refusal means; None where another try may help."""
+        target = f"{self._forwarder.destination[0]}:{self._forwarder.destination[1]}"
+        if refused.code in {ChannelRefused.PROHIBITED, ChannelRefused.UNKNOWN_TYPE}:
+            return BackendError(
+                EndReason.FORWARDING_DENIED,
+                f"The SSH server does not allow forwarding to {target} ({refused}).",
+            )
+        if not give_up:
+            return None
+        return BackendError(
+            EndReason.AGENT_UNREACHABLE,
+            f"The SSH server could not connect to {target} for {after_s:.1f} s: nothing listens there ({refused}).",
+        )
+
+    def _up(self, channel: SafeChannel) -> None:
+        try:
+            while data := self._local.recv(_READ_BYTES):
+                while data:
+                    sent = channel.send(data)
+                    if sent == 0:
+                        return  # closed from the other side
+                    self.bytes_to_agent += sent
+                    data = data[sent:]
+            channel.shutdown_write()
+        except (OSError, EOFError, paramiko.SSHException):
+            channel.close()  # either side was reset, or the transport is gone: the other relay learns of it
+        finally:
+            with self._lock:
+                self._up_done = True
+            if self._forwarder.closing.is_set():
+                channel.close()
+
+    def _down(self, channel: SafeChannel) -> None:
+        forwarder = self._forwarder
+        try:
+            while data := channel.recv(_READ_BYTES):
+                if self.bytes_from_agent == 0:
+                    forwarder.post(AgentSpoke(self.number))
+                self._local.sendall(data)
+                self.bytes_from_agent += len(data)
+            if not channel.transport_ended and not forwarder.closing.is_set():
+                forwarder.post(AgentClosed(self.number))
+            self._local.shutdown(socket.SHUT_WR)
+            channel.ended.wait()
+        except (OSError, EOFError, paramiko.SSHException):
+            channel.close()  # the proxy closed, or the transport is gone: the other relay learns of it
+        finally:
+            with suppress(OSError):  # the proxy was faster
+                self._local.shutdown(socket.SHUT_RDWR)
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._relays -= 1
+            if self._relays > 0:
+                return
+        if self._channel is not None:
+            self._channel.send_close()
+        self._local.close()
+        self._forwarder.gone(self)
+
+
+def _stranger(local: socket.socket) -> str | None:
+    """Return who is at the other end of a local socket where that is not our own user, else None.
+
+    Where the system does not tell (outside Linux), nobody is a stranger: the unix socket's directory is private.
+    """
+    if sys.platform != "linux":
+        return None
+    if local.family == socket.AF_UNIX:
+        size = struct.calcsize("3i")
+        _, uid, _ = struct.unpack("3i", local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        return None if uid == os.geteuid() else f"user {uid}"
+    try:
+        owner = _tcp_owner(local.getpeername(), local.getsockname())
+    except OSError:  # it has gone already
+        owner = None
+    return None if owner == os.geteuid() else f"user {'unknown' if owner is None else owner}"
+
+
+def _tcp_owner(end: tuple[str, int], other: tuple[str, int]) -> int | None:
+    """Return the user id that owns one end of an IPv4 connection of this machine, or None.
+
+    Source: proc(5), /proc/net/tcp: addresses are the 32 bits in the machine's order, in hexadecimal.
+    """
+    wanted = [f"{struct.unpack('=I', socket.inet_aton(host))[0]:08X}:{port:04X}" for host, port in (end, other)]
+    with Path("/proc/net/tcp").open(encoding="ascii") as table:
+        for line in table:
+            fields = line.split()
+            if fields[1:3] == wanted:
+                return int(fields[7])
+    return None

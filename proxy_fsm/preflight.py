@@ -1,0 +1,239 @@
+"""Everything local is made good before anything remote is touched.
+
+An agent that is connected and let go in its first attempt is dead, and the session with it. So the steps below come
+before the proxy program starts, on a thread of their own since each of them may block.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+import threading
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxy_fsm.backends.base import BackendContext
+from proxy_fsm.errors import BackendError
+from proxy_fsm.evidence import (
+    DisplayLost,
+    DisplayRestored,
+    PreparationEnded,
+    Prepared,
+    WorkerFailed,
+    WorkerRefused,
+)
+from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES
+from proxy_fsm.ssh import set_nodelay
+from proxy_fsm.status import EndReason
+from proxy_fsm.x11 import DisplayError, DisplayWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from proxy_fsm.backends.base import Backend
+    from proxy_fsm.evidence import Observation
+    from proxy_fsm.forwarder import Forwarder
+    from proxy_fsm.session import SessionInfo
+
+__all__ = ["Preparation"]
+
+#: Room for the socket's name in its directory: "/proxy.sock".
+_SOCKET_NAME_BYTES = 11
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What the proxy program is started with."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    directory: Path
+    log: int
+
+
+class Preparation:
+    """The preflight of one proxy, and what it acquired.
+
+    Posts `Prepared` when all is good, or `WorkerRefused`; and `PreparationEnded` as its last word.
+
+    Attributes:
+        step: What is being waited for, for a person.
+        watch: The display watch, where the backend needs an X server.
+        launch: What the proxy is started with; set before `Prepared` is posted.
+    """
+
+    def __init__(
+        self,
+        session: SessionInfo,
+        backend: Backend,
+        forwarder: Forwarder,
+        *,
+        sessions_root: Path,
+        environ: Mapping[str, str],
+        timeout_s: float,
+        post: Callable[[Observation], None],
+    ) -> None:
+        self.step = "the preflight"
+        self.watch: DisplayWatch | None = None
+        self.launch: _Launch | None = None
+        self._session = session
+        self._backend = backend
+        self._forwarder = forwarder
+        self._sessions_root = sessions_root
+        self._environ = environ
+        self._timeout_s = timeout_s
+        self._post = post
+        self._lock = threading.Lock()
+        self._held: ExitStack | None = ExitStack()
+        self.thread = threading.Thread(target=self._run, name="proxy_fsm-preflight", daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once."""
+        try:
+            self.thread.start()
+        except BaseException:
+            self._post(PreparationEnded())
+            raise
+
+    def close(self) -> None:
+        """Release what was acquired; what is acquired after this is released at once by the one who did."""
+        with self._lock:
+            held, self._held = self._held, None
+        if held is not None:
+            held.close()
+
+    def _run(self) -> None:
+        try:
+            address = self._prepare()
+            self._post(Prepared(address))
+        except BackendError as error:
+            self._post(WorkerRefused(error))
+        except _ClosedError:
+            pass  # the owner has gone on, and holds nothing of this
+        except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
+            self._post(WorkerFailed("preflight", error))
+        finally:
+            self._post(PreparationEnded())
+
+    def _prepare(self) -> str:
+        self.step = "the proxy program's path"
+        executable = self._backend.find_executable()
+        self.step = "the session root and its log"
+        session_root, log = self._open_log()
+        if self._backend.needs_display:
+            self.step = "the X server"
+            self._open_display()
+        self.step = "the SSH transport"
+        if not self._forwarder.transport.is_active():
+            raise BackendError(EndReason.TRANSPORT_LOST, "The SSH connection had ended before the proxy was started.")
+        set_nodelay(self._forwarder.transport)
+        self.step = "the local end of the tunnel"
+        address = self._bind()
+        self.step = "the backend's own preflight"
+        environ = {key: value for key, value in self._environ.items() if not key.startswith("NX_")}
+        context = BackendContext(
+            session=self._session,
+            executable=executable,
+            listen_address=address,
+            sessions_root=self._sessions_root,
+            session_root=session_root,
+            environ=environ,
+        )
+        self._backend.preflight(context)
+        environment = {**environ, **self._backend.environment(context)}
+        self.launch = _Launch(self._backend.command(context), environment, session_root, log)
+        return address
+
+    def _keep(self, release: Callable[[], object]) -> None:
+        """Have something released with the rest, or at once where that has been done already."""
+        with self._lock:
+            if self._held is not None:
+                self._held.callback(release)
+                return
+        release()
+        raise _ClosedError
+
+    def _open_log(self) -> tuple[Path, int]:
+        root = self._sessions_root / f"S-{self._session.name}"
+        try:
+            self._sessions_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                root.mkdir(mode=0o700)
+            _make_private(root)
+            log = _open_private(root / "session.log")
+        except OSError as error:
+            raise BackendError(
+                EndReason.LISTEN_FAILED,
+                f"The session root {root} cannot be used: {error.strerror or error}.",
+                "Make sure that the sessions root is a directory of yours, writable and not full.",
+            ) from error
+        self._keep(lambda: os.close(log))
+        return root, log
+
+    def _open_display(self) -> None:
+        watch = DisplayWatch(
+            self._environ,
+            on_lost=lambda detail: self._post(DisplayLost(detail)),
+            on_restored=lambda: self._post(DisplayRestored()),
+            timeout_s=self._timeout_s,
+        )
+        self._keep(watch.close)
+        try:
+            watch.open()
+        except DisplayError as error:
+            raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
+        self.watch = watch
+
+    def _bind(self) -> str:
+        try:
+            directory = _make_socket_directory(self._environ)
+            self._keep(lambda: shutil.rmtree(directory, ignore_errors=True))
+            address = self._forwarder.bind(self._backend.listen_kind, directory)
+        except OSError as error:
+            raise BackendError(
+                EndReason.LISTEN_FAILED,
+                f"The local end of the tunnel cannot be bound: {error.strerror or error}.",
+            ) from error
+        self._keep(self._forwarder.close)
+        return address
+
+
+class _ClosedError(Exception):
+    """The owner does not want it any more."""
+
+
+def _make_private(directory: Path) -> None:
+    """Make sure that a directory is ours, no link, and open to nobody else."""
+    info = directory.lstat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise NotADirectoryError(f"{directory} is no directory, or a link to one")
+    if info.st_uid != os.geteuid():
+        raise PermissionError(f"{directory} belongs to another user")
+    directory.chmod(0o700)
+
+
+def _open_private(path: Path) -> int:
+    """Open a file for appending that is ours, no link, and readable by nobody else."""
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    info = os.fstat(log)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+        os.close(log)
+        raise PermissionError(f"{path} is no plain file of ours")
+    os.fchmod(log, 0o600)
+    return log
+
+
+def _make_socket_directory(environ: Mapping[str, str]) -> Path:
+    """Make a directory of mode 0700 whose path leaves room for a socket's name."""
+    for parent in (environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp is safe there
+        if not parent or not os.access(parent, os.W_OK | os.X_OK):
+            continue
+        directory = tempfile.mkdtemp(prefix="proxy_fsm-", dir=parent)
+        if len(os.fsencode(directory)) + _SOCKET_NAME_BYTES <= MAX_SOCKET_PATH_BYTES:
+            return Path(directory)
+        Path(directory).rmdir()
+    raise OSError("no temporary directory is writable and has a path short enough for a unix socket")

@@ -1,0 +1,112 @@
+"""Asks an X2Go server how a session stands."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import paramiko
+
+from proxy_fsm.errors import InvalidSession
+from proxy_fsm.evidence import ServerAnswered
+from proxy_fsm.session import SessionStatus, parse_session_list
+from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxy_fsm.evidence import Observation
+
+__all__ = ["ServerQuestion"]
+
+_MAX_ANSWER_BYTES = 1 << 20
+_PAUSE_S = 0.1
+
+
+class ServerQuestion:
+    """Finds out whether a session is suspended or gone, on a thread of its own; posts `ServerAnswered`.
+
+    A server may still list a session as running for a moment after its agent has let go, so it is asked again until
+    it says something else, or `abandon` is called.
+
+    Args:
+        transport: Where the command is run.
+        name: The session's name.
+        post: Takes the answer.
+    """
+
+    COMMAND = "x2golistsessions"
+
+    def __init__(self, transport: paramiko.Transport, name: str, post: Callable[[Observation], None]) -> None:
+        self._transport = transport
+        self._name = name
+        self._post = post
+        self._lock = threading.Lock()
+        self._abandoned = threading.Event()
+        self._opening: ChannelOpening | None = None
+        self._channel: SafeChannel | None = None
+        self.thread = threading.Thread(target=self._run, name="proxy_fsm-question", daemon=True)
+
+    def start(self) -> None:
+        """Ask; returns at once."""
+        self.thread.start()
+
+    def abandon(self) -> None:
+        """Want no answer any more: the thread ends as soon as it can."""
+        with self._lock:
+            self._abandoned.set()
+            opening, channel = self._opening, self._channel
+        if opening is not None:
+            opening.abandon()
+        if channel is not None:
+            channel.close()
+
+    def _run(self) -> None:
+        status: SessionStatus | None = None
+        try:
+            while not self._abandoned.is_set():
+                status = self._ask()
+                if status is not SessionStatus.RUNNING:
+                    break
+                self._abandoned.wait(_PAUSE_S)
+        except (
+            ChannelRefused,
+            TransportGone,
+            OpenAbandoned,
+            InvalidSession,
+            paramiko.SSHException,
+            OSError,
+            EOFError,
+        ):
+            status = None  # it cannot tell, which is an answer too
+        self._post(ServerAnswered(status))
+
+    def _ask(self) -> SessionStatus:
+        """Return the status that the server lists; a session that it does not list is finished."""
+        with self._lock:
+            if self._abandoned.is_set():
+                raise OpenAbandoned
+            opening = self._opening = ChannelOpening(self._transport, "session")
+        opening.send()
+        channel = opening.wait()
+        try:
+            with self._lock:
+                self._opening, self._channel = None, channel
+            if self._abandoned.is_set():
+                raise OpenAbandoned
+            channel.exec_command(self.COMMAND)
+            answer = b""
+            while len(answer) < _MAX_ANSWER_BYTES and (data := channel.recv(1 << 16)):
+                answer += data
+            if channel.transport_ended or self._abandoned.is_set():
+                raise OpenAbandoned
+            if channel.recv_exit_status() != 0:
+                raise paramiko.SSHException("The server has no x2golistsessions.")
+        finally:
+            with self._lock:
+                self._channel = None
+            channel.send_close()
+        for listed in parse_session_list(answer.decode("utf-8", "replace")):
+            if listed.info.name == self._name:
+                return listed.status
+        return SessionStatus.FINISHED

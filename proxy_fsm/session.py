@@ -1,0 +1,312 @@
+"""What a session is: where its agent listens, and the parsers of what an X2Go server prints about it.
+
+Nothing that a server sends is trusted. Each value is checked where it enters, so whoever holds a
+`SessionInfo` may put its name into a path and its fields into nxproxy's option string. The cookie is in no
+repr and in no message.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from proxy_fsm.errors import InvalidSession
+
+__all__ = ["ListedSession", "SessionInfo", "SessionStatus", "parse_agent_output", "parse_session_list"]
+
+_NAME_MAX = 200
+_HOST_MAX = 253
+_TEXT_MAX = 253
+_PORT_MAX = 65_535
+_DISPLAY_MAX = 65_535
+_PID_MAX = 2**31 - 1
+_EXCERPT_MAX = 120
+
+# x2gostartagent deletes every other character; the database refuses a name that begins with - or @.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
+_NOT_IN_NAME = re.compile(r"[^A-Za-z0-9_.@-]")
+_COOKIE = re.compile(r"[0-9A-Fa-f]{32}")
+_HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_NUMBER = re.compile(r"[0-9]{1,10}")
+_SECRET_LIKE = re.compile(r"[0-9A-Fa-f]{16,}")
+
+# x2gostartagent prints these on standard error and ends.
+_REFUSALS = {
+    "ACCESS DENIED": "the server says ACCESS DENIED, since the desktop's owner does not share it.",
+    "LIMIT": "the server says LIMIT, since this user has as many sessions as are allowed. End one first.",
+}
+_AGENT_LINES = 7  # two more, Telekinesis' ports, where the server has it
+_LIST_COLUMNS = 14  # two more, as above
+
+# Perl's complaint about an unknown LC_*: the server merges it into the list and takes the blanks out.
+_LOCALE_WARNING = re.compile(r"perl:warning:|(LANGUAGE|LANG|LC_[A-Z]+)=|aresupportedandinstalledonyoursystem\.$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """One session as a proxy needs it: whose it is, and where its agent listens.
+
+    Args:
+        name: The session's name, at most 200 characters out of ASCII letters, digits and ``. _ @ -``, the
+            first of them a letter, a digit or ``_``, and no ``..``: so it can be one component of a path, a
+            word of a command and a value in nxproxy's option string. x2gostartagent itself deletes all other
+            characters, such as the ``+``, ``$`` and backslashes of user names.
+        cookie: The secret that agent and proxy share, 32 hexadecimal digits; None where there is none.
+        graphics_port: The TCP port on which the agent listens, 1 to 65535.
+        display: The number of the session's X display on the server, 0 to 65535; None where there is none.
+        agent_host: Where the agent listens, as seen from the SSH server: a host name, an IPv4 or an IPv6
+            address (without zone), at most 253 characters.
+
+    Raises:
+        InvalidSession: A field cannot be used; the message names it, and does not hold the cookie.
+
+    Source: x2goserver 4.1.0.3, ``x2gostartagent`` and ``sanitizer('x2gosid')`` in ``X2Go/Utils.pm``.
+    """
+
+    name: str
+    cookie: str | None = field(default=None, repr=False)
+    graphics_port: int
+    display: int | None = None
+    agent_host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        _check_cookie(self.cookie)
+        _check_int("graphics_port", self.graphics_port, 1, _PORT_MAX)
+        if self.display is not None:
+            _check_int("display", self.display, 0, _DISPLAY_MAX)
+        _check_host(self.agent_host)
+        _check_free_of_cookie("name", self.name, self.cookie)
+        _check_free_of_cookie("agent_host", self.agent_host, self.cookie)
+
+
+class SessionStatus(StrEnum):
+    """What a server's database says of a session; it writes no other letter.
+
+    Source: ``x2gochangestatus`` and its callers, ``db_createsession`` in ``X2Go/Server/DB``.
+    """
+
+    RUNNING = "R"
+    SUSPENDED = "S"
+    FINISHED = "F"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedSession:
+    """One row of ``x2golistsessions``.
+
+    Args:
+        info: What a proxy needs of it. The graphics port of a suspended session is its last one; resuming
+            gives it another.
+        status: What the server's database says of it.
+        agent_pid: The agent's process id on the server, from 1.
+        server: The host name of the server that runs it.
+        created: When it was made, in the server's local time and its own words (``YYYY-MM-DDTHH:MM:SS``).
+        client: The address from which it was last used.
+        user: Whose it is; of a desktop that is shared, who asked for it.
+        sound_port: The server's port for sound, or None.
+        sshfs_port: The server's port for shared folders, or None.
+    """
+
+    info: SessionInfo
+    status: SessionStatus
+    agent_pid: int
+    server: str
+    created: str
+    client: str
+    user: str
+    sound_port: int | None = None
+    sshfs_port: int | None = None
+
+
+def parse_agent_output(text: str, *, agent_host: str = "127.0.0.1") -> SessionInfo:
+    """Read the session that ``x2gostartagent`` made.
+
+    Args:
+        text: Its standard output: display, cookie, agent pid, session name, graphics port, sound port and
+            file-sharing port, one a line; what follows is not read. Where that is empty, give its standard
+            error, and the exception tells what the server said.
+        agent_host: As in `SessionInfo`.
+
+    Raises:
+        InvalidSession: A line does not fit (the message names the field), or ``output`` is no session at all.
+
+    Source: the end of ``x2gostartagent``, its exits 8 (``ACCESS DENIED``) and 9 (``LIMIT``).
+    """
+    lines = [line.strip() for line in text.strip().split("\n")]
+    if len(lines) < _AGENT_LINES:
+        raise InvalidSession("output", _problem_of(lines))
+    display, cookie, agent_pid, name, graphics_port, sound_port, sshfs_port = lines[:_AGENT_LINES]
+    _number("agent_pid", agent_pid, 1, _PID_MAX)
+    _optional_port("sound_port", sound_port)
+    _optional_port("sshfs_port", sshfs_port)
+    return _session_info(name, cookie, graphics_port, display, agent_host)
+
+
+def parse_session_list(text: str, *, agent_host: str = "127.0.0.1") -> tuple[ListedSession, ...]:
+    """Read what ``x2golistsessions`` or ``x2golistshadowsessions`` prints.
+
+    A row without pid, cookie and graphics port is left out: the server has noted the session's name and not
+    yet, or never, started its agent. So are Perl's warnings about the locale, which the server merges into
+    the list.
+
+    Args:
+        text: Its standard output, one session a line, columns divided by ``|``: agent pid, name, display,
+            server, status, created, cookie, client, graphics port, sound port, last use, user, age,
+            file-sharing port; what follows is not read.
+        agent_host: As in `SessionInfo`, for every session in the list.
+
+    Returns:
+        The sessions in the server's order; none for an empty text.
+
+    Raises:
+        InvalidSession: A row does not fit; the message names the field and the line, counted from 1.
+
+    Source: ``x2golistsessions``, ``db_listsessions`` in ``X2Go/Server/DB/SQLite3.pm`` and ``PostgreSQL.pm``.
+    """
+    sessions = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        row = line.strip()
+        if not row or _LOCALE_WARNING.match(row):
+            continue
+        try:
+            session = _listed_session(row, agent_host)
+        except InvalidSession as error:
+            raise InvalidSession(error.field, f"line {number}: {error.problem}") from None
+        if session is not None:
+            sessions.append(session)
+    return tuple(sessions)
+
+
+def _listed_session(row: str, agent_host: str) -> ListedSession | None:
+    columns = [column.strip() for column in row.split("|")][:_LIST_COLUMNS]
+    if len(columns) < _LIST_COLUMNS:
+        raise InvalidSession("row", f"it has {len(columns)} of {_LIST_COLUMNS} columns: {_excerpt(columns[0])}.")
+    pid, name, display, server, status, created, cookie, client, graphics, sound, _, user, _, sshfs = columns
+    if not (pid or cookie or graphics):
+        return None
+    return ListedSession(
+        info=_session_info(name, cookie, graphics, display, agent_host),
+        status=_status(status),
+        agent_pid=_number("agent_pid", pid, 1, _PID_MAX),
+        server=_text("server", server, cookie),
+        created=_text("created", created, cookie),
+        client=_text("client", client, cookie),
+        user=_text("user", user, cookie),
+        sound_port=_optional_port("sound_port", sound),
+        sshfs_port=_optional_port("sshfs_port", sshfs),
+    )
+
+
+def _problem_of(lines: list[str]) -> str:
+    for word, problem in _REFUSALS.items():
+        if any(line.startswith(word) for line in lines):
+            return problem
+    if lines == [""]:
+        return "the server printed nothing. Its standard error may tell why."
+    return f"{len(lines)} of {_AGENT_LINES} lines came, and the first is {_excerpt(lines[0])}."
+
+
+def _session_info(name: str, cookie: str, graphics_port: str, display: str, agent_host: str) -> SessionInfo:
+    return SessionInfo(
+        name=name,
+        cookie=cookie,
+        graphics_port=_number("graphics_port", graphics_port, 1, _PORT_MAX),
+        display=_number("display", display, 0, _DISPLAY_MAX),
+        agent_host=agent_host,
+    )
+
+
+def _number(title: str, text: str, low: int, high: int) -> int:
+    # A pattern first: int()'s own error would carry the text, which may be a cookie in the wrong line.
+    if not _NUMBER.fullmatch(text):
+        raise InvalidSession(title, f"{_excerpt(text)} is not a number.")
+    number = int(text)
+    _check_int(title, number, low, high)
+    return number
+
+
+def _status(letter: str) -> SessionStatus:
+    if letter not in set(SessionStatus):
+        raise InvalidSession("status", f"{_excerpt(letter)} is none of {', '.join(SessionStatus)}.")
+    return SessionStatus(letter)
+
+
+def _text(title: str, text: str, cookie: str) -> str:
+    if not text.isprintable() or len(text) > _TEXT_MAX:
+        raise InvalidSession(title, f"it must be printable and at most {_TEXT_MAX} characters long.")
+    _check_free_of_cookie(title, text, cookie)
+    return text
+
+
+def _optional_port(title: str, text: str) -> int | None:
+    return None if text in {"", "-1"} else _number(title, text, 1, _PORT_MAX)
+
+
+def _excerpt(text: str) -> str:
+    """Shorten what a server sent so that it can be shown: printable, and without what looks like a cookie."""
+    harmless = "".join(char if char.isprintable() else "?" for char in text)
+    harmless = _SECRET_LIKE.sub("…", harmless)
+    return f"'{harmless[:_EXCERPT_MAX]}…'" if len(harmless) > _EXCERPT_MAX else f"'{harmless}'"
+
+
+def _check_str(title: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidSession(title, f"it must be a string, and it is of type {type(value).__name__}.")
+
+
+def _check_int(title: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, str):
+        raise InvalidSession(title, "it must be an integer, and it is a string: convert it with int() first.")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidSession(title, f"it must be an integer, and it is of type {type(value).__name__}.")
+    if not low <= value <= high:
+        raise InvalidSession(title, f"it must be from {low} to {high}.")
+
+
+def _check_name(value: str) -> None:
+    _check_str("name", value)
+    if not value:
+        raise InvalidSession("name", "it is empty.")
+    if len(value) > _NAME_MAX:
+        raise InvalidSession("name", f"it has {len(value)} characters, and {_NAME_MAX} are allowed.")
+    if bad := _NOT_IN_NAME.search(value):
+        raise InvalidSession("name", f"it holds {bad[0]!a}, and only ASCII letters, digits and . _ @ - are allowed.")
+    if not _NAME.fullmatch(value):
+        raise InvalidSession("name", f"it begins with {value[0]!a}; a letter, a digit or _ must come first.")
+    if ".." in value:
+        raise InvalidSession("name", "it holds '..', which could lead out of a directory.")
+
+
+def _check_cookie(value: str | None) -> None:
+    if value is None:
+        return
+    _check_str("cookie", value)
+    if not _COOKIE.fullmatch(value):
+        raise InvalidSession("cookie", f"it must be 32 hexadecimal digits, and it is {len(value)} characters long.")
+
+
+def _check_host(value: str) -> None:
+    _check_str("agent_host", value)
+    if not 0 < len(value) <= _HOST_MAX or not _is_host(value):
+        raise InvalidSession(
+            "agent_host", f"it must be a host name or an IP address of at most {_HOST_MAX} characters."
+        )
+
+
+def _is_host(value: str) -> bool:
+    if ":" in value or value.replace(".", "").isdecimal():
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            return False
+        return "%" not in value  # a zone can hold anything, and its number differs from machine to machine
+    return all(_HOST_LABEL.fullmatch(label) for label in value.removesuffix(".").split("."))
+
+
+def _check_free_of_cookie(title: str, value: str, cookie: str | None) -> None:
+    # A server could put the cookie where it would be shown.
+    if cookie is not None and cookie.lower() in value.lower():
+        raise InvalidSession(title, "it holds the session's cookie.")

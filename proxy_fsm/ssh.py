@@ -1,0 +1,301 @@
+"""Channels that cannot harm their transport, and the signs of life of a transport.
+
+This is the only module that knows paramiko's insides. What it touches beyond the public API, all of it checked
+by `tests/test_ssh.py` so that a paramiko that changes it fails there with its name:
+
+* ``Transport``: ``lock``, ``_channels`` (``put``, ``delete``), ``_next_channel``, ``channel_events``,
+  ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``packetizer``
+* ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``
+* ``Packetizer``: ``__sequence_number_in``
+
+Three things are done differently from ``Transport.open_channel`` and ``Channel.close``, for these reasons:
+
+* An open is a message and, later, its answer; nothing has to wait in between, an open that nobody wants any
+  more closes itself when it succeeds late, and each refusal is told to the open that it answers (paramiko has one
+  place for the last refusal, which two opens at once overwrite).
+* A channel's CLOSE is sent by the thread that used the channel, when it is done, and not by whichever thread
+  notices first. So data can never follow it, which OpenSSH answers by disconnecting everything
+  (paramiko issues 1115 and 1705), and the transport's own thread never waits for a key exchange that only
+  itself can finish (issue 822).
+* The end of a transport is told by the transport: it unlinks its channels, and one of them is ours.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
+
+import paramiko
+from paramiko.common import cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_OPEN
+from paramiko.message import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "ChannelOpening",
+    "ChannelRefused",
+    "EndWatch",
+    "OpenAbandoned",
+    "SafeChannel",
+    "TransportGone",
+    "fast_transport",
+    "packets_received",
+    "set_nodelay",
+]
+
+#: What this side is ready to take ahead of the reader, and in one message, in bytes.
+WINDOW_BYTES = 4 << 20
+PACKET_BYTES = 256 << 10
+
+#: OpenSSH's fastest ciphers that paramiko has; both authenticate what they encrypt.
+_FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+class ChannelRefused(Exception):  # noqa: N818 - an answer, not an error of this side
+    """The server refused to open a channel.
+
+    Attributes:
+        code: The reason's number (RFC 4254, 5.1): 1 administratively prohibited, 2 connect failed, 3 unknown
+            channel type, 4 resource shortage.
+    """
+
+    PROHIBITED = 1
+    CONNECT_FAILED = 2
+    UNKNOWN_TYPE = 3
+
+    def __init__(self, code: int, text: str) -> None:
+        self.code = code
+        super().__init__(text)
+
+
+class TransportGone(Exception):  # noqa: N818 - a fact, told to the thread that uses the channel
+    """The transport ended before the server answered."""
+
+
+class OpenAbandoned(Exception):  # noqa: N818 - this side's own wish
+    """The open was abandoned before the server answered."""
+
+
+class SafeChannel(paramiko.Channel):
+    """A channel whose CLOSE is sent once, by `send_close`, after its user has stopped sending.
+
+    ``close()`` and the server's CLOSE only mark it closed, which wakes whoever waits on it and never blocks.
+
+    Attributes:
+        ended: Set once the channel is closed from either side, or its transport is gone.
+        transport_ended: Whether the transport went away under it.
+    """
+
+    def __init__(self, chanid: int) -> None:
+        super().__init__(chanid)
+        self.ended = threading.Event()
+        self.transport_ended = False
+        self.opening: ChannelOpening | None = None
+        self._close_sent = threading.Lock()
+
+    def send_close(self) -> None:
+        """Send the CLOSE that is due, once; the first caller may block while the server takes nothing.
+
+        Call it when nothing more will be sent on this channel, from the thread that sent.
+        """
+        self.close()
+        if not self.active or not self._close_sent.acquire(blocking=False):
+            return
+        message = Message()
+        message.add_byte(cMSG_CHANNEL_CLOSE)
+        message.add_int(self.remote_chanid)
+        # A transport that is gone, or goes meanwhile, has no use for a CLOSE.
+        with suppress(paramiko.SSHException, OSError, EOFError):
+            cast("Any", self.transport)._send_user_message(message)  # noqa: SLF001
+
+    def _close_internal(self) -> tuple[None, None]:
+        if self.active and not self.closed:
+            self._set_closed()
+        return None, None
+
+    def _set_closed(self) -> None:
+        super()._set_closed()  # type: ignore[misc]
+        self.ended.set()
+
+    def _unlink(self) -> None:
+        self.transport_ended = True
+        super()._unlink()  # type: ignore[misc]
+        if self.opening is not None:
+            self.opening.set()
+
+
+class ChannelOpening:
+    """One request to open a channel, and its answer.
+
+    Args:
+        transport: An authenticated transport.
+        kind: ``"direct-tcpip"`` or ``"session"``.
+        destination: Host and port as the server knows them, for ``"direct-tcpip"``.
+    """
+
+    def __init__(self, transport: paramiko.Transport, kind: str, destination: tuple[str, int] | None = None) -> None:
+        self._transport = transport
+        self._kind = kind
+        self._destination = destination
+        self._lock = threading.Lock()
+        self._settled = threading.Event()
+        self._answer: SafeChannel | Exception | None = None
+        self._abandoned = False
+        self._channel: SafeChannel | None = None
+
+    def send(self) -> None:
+        """Send the request; this may block while the server takes nothing, or keys are exchanged.
+
+        Raises:
+            TransportGone: The transport has ended.
+        """
+        transport = cast("Any", self._transport)
+        message = Message()
+        with transport.lock:
+            number = transport._next_channel()  # noqa: SLF001
+            channel = self._channel = SafeChannel(number)
+            channel.opening = self
+            channel._set_transport(transport)  # type: ignore[attr-defined]  # noqa: SLF001
+            channel._set_window(WINDOW_BYTES, PACKET_BYTES)  # type: ignore[attr-defined]  # noqa: SLF001
+            transport._channels.put(number, channel)  # noqa: SLF001
+            # The transport calls set() on this when the answer has come, or when it ends.
+            transport.channel_events[number] = self
+            transport.channels_seen[number] = True
+        message.add_byte(cMSG_CHANNEL_OPEN)
+        message.add_string(self._kind)
+        message.add_int(number)
+        message.add_int(WINDOW_BYTES)
+        message.add_int(PACKET_BYTES)
+        if self._destination is not None:
+            message.add_string(self._destination[0])
+            message.add_int(self._destination[1])
+            message.add_string("127.0.0.1")
+            message.add_int(0)
+        try:
+            transport._send_user_message(message)  # noqa: SLF001
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            self._settle(TransportGone(str(error)))
+        if not transport.is_active():
+            self._settle(TransportGone("The SSH transport is not active."))
+
+    def wait(self) -> SafeChannel:
+        """Wait for the answer, however long it takes, and return the channel, which is the caller's from then on.
+
+        Raises:
+            ChannelRefused: The server refused.
+            TransportGone: The transport ended.
+            OpenAbandoned: `abandon` was called meanwhile.
+        """
+        self._settled.wait()
+        with self._lock:
+            answer, self._answer = self._answer, None
+        if isinstance(answer, SafeChannel):
+            return answer
+        raise answer or OpenAbandoned("The open was abandoned.")
+
+    def abandon(self) -> None:
+        """Give the open up: `wait` raises at once, and a channel that opens after all is closed."""
+        with self._lock:
+            self._abandoned = True
+            answer, self._answer = self._answer, None
+            self._settled.set()
+        if isinstance(answer, SafeChannel):
+            _discard(answer)
+
+    def set(self) -> None:
+        """Take the answer, on the transport's thread: paramiko takes this object for an event."""
+        channel = self._channel
+        if channel is None:
+            return
+        if channel.active and not channel.transport_ended:
+            self._settle(channel)
+        elif channel.transport_ended or not self._transport.is_active():
+            self._settle(TransportGone("The SSH transport ended."))
+        else:
+            # Saved just before, by this thread and under its lock, for this very refusal; taken as open_channel does.
+            transport = cast("Any", self._transport)
+            refusal, transport.saved_exception = transport.saved_exception, None
+            code, text = (refusal.code, refusal.text) if isinstance(refusal, paramiko.ChannelException) else (0, "")
+            self._settle(ChannelRefused(code, text or "The server refused the channel."))
+
+    def _settle(self, answer: SafeChannel | Exception) -> None:
+        with self._lock:
+            if not self._settled.is_set():
+                self._answer = answer
+                self._settled.set()
+                return
+        if self._abandoned and isinstance(answer, SafeChannel):
+            _discard(answer)
+
+
+def _discard(channel: SafeChannel) -> None:
+    """Close a channel that nobody uses, on a thread of its own since sending may block."""
+    threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
+
+
+class EndWatch:
+    """Calls back once when a transport ends, at once where it has ended; the call must be short.
+
+    It costs no thread: the transport unlinks its channels when it ends, and this is one of them.
+    """
+
+    def __init__(self, transport: paramiko.Transport, callback: Callable[[], None]) -> None:
+        self._transport = cast("Any", transport)
+        with self._transport.lock:
+            number = self._transport._next_channel()  # noqa: SLF001
+            self._sentinel = _Sentinel(number, callback)
+            self._transport._channels.put(number, self._sentinel)  # noqa: SLF001
+        if not transport.is_active():
+            self._sentinel._unlink()  # noqa: SLF001
+
+    def cancel(self) -> None:
+        """Call back no more."""
+        self._sentinel.callback = None
+        self._transport._channels.delete(self._sentinel.chanid)  # noqa: SLF001
+
+
+class _Sentinel(paramiko.Channel):
+    def __init__(self, chanid: int, callback: Callable[[], None]) -> None:
+        super().__init__(chanid)
+        self.callback: Callable[[], None] | None = callback
+
+    def _unlink(self) -> None:
+        callback, self.callback = self.callback, None
+        if callback is not None:
+            callback()
+
+
+def packets_received(transport: paramiko.Transport) -> int:
+    """Return a number that changes whenever a packet has come from the server."""
+    return cast("int", cast("Any", transport.packetizer)._Packetizer__sequence_number_in)  # noqa: SLF001
+
+
+def set_nodelay(transport: paramiko.Transport) -> None:
+    """Have the transport send small messages at once; a no-op where it does not run over TCP.
+
+    Source: paramiko never sets it; opening a channel then takes 40 ms instead of less than one.
+    """
+    sock = transport.sock
+    if isinstance(sock, socket.socket) and sock.family in {socket.AF_INET, socket.AF_INET6}:
+        with suppress(OSError):  # it is closed: others will tell
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def fast_transport(sock: Any, **kwargs: Any) -> paramiko.Transport:
+    """Make a transport set up for speed: AES-GCM first, TCP_NODELAY set.
+
+    Pass it as ``SSHClient.connect(transport_factory=fast_transport)``.
+
+    Args:
+        sock: A connected socket, or what else ``paramiko.Transport`` takes.
+        kwargs: Passed on to ``paramiko.Transport``.
+    """
+    transport = paramiko.Transport(sock, **kwargs)
+    options = transport.get_security_options()
+    fast = [cipher for cipher in _FAST_CIPHERS if cipher in options.ciphers]
+    options.ciphers = (*fast, *(cipher for cipher in options.ciphers if cipher not in fast))
+    set_nodelay(transport)
+    return transport

@@ -1,0 +1,304 @@
+"""Proxy programs whose every move a test writes down.
+
+::
+
+    script = ScriptedProxy([connect(), say("Info: Established X server connection."), wait_eof()])
+    script.command          # an argument vector, for a CommandBackend: [*script.command, "{host}::{port}"]
+    script.install(path)    # an executable file, to be found as nxproxy
+
+A program is a few lines of Python in an interpreter without site-packages, up within some 15 ms. It does one
+step after the other, ends with status 0 after the last one, and is not left waiting: `Gate` lets a test say when
+it may go on, without sleeping on either side. Its source holds no braces, so that it survives ``str.format``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+__all__ = [
+    "Gate",
+    "ScriptedProxy",
+    "Step",
+    "connect",
+    "die_by",
+    "exit_with",
+    "fork_holding_output",
+    "half_close",
+    "ignore",
+    "install",
+    "on_signal",
+    "pause",
+    "print_cookie",
+    "record_call",
+    "say",
+    "send",
+    "wait_bytes",
+    "wait_eof",
+    "wait_file",
+]
+
+_PRELUDE = """\
+import os, signal, sys
+connection = None
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+def cookie():
+    return os.environ.get("NX_DISPLAY", "").partition("cookie=")[2].partition(",")[0].partition(":")[0]
+def address():
+    words = [word for word in sys.argv[1:] if word and word[0] != "-"]
+    options = os.environ.get("NX_DISPLAY", "").rpartition(":")[0].split(",")
+    if not words:
+        known = dict(option.split("=", 1) for option in options if "=" in option)
+        words = [known["connect"]] + [known["port"] for key in known if key == "port"]
+    if len(words) == 1 and "/" not in words[0]:
+        words = words[0].rsplit(":", 1)
+    return words[0].removeprefix("unix:") if len(words) == 1 else (words[0].rstrip(":"), int(words[1]))
+def join(place):
+    import socket
+    place = place or address()
+    joined = socket.socket(socket.AF_UNIX if isinstance(place, str) else socket.AF_INET)
+    joined.connect(place)
+    return joined
+def hold(seconds):
+    if connection is not None:
+        connection.close()
+    signal.alarm(seconds)
+    signal.pause()
+"""
+
+_HOLDING_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a scripted program.
+
+    Attributes:
+        source: Its Python source, lines at the outermost level.
+    """
+
+    source: str
+
+
+class ScriptedProxy:
+    """A program that does the given steps.
+
+    Attributes:
+        source: The program, as Python source.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.source = _PRELUDE + "".join(f"{step.source}\n" for step in steps)
+
+    @property
+    def command(self) -> list[str]:
+        """The argument vector that runs it; what a backend adds to it the program takes for its address."""
+        return [sys.executable, "-I", "-S", "-c", self.source]
+
+    def install(self, path: Path) -> Path:
+        """Write it as an executable file.
+
+        Args:
+            path: The file to write.
+
+        Returns:
+            The path.
+        """
+        return install(path, self.command)
+
+
+class Gate:
+    """Something that a scripted program waits for with `wait_file`, and that a test opens.
+
+    Attributes:
+        path: The FIFO by which they meet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Make the gate, closed.
+
+        Args:
+            path: Where to make the FIFO.
+        """
+        self.path = path
+        os.mkfifo(path, 0o600)
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # both ways: then it keeps what is written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+        self.path.unlink()
+
+    def open(self) -> None:
+        """Let one program, waiting now or later, pass once."""
+        os.write(self._fd, b"!")
+
+
+def install(path: Path, command: Sequence[str]) -> Path:
+    """Write an executable file that runs a command line, with the arguments that it is given added.
+
+    Args:
+        path: The file to write.
+        command: The command line, as of `ScriptedProxy.command` or `standins.command`.
+
+    Returns:
+        The path.
+    """
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
+    path.chmod(0o700)
+    return path
+
+
+def say(text: str, stream: Literal["stdout", "stderr"] = "stderr") -> Step:
+    """Print a line, at once.
+
+    Args:
+        text: The line, without its end.
+        stream: Where to.
+    """
+    return Step(f"print({_literal(text)}, file=sys.{stream}, flush=True)")
+
+
+def print_cookie(stream: Literal["stdout", "stderr"] = "stderr") -> Step:
+    """Print the cookie of ``NX_DISPLAY``, as a peer can make nxproxy do.
+
+    Args:
+        stream: Where to.
+    """
+    return Step(f'print("cookie=" + cookie(), file=sys.{stream}, flush=True)')
+
+
+def record_call(path: Path) -> Step:
+    """Write how the program was called, as JSON: ``argv``, ``cwd``, ``environ``, ``sid``, ``core_limit``.
+
+    Args:
+        path: The file to write; it appears complete.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    return Step(
+        "import json, resource\n"
+        f"with open({_literal(str(partial))}, 'w') as record:\n"
+        "    json.dump(dict(argv=sys.argv, cwd=os.getcwd(), environ=dict(os.environ), sid=os.getsid(0),\n"
+        "        core_limit=resource.getrlimit(resource.RLIMIT_CORE)), record)\n"
+        f"os.rename({_literal(str(partial))}, {_literal(str(path))})"
+    )
+
+
+def connect(address: str | tuple[str, int] | None = None) -> Step:
+    """Connect to the agent, as it were.
+
+    Args:
+        address: A path or a host and port. By default what the program's arguments say (``HOST PORT``,
+            ``HOST:PORT``, ``HOST::PORT`` or a path), and without any what ``NX_DISPLAY`` says.
+    """
+    return Step(f"connection = join({_literal(address)})")
+
+
+def send(data: bytes) -> Step:
+    """Send bytes over the connection.
+
+    Args:
+        data: The bytes.
+    """
+    return Step(f"connection.sendall({_literal(data)})")
+
+
+def wait_bytes(count: int) -> Step:
+    """Wait until so many bytes came over the connection.
+
+    Args:
+        count: How many; they are read and forgotten.
+    """
+    return Step(f"connection.recv({count}, 256)  # MSG_WAITALL")
+
+
+def half_close() -> Step:
+    """Send an end of file over the connection, and keep reading."""
+    return Step("connection.shutdown(1)  # SHUT_WR")
+
+
+def wait_eof() -> Step:
+    """Read and forget everything until the connection ends."""
+    return Step("while connection.recv(65536): pass")
+
+
+def wait_file(path: Path) -> Step:
+    """Wait at a `Gate`, or at any other FIFO until something is written into it.
+
+    Args:
+        path: The FIFO's path.
+    """
+    return Step(f"with open({_literal(str(path))}, 'rb', 0) as gate: gate.read(1)")
+
+
+def ignore(*signals: signal.Signals) -> Step:
+    """Ignore signals from here on.
+
+    Args:
+        signals: Which; SIGTERM, when none is given.
+    """
+    numbers = signals or (signal.SIGTERM,)
+    return Step("\n".join(f"signal.signal({number:d}, signal.SIG_IGN)" for number in numbers))
+
+
+def on_signal(number: signal.Signals, steps: Sequence[Step]) -> Step:
+    """Do other steps when a signal comes, in the midst of whatever goes on then.
+
+    Args:
+        number: The signal.
+        steps: What to do; afterwards it goes on where it was, unless they end it.
+    """
+    name = f"handle_{number:d}"
+    body = "".join(f"    {line}\n" for step in steps for line in step.source.splitlines())
+    return Step(f"def {name}(*_):\n    global connection\n{body}signal.signal({number:d}, {name})")
+
+
+def fork_holding_output() -> Step:
+    """Start a child that keeps standard output and error open, says ``child PID`` there, and does nothing.
+
+    It ends by itself after a minute; a test that is through with it kills it.
+    """
+    return Step(
+        f'child = os.fork()\nif child == 0: hold({_HOLDING_S})\nprint("child", child, file=sys.stderr, flush=True)'
+    )
+
+
+def pause() -> Step:
+    """Do nothing until killed by a signal, or ended by `on_signal`."""
+    return Step("while True: signal.pause()")
+
+
+def exit_with(status: int) -> Step:
+    """End at once.
+
+    Args:
+        status: The exit status.
+    """
+    return Step(f"os._exit({status})")
+
+
+def die_by(number: signal.Signals) -> Step:
+    """End by a signal.
+
+    Args:
+        number: The signal; SIGSEGV for a crash.
+    """
+    return Step(f"os.kill(os.getpid(), {number:d})")
+
+
+def _literal(value: object) -> str:
+    r"""Return Python source for a value, its braces written ``\x7b`` and ``\x7d``."""
+    return repr(value).replace("{", r"\x7b").replace("}", r"\x7d")

@@ -1,0 +1,563 @@
+"""Is there an X server, and does it let us in.
+
+`open_display` answers that once, by a connection set-up with the user's cookie; `DisplayWatch` keeps the
+connection, so that its end tells within milliseconds that the X server went away.
+
+Source: X Window System Protocol, "Connection Setup" and appendix B; Xsecurity(7); ``Xau.h`` of libXau;
+``xcb_util.c`` and ``xcb_auth.c`` of libxcb.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from proxy_fsm.errors import ProxyFsmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+__all__ = [
+    "DisplayError",
+    "DisplayErrorKind",
+    "DisplayName",
+    "DisplayWatch",
+    "find_authorisation",
+    "open_display",
+]
+
+DisplayErrorKind = Literal["unset", "malformed", "absent", "refused", "silent"]
+
+_SOCKET_DIRECTORY = "/tmp/.X11-unix"  # noqa: S108 - where X servers are found
+_TCP_BASE_PORT = 6000
+_DISPLAY_MAX = 65_535 - _TCP_BASE_PORT
+_COOKIE_NAME = b"MIT-MAGIC-COOKIE-1"
+_XAUTHORITY_MAX_BYTES = 2**20
+_SHOWN_MAX = 200
+
+_FAMILY_INTERNET = 0
+_FAMILY_INTERNET6 = 6
+_FAMILY_LOCAL = 256
+_FAMILY_WILD = 65_535
+
+_REFUSED, _ACCEPTED, _AUTHENTICATE = 0, 1, 2
+
+# An X server whose last client leaves starts anew, and may hang up on whoever connects in these 50 ms.
+_PAUSES_AFTER_HANG_UP_S = (0.01, 0.02, 0.04, 0.08, 0.16)
+# One that accepts us and hangs up at once, again and again, is of no use to a proxy either.
+_SHORT_LIFE_S = 1.0
+_SHORT_LIVES_MAX = 5
+
+_DISPLAY = re.compile(
+    r"(?:(?P<protocol>[a-z0-9]+)/)?(?P<host>\[[^\[\]]+\]|[^/\[\]\s]*):(?P<number>\d{1,5})(?:\.(?P<screen>\d{1,5}))?",
+    re.ASCII,
+)
+_DISPLAY_PATH = re.compile(r"(?P<path>/.*:(?P<number>\d{1,5}))(?:\.(?P<screen>\d{1,5}))?", re.ASCII)
+_LOCAL_PROTOCOLS = {"unix", "local"}
+_TCP_PROTOCOLS = {"tcp", "inet", "inet6"}
+
+_HANG_UPS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+
+_SET_DISPLAY = "Set DISPLAY to the X server that shall show the session, for example :0."
+_HINTS: dict[DisplayErrorKind, str] = {
+    "unset": _SET_DISPLAY,
+    "malformed": _SET_DISPLAY,
+    "absent": "Start the X server, or set DISPLAY to one that runs.",
+    "refused": "Set XAUTHORITY to the file with the X server's cookie, and compare with 'xauth list'.",
+    "silent": "See whether the X server, or the connection that DISPLAY leads through, hangs.",
+}
+
+
+class DisplayError(ProxyFsmError):
+    """There is no X server that lets us in.
+
+    Attributes:
+        kind: ``unset`` (no DISPLAY), ``malformed`` (DISPLAY cannot be read), ``absent`` (no X server there),
+            ``refused`` (it does not let us in) or ``silent`` (it did not answer in time).
+        detail: One sentence for a person: what happened.
+        hint: What to do about it.
+    """
+
+    def __init__(self, kind: DisplayErrorKind, detail: str, hint: str) -> None:
+        self.kind = kind
+        self.detail = detail
+        self.hint = hint
+        super().__init__(f"{detail} {hint}")
+
+    def __reduce__(self) -> tuple[type[DisplayError], tuple[DisplayErrorKind, str, str]]:
+        return type(self), (self.kind, self.detail, self.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class DisplayName:
+    """Where DISPLAY leads.
+
+    Args:
+        number: The display's number, 0 to 59535.
+        host: The host to reach by TCP; None for a local socket.
+        screen: The screen's number.
+        path: The local socket, where DISPLAY names one (macOS); None for the usual place.
+    """
+
+    number: int
+    host: str | None = None
+    screen: int = 0
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DisplayName:
+        """Read a value of DISPLAY, such as ``:0``, ``host:10.0``, ``[::1]:0``, ``tcp/host:0``, ``/path:0``.
+
+        Raises:
+            DisplayError: It is none of these (``malformed``).
+
+        Source: X(7), "Display names"; ``_xcb_parse_display`` of libxcb.
+        """
+        if not text.isprintable():
+            raise _malformed(text)
+        path = text.removeprefix("unix:")
+        if path.startswith("/"):
+            return cls._of_path(path)
+        match = _DISPLAY.fullmatch(text)
+        if match is None or int(match["number"]) > _DISPLAY_MAX:
+            raise _malformed(text)
+        host, protocol = match["host"].strip("[]"), match["protocol"]
+        if ":" in host and _ip_address(host) is None:  # such as DECnet's host::0
+            raise _malformed(text)
+        if protocol not in {None, *_LOCAL_PROTOCOLS, *_TCP_PROTOCOLS}:
+            raise _malformed(text)
+        local = protocol in _LOCAL_PROTOCOLS or (protocol is None and host in {"", "unix"})
+        return cls(
+            number=int(match["number"]),
+            host=None if local else host or "localhost",
+            screen=int(match["screen"] or 0),
+        )
+
+    @classmethod
+    def _of_path(cls, path: str) -> DisplayName:
+        match = _DISPLAY_PATH.fullmatch(path)
+        if match is None:
+            return cls(number=0, path=path)
+        return cls(number=int(match["number"]), path=match["path"], screen=int(match["screen"] or 0))
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return self.path
+        host = f"[{self.host}]" if self.host and ":" in self.host else self.host or ""
+        return f"{host}:{self.number}"
+
+
+def find_authorisation(
+    display: DisplayName, xauthority_path: Path | None, *, peer: str | None = None
+) -> tuple[bytes, bytes]:
+    """Find what to show to an X server, in a file that xauth wrote.
+
+    A file that is missing or cannot be read holds nothing; one that is cut short or malformed holds what
+    comes before that place.
+
+    Args:
+        display: The display to be opened.
+        xauthority_path: The file, or None for no file.
+        peer: The address that the display's host has, as text; None where it is known from ``display`` alone.
+
+    Returns:
+        Name and data of the authorisation, MIT-MAGIC-COOKIE-1 where the file has one; both empty for none.
+
+    Source: ``XauReadAuth`` and ``XauGetBestAuthByAddr`` of libXau; ``get_authptr`` of libxcb for the rule
+        that a loopback address counts as local.
+    """
+    family, address = _family_and_address(peer or display.host)
+    number = str(display.number).encode()
+    fitting = [
+        (entry.name, entry.data)
+        for entry in _read_entries(xauthority_path)
+        if (entry.family == _FAMILY_WILD or (entry.family, entry.address) == (family, address))
+        and entry.number in {b"", number}
+    ]
+    cookies = [pair for pair in fitting if pair[0] == _COOKIE_NAME]
+    return next(iter(cookies + fitting), (b"", b""))
+
+
+def open_display(environ: Mapping[str, str], *, timeout_s: float) -> socket.socket:
+    """Connect to the X server of DISPLAY as a client does, and return the connection.
+
+    Args:
+        environ: Where DISPLAY, XAUTHORITY and HOME are looked up.
+        timeout_s: How long all of it may take, in seconds; looking up a remote name may take longer.
+
+    Returns:
+        A blocking socket on which the connection set-up is done; closing it is the caller's.
+
+    Raises:
+        DisplayError: There is no X server that lets us in; ``kind`` tells which way.
+    """
+    return _open(environ, timeout_s, _Holder())
+
+
+class DisplayWatch:
+    """Keeps a connection to the X server and tells when the server is gone.
+
+    The end of the connection alone does not prove that: a second connection is tried first. While that is
+    under way `suspect` is true. Callbacks come on the watch's own thread, must be short, and must not wait
+    for another thread that calls `close`; none comes after `close` returned.
+
+    Args:
+        environ: As in `open_display`.
+        on_lost: Called once, with a sentence for a person, when the X server is gone.
+        timeout_s: How long one connection may take, in seconds.
+        on_restored: Called whenever a suspicion proved wrong.
+
+    Attributes:
+        suspect: Whether the connection ended and it is not yet known why; stays true when the server is gone.
+    """
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        on_lost: Callable[[str], None],
+        *,
+        timeout_s: float,
+        on_restored: Callable[[], None] | None = None,
+    ) -> None:
+        self.suspect = False
+        self._environ = dict(environ)
+        self._on_lost = on_lost
+        self._on_restored = on_restored
+        self._timeout_s = timeout_s
+        self._holder = _Holder()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Connect; returns without a connection when `close` came meanwhile.
+
+        Raises:
+            DisplayError: There is no X server that lets us in.
+            RuntimeError: It is open already.
+        """
+        if self._holder.sock is not None or self._thread is not None:
+            raise RuntimeError("A display watch is opened once.")
+        with contextlib.suppress(_Shut), self._holder.in_use():
+            _open(self._environ, self._timeout_s, self._holder)
+
+    def start(self) -> None:
+        """Begin to watch; does nothing after `close`.
+
+        Raises:
+            RuntimeError: It is not open, or started already.
+        """
+        with self._holder.lock:
+            if self._holder.shut:
+                return
+            if self._holder.sock is None or self._thread is not None:
+                raise RuntimeError("A display watch is opened once and then started once.")
+            thread = threading.Thread(target=self._run, name="proxy_fsm-display", daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def close(self) -> None:
+        """End the watch; from any thread, any number of times. The thread ends at once: see `join`."""
+        self._holder.shut_down()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the watch's thread is gone.
+
+        Args:
+            timeout: In seconds; None waits without end.
+
+        Returns:
+            Whether it is gone.
+        """
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            with contextlib.suppress(_Shut), self._holder.in_use():
+                self._watch()
+        finally:
+            self._holder.drop()
+
+    def _watch(self) -> None:
+        short_lives = 0
+        while True:
+            since = time.monotonic()
+            self._read_until_end()
+            short_lives = short_lives + 1 if time.monotonic() - since < _SHORT_LIFE_S else 0
+            with self._holder.unless_shut():
+                self.suspect = True
+            try:
+                self._reopen(short_lives)
+            except DisplayError as error:
+                with self._holder.unless_shut():
+                    self._on_lost(error.detail)
+                return
+            with self._holder.unless_shut():
+                self.suspect = False
+                if self._on_restored is not None:
+                    self._on_restored()
+
+    def _read_until_end(self) -> None:
+        sock = self._holder.sock
+        buffer = bytearray(4096)
+        with contextlib.suppress(OSError):
+            while sock is not None and sock.recv_into(buffer):
+                pass
+
+    def _reopen(self, short_lives: int) -> None:
+        self._holder.drop()
+        if short_lives > _SHORT_LIVES_MAX:
+            raise _error("absent", "The X server lets us in and hangs up at once.")
+        _open(self._environ, self._timeout_s, self._holder)
+
+
+class _Shut(Exception):  # noqa: N818 - no error: the owner wants no connection any more
+    pass
+
+
+class _Holder:
+    """The one place where a connection's socket is kept, so that another thread can shut it down.
+
+    While it is in use by a thread, that thread alone closes the socket: a descriptor closed under a reader
+    could meanwhile be another file's.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.sock: socket.socket | None = None
+        self.shut = False
+        self._users = 0
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        with self.lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._users -= 1
+                if self.shut:
+                    self.drop()
+
+    @contextlib.contextmanager
+    def unless_shut(self) -> Iterator[None]:
+        with self.lock:
+            if self.shut:
+                raise _Shut
+            yield
+
+    def hold(self, sock: socket.socket) -> None:
+        with self.lock:
+            self.sock = sock
+            if self.shut:
+                raise _Shut
+
+    def drop(self) -> None:
+        with self.lock:
+            if self.sock is not None:
+                self.sock.close()
+                self.sock = None
+
+    def shut_down(self) -> None:
+        with self.lock:
+            self.shut = True
+            if self.sock is not None:
+                with contextlib.suppress(OSError):  # the server may have ended it
+                    self.sock.shutdown(socket.SHUT_RDWR)
+            if not self._users:
+                self.drop()
+
+
+class _Entry(NamedTuple):
+    family: int
+    address: bytes
+    number: bytes
+    name: bytes
+    data: bytes
+
+
+def _open(environ: Mapping[str, str], timeout_s: float, holder: _Holder) -> socket.socket:
+    text = environ.get("DISPLAY")
+    if not text:
+        raise _error("unset", "DISPLAY is not set.")
+    display = DisplayName.parse(text)
+    deadline = time.monotonic() + timeout_s
+    with _as_display_error(display, timeout_s), _dropping(holder):
+        for pause_s in _PAUSES_AFTER_HANG_UP_S:
+            with contextlib.suppress(*_HANG_UPS):
+                return _attempt(display, environ, deadline, holder)
+            holder.drop()
+            time.sleep(min(pause_s, _left_s(deadline)))
+        return _attempt(display, environ, deadline, holder)
+
+
+def _attempt(display: DisplayName, environ: Mapping[str, str], deadline: float, holder: _Holder) -> socket.socket:
+    sock = _connect(display, deadline, holder)
+    peer = None if display.host is None else sock.getpeername()[0]
+    name, data = find_authorisation(display, _xauthority_path(environ), peer=peer)
+    set_up = struct.pack("<cxHHHHxx", b"l", 11, 0, len(name), len(data)) + _padded(name) + _padded(data)
+    sock.settimeout(_left_s(deadline))
+    sock.sendall(set_up)
+    status, reason_bytes, length = struct.unpack("<BB4xH", _receive(sock, 8, deadline))
+    if status not in {_REFUSED, _ACCEPTED, _AUTHENTICATE}:
+        raise _error("absent", f"What answers at {_shown(str(display))} is no X server.")
+    body = _receive(sock, length * 4, deadline)
+    if status != _ACCEPTED:
+        reason = _reason(body[:reason_bytes] if status == _REFUSED else body, data)
+        raise _error("refused", f"The X server at {_shown(str(display))} does not let us in: {reason}.")
+    sock.settimeout(None)
+    return sock
+
+
+def _connect(display: DisplayName, deadline: float, holder: _Holder) -> socket.socket:
+    failure = OSError("it has no address")
+    for family, address in _addresses(display):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        holder.hold(sock)
+        sock.settimeout(_left_s(deadline))
+        try:
+            sock.connect(address)
+        except OSError as error:
+            holder.drop()
+            failure = error
+        else:
+            return sock
+    raise failure
+
+
+def _addresses(display: DisplayName) -> Iterator[tuple[int, Any]]:
+    if display.path is not None:
+        yield socket.AF_UNIX, display.path
+    elif display.host is None and hasattr(socket, "AF_UNIX"):
+        path = f"{_SOCKET_DIRECTORY}/X{display.number}"
+        if sys.platform == "linux":
+            yield socket.AF_UNIX, f"\0{path}"
+        yield socket.AF_UNIX, path
+    else:
+        host, port = display.host or "localhost", _TCP_BASE_PORT + display.number
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            yield family, address
+
+
+@contextlib.contextmanager
+def _as_display_error(display: DisplayName, timeout_s: float) -> Iterator[None]:
+    where = _shown(str(display))
+    try:
+        yield
+    except (TimeoutError, BlockingIOError):  # the latter: its queue of connections is full
+        raise _error("silent", f"The X server at {where} did not answer within {timeout_s:g} s.") from None
+    except _HANG_UPS:
+        raise _error("absent", f"The X server at {where} hung up before it had answered.") from None
+    except PermissionError as error:
+        raise _error("refused", f"The X server at {where} is closed to us: {error.strerror}.") from None
+    except OSError as error:
+        raise _error("absent", f"There is no X server at {where}: {error.strerror or error}.") from None
+    except UnicodeError:  # no host can have that name
+        raise _malformed(str(display)) from None
+
+
+@contextlib.contextmanager
+def _dropping(holder: _Holder) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        holder.drop()
+        raise
+
+
+def _receive(sock: socket.socket, count: int, deadline: float) -> bytes:
+    received = bytearray()
+    while len(received) < count:
+        sock.settimeout(_left_s(deadline))
+        data = sock.recv(count - len(received))
+        if not data:
+            raise ConnectionResetError
+        received += data
+    return bytes(received)
+
+
+def _left_s(deadline: float) -> float:
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def _xauthority_path(environ: Mapping[str, str]) -> Path | None:
+    if path := environ.get("XAUTHORITY"):
+        return Path(path)
+    home = environ.get("HOME")
+    return Path(home, ".Xauthority") if home else None
+
+
+def _read_entries(path: Path | None) -> Iterator[_Entry]:
+    try:
+        if path is None or not path.is_file():  # a FIFO would block
+            return
+        with path.open("rb") as file:
+            data = memoryview(file.read(_XAUTHORITY_MAX_BYTES))
+    except (OSError, ValueError):  # the latter: a NUL in the path
+        return
+    with contextlib.suppress(struct.error):  # cut short
+        while data:
+            (family,) = struct.unpack_from(">H", data)
+            data = data[2:]
+            fields = []
+            for _ in range(4):
+                (size,) = struct.unpack_from(">H", data)
+                (field,) = struct.unpack_from(f"{size}s", data, 2)
+                data = data[2 + size :]
+                fields.append(field)
+            yield _Entry(family, *fields)
+
+
+def _family_and_address(host: str | None) -> tuple[int, bytes]:
+    address = _ip_address(host or "")
+    if host in {None, "localhost"} or (address is not None and address.is_loopback):
+        return _FAMILY_LOCAL, socket.gethostname().encode()
+    if address is None:
+        return _FAMILY_WILD, b""  # a name whose address is not known: only what fits every host fits it
+    family = _FAMILY_INTERNET if isinstance(address, ipaddress.IPv4Address) else _FAMILY_INTERNET6
+    return family, address.packed
+
+
+def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _error(kind: DisplayErrorKind, detail: str) -> DisplayError:
+    return DisplayError(kind, detail, _HINTS[kind])
+
+
+def _malformed(text: str) -> DisplayError:
+    return _error("malformed", f"DISPLAY cannot be read: '{_shown(text)}'.")
+
+
+def _reason(text: bytes, secret: bytes) -> str:
+    if secret:
+        text = re.sub(rb"(?i:%s)|%s" % (secret.hex().encode(), re.escape(secret)), b"***", text)
+    return _shown(text.decode("latin-1").strip("\0 \n.")) or "it gave no reason"
+
+
+def _shown(text: str) -> str:
+    """Make a text harmless to show: printable, and not long."""
+    return "".join(char if char.isprintable() else "?" for char in text[:_SHOWN_MAX])

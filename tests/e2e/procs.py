@@ -1,0 +1,132 @@
+"""Small things that the harness needs to wait for processes, and to end its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable, Iterable
+
+T = TypeVar("T")
+
+PROGRAMS = (
+    *("sshd", "x2gostartagent", "x2golistsessions", "nxagent", "nxproxy"),
+    *("Xvfb", "xauth", "xterm", "xwd", "xwininfo", "useradd", "usermod"),
+)
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LISTENING = "0A"  # the state of a socket in /proc/net/tcp
+
+
+def program(name: str) -> str | None:
+    """Find `name` also in the administrator's directories, which not every PATH holds."""
+    return shutil.which(name, path=SYSTEM_PATH)
+
+
+def missing_programs() -> list[str]:
+    """Name what real sessions need and this machine lacks; "root" stands for not being root."""
+    missing = [name for name in PROGRAMS if program(name) is None]
+    return missing if os.geteuid() == 0 else [*missing, "root"]
+
+
+def eventually(predicate: Callable[[], T | None], timeout_s: float, interval_s: float = 0.02) -> T:
+    """Wait until `predicate` gives something true, and return it.
+
+    Raises:
+        TimeoutError: it did not within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        result = predicate()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing true within {timeout_s} s; the last result was {result!r}")
+        time.sleep(interval_s)
+
+
+def alive(pid: int) -> bool:
+    """Tell whether process `pid` runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def program_name(pid: int) -> str:
+    """Give the name of the program that process `pid` runs, "" when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def command_line(pid: int) -> str:
+    """Give the command line of process `pid`, or the title it gave itself; "" when it is gone."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" "))
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """List the children of `pid`, their children and so on, parents first."""
+    found: list[int] = []
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, listing.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def processes_of(uid: int) -> list[int]:
+    """List the processes that belong to user `uid`, zombies left out."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if directory.stat().st_uid == uid and alive(int(directory.name)):
+                found.append(int(directory.name))
+    return found
+
+
+def send_signal(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal to each of `pids`; those that are gone do not matter."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _sockets() -> list[list[str]]:
+    lines: list[str] = []
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError):
+            lines += Path("/proc/net", name).read_text().splitlines()[1:]
+    return [line.split() for line in lines]
+
+
+def is_listening(port: int) -> bool:
+    """Tell whether something on this machine listens on TCP `port`, without connecting to it."""
+    return any(row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port for row in _sockets())
+
+
+def holders(local_port: int, remote_port: int, pids: Iterable[int]) -> list[int]:
+    """List those of `pids` that hold the TCP connection from `local_port` to `remote_port`."""
+    inodes = {
+        f"socket:[{row[9]}]"
+        for row in _sockets()
+        if [int(end.rpartition(":")[2], 16) for end in row[1:3]] == [local_port, remote_port]
+    }
+    return [pid for pid in pids if inodes & _open_files(pid)]
+
+
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            found.add(str(link.readlink()))
+    return found

@@ -1,0 +1,213 @@
+"""The harness itself: a session by hand, without any of our own package."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+import paramiko
+import pytest
+
+from . import conftest
+from .byhand import ESTABLISHED, Forwarder, NxProxy
+from .procs import alive, is_listening, processes_of
+from .x2go import CommandError, Display, SshServer, X2GoServer, eventually, kill, missing_programs, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .x2go import AgentSession
+
+RED = (255, 0, 0)
+RED_SHARE = 0.1  # the xterm covers about an eighth of the screen
+
+
+def test_all_programs_are_there() -> None:
+    assert missing_programs() == []
+
+
+def test_missing_programs_fail_where_they_were_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere they skip; both name what is missing."""
+    monkeypatch.setattr(conftest, "missing_programs", lambda: ["nxagent", "root"])
+    check = conftest.real_programs.__wrapped__  # type: ignore[attr-defined]  # pytest's wrapper has no type
+    monkeypatch.delenv(conftest.REQUIRE, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="nxagent, root"):
+        check()
+    monkeypatch.setenv(conftest.REQUIRE, "1")
+    with pytest.raises(pytest.fail.Exception, match="nxagent, root"):
+        check()
+
+
+def test_eventually_returns_what_it_waited_for() -> None:
+    answers = iter([None, "", "found"])
+    assert eventually(lambda: next(answers), 1.0, 0.001) == "found"
+    with pytest.raises(TimeoutError, match="None"):
+        eventually(lambda: None, 0.01, 0.001)
+
+
+def test_session_by_hand(
+    x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, agent: AgentSession, display: Display
+) -> None:
+    """An orderly end of nxproxy suspends the session; it resumes with what was painted, and terminates."""
+    assert x2go_server.status(ssh_client, agent.name) == "R"
+    with (
+        Forwarder(ssh_client, agent.graphics_port) as forwarder,
+        NxProxy(agent, forwarder.path, display.env) as proxy,
+    ):
+        proxy.wait_for(ESTABLISHED)
+        eventually(lambda: display.share_of(RED) > RED_SHARE, 20.0)
+        assert display.windows() == [f"X2GO-{agent.name}"]
+        proxy.send(signal.SIGTERM)
+        assert proxy.wait_exit() == 0
+    assert x2go_server.wait_status(ssh_client, agent.name, "S") == "S"
+    assert display.share_of(RED) == 0
+
+    ports = x2go_server.resume(ssh_client, agent.name)
+    with (
+        Forwarder(ssh_client, ports.graphics_port) as forwarder,
+        NxProxy(agent, forwarder.path, display.env) as proxy,
+    ):
+        proxy.wait_for(ESTABLISHED)
+        eventually(lambda: display.share_of(RED) > RED_SHARE, 20.0)
+        assert x2go_server.wait_status(ssh_client, agent.name, "R") == "R"
+        x2go_server.terminate(ssh_client, agent.name)
+        assert proxy.wait_exit() == 0
+    assert x2go_server.status(ssh_client, agent.name) == ""
+    eventually(lambda: not alive(agent.pid), 10.0)
+
+
+def test_rootless_session_by_hand(
+    x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display
+) -> None:
+    """A rootless session shows its windows, and no desktop around them."""
+    session = x2go_server.start_agent(ssh_client, "R")
+    with (
+        Forwarder(ssh_client, session.graphics_port) as forwarder,
+        NxProxy(session, forwarder.path, display.env) as proxy,
+    ):
+        proxy.wait_for(ESTABLISHED)
+        eventually(lambda: display.share_of(RED) > RED_SHARE, 20.0)
+        assert "red-xterm" in display.windows()
+        x2go_server.suspend(ssh_client, session.name)
+        assert proxy.wait_exit() == 0
+    assert x2go_server.status(ssh_client, session.name) == "S"
+    x2go_server.end(session)
+    assert not alive(session.pid)
+
+
+def test_cleanup_leaves_nothing_of_the_user() -> None:
+    """Agents and commands go, and so does the server's listener."""
+    with X2GoServer() as server, contextlib.closing(server.connect()) as client:
+        session = server.start_agent(client)
+        server.cleanup()
+        assert not alive(session.pid)
+        assert run(client, "echo here") == "here\n"
+        uid, port = server.uid, server.port
+    assert processes_of(uid) == []
+    assert not is_listening(port)
+
+
+def test_two_servers_have_a_user_each(x2go_server: X2GoServer) -> None:
+    with X2GoServer() as other:
+        assert other.user != x2go_server.user
+
+
+def test_one_connection_can_be_stopped_and_killed_alone() -> None:
+    with (
+        SshServer() as server,
+        contextlib.closing(server.connect()) as victim,
+        contextlib.closing(server.connect()) as bystander,
+    ):
+        pids = server.session_pids(victim)
+        assert set(pids) < set(server.pids().sessions)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        with pytest.raises((paramiko.SSHException, TimeoutError)):
+            run(victim, "true", timeout_s=0.3)
+        assert run(bystander, "echo alive") == "alive\n"
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert run(victim, "echo again") == "again\n"
+        for pid in pids:
+            kill(pid)
+        transport = victim.get_transport()
+        assert transport is not None
+        eventually(lambda: not transport.is_active(), 5.0)
+        assert run(bystander, "echo alive") == "alive\n"
+
+
+def test_extra_configuration_wins() -> None:
+    with (
+        SshServer(extra_config="AllowTcpForwarding no") as server,
+        contextlib.closing(server.connect()) as client,
+    ):
+        transport = client.get_transport()
+        assert transport is not None
+        with pytest.raises(paramiko.ChannelException) as refusal:
+            transport.open_channel("direct-tcpip", ("127.0.0.1", server.port), ("127.0.0.1", 0))
+    assert refusal.value.code == 1  # administratively prohibited
+
+
+def test_host_key_is_checked() -> None:
+    with SshServer() as server:
+        server.host_key = paramiko.ECDSAKey.generate(bits=256)
+        with pytest.raises(paramiko.BadHostKeyException):
+            server.connect()
+
+
+def test_failed_command_says_what_it_printed() -> None:
+    with (
+        SshServer() as server,
+        contextlib.closing(server.connect()) as client,
+        pytest.raises(CommandError, match="3: oh no"),
+    ):
+        run(client, "echo oh no >&2; exit 3")
+
+
+def test_openssh_client_comes_in(x2go_server: X2GoServer) -> None:
+    command = ["ssh", "-F", "none", "-p", str(x2go_server.port), "-i", str(x2go_server.client_key_path)]
+    command += ["-o", f"UserKnownHostsFile={x2go_server.known_hosts_path}", "-o", "BatchMode=yes"]
+    answer = subprocess.run(
+        [*command, f"{x2go_server.user}@127.0.0.1", "id", "-un"], check=True, capture_output=True, text=True
+    )
+    assert answer.stdout == f"{x2go_server.user}\n"
+
+
+def test_display_lets_nobody_in_without_the_cookie(display: Display, tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "DISPLAY": display.name}
+    for authority, status in ((display.xauthority, 0), (tmp_path / "none", 1)):
+        asked = subprocess.run(
+            ["xwininfo", "-root"],
+            env={**environment, "XAUTHORITY": str(authority)},
+            check=False,
+            capture_output=True,
+        )
+        assert asked.returncode == status
+
+
+def test_displays_are_apart_and_black(display: Display) -> None:
+    with Display(size=(321, 123)) as other:
+        assert other.name != display.name
+        assert other.screenshot().size == (321, 123)
+        assert other.share_of((0, 0, 0)) == 1
+        assert other.windows() == []
+    assert not alive_socket(other)
+    assert display.screenshot().size == (1024, 768)
+
+
+def test_killed_display_leaves_its_socket_behind() -> None:
+    """As after a crash; stop() clears it away."""
+    with Display() as display:
+        pid = display.pid
+        display.kill()
+        assert not alive(pid)
+        assert alive_socket(display)
+    assert not alive_socket(display)
+
+
+def alive_socket(display: Display) -> bool:
+    """Tell whether the socket of an X server is there."""
+    return display.socket_path.exists()

@@ -1,0 +1,803 @@
+"""An X server is found or not, lets us in or not, goes away or not; each is told apart, and soon."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import queue
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy_fsm import x11
+from proxy_fsm.x11 import DisplayError, DisplayName, DisplayWatch, find_authorisation, open_display
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MAGIC = b"MIT-MAGIC-COOKIE-1"
+COOKIE = bytes(range(16))
+HOSTNAME = socket.gethostname().encode()
+LOCAL, INTERNET, INTERNET6, WILD = 256, 0, 6, 0xFFFF
+WAIT_S = 20.0
+
+
+def entry(family: int, address: bytes, number: bytes, name: bytes = MAGIC, data: bytes = COOKIE) -> bytes:
+    """One entry of an Xauthority file."""
+    fields = (address, number, name, data)
+    return struct.pack(">H", family) + b"".join(struct.pack(">H", len(part)) + part for part in fields)
+
+
+def refused(reason: bytes) -> bytes:
+    padded = reason + bytes(-len(reason) % 4)
+    return struct.pack("<BBHHH", 0, len(reason), 11, 0, len(padded) // 4) + padded
+
+
+def authenticate(reason: bytes) -> bytes:
+    padded = reason + bytes(-len(reason) % 4)
+    return struct.pack("<B5xH", 2, len(padded) // 4) + padded
+
+
+ACCEPTED = struct.pack("<BxHHH", 1, 11, 0, 4) + bytes(16)
+
+
+class Client:
+    """One connection to the `FakeServer`, after its set-up was read."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        name_bytes, data_bytes = struct.unpack("<cxHHHHxx", self._read(12))[3:]
+        self.name = self._read(name_bytes + -name_bytes % 4)[:name_bytes]
+        self.data = self._read(data_bytes + -data_bytes % 4)[:data_bytes]
+
+    def _read(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            data += self.sock.recv(count - len(data))
+        return data
+
+
+class FakeServer:
+    """An X server that does with each connection what it is told; the clients it holds are in `clients`."""
+
+    def __init__(self, listener: socket.socket, *answers: Callable[[FakeServer, Client], None]) -> None:
+        self.listener = listener
+        self.answers = list(answers)
+        self.clients: queue.SimpleQueue[Client] = queue.SimpleQueue()
+        self.kept: list[Client] = []
+        self.thread = threading.Thread(target=self.serve, name="fake-x")
+
+    def serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            client = Client(sock)
+            self.kept.append(client)
+            answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+            answer(self, client)
+            self.clients.put(client)
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.thread.join(WAIT_S)
+        for client in self.kept:
+            client.sock.close()
+
+
+def sends(answer: bytes, *, hang_up: bool = False) -> Callable[[FakeServer, Client], None]:
+    def act(_: FakeServer, client: Client) -> None:
+        if answer:
+            client.sock.sendall(answer)
+        if hang_up:
+            client.sock.shutdown(socket.SHUT_RDWR)
+
+    return act
+
+
+def accept(server: FakeServer, client: Client) -> None:
+    sends(ACCEPTED)(server, client)
+
+
+silent = sends(b"")
+hang_up = sends(b"", hang_up=True)
+
+
+def listener_at(path: Path | str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> dict[str, str]:
+    """An environment whose DISPLAY is a socket in this test's own directory."""
+    return {"DISPLAY": f"{tmp_path}/server:7", "XAUTHORITY": f"{tmp_path}/authority"}
+
+
+def serving(place: dict[str, str], *answers: Callable[[FakeServer, Client], None]) -> FakeServer:
+    return FakeServer(listener_at(place["DISPLAY"]), *answers)
+
+
+def display_error(environ: dict[str, str], *, timeout_s: float = WAIT_S) -> DisplayError:
+    with pytest.raises(DisplayError) as caught:
+        open_display(environ, timeout_s=timeout_s)
+    error = caught.value
+    assert error.detail.isprintable()
+    assert error.detail.endswith(".")
+    assert COOKIE.hex() not in str(error).lower()
+    assert COOKIE.decode("latin-1") not in str(error)
+    return error
+
+
+def open_descriptors() -> set[str]:
+    """The numbers of this process's open files, where the system tells them."""
+    gc.collect()
+    place = Path("/proc/self/fd")
+    return {link.name for link in place.iterdir() if link.is_symlink()} if place.is_dir() else set()
+
+
+class TestDisplayName:
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            (":0", DisplayName(0)),
+            (":0.0", DisplayName(0)),
+            (":51.2", DisplayName(51, screen=2)),
+            ("unix:0", DisplayName(0)),
+            ("unix/host:3", DisplayName(3)),
+            ("local/:3", DisplayName(3)),
+            ("localhost:10", DisplayName(10, "localhost")),
+            ("host:10.0", DisplayName(10, "host")),
+            ("tcp/host:0", DisplayName(0, "host")),
+            ("tcp/:0", DisplayName(0, "localhost")),
+            ("inet6/[::1]:0", DisplayName(0, "::1")),
+            ("[::1]:0", DisplayName(0, "::1")),
+            ("::1:0.1", DisplayName(0, "::1", 1)),
+            ("host:59535", DisplayName(59535, "host")),
+            (
+                "/private/tmp/com.apple.launchd.x/org.xquartz:0",
+                DisplayName(0, path="/private/tmp/com.apple.launchd.x/org.xquartz:0"),
+            ),
+            ("/tmp/x:4.1", DisplayName(4, screen=1, path="/tmp/x:4")),
+            ("/tmp/socket", DisplayName(0, path="/tmp/socket")),
+            ("unix:/tmp/x:4", DisplayName(4, path="/tmp/x:4")),
+        ],
+    )
+    def test_reads_what_display_can_be(self, text: str, name: DisplayName) -> None:
+        assert DisplayName.parse(text) == name
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "0", ":", ":x", "host", "host:", ":-1", ":0.", ":0.0.0", ":59536", ":123456", "a b:0"),
+            *("host::0", "[x:y]:0", "udp/host:0", "a/b/c:0", ":٣", "/tmp/\x1b:0", "h\x1b[2Jost:0", "\0:0"),
+            "a\n:0",
+        ],
+    )
+    def test_refuses_the_rest(self, text: str) -> None:
+        with pytest.raises(DisplayError) as caught:
+            DisplayName.parse(text)
+        assert caught.value.kind == "malformed"
+        assert caught.value.detail.isprintable()
+
+    @given(st.text())
+    def test_any_text_is_read_or_malformed(self, text: str) -> None:
+        with contextlib.suppress(DisplayError):
+            name = DisplayName.parse(text)
+            assert 0 <= name.number <= 99_999
+
+    @pytest.mark.parametrize("text", [":0", "host:10", "[::1]:0", "/tmp/x:4"])
+    def test_prints_as_it_is_written(self, text: str) -> None:
+        assert str(DisplayName.parse(text)) == text
+
+
+class TestFindAuthorisation:
+    def found(
+        self, tmp_path: Path, content: bytes, display: str = ":7", peer: str | None = None
+    ) -> tuple[bytes, bytes]:
+        path = tmp_path / "authority"
+        path.write_bytes(content)
+        return find_authorisation(DisplayName.parse(display), path, peer=peer)
+
+    @pytest.mark.parametrize(
+        ("family", "address", "number", "display"),
+        [
+            (LOCAL, HOSTNAME, b"7", ":7"),
+            (LOCAL, HOSTNAME, b"", ":7"),
+            (LOCAL, HOSTNAME, b"7", "localhost:7"),
+            (LOCAL, HOSTNAME, b"7", "127.0.0.1:7"),
+            (LOCAL, HOSTNAME, b"7", "[::1]:7"),
+            (LOCAL, HOSTNAME, b"7", "/tmp/x:7"),
+            (WILD, b"", b"", "host.example.org:7"),
+            (WILD, b"other", b"7", ":7"),
+            (INTERNET, bytes([192, 0, 2, 7]), b"7", "192.0.2.7:7"),
+            (INTERNET, bytes([192, 0, 2, 7]), b"7", "[::ffff:192.0.2.7]:7"),
+            (INTERNET6, b"\x20\x01\x0d\xb8" + bytes(11) + b"\x07", b"7", "[2001:db8::7]:7"),
+        ],
+    )
+    def test_an_entry_fits(self, tmp_path: Path, family: int, address: bytes, number: bytes, display: str) -> None:
+        assert self.found(tmp_path, entry(family, address, number), display) == (MAGIC, COOKIE)
+
+    @pytest.mark.parametrize(
+        ("family", "address", "number"),
+        [
+            (LOCAL, HOSTNAME, b"8"),
+            (LOCAL, HOSTNAME, b"07"),
+            (LOCAL, b"other", b"7"),
+            (INTERNET, bytes([127, 0, 0, 1]), b"7"),
+            (WILD, b"", b"8"),
+        ],
+    )
+    def test_an_entry_does_not_fit(self, tmp_path: Path, family: int, address: bytes, number: bytes) -> None:
+        assert self.found(tmp_path, entry(family, address, number)) == (b"", b"")
+
+    def test_the_peers_address_stands_for_a_name(self, tmp_path: Path) -> None:
+        content = entry(INTERNET, bytes([192, 0, 2, 7]), b"7")
+        assert self.found(tmp_path, content, "host:7") == (b"", b"")
+        assert self.found(tmp_path, content, "host:7", peer="192.0.2.7") == (MAGIC, COOKIE)
+
+    def test_a_magic_cookie_is_preferred(self, tmp_path: Path) -> None:
+        other = entry(LOCAL, HOSTNAME, b"7", b"XDM-AUTHORIZATION-1", b"x")
+        assert self.found(tmp_path, other) == (b"XDM-AUTHORIZATION-1", b"x")
+        assert self.found(tmp_path, other + entry(WILD, b"", b"")) == (MAGIC, COOKIE)
+
+    def test_the_first_that_fits_wins(self, tmp_path: Path) -> None:
+        content = entry(LOCAL, HOSTNAME, b"7", data=b"first") + entry(LOCAL, HOSTNAME, b"7", data=b"second")
+        assert self.found(tmp_path, content) == (MAGIC, b"first")
+
+    def test_a_file_cut_short_holds_what_comes_before(self, tmp_path: Path) -> None:
+        first, second = entry(WILD, b"", b"8"), entry(WILD, b"", b"7")
+        for length in range(len(second)):
+            assert self.found(tmp_path, first + second[:length]) == (b"", b"")
+        assert self.found(tmp_path, second + first[:-1]) == (MAGIC, COOKIE)
+
+    def test_a_missing_or_unreadable_file_holds_nothing(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        for path in (None, tmp_path / "missing", tmp_path, tmp_path / "fifo", Path("a\0b")):
+            assert find_authorisation(DisplayName(7), path) == (b"", b"")
+
+    def test_a_file_that_may_not_be_read_holds_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def denied(*_: object) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(Path, "open", denied)
+        assert self.found_unread(tmp_path) == (b"", b"")
+
+    def found_unread(self, tmp_path: Path) -> tuple[bytes, bytes]:
+        (tmp_path / "authority").touch()
+        return find_authorisation(DisplayName(7), tmp_path / "authority")
+
+    @given(content=st.binary())
+    def test_any_content_is_survived(self, tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+        path = tmp_path_factory.getbasetemp() / "any-authority"
+        path.write_bytes(content)
+        name, data = find_authorisation(DisplayName(7), path)
+        assert name in content
+        assert data in content
+
+
+class TestOpenDisplay:
+    def test_an_accepted_connection_is_open_and_blocking(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server, open_display(place, timeout_s=WAIT_S) as sock:
+            client = server.clients.get(timeout=WAIT_S)
+            assert (client.name, client.data) == (b"", b"")
+            assert sock.gettimeout() is None
+            client.sock.sendall(b"event")
+            assert sock.recv(5) == b"event"  # the whole answer was read, and no more
+
+    @pytest.mark.parametrize("variable", ["XAUTHORITY", "HOME"])
+    def test_the_cookie_is_shown(self, place: dict[str, str], tmp_path: Path, variable: str) -> None:
+        del place["XAUTHORITY"]
+        place[variable] = str(tmp_path if variable == "HOME" else tmp_path / ".Xauthority")
+        (tmp_path / ".Xauthority").write_bytes(entry(LOCAL, HOSTNAME, b"7", data=b"13 bytes long"))
+        with serving(place, accept) as server, open_display(place, timeout_s=WAIT_S):
+            client = server.clients.get(timeout=WAIT_S)
+            assert (client.name, client.data) == (MAGIC, b"13 bytes long")
+
+    def test_an_answer_may_come_in_pieces(self, place: dict[str, str]) -> None:
+        def dribble(_: FakeServer, client: Client) -> None:
+            for byte in ACCEPTED:
+                client.sock.sendall(bytes([byte]))
+
+        with serving(place, dribble), open_display(place, timeout_s=WAIT_S) as sock:
+            sock.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "tcp/127.0.0.1"])
+    def test_a_host_is_reached_by_tcp(self, place: dict[str, str], host: str, tmp_path: Path) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        number = listener.getsockname()[1] - 6000
+        (tmp_path / "authority").write_bytes(entry(LOCAL, HOSTNAME, str(number).encode()))
+        place["DISPLAY"] = f"{host}:{number}.0"
+        with FakeServer(listener, accept) as server, open_display(place, timeout_s=WAIT_S):
+            assert server.clients.get(timeout=WAIT_S).data == COOKIE
+
+    @pytest.mark.parametrize(
+        "prefix",
+        [
+            "",
+            pytest.param(
+                "\0",
+                marks=pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's"),
+            ),
+        ],
+    )
+    def test_a_number_is_looked_for_in_the_usual_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+    ) -> None:
+        monkeypatch.setattr(x11, "_SOCKET_DIRECTORY", str(tmp_path))
+        with (
+            FakeServer(listener_at(f"{prefix}{tmp_path}/X7"), accept),
+            open_display({"DISPLAY": ":7"}, timeout_s=WAIT_S) as sock,
+        ):
+            assert sock.getpeername() in {f"{tmp_path}/X7", f"\0{tmp_path}/X7".encode()}
+
+    def test_elsewhere_than_on_linux_there_are_only_socket_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(x11, "_SOCKET_DIRECTORY", str(tmp_path))
+        monkeypatch.setattr(sys, "platform", "darwin")
+        listener = listener_at(tmp_path / "X7")
+        with FakeServer(listener, accept), open_display({"DISPLAY": ":7"}, timeout_s=WAIT_S) as sock:
+            assert sock.getpeername() == f"{tmp_path}/X7"
+
+    def test_where_there_are_no_unix_sockets_a_number_means_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        number = listener.getsockname()[1] - 6000
+        monkeypatch.delattr(socket, "AF_UNIX")
+        with FakeServer(listener, accept), open_display({"DISPLAY": f":{number}"}, timeout_s=WAIT_S) as sock:
+            assert sock.family == socket.AF_INET
+
+    @pytest.mark.parametrize("environ", [{}, {"DISPLAY": ""}])
+    def test_no_display(self, environ: dict[str, str]) -> None:
+        error = display_error(environ)
+        assert error.kind == "unset"
+        assert "Set DISPLAY" in error.hint
+        assert str(error) == f"{error.detail} {error.hint}"
+
+    @pytest.mark.parametrize("text", ["nonsense", "x" * 70 + ".example:0"])
+    def test_a_display_that_cannot_be(self, text: str) -> None:
+        assert display_error({"DISPLAY": text}).kind == "malformed"
+
+    def test_no_socket(self, place: dict[str, str]) -> None:
+        error = display_error(place)
+        assert error.kind == "absent"
+        assert place["DISPLAY"] in error.detail
+
+    def test_a_socket_nobody_listens_on(self, place: dict[str, str]) -> None:
+        listener_at(place["DISPLAY"]).close()
+        assert "Connection refused" in display_error(place).detail
+
+    def test_a_socket_path_that_is_too_long(self) -> None:
+        assert display_error({"DISPLAY": "/" + "x" * 200}).kind == "absent"
+
+    def test_a_host_without_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
+        assert display_error({"DISPLAY": "host:7"}).kind == "absent"
+
+    def test_a_socket_we_may_not_use(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        def denied(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(socket.socket, "connect", denied)
+        error = display_error(place)
+        assert error.kind == "refused"
+        assert "Permission denied" in error.detail
+
+    @pytest.mark.parametrize("answer", [refused, authenticate])
+    def test_a_refusal_tells_its_reason_made_harmless(
+        self, place: dict[str, str], answer: Callable[[bytes], bytes]
+    ) -> None:
+        with serving(place, sends(answer(b"\x1b[2JNo protocol\x07 specified\n"), hang_up=True)):
+            error = display_error(place)
+        assert error.kind == "refused"
+        assert "?[2JNo protocol? specified." in error.detail
+
+    def test_a_refusal_without_reason(self, place: dict[str, str]) -> None:
+        with serving(place, sends(refused(b""))):
+            assert "it gave no reason" in display_error(place).detail
+
+    def test_a_refusal_that_echoes_the_cookie(self, place: dict[str, str]) -> None:
+        Path(place["XAUTHORITY"]).write_bytes(entry(WILD, b"", b""))
+        reason = b"bad %s or %s or %s" % (COOKIE, COOKIE.hex().encode(), COOKIE.hex().upper().encode())
+        with serving(place, sends(refused(reason))):
+            assert "bad *** or *** or ***." in display_error(place).detail
+
+    def test_a_long_reason_is_shortened(self, place: dict[str, str]) -> None:
+        with serving(place, sends(authenticate(b"x" * 200_000))):
+            assert len(display_error(place).detail) < 500
+
+    @pytest.mark.parametrize("answer", [b"", ACCEPTED[:1], ACCEPTED[:8], ACCEPTED[:-1]])
+    def test_a_silent_server(self, place: dict[str, str], answer: bytes) -> None:
+        with serving(place, sends(answer)):
+            error = display_error(place, timeout_s=0.2)
+        assert error.kind == "silent"
+        assert "within 0.2 s" in error.detail
+
+    def test_no_time_at_all(self, place: dict[str, str]) -> None:
+        assert display_error(place, timeout_s=0).kind == "silent"
+
+    def test_the_deadline_is_for_all_pieces_together(self, place: dict[str, str]) -> None:
+        stop = threading.Event()
+
+        def dribble(_: FakeServer, client: Client) -> None:
+            long_answer = struct.pack("<BxHHH", 1, 11, 0, 0xFFFF) + bytes(4 * 0xFFFF)
+            with contextlib.suppress(OSError):
+                for byte in long_answer:
+                    client.sock.sendall(bytes([byte]))
+                    if stop.wait(0.02):
+                        return
+
+        with serving(place, dribble):
+            before = time.monotonic()
+            assert display_error(place, timeout_s=0.3).kind == "silent"
+            assert time.monotonic() - before < 10
+            stop.set()
+
+    def test_a_full_queue_counts_as_silent(self, place: dict[str, str]) -> None:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(place["DISPLAY"])
+            listener.listen(0)
+            for _ in range(3):
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.settimeout(0)
+                with contextlib.suppress(BlockingIOError):
+                    waiting.connect(place["DISPLAY"])
+            assert display_error(place, timeout_s=0.2).kind == "silent"
+
+    @pytest.mark.parametrize("answer", [b"", ACCEPTED[:4], ACCEPTED[:-1], refused(b"no")[:-1]])
+    def test_a_server_that_always_hangs_up(self, place: dict[str, str], answer: bytes) -> None:
+        with serving(place, sends(answer, hang_up=True)) as server:
+            error = display_error(place)
+            assert len(server.kept) == 6
+        assert error.kind == "absent"
+        assert "hung up" in error.detail
+
+    def test_a_server_that_starts_anew_is_tried_again(self, place: dict[str, str]) -> None:
+        with serving(place, hang_up, hang_up, accept) as server:
+            open_display(place, timeout_s=WAIT_S).close()
+            assert len(server.kept) == 3
+
+    def test_what_is_no_x_server(self, place: dict[str, str]) -> None:
+        with serving(place, sends(b"SSH-2.0-OpenSSH_9.2\r\n")):
+            error = display_error(place)
+        assert error.kind == "absent"
+        assert "no X server" in error.detail
+
+    def test_no_descriptor_is_left(self, place: dict[str, str]) -> None:
+        before = open_descriptors()
+        with serving(place, hang_up, sends(refused(b"no"))):
+            display_error(place)
+        display_error(place)
+        assert open_descriptors() == before
+
+    def test_the_error_survives_pickle(self) -> None:
+        error = display_error({})
+        again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+        assert (again.kind, again.detail, again.hint) == (error.kind, error.detail, error.hint)
+
+
+class Heard:
+    """A watch, and what it said, in order."""
+
+    def __init__(self, environ: dict[str, str], *, timeout_s: float = WAIT_S) -> None:
+        self.said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.watch = DisplayWatch(
+            environ,
+            self.said.put,
+            timeout_s=timeout_s,
+            on_restored=lambda: self.said.put(f"restored, suspect={self.watch.suspect}"),
+        )
+
+    def next(self) -> str:
+        return self.said.get(timeout=WAIT_S)
+
+    def __enter__(self) -> Self:
+        self.watch.open()
+        self.watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watch.close()
+        assert self.watch.join(WAIT_S)
+
+
+class TestDisplayWatch:
+    def test_events_are_read_and_discarded(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server, Heard(place) as heard:
+            client = server.clients.get(timeout=WAIT_S)
+            client.sock.sendall(bytes(2**20))  # more than a socket holds
+            assert heard.said.empty()
+            assert not heard.watch.suspect
+
+    def test_the_servers_end_is_told_once(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server, Heard(place) as heard:
+            client = server.clients.get(timeout=WAIT_S)
+            server.stop()
+            Path(place["DISPLAY"]).unlink()
+            client.sock.shutdown(socket.SHUT_RDWR)
+            assert heard.next().startswith("There is no X server at ")
+            assert heard.watch.suspect
+            assert heard.watch.join(WAIT_S)
+            assert heard.said.empty()
+
+    def test_a_reset_connection_is_replaced(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server, Heard(place) as heard:
+            for _ in range(3):
+                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
+                assert heard.next() == "restored, suspect=False"
+            assert heard.said.empty()
+
+    def test_a_connection_may_end_by_an_error(self, place: dict[str, str]) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        place["DISPLAY"] = f"127.0.0.1:{listener.getsockname()[1] - 6000}"
+        with FakeServer(listener, accept) as server, Heard(place) as heard:
+            sock = server.clients.get(timeout=WAIT_S).sock
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+            assert heard.next() == "restored, suspect=False"
+
+    def test_on_restored_may_be_left_out(self, place: dict[str, str]) -> None:
+        lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+        with serving(place, accept) as server:
+            watch = DisplayWatch(place, lost.put, timeout_s=WAIT_S)
+            watch.open()
+            watch.start()
+            for _ in range(2):
+                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
+            server.clients.get(timeout=WAIT_S)  # the third connection: the second was watched
+            watch.close()
+            assert watch.join(WAIT_S)
+        assert lost.empty()
+
+    def test_it_is_suspect_before_it_is_confirmed(self, place: dict[str, str]) -> None:
+        suspects: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+        def ask(_: FakeServer, client: Client) -> None:
+            suspects.put(heard.watch.suspect)
+            client.sock.sendall(refused(b"no more"))
+
+        with serving(place, accept, ask) as server, Heard(place) as heard:
+            server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
+            assert suspects.get(timeout=WAIT_S)
+            assert "no more" in heard.next()
+
+    def test_a_server_that_hangs_up_again_and_again_is_lost(self, place: dict[str, str]) -> None:
+        with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
+            said = [heard.next() for _ in range(x11._SHORT_LIVES_MAX + 1)]
+            assert said[:-1] == ["restored, suspect=False"] * x11._SHORT_LIVES_MAX
+            assert said[-1] == "The X server lets us in and hangs up at once."
+
+    def test_close_ends_thread_and_descriptor(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server:
+            heard = Heard(place)
+            with heard:
+                (thread,) = [one for one in threading.enumerate() if one.name == "proxy_fsm-display"]
+                assert thread.daemon
+            client = server.clients.get(timeout=WAIT_S)
+            client.sock.settimeout(WAIT_S)
+            assert client.sock.recv(1) == b""
+            assert not thread.is_alive()
+            assert heard.watch._holder.sock is None
+            assert heard.said.empty()
+            assert not heard.watch.suspect
+            heard.watch.close()
+
+    def test_close_before_start_ends_the_connection(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server:
+            watch = Heard(place).watch
+            watch.open()
+            before = open_descriptors()
+            watch.close()
+            assert len(open_descriptors()) < len(before) or not before
+            client = server.clients.get(timeout=WAIT_S)
+            client.sock.settimeout(WAIT_S)
+            assert client.sock.recv(1) == b""
+            watch.start()
+            assert watch.join(0)
+
+    def test_close_before_open_wins(self, place: dict[str, str]) -> None:
+        with serving(place, accept):
+            watch = Heard(place).watch
+            watch.close()
+            watch.open()
+            watch.start()
+            assert watch._holder.sock is None
+            assert watch.join()
+
+    def test_close_interrupts_open(self, place: dict[str, str]) -> None:
+        with serving(place, silent) as server:
+            watch = Heard(place, timeout_s=3600).watch
+            opener = threading.Thread(target=watch.open)
+            opener.start()
+            server.clients.get(timeout=WAIT_S)
+            watch.close()
+            opener.join(WAIT_S)
+            assert not opener.is_alive()
+            assert watch._holder.sock is None
+
+    def test_close_interrupts_the_confirmation(self, place: dict[str, str]) -> None:
+        with serving(place, accept, silent) as server:
+            heard = Heard(place, timeout_s=3600)
+            with heard:
+                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
+                server.clients.get(timeout=WAIT_S)
+                assert heard.watch.suspect
+            assert heard.said.empty()
+
+    @pytest.mark.parametrize("answer", [accept, sends(refused(b"no"))])
+    def test_no_callback_comes_after_close(
+        self, place: dict[str, str], answer: Callable[[FakeServer, Client], None]
+    ) -> None:
+        def close_then(server: FakeServer, client: Client) -> None:
+            heard.watch._holder.shut = True  # close() came, and its shutdown too early for this socket
+            answer(server, client)
+
+        with serving(place, accept, close_then) as server:
+            heard = Heard(place)
+            with heard:
+                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
+                assert heard.watch.join(WAIT_S)
+            assert heard.said.empty()
+
+    def test_close_waits_for_a_callback_under_way(self, place: dict[str, str]) -> None:
+        entered, leave, closed = threading.Event(), threading.Event(), threading.Event()
+
+        def lost(_: str) -> None:
+            entered.set()
+            leave.wait(WAIT_S)
+
+        def close() -> None:
+            watch.close()
+            closed.set()
+
+        watch = DisplayWatch(place, lost, timeout_s=WAIT_S)
+        with serving(place, accept, sends(refused(b"no"))) as server:
+            watch.open()
+            watch.start()
+            server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
+            assert entered.wait(WAIT_S)
+            closer = threading.Thread(target=close)
+            closer.start()
+            assert not closed.wait(0.05)
+            leave.set()
+            closer.join(WAIT_S)
+            assert closed.is_set()
+            assert watch.join(WAIT_S)
+
+    def test_a_callback_may_close(self, place: dict[str, str]) -> None:
+        done = threading.Event()
+
+        def lost(_: str) -> None:
+            watch.close()
+            done.set()
+
+        watch = DisplayWatch(place, lost, timeout_s=WAIT_S)
+        with serving(place, accept, sends(refused(b"no"))) as server:
+            watch.open()
+            watch.start()
+            server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
+            assert done.wait(WAIT_S)
+            assert watch.join(WAIT_S)
+
+    def test_many_closes_at_once(self, place: dict[str, str]) -> None:
+        with serving(place, accept), Heard(place) as heard:
+            closers = [threading.Thread(target=heard.watch.close) for _ in range(8)]
+            for closer in closers:
+                closer.start()
+            for closer in closers:
+                closer.join(WAIT_S)
+
+    def test_open_raises_what_open_display_raises(self, place: dict[str, str]) -> None:
+        watch = Heard(place).watch
+        with pytest.raises(DisplayError) as caught:
+            watch.open()
+        assert caught.value.kind == "absent"
+        assert watch._holder.sock is None
+
+    def test_it_is_opened_once_and_then_started_once(self, place: dict[str, str]) -> None:
+        with pytest.raises(RuntimeError):
+            Heard(place).watch.start()
+        with serving(place, accept), Heard(place) as heard:
+            with pytest.raises(RuntimeError):
+                heard.watch.open()
+            with pytest.raises(RuntimeError):
+                heard.watch.start()
+
+
+class RealServer:
+    """An Xvfb with a cookie, on a display number of its own choice."""
+
+    def __init__(self, directory: Path) -> None:
+        self.authority = directory / "authority"
+        self.authority.write_bytes(entry(LOCAL, HOSTNAME, b""))
+        reader, writer = os.pipe()
+        command = [xvfb(), "-displayfd", str(writer), "-auth", str(self.authority)]
+        command += ["-screen", "0", "64x64x8", "-nolisten", "tcp"]
+        with (directory / "xvfb.log").open("wb") as log:
+            self.process = subprocess.Popen(command, pass_fds=[writer], stdout=log, stderr=log)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as ready:
+            readable, _, _ = select.select([ready], [], [], WAIT_S)
+            line = ready.readline() if readable else b""
+        if not line:
+            self.kill()
+            pytest.fail(f"Xvfb did not start: {(directory / 'xvfb.log').read_text()}")
+        self.environ = {"DISPLAY": f":{int(line)}", "XAUTHORITY": str(self.authority)}
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(WAIT_S)
+
+
+def xvfb() -> str:
+    path = shutil.which("Xvfb")
+    if path is None:
+        missing = "Xvfb is not installed (Debian package: xvfb)."
+        if os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return path
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[RealServer]:
+    server = RealServer(tmp_path)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.mark.real
+class TestRealServer:
+    def test_it_lets_us_in_with_its_cookie(self, real: RealServer) -> None:
+        with open_display(real.environ, timeout_s=WAIT_S) as sock:
+            sock.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+
+    def test_it_refuses_a_wrong_cookie(self, real: RealServer, tmp_path: Path) -> None:
+        wrong = tmp_path / "wrong"
+        wrong.write_bytes(entry(LOCAL, HOSTNAME, b"", data=bytes(16)))
+        with open_display(real.environ, timeout_s=WAIT_S):
+            error = display_error(real.environ | {"XAUTHORITY": str(wrong)})
+        assert error.kind == "refused"
+        assert "XAUTHORITY" in error.hint
+
+    def test_it_starts_anew_and_is_there(self, real: RealServer) -> None:
+        for _ in range(5):
+            open_display(real.environ, timeout_s=WAIT_S).close()
+
+    def test_its_death_is_told(self, real: RealServer) -> None:
+        with Heard(real.environ) as heard:
+            real.kill()
+            assert heard.next().startswith("There is no X server at :")
+            assert heard.watch.suspect
