@@ -165,7 +165,7 @@ class _Engine:
         self._attachment: monitor.Attachment | None = None
         self._process: ProxyProcess | None = None
         self._question: ServerQuestion | None = None
-        self._prepared = self._process_alive = False
+        self._prepared = self._process_alive = self._sign_seen = False
 
     # ---- orders, on any thread ----
 
@@ -270,8 +270,7 @@ class _Engine:
         self._act(observation)
         if self.state in {State.SPAWNING, State.RUNNING}:
             self._judge()
-        if not self.state.is_final:
-            self._update(waiting_for=self._waiting_for())
+        self._update(waiting_for=self._waiting_for())
 
     def _changed(self, row: Transition) -> None:
         assert row.dest is not None  # noqa: S101 - an ignored trigger changes nothing
@@ -297,9 +296,10 @@ class _Engine:
                 was_running=self._evidence.ready,
                 resumed=self._resumed,
             )
-            self._update(retryable=retryable, waiting_for="")
+            self._update(retryable=retryable)
             last_words = {"hint": self._view.hint, "retryable": retryable}
         self._update(state=row.dest, since=at, history=(*self._view.history, record))
+        self._update(waiting_for=self._waiting_for())
         self.journal.record(record, **last_words)
 
     def _update(self, **changes: Any) -> None:
@@ -392,9 +392,11 @@ class _Engine:
     def _judge(self) -> None:
         """Ask the backend what all that was seen means."""
         try:
-            if self.state is State.SPAWNING and self._backend.ready(self._evidence):
-                self._evidence.ready = True
-                self._lifecycle.fire(Trigger.PROXY_READY)
+            if self.state is State.SPAWNING:
+                self._sign_seen = self._sign_seen or self._backend.ready(self._evidence)
+                if self._sign_seen and self._evidence.saw(ChannelOpened) and self._evidence.exited is None:
+                    self._evidence.ready = True
+                    self._lifecycle.fire(Trigger.PROXY_READY)
             verdict = self._backend.diagnose(self._evidence)
         except BackendError as error:
             self._end(error.reason, error.detail, error.hint)
@@ -457,7 +459,6 @@ class _Engine:
 
     def _start_stopping(self) -> None:
         self._set_timer(self._timeouts.kill_s, self._abandon)  # whatever goes wrong below, this comes to an end
-        self._update(waiting_for=self._waiting_for())
         if self._question is not None:
             self._question.abandon()
         if not self._process_alive or self._process is None:
@@ -517,12 +518,14 @@ class _Engine:
 
     def _finish(self) -> None:
         self._clear_timer()
-        if self._attachment is not None:
-            self._attachment.detach()
-        if not self._view.abandoned:
-            self._join_workers()
-        clean = self._cause is not None and self._cause.clean
-        self._lifecycle.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
+        try:
+            if self._attachment is not None:
+                self._attachment.detach()
+            if not self._view.abandoned:
+                self._join_workers()
+        finally:
+            clean = self._cause is not None and self._cause.clean
+            self._lifecycle.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
 
     def _join_workers(self) -> None:
         """Wait for threads that have said their last word, so that nothing at all is left."""
@@ -530,7 +533,8 @@ class _Engine:
         workers = [self._preparation.thread, *self._forwarder.threads()]
         workers += [worker.thread for worker in (self._process, self._question) if worker is not None]
         for thread in workers:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
         if self._preparation.watch is not None:
             self._preparation.watch.join(max(0.0, deadline - time.monotonic()))
 

@@ -49,6 +49,8 @@ __all__ = ["MAX_SOCKET_PATH_BYTES", "Forwarder"]
 MAX_SOCKET_PATH_BYTES = 107
 
 _READ_BYTES = 256 << 10
+#: Where Linux says who owns the TCP sockets of this machine (proc(5)).
+_TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
 
@@ -180,16 +182,16 @@ class Forwarder:
         self.post(ChannelOpened(connection.number))
 
     def gone(self, connection: _Connection) -> None:
-        """Forget a connection that has ended, and tell."""
-        with self._lock:
-            self._open.remove(connection)
-            self._gone[0] += connection.bytes_to_agent
-            self._gone[1] += connection.bytes_from_agent
+        """Tell that a connection has ended, and forget it."""
         if connection.opened_at is not None:
             duration_s = time.monotonic() - connection.opened_at
             self.post(
                 ConnectionEnded(connection.number, connection.bytes_to_agent, connection.bytes_from_agent, duration_s)
             )
+        with self._lock:  # told before: what is forgotten here may be the last, and nothing comes after TunnelClosed
+            self._open.remove(connection)
+            self._gone[0] += connection.bytes_to_agent
+            self._gone[1] += connection.bytes_from_agent
         self._tell_if_closed()
 
     def _tell_if_closed(self) -> None:
@@ -260,14 +262,19 @@ class _Connection:
         self._lock = threading.Lock()
         self._relays = 1
         self._up_done = False
+        self._ended_here = False  # by the proxy or by us, before the agent
         if local.family == socket.AF_INET:
             local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def start(self) -> None:
         """Serve it on a thread of its own."""
         thread = threading.Thread(target=self.run, name="proxy_fsm-up", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            self._leave()
+            raise
         self.threads.append(thread)
-        thread.start()
 
     def run(self) -> None:
         """Open the channel, relay both ways, and leave nothing behind."""
@@ -304,6 +311,7 @@ class _Connection:
 
     def cut(self) -> None:
         """End without waiting for what is under way."""
+        self._ended_here = True
         with suppress(OSError):  # it is closed: that is what is wanted
             self._local.shutdown(socket.SHUT_RDWR)
         if self._channel is not None:
@@ -361,12 +369,17 @@ class _Connection:
                         return  # closed from the other side
                     self.bytes_to_agent += sent
                     data = data[sent:]
+            self._ended_here = True
             channel.shutdown_write()
         except (OSError, EOFError, paramiko.SSHException):
+            if not channel.closed:
+                self._ended_here = True
             channel.close()  # either side was reset, or the transport is gone: the other relay learns of it
         finally:
             with self._lock:
                 self._up_done = True
+            with suppress(OSError):  # nothing is read any more: a proxy that only writes has to learn of it
+                self._local.shutdown(socket.SHUT_RD)
             if self._forwarder.closing.is_set():
                 channel.close()
 
@@ -378,7 +391,7 @@ class _Connection:
                     forwarder.post(AgentSpoke(self.number))
                 self._local.sendall(data)
                 self.bytes_from_agent += len(data)
-            if not channel.transport_ended and not forwarder.closing.is_set():
+            if not (channel.transport_ended or self._ended_here or forwarder.closing.is_set()):
                 forwarder.post(AgentClosed(self.number))
             self._local.shutdown(socket.SHUT_WR)
             channel.ended.wait()
@@ -421,12 +434,18 @@ def _stranger(local: socket.socket) -> str | None:
 def _tcp_owner(end: tuple[str, int], other: tuple[str, int]) -> int | None:
     """Return the user id that owns one end of an IPv4 connection of this machine, or None.
 
-    Source: proc(5), /proc/net/tcp: addresses are the 32 bits in the machine's order, in hexadecimal.
+    Source: proc(5), /proc/net/tcp: addresses are 32-bit words in the machine's order, in hexadecimal. A program that
+    uses an IPv6 socket for IPv4 is found in /proc/net/tcp6, under ``::ffff:a.b.c.d``. A socket that no process holds
+    any more has inode 0, and before Linux 6.16 user 0.
     """
-    wanted = [f"{struct.unpack('=I', socket.inet_aton(host))[0]:08X}:{port:04X}" for host, port in (end, other)]
-    with Path("/proc/net/tcp").open(encoding="ascii") as table:
-        for line in table:
-            fields = line.split()
-            if fields[1:3] == wanted:
-                return int(fields[7])
+    words = [(f"{struct.unpack('=I', socket.inet_aton(host))[0]:08X}", f"{port:04X}") for host, port in (end, other)]
+    mapped = f"{0:016X}{struct.unpack('=I', bytes((0, 0, 255, 255)))[0]:08X}"
+    wanted = ([f"{prefix}{host}:{port}" for host, port in words] for prefix in ("", mapped))
+    for table, pair in zip(_TCP_TABLES, wanted, strict=False):
+        with suppress(FileNotFoundError), table.open(encoding="ascii") as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[1:3] == pair:
+                    uid, inode = int(fields[7]), int(fields[9])
+                    return None if (uid, inode) == (0, 0) else uid
     return None

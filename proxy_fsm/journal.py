@@ -140,23 +140,25 @@ class Journal:
         if subscriber.via is None:
             self._call(subscriber, record)
         else:
-            self._guarded(subscriber.via, self._call, subscriber, record)
+            self._guarded(subscriber, subscriber.via, self._call, subscriber, record)
         took_s = time.monotonic() - began
         if took_s > _SLOW_S:
-            self._log("warning", "subscriber.slow", callback=repr(subscriber.callback), elapsed_s=round(took_s, 6))
+            self._log("warning", "subscriber.slow", callback=_name(subscriber.callback), elapsed_s=round(took_s, 6))
 
     def _call(self, subscriber: _Subscriber, record: TransitionRecord) -> None:
         """Call back; returns None whatever the callback does, since GLib repeats what returns something true."""
         if subscriber.active:
-            self._guarded(subscriber.callback, record)
+            self._guarded(subscriber, subscriber.callback, record)
 
-    def _guarded(self, function: Callable[..., object], *arguments: object) -> None:
+    def _guarded(self, subscriber: _Subscriber, function: Callable[..., object], *arguments: object) -> None:
         try:
             function(*arguments)
         except BaseException:  # noqa: BLE001 - a SystemExit of a subscriber must not end the owner thread either
-            self._log(
-                "error",
-                "subscriber.failed",
-                callback=repr(arguments[0] if len(arguments) > 1 else function),
-                exc_info=True,
-            )
+            self._log("error", "subscriber.failed", callback=_name(subscriber.callback), exc_info=True)
+
+
+def _name(callback: Callable[..., object]) -> str:
+    try:
+        return repr(callback)
+    except Exception:  # noqa: BLE001 - it is the caller's code too
+        return f"a {type(callback).__name__}"

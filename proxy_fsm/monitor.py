@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Attachment", "attach"]
 
+#: A sleep that lasts so much longer than it should means that this process was stopped, in seconds.
+_STOPPED_S = 0.1
+
 
 @dataclass(eq=False)
 class Attachment:
@@ -44,6 +47,7 @@ class Attachment:
         post: Takes the observations.
         probe_s: After how much silence a probe is sent, in seconds, and after how much more it is silent.
         dead_s: After how much silence the transport is given up, in seconds.
+        since: From when on it counts silence (monotonic).
     """
 
     post: Callable[[Observation], None]
@@ -52,7 +56,12 @@ class Attachment:
     told_silent: bool = False
     told_dead: bool = False
 
+    since: float = field(default_factory=time.monotonic)
     _monitor: _TransportMonitor | None = None
+
+    def quiet_since(self, heard_at: float) -> float:
+        """Return from when on it counts silence (monotonic), where that was heard last."""
+        return max(heard_at, self.since)
 
     def detach(self) -> None:
         """Want nothing more; the last one out ends the monitor."""
@@ -133,8 +142,9 @@ class _TransportMonitor:
             self._watch(transport)
         finally:
             watch.cancel()
-            if self._probe is not None:
-                self._probe.abandon()
+            probe = self._probe  # its own thread forgets it
+            if probe is not None:
+                probe.abandon()
 
     def _watch(self, transport: paramiko.Transport) -> None:
         heard_at = time.monotonic()
@@ -145,11 +155,14 @@ class _TransportMonitor:
                 if not attached:
                     self._ended = True
                     return
-            now = time.monotonic()
+            due = self._next_look(attached, heard_at)
             try:
-                why = self._wake.get(timeout=max(0.0, self._next_look(attached, heard_at) - now))
+                why = self._wake.get(timeout=max(0.0, due - time.monotonic()))
             except Empty:
                 why = "time"
+                overslept_s = time.monotonic() - due
+                if overslept_s > _STOPPED_S:
+                    heard_at = self._leave_out(overslept_s, heard_at)
             if why == "ended":
                 self._tell_end(transport)
                 return
@@ -158,22 +171,30 @@ class _TransportMonitor:
                 packets = packets_received(transport)
                 self._tell_restored(now - heard_at)
                 heard_at = now
-            self._look(transport, now - heard_at, heard_at)
+            self._look(transport, now, heard_at)
+
+    def _leave_out(self, stopped_s: float, heard_at: float) -> float:
+        """Count no silence for the time in which this process itself was stopped; return the new ``heard_at``."""
+        with self._lock:
+            for a in self._attached:
+                a.since = min(a.since + stopped_s, time.monotonic())
+        return heard_at + stopped_s
 
     @staticmethod
     def _next_look(attached: tuple[Attachment, ...], heard_at: float) -> float:
         """Return when something will be due next, if nothing is heard until then (monotonic)."""
         now = time.monotonic()
-        marks = {mark for a in attached for mark in (a.probe_s, 2 * a.probe_s, a.dead_s)}
-        due = [heard_at + mark for mark in marks if heard_at + mark > now]
+        due = [a.quiet_since(heard_at) + mark for a in attached for mark in (a.probe_s, 2 * a.probe_s, a.dead_s)]
+        due = [mark for mark in due if mark > now]
         return min(due, default=now + min(a.probe_s for a in attached))
 
-    def _look(self, transport: paramiko.Transport, quiet_s: float, heard_at: float) -> None:
+    def _look(self, transport: paramiko.Transport, now: float, heard_at: float) -> None:
         with self._lock:
             attached = tuple(self._attached)
-        if any(quiet_s >= a.probe_s for a in attached):
+        if any(now - a.quiet_since(heard_at) >= a.probe_s for a in attached):
             self._send_probe(transport)
         for a in attached:
+            quiet_s = now - a.quiet_since(heard_at)
             if quiet_s >= min(2 * a.probe_s, a.dead_s) and not a.told_silent:
                 a.told_silent = True
                 a.post(LinkSilent(heard_at))

@@ -12,7 +12,7 @@ import stat
 import tempfile
 import threading
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ class _Launch:
     """What the proxy program is started with."""
 
     command: Sequence[str]
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)  # secrets are in it
     directory: Path
     log: int
 
@@ -114,7 +114,7 @@ class Preparation:
             self._post(WorkerRefused(error))
         except _ClosedError:
             pass  # the owner has gone on, and holds nothing of this
-        except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
+        except BaseException as error:  # noqa: BLE001 - whatever it was, sys.exit() included, the owner has to know
             self._post(WorkerFailed("preflight", error))
         finally:
             self._post(PreparationEnded())
@@ -218,7 +218,8 @@ def _make_private(directory: Path) -> None:
 
 def _open_private(path: Path) -> int:
     """Open a file for appending that is ours, no link, and readable by nobody else."""
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    # O_NONBLOCK: a FIFO would wait for its reader.
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     info = os.fstat(log)
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
         os.close(log)
@@ -230,9 +231,12 @@ def _open_private(path: Path) -> int:
 def _make_socket_directory(environ: Mapping[str, str]) -> Path:
     """Make a directory of mode 0700 whose path leaves room for a socket's name."""
     for parent in (environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp is safe there
-        if not parent or not os.access(parent, os.W_OK | os.X_OK):
+        if not parent or not Path(parent).is_absolute():  # the proxy's working directory is another one
             continue
-        directory = tempfile.mkdtemp(prefix="proxy_fsm-", dir=parent)
+        try:
+            directory = tempfile.mkdtemp(prefix="proxy_fsm-", dir=parent)
+        except OSError:
+            continue
         if len(os.fsencode(directory)) + _SOCKET_NAME_BYTES <= MAX_SOCKET_PATH_BYTES:
             return Path(directory)
         Path(directory).rmdir()

@@ -6,6 +6,7 @@ One thread does it all: it spawns, then sleeps until output comes or the program
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["LineReader", "ProxyProcess"]
 
 _READ_BYTES = 64 << 10
-#: A line is cut after this many bytes: a program that never ends its line must not fill our memory.
-_MAX_LINE_BYTES = 8 << 10
+#: A line is cut after this many characters: a program that never ends its line must not fill our memory.
+_MAX_LINE_CHARS = 8 << 10
+_HIDDEN = "<hidden>"
 #: How much output of a program that has ended is still read, in bytes.
 _LAST_WORDS_BYTES = 1 << 20
 
@@ -49,39 +51,53 @@ _LAST_WORDS_BYTES = 1 << 20
 class LineReader:
     """Turns what a program prints into lines that hold no secret and no control character.
 
+    What comes out does not depend on how the bytes came in: a line is cut, a secret hidden and a character put
+    together at the same places, whatever the chunks are.
+
     Args:
         secrets: What must not get through, in any case of its letters.
     """
 
     def __init__(self, secrets: Sequence[str] = ()) -> None:
-        self._buffer = b""
-        self._overlap = max((len(secret) for secret in secrets), default=1) - 1
-        words = [re.escape(secret.encode()) for secret in secrets if secret]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        self._buffer = ""
         # A value called cookie is none of a log's business, whoever it belongs to.
-        self._hidden = re.compile(b"|".join([*words, rb"(?<=cookie=)[^,\s]+"]), re.IGNORECASE)
+        words = [r"(?<=cookie=)[^,\s]+", *(re.escape(secret) for secret in secrets if secret)]
+        self._hidden = re.compile("|".join(words), re.IGNORECASE | re.ASCII)
+        # What is kept back is as long as a secret, or a value called cookie, that may still go on.
+        self._kept_back = max(len(text) for text in (f"cookie={_HIDDEN}", *secrets))
 
     def feed(self, data: bytes) -> Iterator[str]:
         """Take bytes as they come; yield the lines that they complete."""
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        yield from map(self._harmless, lines)
-        while len(self._buffer) > _MAX_LINE_BYTES:
-            # What is kept back is as long as a secret of which only the beginning has come yet.
-            clean = self._hidden.sub(b"<hidden>", self._buffer)
-            cut = max(1, len(clean) - self._overlap)
-            self._buffer = clean[cut:]
-            yield from (self._harmless(clean[at : at + _MAX_LINE_BYTES]) for at in range(0, cut, _MAX_LINE_BYTES))
+        *lines, self._buffer = (self._buffer + self._decoder.decode(data)).split("\n")
+        for line in lines:
+            yield from self._pieces(self._clean(line.removesuffix("\r")))
+        if len(self._buffer) > _MAX_LINE_CHARS + self._kept_back:
+            end = "\r" if self._buffer.endswith("\r") else ""  # it is dropped where the line ends here
+            clean = self._clean(self._buffer.removesuffix("\r"))
+            cut = max(0, len(clean) - self._kept_back) // _MAX_LINE_CHARS * _MAX_LINE_CHARS
+            self._buffer = clean[cut:] + end
+            if cut:
+                yield from self._pieces(clean[:cut])
 
     def finish(self) -> Iterator[str]:
         """Yield what is left where the last line has no end."""
-        if self._buffer:
-            yield self._harmless(self._buffer)
-        self._buffer = b""
+        left, self._buffer = self._buffer + self._decoder.decode(b"", final=True), ""
+        if left:
+            yield from self._pieces(self._clean(left.removesuffix("\r")))
 
-    def _harmless(self, line: bytes) -> str:
-        text = self._hidden.sub(b"<hidden>", line.rstrip(b"\r")).decode("utf-8", "backslashreplace")
-        return "".join(
-            char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode() for char in text
-        )
+    def _clean(self, line: str) -> str:
+        if not line.isprintable():
+            line = "".join(
+                char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode() for char in line
+            )
+        return self._hidden.sub(_HIDDEN, line)
+
+    @staticmethod
+    def _pieces(line: str) -> Iterator[str]:
+        yield line[:_MAX_LINE_CHARS]
+        for at in range(_MAX_LINE_CHARS, len(line), _MAX_LINE_CHARS):
+            yield line[at : at + _MAX_LINE_CHARS]
 
 
 class ProxyProcess:
@@ -154,11 +170,9 @@ class ProxyProcess:
         except OSError as error:
             self._post(SpawnFailed(self._why_not(error)))
             return
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # a backend's command or environment is no list of plain strings
-            problem = f"The proxy program {self._command[0]} cannot be started: {error}."
+        except Exception as error:  # noqa: BLE001 - a backend's command or environment is no list of plain strings
+            program = self._command[0] if self._command else "without a name"
+            problem = f"The proxy program {program} cannot be started: {error}."
             self._post(SpawnFailed(BackendError(EndReason.PROXY_NOT_STARTABLE, problem)))
             return
         try:
@@ -250,9 +264,11 @@ class ProxyProcess:
 
     def _why_not(self, error: OSError) -> BackendError:
         program = self._command[0]
-        if error.errno == errno.ENOENT and error.filename != str(self._directory) and not os.path.lexists(program):
+        if error.filename == self._directory:
+            problem = f"its directory {self._directory} cannot be entered ({error.strerror})"
+        elif error.errno == errno.ENOENT and not os.path.lexists(program):
             return BackendError(EndReason.PROXY_NOT_FOUND, f"The proxy program {program} is not there.")
-        if error.errno == errno.ENOENT and error.filename != str(self._directory):
+        elif error.errno == errno.ENOENT:
             problem = "the interpreter or loader that it names is not there"
         else:
             problem = error.strerror or str(error)
@@ -267,7 +283,8 @@ def _exit_descriptor(pid: int) -> int:
     ours, theirs = os.pipe()
 
     def wait() -> None:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with suppress(ChildProcessError):  # it was reaped meanwhile
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         os.close(theirs)
 
     threading.Thread(target=wait, name="proxy_fsm-wait", daemon=True).start()

@@ -7,6 +7,7 @@ by `tests/test_ssh.py` so that a paramiko that changes it fails there with its n
   ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``packetizer``
 * ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``
 * ``Packetizer``: ``__sequence_number_in``
+* ``transport``: ``_active_threads``
 
 Three things are done differently from ``Transport.open_channel`` and ``Channel.close``, for these reasons:
 
@@ -28,6 +29,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import paramiko
+import paramiko.transport
 from paramiko.common import cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_OPEN
 from paramiko.message import Message
 
@@ -248,7 +250,8 @@ class EndWatch:
             number = self._transport._next_channel()  # noqa: SLF001
             self._sentinel = _Sentinel(number, callback)
             self._transport._channels.put(number, self._sentinel)  # noqa: SLF001
-        if not transport.is_active():
+        # A transport that winds up leaves this list, then unlinks its channels, then is no more active.
+        if not transport.is_active() or transport not in cast("Any", paramiko.transport)._active_threads:  # noqa: SLF001
             self._sentinel._unlink()  # noqa: SLF001
 
     def cancel(self) -> None:

@@ -169,7 +169,7 @@ class CommandBackend(Backend):
             raise ValueError("ready_when must be 'first_bytes', 'connected' or a compiled pattern.")
         if max_connections is not None and max_connections < 1:
             raise ValueError("max_connections must be at least 1, or None for any number.")
-        used = {name for word in command for name in self._PLACEHOLDER.findall(word)}
+        used = {name for word in command[1:] for name in self._PLACEHOLDER.findall(word)}
         if "path" in used and used != {"path"}:
             raise ValueError("The command can have {path}, or {host} and {port}, but not both.")
         if not used & {"path", "port"}:

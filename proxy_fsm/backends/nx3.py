@@ -25,7 +25,9 @@ __all__ = ["NX3Backend"]
 
 _READY = "Established X server connection"
 _TERMINATING = "Session: Terminating session at"
-_CAUGHT_SIGNAL = "Waiting the cleanup timeout"
+#: It says the first before the session stands, the second after.
+_CAUGHT_SIGNAL = ("Aborting the procedure due to signal", "Waiting the cleanup timeout")
+_SIGNALLED = EndReason.PROXY_KILLED, "nxproxy was told to end by a signal TERM, INT or HUP from outside."
 _NOT_CONNECTED = "Connection to Unix file socket '"
 _NEGOTIATION = (
     "Failure negotiating the session in stage",
@@ -44,7 +46,8 @@ _NO_DISPLAY = (
 _MAX_VALUE_BYTES = 255
 _MAX_STRING_BYTES = 1023
 _KEY = re.compile(r"[a-z0-9_]+")
-_VALUE = re.compile(r"[!-+\--<>-~]*")  # printable ASCII without blank, comma and equals sign
+#: Printable ASCII without blank, comma and equals sign; and no per cent sign, since nxproxy decodes %2C and its like.
+_VALUE = re.compile(r"[!-$&-+\--<>-~]+")
 
 
 class NX3Backend(Backend):
@@ -96,7 +99,7 @@ class NX3Backend(Backend):
             raise BackendError(
                 EndReason.LISTEN_FAILED,
                 f"The path {context.listen_address} cannot be written into an NX option string.",
-                "Set TMPDIR or XDG_RUNTIME_DIR to a short path without comma, blank or equals sign.",
+                "Set TMPDIR or XDG_RUNTIME_DIR to a short path without comma, blank, equals or per cent sign.",
             )
         if len(self._option_string(context)) > _MAX_STRING_BYTES:
             raise BackendError(
@@ -133,7 +136,7 @@ class NX3Backend(Backend):
         """Take what fits into an NX option string and is not set by the engine; return the others."""
         ignored = {}
         for key, value in options.items():
-            if isinstance(value, str) and key not in self._OWN_OPTIONS and _fits(key, value):
+            if key not in self._OWN_OPTIONS and _fits(key, value):
                 self._options[key] = value
             else:
                 ignored[key] = value
@@ -157,13 +160,15 @@ class NX3Backend(Backend):
                 EndReason.DISPLAY_UNAVAILABLE,
                 "The X server refused nxproxy, or DISPLAY does not reach one.",
             )
+        if evidence.said(*_CAUGHT_SIGNAL):
+            return _SIGNALLED
         if not evidence.saw(ChannelOpened):
-            if evidence.said(_NOT_CONNECTED):
-                return EndReason.LISTEN_FAILED, "nxproxy could not connect to the local end of the tunnel."
-            return None
+            unconnected = EndReason.LISTEN_FAILED, "nxproxy could not connect to the local end of the tunnel."
+            return unconnected if evidence.said(_NOT_CONNECTED) else None
         if evidence.said(*_NEGOTIATION):
             return EndReason.NEGOTIATION_FAILED, (
-                "The agent closed the connection during negotiation: the session cookie is wrong, or the agent has gone."
+                "The agent closed the connection during negotiation: "
+                "the session cookie is wrong, or the agent has gone."
             )
         if evidence.said(*_PEER_BROKEN):
             return EndReason.PEER_LOST, "nxproxy lost the agent before the session stood."
@@ -175,19 +180,18 @@ class NX3Backend(Backend):
             return EndReason.PEER_LOST, "nxproxy has not heard from the agent for too long."
         if evidence.said(*_PEER_BROKEN):
             return EndReason.PEER_LOST, "nxproxy lost the agent, while the SSH connection lives."
-        if evidence.said(_CAUGHT_SIGNAL):
-            return (
-                EndReason.PROXY_KILLED,
-                "nxproxy was told to end by a signal TERM, INT or HUP from outside.",
-            )
+        if evidence.said(*_CAUGHT_SIGNAL):
+            return _SIGNALLED
         if evidence.said(_TERMINATING) and evidence.exited:
             return EndReason.SESSION_ENDED, "The agent closed the session: it was suspended or terminated."
         return None
 
 
-def _fits(key: str, value: str) -> bool:
+def _fits(key: object, value: object) -> bool:
     return (
-        _KEY.fullmatch(key) is not None
+        isinstance(key, str)
+        and isinstance(value, str)
+        and _KEY.fullmatch(key) is not None
         and _VALUE.fullmatch(value) is not None
         and len(value.encode()) <= _MAX_VALUE_BYTES
     )

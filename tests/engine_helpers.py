@@ -1,0 +1,168 @@
+"""What the engine's tests stand on: an agent to reach, a backend that runs scripts, and what must be left: nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from proxy_fsm import NX3Backend, Proxy, SessionInfo, State
+from proxy_fsm.testing.scripted import ScriptedProxy, Step, connect, say, wait_eof
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import paramiko
+
+COOKIE = "0123456789abcdef0123456789abcdef"
+READY_LINE = "Info: Established X server connection."
+HEALTHY = (connect(), say(READY_LINE), wait_eof())
+
+
+def eventually(is_true: Callable[[], object], what: str, timeout_s: float = 5) -> None:
+    """Wait until something that has no event of its own is true."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        threading.Event().wait(0.005)
+
+
+class Agent:
+    """A listening port on loopback that counts who comes, holds connections, and can let them go."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.connections: list[socket.socket] = []
+        self.received = bytearray()
+        self._thread = threading.Thread(target=self._accept, name="agent", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_listening()
+        self.let_go()
+        self._thread.join(5)
+
+    def stop_listening(self) -> None:
+        """Refuse connections from now on."""
+        with suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def let_go(self) -> None:
+        """End all connections, as an agent that closes its session."""
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def say(self, data: bytes) -> None:
+        """Send bytes on the newest connection."""
+        self.connections[-1].sendall(data)
+
+    def _accept(self) -> None:
+        readers = []
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                break
+            self.connections.append(connection)
+            readers.append(threading.Thread(target=self._read, args=(connection,), name="agent", daemon=True))
+            readers[-1].start()
+        for reader in readers:
+            reader.join(5)
+
+    def _read(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while data := connection.recv(65536):
+                self.received += data
+
+
+class ScriptedBackend(NX3Backend):
+    """Runs a script as nxproxy would be run; wants no X server."""
+
+    needs_display = False
+
+    def __init__(self, directory: Path, steps: Sequence[Step] = HEALTHY) -> None:
+        super().__init__(str(ScriptedProxy(steps).install(directory / "nxproxy")))
+
+
+class Recorder:
+    """A logger that keeps what it gets, and on which thread."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def __getattr__(self, level: str) -> Callable[..., None]:
+        def log(event: str, **fields: Any) -> None:
+            self.events.append({"event": event, "level": level, "thread": threading.get_ident(), **fields})
+
+        return log
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        """Return the events of a name."""
+        return [event for event in self.events if event["event"] == name]
+
+    def path(self) -> list[str]:
+        """Return the states that were told, in order."""
+        return [event["dest"] for event in self.named("proxy.transition")]
+
+
+class Maker:
+    """Makes proxies and sees to it that none outlives its test."""
+
+    def __init__(self, transport: paramiko.Transport, agent: Agent, directory: Path) -> None:
+        self.transport = transport
+        self.agent = agent
+        self.directory = directory
+        self.log = Recorder()
+        self.made: list[Proxy] = []
+
+    def session(self, **changes: Any) -> SessionInfo:
+        fields = {"name": "alice-51-1_stDxterm_dp24", "cookie": COOKIE, "display": 51, "graphics_port": self.agent.port}
+        return SessionInfo(**{**fields, **changes})
+
+    def __call__(self, steps: Sequence[Step] = HEALTHY, **options: Any) -> Proxy:
+        place = Path(tempfile.mkdtemp(dir=self.directory))
+        options.setdefault("backend", None)
+        options["backend"] = options["backend"] or ScriptedBackend(place, steps)
+        options.setdefault("logger", self.log)
+        options.setdefault("sessions_root", self.directory / "sessions")
+        session = options.pop("session", None) or self.session()
+        proxy = Proxy(session, options.pop("transport", self.transport), **options)
+        self.made.append(proxy)
+        return proxy
+
+    def close(self) -> None:
+        for proxy in self.made:
+            if proxy.state is not State.IDLE:
+                proxy.close()
+        self.made.clear()
+
+
+def descriptors() -> int:
+    """Return how many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+
+def children() -> list[int]:
+    """Return the process ids of this process's children, zombies included."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def engine_threads() -> list[str]:
+    """Return the names of the engine's threads that are alive."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("proxy_fsm")]

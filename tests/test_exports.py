@@ -1,0 +1,68 @@
+"""The public names are the contract's, and imports run one way."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import proxy_fsm
+
+PACKAGE = Path(proxy_fsm.__file__).parent
+
+CONTRACT = """
+Proxy State EndReason SessionInfo NX3Backend CommandBackend ProxyStatus TransitionRecord TunnelStats Timeouts
+TRANSITIONS ProxyFsmError InvalidTransition InvalidSession ProxyFailed ProxyStopped BackendError Lifecycle Backend
+Link fast_transport
+""".split()
+
+#: Reading order is import order: a module imports only from those above it.
+LAYERS = """
+errors lifecycle status session evidence events backends ssh monitor x11 forwarder process journal preflight server
+engine diagram testing cli
+""".split()
+
+
+def test_the_contracts_names_are_there() -> None:
+    assert set(CONTRACT) <= set(proxy_fsm.__all__)
+
+
+def test_all_is_sorted_and_true() -> None:
+    assert list(proxy_fsm.__all__) == sorted(proxy_fsm.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert all(hasattr(proxy_fsm, name) for name in proxy_fsm.__all__)
+
+
+def layer(module: str) -> int:
+    return LAYERS.index(module.split(".", maxsplit=1)[0])
+
+
+def imports_of(file: Path) -> set[str]:
+    """Return the modules of this package that a file imports when it runs, type checking apart."""
+    found = set()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("proxy_fsm"):
+            parts = (node.module or "").split(".")[1:]
+            found |= {".".join(parts)} if parts else {alias.name for alias in node.names}
+    return found
+
+
+def test_no_module_imports_from_one_that_is_read_after_it() -> None:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name in {"__init__", "__main__"} or name.startswith("cli"):
+            continue  # these use the public names alone
+        for imported in imports_of(file):
+            assert layer(imported) <= layer(name), f"{name} imports {imported}, which is read after it"
+
+
+def test_the_command_line_uses_the_public_api_only() -> None:
+    allowed = {"", "testing", "cli"}
+    for file in (PACKAGE / "cli").glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "proxy_fsm":
+                part = (node.module or "").partition(".")[2].split(".")[0]
+                assert part in allowed, f"{file.name} imports {node.module}"

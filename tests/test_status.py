@@ -1,0 +1,171 @@
+"""Reasons, records and the snapshot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from datetime import UTC, datetime
+
+import pytest
+
+from proxy_fsm import errors
+from proxy_fsm.lifecycle import State, Trigger
+from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats, is_retryable
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+RECORD = TransitionRecord(
+    "id1", "name", Trigger.FAULT_FOUND, State.RUNNING, State.STOPPING, EndReason.PEER_LOST, "It broke.", NOW, 1.5, 4
+)
+STATUS = ProxyStatus(
+    id="id1",
+    session="name",
+    state=State.FAILED,
+    since=NOW,
+    reason=EndReason.PEER_LOST,
+    detail="It broke.",
+    hint="Mend it.",
+    tunnel=TunnelStats(1, 2, NOW, 1),
+    output_tail=("a line",),
+    abandoned=("process 1",),
+    history=(RECORD,),
+)
+
+REASONS = """
+stop_requested session_ended session_suspended session_terminated viewer_closed proxy_not_found proxy_not_startable
+display_unavailable display_lost negotiation_failed agent_unreachable forwarding_denied listen_failed transport_lost
+transport_silent peer_lost proxy_killed proxy_exited start_timeout stop_timeout internal_error
+""".split()
+CLEAN = set(REASONS[:5])
+
+
+def test_reasons_bear_the_contracts_names() -> None:
+    assert [str(reason) for reason in EndReason] == REASONS
+    assert [reason.name.lower() for reason in EndReason] == REASONS
+
+
+@pytest.mark.parametrize("reason", EndReason)
+def test_each_reason_knows_whether_it_is_clean_and_its_exit_status(reason: EndReason) -> None:
+    assert reason.clean is (reason in CLEAN)
+    assert reason.cli_status == 0 if reason.clean else reason.cli_status >= 10
+    assert reason.clean or (reason.hint is not None and reason.hint.endswith("."))
+
+
+def test_exit_statuses_of_faults_are_all_different() -> None:
+    statuses = [reason.cli_status for reason in EndReason if not reason.clean]
+    assert len(set(statuses)) == len(statuses)
+
+
+def test_a_status_survives_json_whole() -> None:
+    told = json.loads(json.dumps(STATUS.as_dict()))
+    assert set(told) == {field.name for field in dataclasses.fields(ProxyStatus)}
+    assert told["state"] == "failed"
+    assert told["reason"] == "peer_lost"
+    assert told["since"] == NOW.isoformat()
+    assert told["tunnel"] == {
+        "bytes_to_agent": 1,
+        "bytes_from_agent": 2,
+        "opened_at": NOW.isoformat(),
+        "connections": 1,
+    }
+    assert told["history"][0]["source"] == "running"
+    assert told["history"][0]["at"] == NOW.isoformat()
+
+
+def test_an_idle_status_survives_json_too() -> None:
+    idle = ProxyStatus(id="i", session="s", state=State.IDLE, since=NOW, tunnel=TunnelStats(0, 0, None, 0))
+    told = json.loads(json.dumps(idle.as_dict()))
+    assert told["reason"] is None
+    assert told["link"] == Link.OK == "ok"
+    assert told["tunnel"]["opened_at"] is None
+    assert json.loads(json.dumps(dataclasses.replace(idle, tunnel=None).as_dict()))["tunnel"] is None
+
+
+def test_snapshots_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        STATUS.state = State.RUNNING  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECORD.sequence = 1  # type: ignore[misc]
+
+
+def test_timeouts_have_the_contracts_defaults() -> None:
+    assert dataclasses.asdict(Timeouts()) == {
+        "preflight_s": 5,
+        "ready_s": 30,
+        "agent_connect_s": 8,
+        "stop_grace_s": 5,
+        "kill_s": 2,
+        "ask_server_s": 2,
+        "link_probe_s": 15,
+        "link_dead_s": 45,
+    }
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan"), "5", None, True])
+def test_timeouts_are_finite_numbers_above_zero(value: object) -> None:
+    with pytest.raises(ValueError, match="ready_s must be a finite number"):
+        Timeouts(ready_s=value)  # type: ignore[arg-type]
+
+
+def test_a_link_cannot_be_dead_before_it_was_probed() -> None:
+    with pytest.raises(ValueError, match="link_dead_s must be longer"):
+        Timeouts(link_probe_s=5, link_dead_s=5)
+
+
+RETRYABLE = [
+    # reason, channel opened, was running, resumed -> retryable
+    (EndReason.PROXY_NOT_FOUND, False, False, False, True),
+    (EndReason.DISPLAY_UNAVAILABLE, False, False, False, True),
+    (EndReason.DISPLAY_UNAVAILABLE, True, False, False, False),
+    (EndReason.NEGOTIATION_FAILED, True, False, False, False),
+    (EndReason.NEGOTIATION_FAILED, True, False, True, True),
+    (EndReason.TRANSPORT_LOST, True, False, False, False),
+    (EndReason.TRANSPORT_LOST, True, True, False, True),
+    (EndReason.PROXY_KILLED, True, True, False, True),
+    (EndReason.DISPLAY_LOST, True, True, False, True),
+    (EndReason.AGENT_UNREACHABLE, False, False, True, False),
+    (EndReason.PEER_LOST, True, True, False, False),
+    (EndReason.SESSION_ENDED, True, True, False, None),
+    (EndReason.SESSION_SUSPENDED, True, True, False, True),
+    (EndReason.SESSION_TERMINATED, True, True, True, False),
+    (EndReason.STOP_REQUESTED, True, True, False, True),
+    (EndReason.STOP_REQUESTED, True, False, False, False),
+    (EndReason.STOP_REQUESTED, False, False, False, True),
+]
+
+
+@pytest.mark.parametrize(("reason", "opened", "ran", "resumed", "retryable"), RETRYABLE)
+def test_retryable_depends_on_how_far_the_attempt_came(
+    reason: EndReason, *, opened: bool, ran: bool, resumed: bool, retryable: bool | None
+) -> None:
+    assert is_retryable(reason, channel_opened=opened, was_running=ran, resumed=resumed) is retryable
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidTransition("start", State.STOPPED),
+        errors.InvalidTransition("closed_cleanly", State.IDLE),
+        errors.InvalidSession("cookie", "it is too short."),
+        errors.BackendError(EndReason.PROXY_NOT_FOUND, "It is not there.", "Install it."),
+        errors.BackendError(EndReason.PROXY_NOT_FOUND, "It is not there."),
+        errors.ProxyFailed(STATUS),
+        errors.ProxyStopped(dataclasses.replace(STATUS, reason=None, hint=None, detail="")),
+    ],
+    ids=repr,
+)
+def test_errors_are_whole_sentences_and_survive_pickling(error: errors.ProxyFsmError) -> None:
+    assert str(error).endswith(".")
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
+
+
+def test_a_failure_tells_reason_detail_and_hint() -> None:
+    assert str(errors.ProxyFailed(STATUS)) == ("The proxy of session name is failed (peer_lost): It broke. Mend it.")
+    assert errors.ProxyFailed(STATUS).status is STATUS
+
+
+def test_an_unusable_session_is_a_value_error_too() -> None:
+    assert issubclass(errors.InvalidSession, ValueError)
