@@ -51,6 +51,10 @@ _PRELUDE = """\
 import os, signal, sys
 connection = None
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+def put(fd, line):  # not print(), in which a signal's steps could not print
+    data = line.encode(errors="surrogateescape") + b"\\n"
+    while data:
+        data = data[os.write(fd, data):]
 def cookie():
     return os.environ.get("NX_DISPLAY", "").partition("cookie=")[2].partition(",")[0].partition(":")[0]
 def address():
@@ -76,6 +80,7 @@ def hold(seconds):
 """
 
 _HOLDING_S = 60
+_FD = {"stdout": 1, "stderr": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,7 @@ def say(text: str, stream: Literal["stdout", "stderr"] = "stderr") -> Step:
         text: The line, without its end.
         stream: Where to.
     """
-    return Step(f"print({_literal(text)}, file=sys.{stream}, flush=True)")
+    return Step(f"put({_FD[stream]}, {_literal(text)})")
 
 
 def print_cookie(stream: Literal["stdout", "stderr"] = "stderr") -> Step:
@@ -178,7 +183,7 @@ def print_cookie(stream: Literal["stdout", "stderr"] = "stderr") -> Step:
     Args:
         stream: Where to.
     """
-    return Step(f'print("cookie=" + cookie(), file=sys.{stream}, flush=True)')
+    return Step(f'put({_FD[stream]}, "cookie=" + cookie())')
 
 
 def record_call(path: Path) -> Step:
@@ -271,9 +276,7 @@ def fork_holding_output() -> Step:
 
     It ends by itself after a minute; a test that is through with it kills it.
     """
-    return Step(
-        f'child = os.fork()\nif child == 0: hold({_HOLDING_S})\nprint("child", child, file=sys.stderr, flush=True)'
-    )
+    return Step(f'child = os.fork()\nif child == 0: hold({_HOLDING_S})\nput(2, "child " + str(child))')
 
 
 def pause() -> Step:

@@ -199,7 +199,7 @@ class LoopbackSSHServer:
     def channels_open(self) -> int:
         """How many ``direct-tcpip`` channels are open, or still deliver what they carried."""
         with self._shared.changed:
-            return sum(len(connection.forwards) for connection in self._connections)
+            return sum(connection.channels for connection in self._connections)
 
     @property
     def channels_held(self) -> int:
@@ -345,9 +345,9 @@ class _Link(socket.socket):
         self.set_frozen(frozen=frozen)
 
     def set_frozen(self, *, frozen: bool) -> None:
-        if frozen and not self._is_cut:
+        if frozen:
             self._flows.clear()
-        else:
+        if not frozen or self._is_cut:  # looked at after clearing: a cut in another thread is not missed
             self._flows.set()
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
@@ -404,6 +404,11 @@ class _Connection(paramiko.Transport):
         self._shared = shared
         self._interface = _Interface(server, shared)
 
+    @property
+    def channels(self) -> int:
+        """How many channels it forwards, or is about to."""
+        return len(self.forwards) + len(self._interface.dialled)
+
     def serve(self) -> None:
         self.start_server(event=threading.Event(), server=self._interface)  # with an event it does not block
 
@@ -446,17 +451,14 @@ class _Connection(paramiko.Transport):
         super()._parse_channel_open(message)  # type: ignore[misc]
 
     def _queue_incoming_channel(self, channel: paramiko.Channel) -> None:
-        target = self._interface.dialled.pop(channel.get_id(), None)
         with self._shared.changed:
+            target = self._interface.dialled.pop(channel.get_id(), None)
             if target is None:
                 self._sessions = {each for each in self._sessions if not each.closed} | {channel}
-                self._server.sessions_opened += 1
             else:
                 forward = _Forward(channel, target)
                 self.forwards.add(forward)
-                self._server.channels_opened += 1
                 self._shared.spawn(self._carry, forward)
-            self._shared.changed.notify_all()
         if self.has_ended:
             _close(channel)
 
@@ -503,8 +505,10 @@ class _Interface(paramiko.ServerInterface):
 
     def close(self) -> None:
         """Let go of what was dialled for channels that were never opened."""
-        while self.dialled:
-            self.dialled.popitem()[1].close()
+        with self._shared.changed:
+            while self.dialled:
+                self.dialled.popitem()[1].close()
+            self._shared.changed.notify_all()
 
     def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002 - paramiko's signature
         return "publickey,password"
@@ -518,7 +522,12 @@ class _Interface(paramiko.ServerInterface):
         return AUTH_SUCCESSFUL if known else AUTH_FAILED
 
     def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
-        return OPEN_SUCCEEDED if kind == "session" else OPEN_FAILED_UNKNOWN_CHANNEL_TYPE
+        if kind != "session":
+            return OPEN_FAILED_UNKNOWN_CHANNEL_TYPE
+        with self._shared.changed:
+            self._server.sessions_opened += 1
+            self._shared.changed.notify_all()
+        return OPEN_SUCCEEDED
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         self.commands[channel.get_id()] = command.decode(errors="replace")
@@ -541,7 +550,10 @@ class _Interface(paramiko.ServerInterface):
             return OPEN_FAILED_CONNECT_FAILED
         target.settimeout(None)
         target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.dialled[chanid] = target
+        with self._shared.changed:  # counted here, so that it is done when the client's call returns
+            self.dialled[chanid] = target
+            self._server.channels_opened += 1
+            self._shared.changed.notify_all()
         return OPEN_SUCCEEDED
 
 
