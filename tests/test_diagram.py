@@ -6,6 +6,7 @@ from pathlib import Path
 
 from proxy_fsm import diagram
 from proxy_fsm.lifecycle import TRANSITIONS, State
+from proxy_fsm.status import EndReason
 
 COMMITTED = Path(__file__).parent.parent / "diagrams"
 
@@ -52,3 +53,13 @@ def test_main_writes_and_checks(tmp_path: Path) -> None:
     assert diagram.main([str(target), "--check"]) == 0
     (target / "lifecycle.mmd").write_text("stale")
     assert diagram.main([str(target), "--check"]) == 1
+
+
+def test_the_readme_shows_the_diagram_and_every_reason_with_its_exit_status() -> None:
+    readme = (COMMITTED.parent / "README.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{diagram.mermaid()}```" in readme
+    rows = [line for line in readme.splitlines() if line.startswith("| `")]
+    for reason in EndReason:
+        assert any(f"`{reason}`" in row and f"| {reason.cli_status} |" in row for row in rows), reason
+    for state in State:
+        assert any(row.startswith(f"| `{state}` |") for row in rows), state

@@ -677,7 +677,7 @@ def test_a_transport_that_had_ended_is_told(make: Maker, transport: paramiko.Tra
 def test_a_lost_transport_is_told_and_all_is_released_at_once(
     make: Maker, transport: paramiko.Transport, server: LoopbackSSHServer, cut: str
 ) -> None:
-    proxy = make()
+    proxy = make([*HEALTHY, pause()])
     proxy.start()
     proxy.wait_running(timeout=5)
     {"server": server.drop, "reset": lambda: server.drop(reset=True), "caller": transport.close}[cut]()
