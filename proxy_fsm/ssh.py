@@ -235,7 +235,8 @@ class ChannelOpening:
 
 def _discard(channel: SafeChannel) -> None:
     """Close a channel that nobody uses, on a thread of its own since sending may block."""
-    threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
+    with suppress(RuntimeError):  # no thread can be started: the interpreter ends, and the transport with it
+        threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
 
 
 class EndWatch:

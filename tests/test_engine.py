@@ -539,10 +539,11 @@ def test_a_dropped_running_proxy_is_ended_with_a_warning(make: Maker) -> None:
 
 
 EXIT_SCRIPT = """
-import contextlib, sys
+import logging, sys
 from pathlib import Path
 from proxy_fsm.testing import LoopbackSSHServer
 from tests.engine_helpers import Agent, Maker, HEALTHY
+logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its server's end is none of our business here
 server, agent = LoopbackSSHServer(), Agent()
 server.start()
 proxy = Maker(server.connect_transport(), agent, Path(sys.argv[1]))(HEALTHY)
