@@ -1,0 +1,52 @@
+"""The verbs, put together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cyclopts import App, CycloptsError, Parameter
+
+from proxy_fsm import EndReason, __version__
+from proxy_fsm.cli.demo import demo
+from proxy_fsm.cli.run import run
+from proxy_fsm.cli.verb import ExitStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["execute"]
+
+
+def _exit_table() -> str:
+    rows = [(status.value, status.meaning) for status in ExitStatus]
+    rows += [(reason.cli_status, str(reason)) for reason in EndReason if not reason.clean]
+    return "\n".join(["**Exit status**", "", *(f"- {number}: {meaning}" for number, meaning in rows)])
+
+
+def _app() -> App:
+    app = App(
+        name="proxy-fsm",
+        help="Bring remote-desktop sessions to the screen: an SSH tunnel, a proxy program, and exact word of both.",
+        help_epilogue=_exit_table(),
+        version=__version__,
+        help_format="markdown",
+        default_parameter=Parameter(negative=()),
+        result_action="return_value",
+        exit_on_error=False,
+    )
+    app.command(run)
+    app.command(demo)
+    return app
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one verb; a wrong usage is told on standard error.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        status = _app()(list(arguments))
+    except CycloptsError:
+        return ExitStatus.USAGE
+    return status if isinstance(status, int) else ExitStatus.CLEAN

@@ -1,0 +1,80 @@
+"""SIGINT, SIGTERM and SIGHUP as an order to end, never as an exception in the middle of something."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Interrupted", "Interrupts"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal came while this program waited for something that no proxy is there to end."""
+
+
+class Interrupts:
+    """Takes these signals, on the main thread, as long as it is entered; a SIGHUP that is ignored (nohup) stays so.
+
+    Attributes:
+        received: The name of the last signal that came; None before.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._order: Callable[[], object] | None = None
+        self._waiting = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {
+            number: signal.signal(number, self._take)
+            for number in _SIGNALS
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._order = None
+        if self.received is None:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+        # Otherwise they stay: the program is about to end, and a second Ctrl-C shall not make it end worse.
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, a signal raises; put nothing into it but what waits.
+
+        Raises:
+            Interrupted: A signal comes, or has come before.
+        """
+        self._waiting = True
+        try:
+            if self.received is not None:
+                raise Interrupted(self.received)
+            yield
+        finally:
+            self._waiting = False
+
+    def order(self, order: Callable[[], object]) -> None:
+        """Have a signal call this from now on; at once where one has come before.
+
+        Args:
+            order: What may be called from a signal handler, such as ``stop`` of a proxy that was started.
+        """
+        self._order = order
+        if self.received is not None:
+            order()
+
+    def _take(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number).name
+        if self._order is not None:
+            self._order()
+        if self._waiting:
+            self._waiting = False
+            raise Interrupted(self.received)

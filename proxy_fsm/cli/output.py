@@ -1,0 +1,146 @@
+"""What the command line writes: events, as lines for a person or as JSON."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import threading
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping, Sequence
+    from pathlib import Path
+
+__all__ = ["LogFormat", "Output", "printable"]
+
+#: In every event of a session that the console shows one of.
+_SAME_EVERYWHERE = ("proxy_id", "session")
+
+
+class LogFormat(StrEnum):
+    """How events are written."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
+class Output:
+    """The logger of one verb; structlog itself is left as it is.
+
+    Args:
+        log_format: ``json``: one object a line on standard output; ``console``: lines for a person on standard error.
+        verbose: Whether debug events are written too.
+        console_level: The lowest level that a person gets, of those that are written at all.
+
+    Attributes:
+        log: The structlog logger.
+        is_json: Whether standard output is for JSON alone.
+    """
+
+    def __init__(self, log_format: LogFormat, *, verbose: bool = False, console_level: int = logging.DEBUG) -> None:
+        # Without this, the standard library prints a library's complaints itself, with tracebacks.
+        logging.getLogger("paramiko").addHandler(logging.NullHandler())
+        self.is_json = log_format is LogFormat.JSON
+        self._secrets: list[re.Pattern[str]] = []
+        self._record: TextIO | None = None
+        self._sinks = [
+            _Sink(sys.stdout, _JSON) if self.is_json else _Sink(sys.stderr, _for_people(sys.stderr), console_level)
+        ]
+        self.log: Any = structlog.wrap_logger(
+            structlog.ReturnLogger(),
+            wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                self._write,
+            ],
+        )
+
+    def record_to(self, path: Path) -> None:
+        """Write all events to a file too, as JSON.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self._record = path.open("w", encoding="utf-8")
+        self._sinks.append(_Sink(self._record, _JSON))
+
+    def hide(self, secret: str) -> None:
+        """Keep a secret out of everything that is written from now on, wherever it should turn up."""
+        self._secrets.append(re.compile(re.escape(secret), re.IGNORECASE))
+
+    def close(self) -> None:
+        """Close the record."""
+        if self._record is not None:
+            self._record.close()
+
+    def _write(self, _logger: Any, method: str, event: MutableMapping[str, Any]) -> NoReturn:
+        for sink in self._sinks:
+            if logging.getLevelNamesMapping()[event["level"].upper()] < sink.level:
+                continue
+            line = sink.render(method, event)
+            for secret in self._secrets:
+                line = secret.sub("(secret)", line)
+            sink.write(line)
+        raise structlog.DropEvent
+
+
+class _Sink:
+    """A file, and how events are rendered for it; a reader who has gone, or was never there, changes nothing."""
+
+    def __init__(self, file: TextIO | None, processors: Sequence[Any], level: int = logging.DEBUG) -> None:
+        self.level = level
+        self._file = file
+        self._processors = processors
+        self._lock = threading.Lock()
+
+    def render(self, method: str, event: MutableMapping[str, Any]) -> str:
+        rendered: Any = dict(event)
+        for process in self._processors:
+            rendered = process(None, method, rendered)
+        return str(rendered)
+
+    def write(self, line: str) -> None:
+        if self._file is None:
+            return
+        with self._lock:
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError:
+                # What is left in the buffer would be tried again, and complained about, when the interpreter ends.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._file.fileno())
+                os.close(nowhere)
+
+
+_JSON = (structlog.processors.format_exc_info, structlog.processors.JSONRenderer())
+
+
+def _for_people(file: TextIO | None) -> Sequence[Any]:
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=file is not None and file.isatty() and "NO_COLOR" not in os.environ,
+        sort_keys=False,
+        # The default one, rich's, shows local variables: a cookie may be among them.
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+    return [_without_noise, renderer]
+
+
+def _without_noise(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what says nothing, and make harmless what could steer a terminal."""
+    return {
+        key: printable(value) if isinstance(value, str) else value
+        for key, value in event.items()
+        if key not in _SAME_EVERYWHERE and value is not None and value not in ("", [])
+    }
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters spelled out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,0 +1,81 @@
+"""What all verbs have in common: how they end, and that none of them ends with a traceback."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Self
+
+from proxy_fsm import EndReason, InvalidSession
+from proxy_fsm.cli.interrupts import Interrupted, Interrupts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxy_fsm.cli.output import Output
+
+__all__ = ["ExitStatus", "NotReachedError", "UsageError", "conclude"]
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses beside those of the reasons (`proxy_fsm.EndReason.cli_status`), which begin at 10."""
+
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> Self:
+        """Make a member from its row below."""
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    CLEAN = 0, "a clean end: the session ended, the viewer was closed, or SIGINT, SIGTERM or SIGHUP came"
+    USAGE = 2, "wrong usage: an option, the session or the cookie file cannot be used"
+    NOT_REACHED = 3, "no proxy was started: the server was not reached, or let nobody in, or the demo lacks something"
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is a sentence that says why."""
+
+    def __init__(self, detail: str, hint: str | None = None) -> None:
+        self.detail = detail
+        self.hint = hint
+        super().__init__(detail)
+
+
+class NotReachedError(Exception):
+    """The way to the session ended before there was a proxy.
+
+    Attributes:
+        event: The name of the event that tells it.
+        fields: Its fields: ``detail``, ``hint``, and what else is known.
+    """
+
+    def __init__(self, event: str, detail: str, hint: str | None = None, **fields: Any) -> None:
+        self.event = event
+        self.fields = {**fields, "detail": detail, "hint": hint}
+        super().__init__(detail)
+
+
+def conclude(output: Output, body: Callable[[Interrupts], int]) -> int:
+    """Run a verb's body, and make an event and an exit status of whatever it ends with."""
+    try:
+        with Interrupts() as interrupts:
+            return body(interrupts)
+    except UsageError as error:
+        output.log.error("usage.wrong", detail=error.detail, hint=error.hint)  # noqa: TRY400 - no bug, so no traceback
+        return ExitStatus.USAGE
+    except InvalidSession as error:
+        output.log.error("usage.wrong", detail=str(error), field=error.field, hint=None)  # noqa: TRY400
+        return ExitStatus.USAGE
+    except NotReachedError as error:
+        output.log.error(error.event, **error.fields)  # noqa: TRY400
+        return ExitStatus.NOT_REACHED
+    except Interrupted as signal:
+        output.log.info("interrupted", signal=str(signal))
+        return ExitStatus.CLEAN
+    except Exception as error:
+        detail = f"An internal error: {type(error).__name__}: {error}."
+        output.log.exception("internal.error", detail=detail, hint=EndReason.INTERNAL_ERROR.hint)
+        return EndReason.INTERNAL_ERROR.cli_status
+    finally:
+        output.close()

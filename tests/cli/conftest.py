@@ -1,0 +1,35 @@
+"""A home and a server for the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from proxy_fsm.testing import LoopbackSSHServer
+
+from .program import Agent, Home
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    """A home in which nothing may be left running."""
+    home = Home(tmp_path)
+    yield home
+    assert home.left() == []
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackSSHServer]:
+    with LoopbackSSHServer() as server:
+        yield server
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    with Agent() as agent:
+        yield agent

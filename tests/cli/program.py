@@ -1,0 +1,243 @@
+"""The command line as a program of its own, in a home of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import token_hex
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import proxy_fsm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from proxy_fsm.testing import LoopbackSSHServer
+
+WAIT_S = 30.0
+#: Connects, and reads until the other side has had enough.
+VIEWER = "import socket,sys; s=socket.create_connection((sys.argv[1], int(sys.argv[2])))\nwhile s.recv(4096): pass"
+VIEWER_COMMAND = (sys.executable, "-I", "-S", "-c", VIEWER, "{host}", "{port}")
+
+
+@dataclass
+class Home:
+    """A home directory, and the environment of somebody who lives there and has nothing else."""
+
+    path: Path
+    marker: str = field(default_factory=lambda: token_hex(8))
+
+    @property
+    def ssh(self) -> Path:
+        directory = self.path / ".ssh"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        return directory
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """`marker` is in it, by which `left` finds whatever was started."""
+        return {
+            "HOME": str(self.path),
+            "PATH": "/usr/bin:/bin",
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": str(Path(proxy_fsm.__file__).parents[1]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONWARNINGS": "error",
+            "PROXY_FSM_TEST_MARKER": self.marker,
+        }
+
+    def know(self, server: LoopbackSSHServer, file: str = "known_hosts") -> Path:
+        """Add a server to the known hosts."""
+        key = server.host_key
+        path = self.ssh / file
+        with path.open("a") as known:
+            known.write(f"[{server.host}]:{server.port} {key.get_name()} {key.get_base64()}\n")
+        return path
+
+    def keep_key(self, server: LoopbackSSHServer, name: str = "key") -> Path:
+        """Write down the key that a server lets in."""
+        path = self.ssh / name
+        server.client_key.write_private_key_file(str(path))
+        return path
+
+    def processes(self) -> dict[int, str]:
+        """Return the processes that were started here and still run: number to command line."""
+        found = {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self.marker.encode() in (directory / "environ").read_bytes():
+                    line = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found[int(directory.name)] = line
+        return found
+
+    def left(self) -> list[str]:
+        """Return their command lines alone."""
+        return list(self.processes().values())
+
+
+@dataclass
+class Running:
+    """A command that runs, and the events that it has written."""
+
+    process: subprocess.Popen[str]
+    events: list[dict[str, Any]] = field(default_factory=list)
+    raw: str = ""
+
+    def until(self, wanted: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        """Read events until one is as wanted; each line of standard output must be one."""
+        while line := self._stdout.readline():
+            event = self._take(line)
+            if wanted(event):
+                return event
+        raise AssertionError(f"it ended without such an event: {self.events}")
+
+    def until_state(self, state: str) -> dict[str, Any]:
+        return self.until(lambda event: event.get("dest") == state)
+
+    def finish(self) -> int:
+        """Read the rest, and return the exit status."""
+        for line in self._stdout:
+            self._take(line)
+        return self.process.wait(WAIT_S)
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == name]
+
+    @property
+    def states(self) -> list[str]:
+        return [event["dest"] for event in self.named("proxy.transition")]
+
+    @property
+    def errors(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+    @property
+    def _stdout(self) -> IO[str]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def _take(self, line: str) -> dict[str, Any]:
+        self.raw += line
+        event = json.loads(line)
+        assert isinstance(event, dict)
+        assert {"event", "timestamp", "level"} <= event.keys()
+        assert event["timestamp"].endswith("Z")
+        self.events.append(event)
+        return event
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "proxy_fsm", *map(str, arguments)]
+
+
+@contextmanager
+def started(home: Home, *arguments: str | Path, **environ: str) -> Iterator[Running]:
+    """Start the program with pipes."""
+    with subprocess.Popen(
+        command(*arguments),
+        env=home.environ | environ,
+        cwd=home.path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield Running(process)
+        finally:
+            process.kill()
+
+
+def run(home: Home, *arguments: str | Path, stdin: str = "", **environ: str) -> Running:
+    """Run the program to its end; its events are read where it was asked for JSON."""
+    process = subprocess.run(
+        command(*arguments),
+        env=home.environ | environ,
+        cwd=home.path,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+        start_new_session=True,
+    )
+    running = Running(_Ended(process))  # type: ignore[arg-type]  # what is asked of it is there
+    if "json" in arguments:
+        running.finish()
+    return running
+
+
+class _Ended:
+    def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
+        self.returncode = process.returncode
+        self.stdout = io.StringIO(process.stdout)
+        self.stderr = io.StringIO(process.stderr)
+
+    def wait(self, _timeout_s: float) -> int:
+        return self.returncode
+
+
+class Agent:
+    """Something that listens where an agent would, greets whoever comes, and keeps them until it is closed."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._connections: list[socket.socket] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self._connections.append(connection)
+                connection.sendall(b"hello")
+
+    def let_go(self) -> None:
+        """End all connections."""
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self.let_go()
+        for closable in (self._listener, *self._connections):
+            closable.close()
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
+    """Wait until a condition holds of other processes, which tell nobody."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+def viewing(
+    home: Home, server: LoopbackSSHServer, graphics_port: int, *more: str | Path, viewer: Sequence[str] = VIEWER_COMMAND
+) -> list[str | Path]:
+    """Return the arguments that show an agent's port with a viewer."""
+    return [
+        *("run", f"{server.username}@{server.host}", "--port", str(server.port), "--log-format", "json"),
+        *("--session", "test", "--graphics-port", str(graphics_port), "--sessions-root", home.path / "sessions"),
+        *more,
+        *("--backend", "command", "--", *viewer),
+    ]

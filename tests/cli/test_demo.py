@@ -1,0 +1,179 @@
+"""``proxy-fsm demo``: with stand-ins everywhere, and with the real programs where they are."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+from PIL import Image
+
+from proxy_fsm import EndReason
+from proxy_fsm.cli import stage
+from proxy_fsm.testing.scripted import install
+
+from .program import Running, run, started
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .program import Home
+
+PAPER = (0xFD, 0xF6, 0xE3)  # xterm's background in the demo
+LIFE = ["tunnelling", "spawning", "running", "stopping", "stopped"]
+
+
+def nothing_on(path: Path) -> str:
+    path.mkdir()
+    return str(path)
+
+
+def check_success(program: Running, programs: str) -> None:
+    assert program.process.returncode == 0
+    assert program.errors == ""
+    assert program.events[0]["event"] == "demo.began"
+    assert program.events[0]["programs"] == programs
+    assert program.states == LIFE
+    end = program.events[-1]
+    assert (end["event"], end["reason"]) == ("demo.ended", "stop_requested")
+    assert list(end["states"]) == ["idle", *LIFE[:-1]]
+    assert end["bytes_to_agent"] > 0
+    assert end["bytes_from_agent"] > 0
+
+
+class TestWithStandIns:
+    def test_needs_nothing_but_python(self, home: Home) -> None:
+        """No program at all is on PATH, and what is missing is said."""
+        program = run(home, "demo", "--seconds", "0.2", "--log-format", "json", PATH=nothing_on(home.path / "empty"))
+        check_success(program, "stand-ins")
+        missing = {"nxagent": "nxagent", "nxproxy": "nxproxy", "Xvfb": "xvfb", "xauth": "xauth"}
+        assert program.events[0]["missing"] == missing
+        assert (home.path / "demo-output" / "events.jsonl").read_text() == program.raw
+        assert not (home.path / "demo-output" / "session.png").exists()
+
+    def test_tells_a_person_what_happens_and_what_to_install(self, home: Home) -> None:
+        only_some = home.path / "some"
+        only_some.mkdir()
+        for name in ("nxproxy", "Xvfb"):
+            install(only_some / name, ["false"])
+        program = run(home, "demo", "--seconds", "0.2", "--output", "out", PATH=str(only_some))
+        assert program.process.returncode == 0
+        assert program.errors == ""
+        shown = program.process.stdout.read()  # type: ignore[union-attr]
+        for words in ("lacks nxagent, xauth", "apt-get install nxagent xauth", "spawning → running", "stopped: stop_r"):
+            assert words in shown.replace("\n", " ")
+        assert "out/sessions/S-demo/session.log" in shown
+        assert "\x1b" not in shown
+        assert (home.path / "out/sessions/S-demo/session.log").read_text()
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_ends_it_all(self, home: Home, number: signal.Signals) -> None:
+        """The home's own check is that nothing is left."""
+        with started(home, "demo", "--stand-ins", "--seconds", "1000", "--log-format", "json") as program:
+            program.until_state("running")
+            assert len(home.left()) == 4
+            for _ in range(2):
+                os.killpg(program.process.pid, number)
+            assert program.finish() == 0
+            assert program.events[-1]["event"] == "demo.ended"
+            assert program.errors == ""
+
+    def test_a_second_demo_replaces_the_first_one_s_files(self, home: Home) -> None:
+        run(home, "demo", "--stand-ins", "--seconds", "0", "--log-format", "json")
+        program = run(home, "demo", "--stand-ins", "--seconds", "0", "--log-format", "json")
+        check_success(program, "stand-ins")
+        assert (home.path / "demo-output" / "events.jsonl").read_text() == program.raw
+        assert (home.path / "demo-output/sessions/S-demo/session.log").read_text().count("Starting session") == 1
+
+
+class TestFailures:
+    def test_a_session_that_breaks_has_its_reason_s_status(self, home: Home) -> None:
+        with started(home, "demo", "--stand-ins", "--seconds", "1000", "--log-format", "json") as program:
+            program.until_state("running")
+            (agent,) = (pid for pid, line in home.processes().items() if " agent" in line)
+            os.kill(agent, signal.SIGKILL)
+            assert program.finish() == EndReason.PEER_LOST.cli_status
+            assert (program.events[-1]["event"], program.events[-1]["reason"]) == ("demo.ended", "peer_lost")
+            assert program.errors == ""
+
+    def test_an_output_that_cannot_be_written_is_wrong_usage(self, home: Home) -> None:
+        (home.path / "file").touch()
+        program = run(home, "demo", "--output", "file/below", "--log-format", "json")
+        assert program.process.returncode == 2
+        assert [event["event"] for event in program.events] == ["usage.wrong"]
+
+    def test_seconds_out_of_range_are_wrong_usage(self, home: Home) -> None:
+        for seconds in ("-1", "nan", "inf"):
+            assert run(home, "demo", f"--seconds={seconds}").process.returncode == 2
+
+    def test_an_x_server_that_does_not_come_up_is_told_and_nothing_is_left(self, home: Home) -> None:
+        broken = home.path / "broken"
+        broken.mkdir()
+        for name in stage.missing_programs() or ("nxagent", "nxproxy", "Xvfb", "xauth"):
+            install(broken / name, ["/bin/true"])
+        program = run(home, "demo", "--log-format", "json", PATH=str(broken))
+        assert program.process.returncode == 3
+        assert program.events[-1]["event"] == "demo.failed"
+        assert "Xvfb" in program.events[-1]["detail"]
+        assert program.errors == ""
+
+    def test_a_failure_is_told_on_the_console_too(self, home: Home) -> None:
+        broken = home.path / "broken"
+        broken.mkdir()
+        for name in ("nxagent", "nxproxy", "Xvfb", "xauth"):
+            install(broken / name, ["/bin/true"])
+        program = run(home, "demo", PATH=str(broken))
+        assert program.process.returncode == 3
+        assert "demo.failed" in program.errors
+        assert "Traceback" not in program.errors
+
+
+@pytest.mark.real
+class TestWithTheRealPrograms:
+    @pytest.fixture(autouse=True)
+    def real_programs(self) -> None:
+        missing = stage.missing_programs()
+        if missing and os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
+            pytest.fail(f"missing for the real demo: {', '.join(missing)}", pytrace=False)
+        if missing:
+            pytest.skip(f"missing for the real demo: {', '.join(missing)}")
+
+    def test_the_remote_desktop_is_on_the_screenshot(self, home: Home) -> None:
+        program = run(home, "demo", "--log-format", "json")
+        check_success(program, "real")
+        with Image.open(home.path / "demo-output" / "session.png") as picture:
+            assert picture.size == (1024, 768)
+            colours = {colour: count for count, colour in picture.getcolors(picture.width * picture.height) or []}
+        desktop = colours[stage.DESKTOP_COLOUR]
+        (screenshot,) = program.named("demo.screenshot")
+        if screenshot["painter"] == "xterm":
+            assert colours[PAPER] > 10_000
+            desktop += sum(
+                count for colour, count in colours.items() if colour not in {(0, 0, 0), stage.DESKTOP_COLOUR}
+            )
+        assert desktop > 0.9 * 768 * 576
+
+    def test_a_signal_ends_it_all(self, home: Home) -> None:
+        with started(home, "demo", "--seconds", "1000", "--log-format", "json") as program:
+            program.until_state("running")
+            program.process.send_signal(signal.SIGINT)
+            assert program.finish() == 0
+            assert program.events[-1]["reason"] == "stop_requested"
+            assert program.errors == ""
+
+    def test_no_cookie_is_in_any_command_line_or_event(self, home: Home) -> None:
+        with started(
+            home, "demo", "--seconds", "1000", "--keep", "--log-format", "json", TMPDIR=str(home.path)
+        ) as program:
+            program.until_state("running")
+            (options,) = home.path.glob("proxy_fsm-demo-*/options")
+            cookie = options.read_text().partition("cookie=")[2][:32]
+            seen = home.left()
+            program.process.terminate()
+            assert program.finish() == 0
+        assert len(seen) >= 4
+        assert (
+            cookie
+            not in "".join(seen) + program.raw + (home.path / "demo-output/sessions/S-demo/session.log").read_text()
+        )

@@ -1,0 +1,64 @@
+"""A signal is an order where something can take it, and an exception only where this program waits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from proxy_fsm.cli.interrupts import Interrupted, Interrupts
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before() -> object:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_it_raises_in_what_waits() -> None:
+    read_fd, write_fd = os.pipe()
+    sender = threading.Thread(target=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with Interrupts() as interrupts:
+        sender.start()
+        with pytest.raises(Interrupted, match="SIGTERM"), interrupts.waiting():
+            os.read(read_fd, 1)
+    sender.join()
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_one_that_came_before_raises_as_soon_as_something_waits() -> None:
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.received == "SIGINT"
+        with pytest.raises(Interrupted), interrupts.waiting():
+            raise AssertionError("it waited")
+
+
+def test_it_is_an_order_where_one_is_set_however_often_it_comes() -> None:
+    orders: list[int] = []
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGHUP)
+        interrupts.order(lambda: orders.append(1))
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # too late for an order, and harmless
+    assert orders == [1, 1, 1]
+
+
+def test_handlers_come_back_where_no_signal_came() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_under_nohup_a_hangup_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupts.received is None

@@ -1,0 +1,92 @@
+"""Events are written so that neither a secret nor a terminal's control codes get through."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import structlog
+
+from proxy_fsm.cli.output import LogFormat, Output
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize("log_format", LogFormat)
+def test_a_secret_is_hidden_wherever_it_turns_up(log_format: LogFormat, capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(log_format)
+    output.hide(SECRET)
+    try:
+        int(f"x{SECRET.upper()}")
+    except ValueError:
+        output.log.exception(SECRET, detail=f"it is {SECRET}", **{f"key-{SECRET}": [SECRET]})
+    shown = "".join(capsys.readouterr())
+    assert SECRET not in shown.lower()
+    assert shown.count("(secret)") >= 4
+
+
+def test_an_exception_is_one_text_field(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        int("oh no\n\x1b[2J")
+    except ValueError:
+        Output(LogFormat.JSON).log.exception("bad")
+    (line,) = capsys.readouterr().out.splitlines()
+    event = json.loads(line)
+    assert event["level"] == "error"
+    assert "oh no" in event["exception"]
+
+
+def test_a_terminal_gets_no_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    Output(LogFormat.CONSOLE).log.info("banner", detail="a\x1b[2Jb\r\x9bc")
+    shown = capsys.readouterr()
+    assert "\\x1b[2J" in shown.err
+    assert not set(shown.err) & {"\x1b", "\r", "\x9b"}
+    assert shown.out == ""
+
+
+def test_debug_events_come_on_demand_and_a_record_gets_what_the_console_does_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for verbose in (True, False):
+        output = Output(LogFormat.CONSOLE, verbose=verbose, console_level=40)
+        output.record_to(tmp_path / "events.jsonl")
+        for level in ("debug", "info", "error"):
+            getattr(output.log, level)(f"one-{level}")
+        output.close()
+        events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+        assert events == [*(["one-debug"] if verbose else []), "one-info", "one-error"]
+        shown = capsys.readouterr().err
+        assert "one-error" in shown
+        assert "one-info" not in shown
+
+
+def test_without_a_standard_stream_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    for log_format in LogFormat:
+        Output(log_format).log.info("unheard")
+
+
+def test_structlog_is_left_as_it_is() -> None:
+    Output(LogFormat.JSON)
+    assert not structlog.is_configured()
+
+
+def test_colours_are_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for wanted in (True, False):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        if not wanted:
+            monkeypatch.setenv("NO_COLOR", "")
+        Output(LogFormat.CONSOLE).log.info("hello")
+        assert ("\x1b" in terminal.getvalue()) is wanted

@@ -1,0 +1,540 @@
+"""``proxy-fsm run`` as its users and their scripts see it: events, exit status, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import paramiko
+import pytest
+
+from proxy_fsm import EndReason
+from proxy_fsm.testing import Forwarding, LoopbackSSHServer, standins
+from proxy_fsm.testing.scripted import install
+
+from .program import VIEWER_COMMAND, WAIT_S, Agent, Home, Running, command, eventually, run, started, viewing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+COOKIE = "0123456789abcdef0123456789abcdef"
+ALL_STATES = ["tunnelling", "spawning", "running", "stopping", "stopped"]
+
+
+@pytest.fixture
+def known(home: Home, server: LoopbackSSHServer) -> list[str | Path]:
+    """What it takes to get into the server."""
+    return ["--key", home.keep_key(server), "--known-hosts", home.know(server, "hosts")]
+
+
+class TestASessionWithAViewer:
+    def test_runs_until_the_session_ends(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        with started(home, *viewing(home, server, agent.port, *known)) as program:
+            program.until_state("running")
+            agent.let_go()
+            assert program.finish() == 0
+            assert program.states == ALL_STATES
+            assert program.events[-1]["reason"] == "session_ended"
+            assert program.errors == ""
+            assert {event["session"] for event in program.events} == {"test"}
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_a_signal_ends_it_in_order_and_a_second_one_makes_it_no_worse(
+        self,
+        *,
+        home: Home,
+        server: LoopbackSSHServer,
+        agent: Agent,
+        known: list[str | Path],
+        number: signal.Signals,
+        times: int,
+    ) -> None:
+        with started(home, *viewing(home, server, agent.port, *known)) as program:
+            program.until_state("running")
+            for _ in range(times):
+                program.process.send_signal(number)
+            assert program.finish() == 0
+            assert program.states == ALL_STATES
+            assert program.events[-1]["reason"] == "stop_requested"
+            assert program.errors == ""
+
+    def test_a_ctrl_c_reaches_the_program_alone(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        """A terminal sends it to the whole process group, in which the viewer is not."""
+        with started(home, *viewing(home, server, agent.port, *known)) as program:
+            program.until_state("running")
+            os.killpg(program.process.pid, signal.SIGINT)
+            assert program.finish() == 0
+            assert program.events[-1]["reason"] == "stop_requested"
+
+    def test_a_fault_has_its_own_status(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        server.forwarding = Forwarding.DENIED
+        program = run(home, *viewing(home, server, agent.port, *known))
+        assert program.process.returncode == EndReason.FORWARDING_DENIED.cli_status
+        assert program.states[-1] == "failed"
+        assert program.events[-1]["hint"]
+
+    def test_the_connection_s_end_has_its_own_status(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        with started(home, *viewing(home, server, agent.port, *known)) as program:
+            program.until_state("running")
+            server.drop(reset=True)
+            assert program.finish() == EndReason.TRANSPORT_LOST.cli_status
+            assert program.errors == ""
+
+    def test_a_viewer_that_is_missing_has_its_own_status(
+        self, home: Home, server: LoopbackSSHServer, known: list[str | Path]
+    ) -> None:
+        program = run(home, *viewing(home, server, 1, *known, viewer=["/nowhere/viewer", "{path}"]))
+        assert program.process.returncode == EndReason.PROXY_NOT_FOUND.cli_status
+
+    def test_it_takes_a_unix_socket_for_path(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        reads = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(9)"
+        viewer = [sys.executable, "-I", "-S", "-c", reads, "{path}"]
+        program = run(home, *viewing(home, server, agent.port, *known, viewer=viewer))
+        assert program.process.returncode == 0
+        assert program.events[-1]["reason"] == "viewer_closed"
+
+    def test_console_events_go_to_standard_error(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        arguments = viewing(home, server, agent.port, *known)
+        arguments[arguments.index("json")] = "console"
+        with started(home, *arguments) as program:
+            assert program.process.stderr is not None
+            lines: list[str] = []
+            while "running" not in (lines or [""])[-1]:
+                lines.append(program.process.stderr.readline())
+                assert lines[-1]
+            program.process.terminate()
+            assert program.process.wait(WAIT_S) == 0
+            rest = program.errors
+            assert "stop_requested" in rest
+            assert "\x1b" not in rest
+            assert program.process.stdout is not None
+            assert program.process.stdout.read() == ""
+
+    def test_a_reader_who_goes_changes_nothing(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        with started(home, *viewing(home, server, agent.port, *known)) as program:
+            program.until_state("running")
+            assert program.process.stdout is not None
+            program.process.stdout.close()
+            agent.let_go()
+            assert program.process.wait(WAIT_S) == 0
+            assert program.errors == ""
+
+    def test_debug_events_come_on_demand(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent, known: list[str | Path]
+    ) -> None:
+        reads = (
+            "import socket,sys; s=socket.create_connection((sys.argv[1], int(sys.argv[2]))); s.recv(9); print('moo')"
+        )
+        viewer = [sys.executable, "-I", "-S", "-c", reads, "{host}", "{port}"]
+        for more in (["-v"], []):
+            program = run(home, *viewing(home, server, agent.port, *known, *more, viewer=viewer))
+            assert [event["line"] for event in program.named("process.output")] == (["moo"] if more else [])
+
+
+class TestASessionWithNxproxy:
+    @pytest.fixture
+    def nxproxy(self, home: Home) -> Path:
+        return install(home.path / "nxproxy", standins.command("proxy"))
+
+    @pytest.fixture
+    def display(self) -> Iterator[str]:
+        with subprocess.Popen(standins.command("display"), stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[1]
+            process.kill()
+
+    @pytest.fixture
+    def port(self) -> Iterator[str]:
+        with subprocess.Popen(
+            standins.command("agent"), env={standins.COOKIE_VARIABLE: COOKIE}, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[1]
+            process.kill()
+
+    def arguments(
+        self, home: Home, server: LoopbackSSHServer, port: str, cookie_file: str | Path, known: list[str | Path]
+    ) -> list[str | Path]:
+        return [
+            *("run", f"{server.username}@{server.host}", "-p", str(server.port), *known, "--log-format", "json", "-v"),
+            *("--session", "test", "--graphics-port", port, "--display", "50", "--cookie-file", cookie_file),
+            *("--sessions-root", home.path / "sessions"),
+        ]
+
+    def test_the_cookie_comes_from_standard_input_and_is_seen_nowhere(
+        self,
+        *,
+        home: Home,
+        server: LoopbackSSHServer,
+        nxproxy: Path,
+        display: str,
+        port: str,
+        known: list[str | Path],
+    ) -> None:
+        environ = {"DISPLAY": display, "NXPROXY_BINARY": str(nxproxy)}
+        with started(home, *self.arguments(home, server, port, "-", known), **environ) as program:
+            assert program.process.stdin is not None
+            program.process.stdin.write(f"  {COOKIE}  \nsecond line\n")
+            program.process.stdin.flush()
+            program.until_state("running")
+            assert home.left()
+            assert not [line for line in home.left() if COOKIE in line]
+            program.process.terminate()
+            assert program.finish() == 0
+            assert program.states == ALL_STATES
+            assert COOKIE not in program.raw + program.errors
+
+    def test_a_cookie_file_that_others_can_read_is_told_of(
+        self,
+        *,
+        home: Home,
+        server: LoopbackSSHServer,
+        nxproxy: Path,
+        display: str,
+        port: str,
+        known: list[str | Path],
+    ) -> None:
+        cookie_file = home.path / "cookie"
+        cookie_file.write_text(COOKIE)
+        cookie_file.chmod(0o644)
+        environ = {"DISPLAY": display, "NXPROXY_BINARY": str(nxproxy)}
+        with started(home, *self.arguments(home, server, port, cookie_file, known), **environ) as program:
+            program.until_state("running")
+            program.process.terminate()
+            assert program.finish() == 0
+        (warning,) = program.named("cookie.exposed")
+        assert (warning["level"], warning["mode"]) == ("warning", "0644")
+
+    def test_a_private_cookie_file_is_fine(
+        self,
+        home: Home,
+        server: LoopbackSSHServer,
+        nxproxy: Path,
+        display: str,
+        known: list[str | Path],
+    ) -> None:
+        """And without an agent, the engine tells."""
+        cookie_file = home.path / "cookie"
+        cookie_file.write_text(f"{COOKIE}\n")
+        cookie_file.chmod(0o600)
+        server.forwarding = Forwarding.DENIED
+        environ = {"DISPLAY": display, "NXPROXY_BINARY": str(nxproxy)}
+        program = run(home, *self.arguments(home, server, "1", cookie_file, known), **environ)
+        assert program.process.returncode == EndReason.FORWARDING_DENIED.cli_status
+        assert program.named("cookie.exposed") == []
+
+
+class TestConnecting:
+    def failure(self, program: Running) -> str:
+        assert program.process.returncode == 3
+        assert program.errors == ""
+        (event,) = program.events
+        assert (event["event"], event["level"]) == ("connect.failed", "error")
+        assert event["detail"]
+        assert event["hint"]
+        return str(event["reason"])
+
+    def test_an_unknown_host_is_refused(self, home: Home, server: LoopbackSSHServer) -> None:
+        program = run(home, *viewing(home, server, 1, "--key", home.keep_key(server)))
+        assert self.failure(program) == "host_key_unknown"
+        assert program.events[0]["fingerprint"] == server.host_key.fingerprint
+        assert not (home.ssh / "known_hosts").exists()
+
+    def test_an_unknown_host_is_accepted_on_demand_and_not_saved(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent
+    ) -> None:
+        arguments = viewing(home, server, agent.port, "--key", home.keep_key(server), "--accept-unknown-host")
+        with started(home, *arguments) as program:
+            program.until_state("running")
+            agent.let_go()
+            assert program.finish() == 0
+        assert program.events[0]["event"] == "host_key.accepted"
+        assert not (home.ssh / "known_hosts").exists()
+
+    @pytest.mark.parametrize("other", [paramiko.ECDSAKey.generate(), paramiko.RSAKey.generate(2048)])
+    def test_a_changed_key_is_always_refused(self, home: Home, server: LoopbackSSHServer, other: paramiko.PKey) -> None:
+        own, server.host_key = server.host_key, other  # type: ignore[assignment]
+        home.know(server)
+        server.host_key = own
+        program = run(home, *viewing(home, server, 1, "--key", home.keep_key(server), "--accept-unknown-host"))
+        assert self.failure(program) == "host_key_changed"
+
+    def test_the_named_file_of_known_hosts_is_the_only_one(self, home: Home, server: LoopbackSSHServer) -> None:
+        home.know(server)
+        empty = home.path / "empty"
+        empty.touch()
+        program = run(home, *viewing(home, server, 1, "--key", home.keep_key(server), "--known-hosts", empty))
+        assert self.failure(program) == "host_key_unknown"
+
+    def test_a_key_that_is_not_let_in_is_told_and_nobody_is_asked(self, home: Home, server: LoopbackSSHServer) -> None:
+        home.know(server)
+        stranger = home.path / "stranger"
+        paramiko.ECDSAKey.generate().write_private_key_file(str(stranger))
+        for program in (
+            run(home, *viewing(home, server, 1, "--key", stranger)),
+            run(home, *viewing(home, server, 1)),
+        ):
+            assert self.failure(program) == "not_authenticated"
+
+    def test_a_key_with_a_passphrase_is_told(self, home: Home, server: LoopbackSSHServer) -> None:
+        home.know(server)
+        locked = home.path / "locked"
+        server.client_key.write_private_key_file(str(locked), password="secret")
+        program = run(home, *viewing(home, server, 1, "--key", locked))
+        assert self.failure(program) == "not_authenticated"
+
+    def test_a_port_where_nobody_listens_is_told(self, home: Home, server: LoopbackSSHServer) -> None:
+        home.know(server)
+        server.stop()
+        assert self.failure(run(home, *viewing(home, server, 1))) == "unreachable"
+
+    def test_something_that_is_no_ssh_server_is_told(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
+        """It greets with another word, and is let go of when that has had its time."""
+        own, server.port = server.port, agent.port
+        with started(home, *viewing(home, server, 1)) as program:
+            eventually(lambda: agent._connections)
+            agent.let_go()
+            assert program.finish() == 3
+            assert program.events[0]["reason"] == "no_ssh"
+            assert program.errors == ""
+        server.port = own
+
+    def test_a_signal_ends_the_waiting_for_a_server(self, home: Home, server: LoopbackSSHServer) -> None:
+        server.freeze()
+        with started(home, *viewing(home, server, 1)) as program:
+            server.wait_for(lambda: server.connections == 1)
+            program.process.terminate()
+            assert program.finish() == 0
+            assert [event["event"] for event in program.events] == ["interrupted"]
+            assert program.errors == ""
+        server.thaw()
+
+    @pytest.mark.skipif(shutil.which("setsid") is None, reason="setsid (util-linux) is missing")
+    def test_at_a_terminal_the_password_is_asked_for(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
+        home.know(server)
+        ours, theirs = pty.openpty()
+        arguments = command(*viewing(home, server, agent.port))
+        with subprocess.Popen(
+            ["setsid", "--ctty", *arguments],
+            env=home.environ,
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+        ) as process:
+            os.close(theirs)
+            seen = b""
+            while b"Password of" not in seen:
+                seen += os.read(ours, 1024)
+            eventually(home.left)
+            os.write(ours, f"{server.password}\n".encode())
+            program = Running(process)
+            program.until_state("running")
+            agent.let_go()
+            assert program.finish() == 0
+        os.close(ours)
+        assert server.password not in program.raw
+
+
+class TestSSHConfig:
+    def configure(self, home: Home, *lines: str) -> None:
+        (home.ssh / "config").write_text("\n".join(lines) + "\n")
+
+    def attach(self, home: Home, agent: Agent, **environ: str) -> Running:
+        arguments = ["run", "desk", "--log-format", "json", "--session", "test", "--graphics-port", str(agent.port)]
+        arguments += ["--sessions-root", str(home.path), "--backend", "command", "--", *VIEWER_COMMAND]
+        with started(home, *arguments, **environ) as program:
+            program.until(lambda event: event.get("dest") == "running" or event["event"] == "connect.failed")
+            agent.let_go()
+            program.finish()
+            assert program.errors == ""
+        return program
+
+    def host(self, name: str, server: LoopbackSSHServer, *more: str) -> list[str]:
+        return [f"Host {name}", f"HostName {server.host}", f"Port {server.port}", f"User {server.username}", *more]
+
+    def test_alias_user_port_and_key_are_taken_from_it(
+        self, home: Home, server: LoopbackSSHServer, agent: Agent
+    ) -> None:
+        home.know(server)
+        home.keep_key(server, "desk-key")
+        (home.ssh / "more").write_text("\n".join(self.host("desk", server, "IdentityFile ~/.ssh/desk-key")))
+        self.configure(home, "Include more", "Host *", "IdentityFile ~/.ssh/does-not-exist")
+        program = self.attach(home, agent)
+        assert program.process.returncode == 0
+        assert (program.events[0]["port"], program.events[0]["user"]) == (server.port, server.username)
+
+    def test_a_jump_is_made(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
+        with LoopbackSSHServer() as jump:
+            for each, name in ((server, "desk-key"), (jump, "jump-key")):
+                home.know(each)
+                home.keep_key(each, name)
+            self.configure(
+                home,
+                *self.host("gate", jump, "IdentityFile ~/.ssh/jump-key"),
+                *self.host("desk", server, "IdentityFile ~/.ssh/desk-key", "ProxyJump gate"),
+            )
+            program = self.attach(home, agent)
+            assert program.process.returncode == 0
+            assert program.events[0]["via"] == [f"{jump.host}:{jump.port}"]
+            assert jump.channels_opened == 1
+            assert server.channels_opened == 1
+            jump.wait_for(lambda: jump.connections == 0)
+
+    def test_a_jump_host_must_be_known_too(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
+        with LoopbackSSHServer() as jump:
+            home.know(server)
+            home.keep_key(jump, "jump-key")
+            self.configure(
+                home,
+                *self.host("gate", jump, "IdentityFile ~/.ssh/jump-key"),
+                *self.host("desk", server, "ProxyJump gate"),
+            )
+            program = self.attach(home, agent)
+            assert program.process.returncode == 3
+            assert program.events[0]["reason"] == "host_key_unknown"
+            assert program.events[0]["port"] == jump.port
+            assert (jump.channels_opened, server.connections) == (0, 0)
+
+    def test_no_jump_is_made_where_it_says_none(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
+        home.know(server)
+        home.keep_key(server, "desk-key")
+        self.configure(
+            home,
+            *self.host("desk", server, "IdentityFile ~/.ssh/desk-key", "ProxyJump none"),
+            "Host *",
+            "ProxyJump gate",
+        )
+        program = self.attach(home, agent)
+        assert program.events[0]["via"] == []
+
+    def test_known_hosts_are_those_that_it_names(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
+        key = server.host_key
+        (home.ssh / "elsewhere").write_text(f"the-desk {key.get_name()} {key.get_base64()}\n")
+        home.keep_key(server, "desk-key")
+        more = ("IdentityFile ~/.ssh/desk-key", "UserKnownHostsFile ~/.ssh/elsewhere", "HostKeyAlias the-desk")
+        self.configure(home, *self.host("desk", server, *more))
+        assert self.attach(home, agent).process.returncode == 0
+
+    @pytest.mark.skipif(shutil.which("ssh-agent") is None, reason="ssh-agent (openssh-client) is missing")
+    def test_keys_of_the_agent_are_tried(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
+        home.know(server)
+        self.configure(home, *self.host("desk", server))
+        socket_path = home.path / "agent"
+        key = home.keep_key(server)
+        environ = {**os.environ, "SSH_AUTH_SOCK": str(socket_path)}
+        with subprocess.Popen(["ssh-agent", "-D", "-a", socket_path], stdout=subprocess.DEVNULL) as ssh_agent:
+            eventually(socket_path.exists)
+            subprocess.run(["ssh-add", "-q", key], env=environ, check=True)
+            key.unlink()
+            program = self.attach(home, agent, SSH_AUTH_SOCK=str(socket_path))
+            ssh_agent.terminate()
+        assert program.process.returncode == 0
+
+    def test_what_cannot_be_read_is_wrong_usage(self, home: Home, agent: Agent) -> None:
+        self.configure(home, "Match nonsense", "Port 1")
+        arguments = ["run", "desk", "--session", "test", "--graphics-port", str(agent.port), "--log-format", "json"]
+        program = run(home, *arguments, "--backend", "command", "--", *VIEWER_COMMAND)
+        assert program.process.returncode == 2
+        assert "~/.ssh/config" in program.events[0]["hint"]
+
+
+class TestWrongUsage:
+    GOOD = ("run", "me@127.0.0.1", "--session", "test", "--graphics-port", "1")
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--log-format", "json", "--display", "1"], "cookie"),
+            (["--log-format", "json", "--cookie-file", "nowhere"], "nowhere"),
+            (["--log-format", "json", "--cookie-file", "-", "--display", "1"], "empty"),
+            (["--log-format", "json", "--session", "../x", "--backend", "command", "--", "v", "{port}"], "name"),
+            (["--log-format", "json", "--graphics-port", "0", "--backend", "command", "--", "v", "{port}"], "port"),
+            (
+                ["--log-format", "json", "--agent-host", "a b", "--backend", "command", "--", "v", "{port}"],
+                "agent_host",
+            ),
+            (["--log-format", "json", "--backend", "command"], "command"),
+            (["--log-format", "json", "--backend", "command", "--", "viewer"], "{port}"),
+            (["--log-format", "json", "--", "viewer", "{port}"], "--backend command"),
+            (["--log-format", "json", "--ready-timeout", "0", "--backend", "command", "--", "v", "{port}"], "--ready"),
+            (["--log-format", "json", "--key", "nowhere", "--backend", "command", "--", "v", "{port}"], "nowhere"),
+            (["--log-format", "json", "--known-hosts", "no", "--backend", "command", "--", "v", "{port}"], "no"),
+        ],
+    )
+    def test_is_an_event_where_the_options_can_be_read(self, home: Home, arguments: list[str], words: str) -> None:
+        good = [*self.GOOD]
+        for option in ("--session", "--graphics-port"):
+            if option in arguments:
+                del good[(at := good.index(option)) : at + 2]
+        program = run(home, *good, *arguments)
+        assert program.process.returncode == 2
+        (event,) = program.events
+        assert event["event"] == "usage.wrong"
+        assert words in event["detail"]
+        assert program.errors == ""
+
+    def test_a_bad_cookie_is_not_shown(self, home: Home) -> None:
+        program = run(
+            home, *self.GOOD, "--display", "1", "--cookie-file", "-", "--log-format", "json", stdin=f"{COOKIE}0\n"
+        )
+        assert program.process.returncode == 2
+        assert COOKIE not in program.raw
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["run"], "HOST"),
+            (["run", "host"], "--session"),
+            ([*GOOD, "--backend", "kdrive"], '"nx3", "command"'),
+            ([*GOOD, "--port", "70000"], "--port"),
+            ([*GOOD, "--nonsense"], "--nonsense"),
+            (["nonsense"], "nonsense"),
+        ],
+    )
+    def test_is_told_on_standard_error_where_not(self, home: Home, arguments: list[str], words: str) -> None:
+        program = run(home, *arguments)
+        assert program.process.returncode == 2
+        assert words in program.errors
+        assert "Traceback" not in program.process.stdout.read()  # type: ignore[union-attr]
+
+    def test_without_the_extra_one_sentence_says_what_to_install(self, home: Home) -> None:
+        code = "import sys; sys.modules['cyclopts'] = None; from proxy_fsm.cli import main; sys.exit(main([]))"
+        process = subprocess.run(
+            [sys.executable, "-c", code], env=home.environ, capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 2
+        assert process.stderr == 'The command line needs its extra: pip install "proxy_fsm[cli]".\n'
+
+
+def test_help_and_version(home: Home) -> None:
+    for arguments, words in (
+        (["--version"], "0.1.0"),
+        (["--help"], "24: stop_timeout"),
+        (["run", "--help"], "--accept-unknown-host"),
+        (["demo", "--help"], "--stand-ins"),
+    ):
+        program = run(home, *arguments)
+        assert program.process.returncode == 0
+        assert words in program.process.stdout.read()  # type: ignore[union-attr]
