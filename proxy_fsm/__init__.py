@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from proxy_fsm.backends import Backend, BackendContext, CommandBackend, NX3Backend
-from proxy_fsm.engine import Proxy
 from proxy_fsm.errors import (
     BackendError,
     InvalidSession,
@@ -15,6 +14,7 @@ from proxy_fsm.errors import (
 )
 from proxy_fsm.evidence import Evidence
 from proxy_fsm.lifecycle import TRANSITIONS, Lifecycle, State, Transition, Trigger
+from proxy_fsm.proxy import Proxy
 from proxy_fsm.session import (
     ListedSession,
     SessionInfo,

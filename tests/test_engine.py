@@ -309,7 +309,8 @@ def test_stop_is_heard_at_once_while_a_channel_open_hangs(make: Maker, server: L
         proxy.start()
         assert proxy.wait(State.SPAWNING, timeout=5) is State.SPAWNING
         server.wait_for(lambda: server.channels_held > 0)
-        eventually(lambda proxy=proxy: proxy.status().waiting_for == "the channel to the agent", "said what is missing")
+        status = proxy.status
+        eventually(lambda: status().waiting_for == "the channel to the agent", "it says what is missing")  # noqa: B023
         took.append(heard_after_s(proxy))
         assert proxy.wait(timeout=5) is State.STOPPED
         server.release(Forwarding.HELD)
@@ -332,7 +333,7 @@ def test_stop_is_heard_at_once_while_running(make: Maker) -> None:
 @pytest.mark.parametrize("argument", ["session", "transport", "backend", "timeouts"])
 def test_bad_arguments_raise_where_they_are_given(make: Maker, argument: str) -> None:
     with pytest.raises(TypeError, match=argument):
-        make(**{argument: "nonsense"})
+        make(HEALTHY, **{argument: "nonsense"})
 
 
 def test_a_backend_refuses_a_session_that_lacks_what_it_needs(make: Maker) -> None:
@@ -531,7 +532,7 @@ def test_a_dropped_running_proxy_is_ended_with_a_warning(make: Maker) -> None:
     ended = threading.Event()
     proxy.subscribe(lambda record: ended.set() if record.dest.is_final else None)
     make.made.clear()
-    with pytest.warns(ResourceWarning, match="dropped while running"):
+    with pytest.warns(ResourceWarning, match="dropped while running"):  # noqa: PT031 - dropping takes two statements
         del proxy
         gc.collect()
     assert ended.wait(5)
@@ -585,6 +586,7 @@ def test_the_transport_stays_the_callers(make: Maker, transport: paramiko.Transp
     with contextlib.closing(transport.open_session()) as channel:
         channel.exec_command("echo hello")
         assert channel.recv(100) == b"echo hello"
+    assert isinstance(transport.sock, socket.socket)
     assert transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 

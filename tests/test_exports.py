@@ -18,7 +18,7 @@ Link fast_transport
 #: Reading order is import order: a module imports only from those above it.
 LAYERS = """
 errors lifecycle status session evidence events backends ssh monitor x11 forwarder process journal preflight server
-engine diagram testing cli
+engine proxy diagram testing cli
 """.split()
 
 

@@ -77,7 +77,7 @@ def test_every_cell_of_the_table(trigger: Trigger, state: State) -> None:
 def test_the_published_table_is_the_hand_written_one() -> None:
     listed = {(row.trigger, row.source): row.dest for row in TRANSITIONS}
     assert len(listed) == len(TRANSITIONS)
-    assert all(isinstance(row, Transition) and isinstance(row.source, State) for row in TRANSITIONS)
+    assert all(type(row) is Transition and type(row.source) is State for row in TRANSITIONS)
     by_hand = {
         (Trigger(trigger), State(state)): State(cell) if cell != "–" else None
         for (trigger, state), cell in CELLS.items()

@@ -1,0 +1,244 @@
+"""The public face of the engine, and what happens to engines when a program ends, forks, or forgets one."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import paramiko
+
+from proxy_fsm import monitor
+from proxy_fsm.backends import Backend, NX3Backend
+from proxy_fsm.engine import LIVE, Engine, Workers
+from proxy_fsm.errors import ProxyFailed, ProxyStopped
+from proxy_fsm.lifecycle import State
+from proxy_fsm.session import SessionInfo
+from proxy_fsm.status import ProxyStatus, Timeouts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from proxy_fsm.status import TransitionRecord
+
+__all__ = ["Proxy"]
+
+
+class Proxy:
+    """Brings one remote-desktop session to the screen: tunnel, proxy program, and exact word of both.
+
+    A proxy is used once. Making one acquires nothing; it holds things between `start` and a final state.
+    All methods may be called from any thread, `stop` also from a signal handler.
+
+    Args:
+        session: The session to attach to.
+        transport: A connected, authenticated transport. It stays the caller's: it is never closed.
+        backend: What to run; by default `NX3Backend`.
+        sessions_root: Directory for the session roots, ``S-<session name>``, which hold the proxy's log; by default
+            ``~/.x2go``.
+        timeouts: How long things may take.
+        logger: Where events go: a structlog logger, or one of the standard library's. By default structlog's where
+            the program has configured it, else ``logging.getLogger("proxy_fsm")``.
+        environ: The environment that the proxy program inherits; by default this process's.
+        ask_server: Whether to ask an X2Go server how a session ended: suspended or terminated.
+        resumed: Whether the session was resumed, and so survives a failed attempt (see ``ProxyStatus.retryable``).
+
+    Raises:
+        TypeError: An argument is not of the kind it has to be.
+        InvalidSession: The session lacks what the backend needs.
+    """
+
+    #: What does the work; `proxy_fsm.testing` puts others in its place.
+    _workers: ClassVar[Workers] = Workers()
+
+    def __init__(
+        self,
+        session: SessionInfo,
+        transport: paramiko.Transport,
+        *,
+        backend: Backend | None = None,
+        sessions_root: str | os.PathLike[str] | None = None,
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - it is frozen
+        logger: Any = None,
+        environ: Mapping[str, str] | None = None,
+        ask_server: bool = False,
+        resumed: bool = False,
+    ) -> None:
+        backend = NX3Backend() if backend is None else backend
+        for name, value, kind in (
+            ("session", session, SessionInfo),
+            ("transport", transport, paramiko.Transport),
+            ("backend", backend, Backend),
+            ("timeouts", timeouts, Timeouts),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}.")
+        backend.check_session(session)
+        root = Path(sessions_root) if sessions_root is not None else Path.home() / ".x2go"
+        self._engine = Engine(
+            session,
+            transport,
+            backend,
+            sessions_root=root.absolute(),
+            timeouts=timeouts,
+            logger=logger,
+            environ=dict(os.environ if environ is None else environ),
+            ask_server=ask_server,
+            resumed=resumed,
+            workers=self._workers,
+        )
+
+    @property
+    def id(self) -> str:
+        """Short unique id of this engine, in every event and record."""
+        return self._engine.id
+
+    @property
+    def state(self) -> State:
+        """The state; takes no lock."""
+        return self._engine.state
+
+    def ok(self) -> bool:
+        """Tell whether it is running, and nothing else; takes no lock."""
+        return self._engine.state is State.RUNNING
+
+    def status(self) -> ProxyStatus:
+        """Return a snapshot of everything that is known."""
+        return self._engine.status()
+
+    def start(self) -> None:
+        """Start it; returns as soon as it is under way.
+
+        Raises:
+            InvalidTransition: It was started, or stopped, before.
+        """
+        self._engine.refuse_on_owner("start")
+        self._engine.start()
+
+    def stop(self) -> None:
+        """Ask it to end, in any state, from any thread, any number of times; returns at once."""
+        self._engine.stop()
+
+    def wait(self, *states: State, timeout: float | None = None) -> State:
+        """Wait until it is in one of these states, or in a final one, and return that state.
+
+        Args:
+            states: The states; none for a final one.
+            timeout: In seconds; None waits without end.
+
+        Raises:
+            TimeoutError: It was not within that time; the proxy goes on.
+            RuntimeError: Called by a subscriber on the owner thread, or in a forked child.
+        """
+        return self._engine.wait(frozenset(State(state) for state in states), timeout)
+
+    def wait_running(self, timeout: float | None = None) -> None:
+        """Wait until it is running.
+
+        Args:
+            timeout: In seconds; None waits without end.
+
+        Raises:
+            ProxyFailed: It failed; ``status`` tells why.
+            ProxyStopped: It was stopped, or the session ended.
+            TimeoutError: It was neither within that time; the proxy goes on.
+            RuntimeError: Called by a subscriber on the owner thread, or in a forked child.
+        """
+        state = self.wait(State.RUNNING, timeout=timeout)
+        if state is State.FAILED:
+            raise ProxyFailed(self.status())
+        if state is State.STOPPED:
+            raise ProxyStopped(self.status())
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stop it and wait until nothing is held.
+
+        Args:
+            timeout: In seconds; None waits as long as its own time limits allow, which are all finite.
+
+        Raises:
+            TimeoutError: It was not released within that time; that goes on.
+            RuntimeError: Called by a subscriber on the owner thread.
+        """
+        self._engine.refuse_on_owner("close")
+        if self._engine.is_foreign():
+            return
+        self.stop()
+        self.wait(timeout=timeout)
+
+    def subscribe(
+        self,
+        callback: Callable[[TransitionRecord], object],
+        *,
+        via: Callable[..., object] | None = None,
+        replay: bool = False,
+    ) -> Callable[[], None]:
+        """Have each change of state told, in order, none lost.
+
+        Args:
+            callback: Takes a record. What it raises is logged and changes nothing.
+            via: Hands the call to another loop, as ``via(function, *arguments)``: ``loop.call_soon_threadsafe``,
+                ``GLib.idle_add``, the ``emit`` of a Qt signal. Without it the call comes on the owner thread and
+                must be short; there, `stop` is welcome, and what waits raises RuntimeError.
+            replay: Whether to tell the past changes first.
+
+        Returns:
+            A function that ends the subscription.
+        """
+        return self._engine.subscribe(callback, via, replay=replay)
+
+    def __enter__(self) -> Proxy:  # noqa: PYI034 - an engine is no base class
+        try:
+            self.start()
+            self.wait_running()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        status = self._engine.status()
+        reason = "" if status.reason is None else f" ({status.reason})"
+        return f"<Proxy {self.id} of {status.session}: {status.state}{reason}>"
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is None or engine.state is State.IDLE or engine.state.is_final or engine.is_foreign():
+            return
+        engine.stop()
+        if not sys.is_finalizing():
+            warnings.warn(
+                f"A proxy was dropped while {engine.state}; it is ended.", ResourceWarning, stacklevel=2, source=self
+            )
+
+
+def _end_all() -> None:
+    """End all proxies when the interpreter ends, within one deadline; starts no thread."""
+    engines = [engine for engine in tuple(LIVE) if not engine.is_foreign()]
+    for engine in engines:
+        engine.stop()
+    deadline = time.monotonic() + max((engine.end_within_s for engine in engines), default=0.0)
+    for engine in engines:
+        with suppress(TimeoutError):  # the proxy program sees its socket close, and goes
+            engine.wait(frozenset(), max(0.0, deadline - time.monotonic()))
+
+
+def _forget_all() -> None:
+    """In a forked child: what runs belongs to the parent."""
+    LIVE.clear()
+    monitor.forget_all()
+
+
+atexit.register(_end_all)
+os.register_at_fork(after_in_child=_forget_all)
