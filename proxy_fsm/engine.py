@@ -95,10 +95,10 @@ LIVE: set[Engine] = set()
 class Workers:
     """What an engine starts to do its work; each posts what it sees to the engine's inbox."""
 
-    forwarder: type[Forwarder] = Forwarder
-    preparation: type[Preparation] = Preparation
-    process: type[ProxyProcess] = ProxyProcess
-    question: type[ServerQuestion] = ServerQuestion
+    forwarder: Callable[..., Forwarder] = Forwarder
+    preparation: Callable[..., Preparation] = Preparation
+    process: Callable[..., ProxyProcess] = ProxyProcess
+    question: Callable[..., ServerQuestion] = ServerQuestion
     attach: Callable[[paramiko.Transport, Timeouts, Callable[[Observation], None]], monitor.Attachment] = monitor.attach
 
 
@@ -499,7 +499,7 @@ class Engine:
             self._cause = EndReason.STOP_TIMEOUT
             self._update(reason=self._cause, detail=detail, hint=self._cause.hint)
         self._update(abandoned=(*self._view.abandoned, f"process {self._view.pid}"))
-        self._release()
+        self._process_gone()
 
     def _process_gone(self) -> None:
         self._process_alive = False
@@ -527,10 +527,12 @@ class Engine:
             left.append(f"the preflight, waiting for {self._preparation.step}")
         self._update(abandoned=(*self._view.abandoned, *left))
         self._preparation.close()
+        self._forwarder.close()
         self._finish()
 
     def _finish_if_released(self) -> None:
-        if self.state is State.STOPPING and self._prepared and self._evidence.saw(TunnelClosed):
+        held = self._process_alive or not self._prepared or not self._evidence.saw(TunnelClosed)
+        if self.state is State.STOPPING and not held:
             self._finish()
 
     def _finish(self) -> None:

@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from proxy_fsm.forwarder import Forwarder
     from proxy_fsm.session import SessionInfo
 
-__all__ = ["Preparation"]
+__all__ = ["Launch", "Preparation"]
 
 #: Room for the socket's name in its directory: "/proxy.sock".
 _SOCKET_NAME_BYTES = 11
 
 
 @dataclass(frozen=True, slots=True)
-class _Launch:
+class Launch:
     """What the proxy program is started with."""
 
     command: Sequence[str]
@@ -79,7 +79,7 @@ class Preparation:
     ) -> None:
         self.step = "the preflight"
         self.watch: DisplayWatch | None = None
-        self.launch: _Launch | None = None
+        self.launch: Launch | None = None
         self._session = session
         self._backend = backend
         self._forwarder = forwarder
@@ -145,7 +145,7 @@ class Preparation:
         )
         self._backend.preflight(context)
         environment = {**environ, **self._backend.environment(context)}
-        self.launch = _Launch(self._backend.command(context), environment, session_root, log)
+        self.launch = Launch(self._backend.command(context), environment, session_root, log)
         return address
 
     def _keep(self, release: Callable[[], object]) -> None:

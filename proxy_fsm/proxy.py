@@ -9,7 +9,7 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import paramiko
 
@@ -54,9 +54,6 @@ class Proxy:
         InvalidSession: The session lacks what the backend needs.
     """
 
-    #: What does the work; `proxy_fsm.testing` puts others in its place.
-    _workers: ClassVar[Workers] = Workers()
-
     def __init__(
         self,
         session: SessionInfo,
@@ -91,8 +88,12 @@ class Proxy:
             environ=dict(os.environ if environ is None else environ),
             ask_server=ask_server,
             resumed=resumed,
-            workers=self._workers,
+            workers=self._make_workers(),
         )
+
+    def _make_workers(self) -> Workers:
+        """Return what does the work; `proxy_fsm.testing` puts others in its place."""
+        return Workers()
 
     @property
     def id(self) -> str:

@@ -1,0 +1,10 @@
+"""The real engine under any sequence of orders, observations and deadlines."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+from proxy_fsm.testing.machine import ProxyMachine
+
+TestProxyMachine = ProxyMachine.TestCase
+TestProxyMachine.settings = settings(settings.get_profile("dev"), stateful_step_count=30, max_examples=100)
