@@ -264,7 +264,7 @@ class ProxyProcess:
 
     def _why_not(self, error: OSError) -> BackendError:
         program = self._command[0]
-        if error.filename == self._directory:
+        if str(error.filename) == str(self._directory):
             problem = f"its directory {self._directory} cannot be entered ({error.strerror})"
         elif error.errno == errno.ENOENT and not os.path.lexists(program):
             return BackendError(EndReason.PROXY_NOT_FOUND, f"The proxy program {program} is not there.")

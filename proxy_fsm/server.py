@@ -100,6 +100,8 @@ class ServerQuestion:
                 answer += data
             if channel.transport_ended or self._abandoned.is_set():
                 raise OpenAbandoned
+            if len(answer) >= _MAX_ANSWER_BYTES:
+                raise paramiko.SSHException("The server's answer has no end.")
             if channel.recv_exit_status() != 0:
                 raise paramiko.SSHException("The server has no x2golistsessions.")
         finally:

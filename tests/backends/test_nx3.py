@@ -1,0 +1,434 @@
+"""nxproxy gets its options as they are meant, nobody gets the cookie, and what it prints is understood.
+
+Recordings of what the real nxproxy prints, and when, are in ``tests/data/nxproxy``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy_fsm.backends import BackendContext, NX3Backend
+from proxy_fsm.errors import BackendError, InvalidSession
+from proxy_fsm.evidence import (
+    AgentClosed,
+    AgentSpoke,
+    ChannelOpened,
+    ConnectionEnded,
+    DisplayLost,
+    Evidence,
+    Observation,
+    OutputLine,
+    ProcessExited,
+    ProcessSpawned,
+    TransportEnded,
+)
+from proxy_fsm.process import LineReader
+from proxy_fsm.session import SessionInfo
+from proxy_fsm.status import EndReason
+
+RECORDINGS = Path(__file__).parents[1] / "data" / "nxproxy"
+COOKIE = "0123456789abcdef0123456789abcdef"
+NAME = "alice-51-1795334442_stDxterm_dp24"
+ADDRESS = "/run/user/1000/proxy_fsm-abcdefgh/proxy.sock"
+DEFAULTS = "retry=5,composite=1,clipboard=1"
+
+
+def context(address: str = ADDRESS, *, name: str = NAME, display: int = 51) -> BackendContext:
+    return BackendContext(
+        session=SessionInfo(name=name, cookie=COOKIE, graphics_port=4788, display=display),
+        executable="/usr/bin/nxproxy",
+        listen_address=address,
+        sessions_root=Path("/home/alice/.x2go"),
+        session_root=Path(f"/home/alice/.x2go/S-{name}"),
+        environ={"DISPLAY": ":0"},
+    )
+
+
+def option_string(backend: NX3Backend, address: str = ADDRESS) -> str:
+    return backend.environment(context(address))["NX_DISPLAY"]
+
+
+class TestOptions:
+    def test_the_option_string(self) -> None:
+        assert option_string(NX3Backend()) == f"nx/nx,connect=unix:{ADDRESS},cookie={COOKIE},id={NAME},{DEFAULTS}:51"
+
+    def test_options_that_are_given_are_added_or_take_the_place_of_a_default(self) -> None:
+        string = option_string(NX3Backend(options={"clipboard": "both", "link": "lan", "kbtype": "pc105/us:x"}))
+        assert string == (
+            f"nx/nx,connect=unix:{ADDRESS},cookie={COOKIE},id={NAME},"
+            "retry=5,composite=1,clipboard=both,link=lan,kbtype=pc105/us:x:51"
+        )
+
+    def test_one_backends_options_are_not_anothers(self) -> None:
+        NX3Backend(options={"link": "lan"}).process_options({"pack": "none"})
+        assert option_string(NX3Backend()).endswith(f",{DEFAULTS}:51")
+
+    @pytest.mark.parametrize(
+        "key", ["connect", "cookie", "port", "id", "root", "errors", "listen", "accept", "options"]
+    )
+    def test_what_the_engine_sets_cannot_be_given(self, key: str) -> None:
+        with pytest.raises(ValueError, match=f"The NX option '{key}' is set by the engine"):
+            NX3Backend(options={key: "1"})
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("", "1"),
+            ("Connect", "1"),
+            ("a b", "1"),
+            ("a=b", "1"),
+            ("a,listen", "1"),
+            ("a\n", "1"),
+            ("é", "1"),
+            ("link", ""),  # nxproxy takes that for an error and ends
+            ("link", "a,listen=4000"),
+            ("link", "a=b"),
+            ("link", "a b"),
+            ("link", "a\n"),
+            ("link", "a\0"),
+            ("link", "é"),
+            ("link", "\x7f"),
+            ("link", "a%2Clisten"),  # nxproxy decodes it
+            ("link", "x" * 256),
+            ("link", 1),
+            ("link", None),
+            (1, "lan"),
+        ],
+    )
+    def test_what_cannot_stand_in_an_option_string_is_refused(self, key: Any, value: Any) -> None:
+        with pytest.raises(ValueError, match="cannot be written into an NX option string"):
+            NX3Backend(options={key: value})
+        backend = NX3Backend()
+        assert backend.process_options({key: value}) == {key: value}
+        assert option_string(backend).endswith(f",{DEFAULTS}:51")
+
+    def test_a_value_of_the_greatest_length_is_taken(self) -> None:
+        assert f",link={'x' * 255}:51" in option_string(NX3Backend(options={"link": "x" * 255}))
+
+    def test_options_of_a_client_are_taken_where_they_fit_and_the_others_come_back(self) -> None:
+        backend = NX3Backend()
+        options = {"link": "adsl", "connect": "evil", "published_applications": True, "pack": "a,b", "retry": "2"}
+        assert backend.process_options(options) == {
+            "connect": "evil",
+            "published_applications": True,
+            "pack": "a,b",
+        }
+        assert option_string(backend).endswith(",retry=2,composite=1,clipboard=1,link=adsl:51")
+
+    @given(
+        options=st.dictionaries(
+            st.one_of(st.sampled_from(["link", "pack", "connect", "listen", "a,listen"]), st.text(max_size=10)),
+            st.one_of(
+                st.sampled_from(["lan", "1,listen=4000", "1:99", ":", "%2Clisten%3D1", "=", ""]),
+                st.text("a1,=: %-/\n\0é", max_size=10),
+                st.text(max_size=10),
+            ),
+            max_size=5,
+        ),
+        given_late=st.booleans(),
+    )
+    def test_no_options_can_change_where_nxproxy_connects_or_have_it_listen(
+        self, options: dict[str, str], *, given_late: bool
+    ) -> None:
+        """Taken apart as nxproxy does it: the display after the last colon, then commas, then equals signs."""
+        if given_late:
+            backend = NX3Backend()
+            refused = backend.process_options(options)
+            taken = {key: value for key, value in options.items() if key not in refused}
+        else:
+            try:
+                backend = NX3Backend(options=options)
+            except ValueError:
+                return
+            taken = options
+        string = option_string(backend)
+        body, _, display = string.rpartition(":")
+        head, *parts = body.split(",")
+        assert (head, display) == ("nx/nx", "51")
+        assert string.isascii()
+        assert string.isprintable()
+        assert not set(string) & set("% ")
+        pairs = [part.split("=") for part in parts]
+        assert all(len(pair) == 2 for pair in pairs)
+        assert pairs[:3] == [["connect", f"unix:{ADDRESS}"], ["cookie", COOKIE], ["id", NAME]]
+        assert {key: value for key, value in pairs[3:]} == {**NX3Backend.DEFAULT_OPTIONS, **taken}  # noqa: C416 - lists
+        assert len(pairs) == 3 + len({**NX3Backend.DEFAULT_OPTIONS, **taken})
+
+
+class TestPreflight:
+    def test_what_nxproxy_can_read_passes(self) -> None:
+        NX3Backend().preflight(context())
+
+    @pytest.mark.parametrize(
+        "directory", ["/tmp/a,listen=1", "/tmp/a b", "/tmp/a=b", "/tmp/é", "/tmp/a%41", "/tmp/a\n"]
+    )
+    def test_a_socket_path_that_nxproxy_would_read_otherwise_is_refused(self, directory: str) -> None:
+        with pytest.raises(BackendError) as caught:
+            NX3Backend().preflight(context(f"{directory}/proxy.sock"))
+        assert caught.value.reason is EndReason.LISTEN_FAILED
+        assert caught.value.hint is not None
+        assert "XDG_RUNTIME_DIR" in caught.value.hint
+
+    def test_a_string_that_nxproxy_would_cut_is_refused(self) -> None:
+        full = {"a": "x" * 255, "b": "x" * 255, "c": "x" * 200, "d": "x"}
+        rest = 1023 - len(option_string(NX3Backend(options=full)))
+        fits = full | {"d": "x" * (1 + rest)}
+        NX3Backend(options=fits).preflight(context())
+        with pytest.raises(BackendError) as caught:
+            NX3Backend(options={**fits, "d": fits["d"] + "x"}).preflight(context())
+        assert caught.value.reason is EndReason.PROXY_NOT_STARTABLE
+        assert "1023 bytes" in caught.value.detail
+        assert COOKIE not in str(caught.value)
+
+    def test_a_session_has_a_cookie_and_a_display(self) -> None:
+        backend = NX3Backend()
+        backend.check_session(SessionInfo(name=NAME, cookie=COOKIE, graphics_port=1, display=0))
+        with pytest.raises(InvalidSession) as caught:
+            backend.check_session(SessionInfo(name=NAME, graphics_port=1, display=51))
+        assert caught.value.field == "cookie"
+        with pytest.raises(InvalidSession) as caught:
+            backend.check_session(SessionInfo(name=NAME, cookie=COOKIE, graphics_port=1))
+        assert caught.value.field == "display"
+
+
+class TestProgram:
+    @pytest.fixture
+    def directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        for name in ("nxproxy", "other"):
+            (tmp_path / name).write_text("#!/bin/sh\n", encoding="ascii")
+            (tmp_path / name).chmod(0o700)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("NXPROXY_BINARY", raising=False)
+        return tmp_path
+
+    def test_it_is_nxproxy_from_path(self, directory: Path) -> None:
+        assert NX3Backend().find_executable() == str(directory / "nxproxy")
+
+    def test_or_what_the_environment_names(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NXPROXY_BINARY", str(directory / "other"))
+        assert NX3Backend().find_executable() == str(directory / "other")
+        monkeypatch.setenv("NXPROXY_BINARY", "")
+        assert NX3Backend().find_executable() == str(directory / "nxproxy")
+
+    def test_or_before_all_what_is_given(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NXPROXY_BINARY", "nonsense")
+        assert NX3Backend("other").find_executable() == str(directory / "other")
+
+    @pytest.mark.usefixtures("directory")
+    def test_where_it_is_missing_the_hint_names_the_package(self) -> None:
+        with pytest.raises(BackendError) as caught:
+            NX3Backend("missing").find_executable()
+        assert caught.value.reason is EndReason.PROXY_NOT_FOUND
+        assert caught.value.hint is not None
+        assert "package nxproxy" in caught.value.hint
+
+    def test_everybody_may_read_its_arguments(self) -> None:
+        assert NX3Backend().command(context()) == ["/usr/bin/nxproxy", "-S"]
+
+    def test_its_environment(self) -> None:
+        environment = NX3Backend().environment(context())
+        assert set(environment) == {"NX_DISPLAY", "NX_ROOT", "NX_CLIENT"}
+        assert environment["NX_ROOT"] == "/home/alice/.x2go"
+        assert environment["NX_CLIENT"] == shutil.which("true")
+
+    def test_without_true_in_path_no_dialog_opens_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "")
+        assert NX3Backend().environment(context())["NX_CLIENT"] == "/bin/true"
+
+    def test_it_connects_once_to_a_unix_socket_and_needs_an_x_server(self) -> None:
+        backend = NX3Backend()
+        assert (backend.name, backend.listen_kind, backend.max_connections, backend.needs_display) == (
+            "nx3",
+            "unix",
+            1,
+            True,
+        )
+
+
+CONNECTED = "Connected to remote proxy on FD#"
+GONE = (AgentClosed(1), ConnectionEnded(1, 1000, 1000, 3.0))
+CUT = (ConnectionEnded(1, 1000, 1000, 3.0),)
+EXIT = "(exit)"
+#: Recording: whether the channel was opened; what else was seen at the action; whether it was ready; the verdict,
+#: and the line, or the exit, at which it was possible.
+EXPECTED: dict[str, tuple[bool, tuple[Observation, ...], bool, EndReason | None, str]] = {
+    "agent_killed": (True, GONE, True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
+    "agent_killed_negotiating": (True, GONE, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
+    "nobody_listens": (False, (), False, EndReason.LISTEN_FAILED, "PANIC! Connection to Unix file socket"),
+    "port_refused": (False, (), False, None, EXIT),  # the tunnel tells it
+    "resumed_suspended": (True, GONE, True, EndReason.SESSION_ENDED, EXIT),
+    "sighup": (True, (), True, EndReason.PROXY_KILLED, "Waiting the cleanup timeout"),
+    "sigint": (True, (), True, EndReason.PROXY_KILLED, "Waiting the cleanup timeout"),
+    "sigkill": (True, CUT, True, None, EXIT),  # the signal tells it
+    "sigterm": (True, (), True, EndReason.PROXY_KILLED, "Waiting the cleanup timeout"),
+    "ssh_killed": (True, (TransportEnded("gone"),), True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
+    "suspended": (True, GONE, True, EndReason.SESSION_ENDED, EXIT),
+    "terminated": (True, GONE, True, EndReason.SESSION_ENDED, EXIT),
+    "tunnel_cut": (True, CUT, True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
+    "tunnel_cut_negotiating": (True, CUT, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
+    "wrong_cookie": (True, GONE, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
+    "x_absent": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "Error: Connection to ':0' failed"),
+    "x_killed": (True, (), True, EndReason.SESSION_ENDED, EXIT),  # the display watch tells it
+    "x_refused": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "X connection failed with error"),
+    "x_refused_with_command": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "X connection failed with error"),
+    "x_unset": (False, (), False, EndReason.DISPLAY_UNAVAILABLE, "PANIC! Host X server DISPLAY is not set"),
+}
+
+
+def read(output: bytes) -> list[str]:
+    reader = LineReader([COOKIE])
+    return [*reader.feed(output), *reader.finish()]
+
+
+def replay(name: str) -> list[Observation]:
+    """What an engine sees when nxproxy does what was recorded."""
+    opened, at_action, *_ = EXPECTED[name]
+    lines = read((RECORDINGS / f"{name}.txt").read_bytes())
+    seen: list[Observation] = [ProcessSpawned(1, "nxproxy")]
+    for row in (RECORDINGS / f"{name}.times").read_text(encoding="utf-8").splitlines():
+        _, kind, what = row.split("\t")
+        if kind == "line":
+            text = lines[int(what) - 1]
+            if opened and CONNECTED in text:
+                seen.append(ChannelOpened(1))
+            seen.append(OutputLine(text))
+            if "Connection with remote proxy completed" in text:
+                seen.append(AgentSpoke(1))
+        elif kind == "action":
+            seen += [each for each in at_action if each not in seen]
+        else:
+            code = int(what)
+            seen += [each for each in at_action if each not in seen]
+            seen.append(ProcessExited(code, None) if code >= 0 else ProcessExited(None, -code))
+    return seen
+
+
+def judge(seen: list[Observation], *, signalled_after: int | None = None) -> tuple[Evidence, Any, str]:
+    """Take observations as the engine does; return the evidence, the first verdict, and what it was given at."""
+    backend, evidence = NX3Backend(), Evidence()
+    verdict, at = None, EXIT
+    for number, observation in enumerate(seen):
+        evidence.add(observation)
+        evidence.signalled = signalled_after is not None and number >= signalled_after
+        evidence.ready = evidence.ready or (verdict is None and backend.ready(evidence))
+        if verdict is None:
+            verdict = backend.diagnose(evidence)
+            if verdict is not None and isinstance(observation, OutputLine):
+                at = observation.text
+    return evidence, verdict, at
+
+
+class TestDiagnosis:
+    def test_every_recording_is_in_the_table(self) -> None:
+        assert set(EXPECTED) == {path.stem for path in RECORDINGS.glob("*.txt")}
+        assert set(EXPECTED) == {path.stem for path in RECORDINGS.glob("*.times")}
+
+    @pytest.mark.parametrize("name", EXPECTED)
+    def test_what_happened_is_read_from_what_nxproxy_printed(self, name: str) -> None:
+        opened, _, ready, reason, expected_at = EXPECTED[name]
+        seen = replay(name)
+        assert opened == any(isinstance(each, ChannelOpened) for each in seen)
+        evidence, verdict, at = judge(seen)
+        assert evidence.ready is ready
+        assert (verdict and verdict[0]) is reason
+        assert expected_at in at
+        assert verdict is None or verdict[1].endswith(".")
+
+    @pytest.mark.parametrize("name", EXPECTED)
+    def test_what_it_says_when_we_have_ended_it_means_nothing(self, name: str) -> None:
+        assert judge(replay(name), signalled_after=0)[1] is None
+
+    def test_it_is_ready_at_one_line_and_at_no_other_observation(self) -> None:
+        backend = NX3Backend()
+        ready = OutputLine("Info: Established X server connection.")
+        assert backend.ready(Evidence(ready))
+        assert not backend.ready(Evidence(OutputLine("Session: Session started at 'Sun Nov 22 12:07:31 2026'.")))
+        assert not backend.ready(Evidence(ready, AgentSpoke(1)))
+        assert not backend.ready(Evidence(ready, OutputLine("Info: Using shared memory parameters 0/0K.")))
+
+    @pytest.mark.parametrize("opened", [True, False])
+    @pytest.mark.parametrize("number", [1, 2, 15])
+    def test_a_signal_from_outside_before_the_session_stands(self, number: int, *, opened: bool) -> None:
+        """As nxproxy 3.5.99.26 said it, to each of the three, waiting for an answer or for a connection."""
+        words = f"Info: Aborting the procedure due to signal '{number}'.", "Session: Session terminated at 'x'."
+        seen = [*([ChannelOpened(1)] if opened else []), *map(OutputLine, words), ProcessExited(0, None)]
+        _, verdict, at = judge(seen)
+        assert verdict[0] is EndReason.PROXY_KILLED
+        assert "TERM, INT or HUP" in verdict[1]
+        assert at == words[0]
+
+    def test_a_wrong_cookie_and_an_agent_that_is_gone_look_the_same_and_both_are_named(self) -> None:
+        for name in ("wrong_cookie", "agent_killed_negotiating"):
+            verdict = judge(replay(name))[1]
+            assert "cookie is wrong" in verdict[1]
+            assert "agent has gone" in verdict[1]
+
+    def test_an_agent_that_says_nothing_for_too_long_is_lost(self) -> None:
+        seen = [
+            ChannelOpened(1),
+            OutputLine("Info: Established X server connection."),
+            OutputLine("Loop: PANIC! No data received from remote proxy on FD#5 within 120 seconds."),
+        ]
+        assert judge(seen)[1][0] is EndReason.PEER_LOST
+
+    def test_a_peer_that_breaks_off_before_the_session_stands_is_lost(self) -> None:
+        seen = [ChannelOpened(1), OutputLine("Error: Failure reading from the peer proxy.")]
+        assert judge(seen)[1][0] is EndReason.PEER_LOST
+
+    def test_only_a_line_or_the_end_is_judged(self) -> None:
+        """What the tunnel sees, others judge; a verdict by older lines would come in its place."""
+        line = OutputLine("Error: Failure reading from the peer proxy.")
+        evidence = Evidence(ChannelOpened(1), line, TransportEnded("gone"))
+        assert NX3Backend().diagnose(evidence) is None
+        evidence.add(ProcessExited(0, None))
+        assert NX3Backend().diagnose(evidence) is not None
+
+    @given(
+        name=st.sampled_from(sorted(EXPECTED)),
+        cuts=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 4000)), max_size=4),
+        noise=st.lists(st.tuples(st.integers(0, 60), st.binary(max_size=30)), max_size=5),
+        others=st.lists(
+            st.tuples(
+                st.integers(0, 60),
+                st.sampled_from(
+                    [ChannelOpened(1), *GONE, DisplayLost("x"), ProcessExited(None, 11), TransportEnded("x")]
+                ),
+            ),
+            max_size=5,
+        ),
+        ready=st.booleans(),
+        signalled=st.booleans(),
+    )
+    def test_no_output_however_broken_is_too_much(
+        self,
+        name: str,
+        cuts: list[tuple[int, int]],
+        noise: list[tuple[int, bytes]],
+        others: list[tuple[int, Observation]],
+        *,
+        ready: bool,
+        signalled: bool,
+    ) -> None:
+        output = (RECORDINGS / f"{name}.txt").read_bytes()
+        for start, length in cuts:
+            output = output[:start] + output[start + length :]
+        for place, data in noise:
+            output = output[: place * 40] + data + output[place * 40 :]
+        seen: list[Observation] = [OutputLine(text) for text in read(output)]
+        for place, observation in others:
+            seen.insert(place, observation)
+        backend, evidence = NX3Backend(), Evidence()
+        evidence.ready, evidence.signalled = ready, signalled
+        for observation in seen:
+            evidence.add(observation)
+            assert backend.ready(evidence) in {True, False}
+            verdict = backend.diagnose(evidence)
+            assert verdict is None or verdict[0].name in EndReason.__members__
+            assert verdict is None or verdict[1].endswith(".")
+            assert verdict is None or not signalled

@@ -1,0 +1,199 @@
+"""Events go where the program wants them; a program that wants none hears nothing; a logger that fails harms nobody."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+
+from proxy_fsm.events import EventLog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+WAIT_S = 20.0
+
+
+class Recorder:
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str, dict[str, Any]]] = []
+
+    def __getattr__(self, level: str) -> Any:
+        return lambda event, **fields: self.told.append((level, event, fields))
+
+
+class Broken:
+    """A logger that fails."""
+
+    def info(self, event: str, **fields: Any) -> None:
+        raise RuntimeError(f"no room for {event} and {len(fields)} fields")
+
+
+@pytest.fixture(autouse=True)
+def _structlog_as_it_was() -> Iterator[None]:
+    structlog.reset_defaults()
+    yield
+    structlog.reset_defaults()
+
+
+def make(logger: Any = None) -> EventLog:
+    return EventLog(logger, proxy_id="id1", session="name")
+
+
+def run(program: str) -> tuple[str, str]:
+    """What a program of its own prints."""
+    program = "from proxy_fsm.events import EventLog\n" + program
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT_S, check=True)
+    return done.stdout, done.stderr
+
+
+ALL_LEVELS = """
+log = EventLog(None, proxy_id="id1", session="name")
+for level in ("debug", "info", "warning", "error"):
+    log(level, "an.event", number=1)
+try:
+    raise RuntimeError("a bug")
+except RuntimeError:
+    log("error", "another.event", exc_info=True)
+"""
+
+
+def test_a_program_that_has_configured_nothing_hears_nothing() -> None:
+    assert run(ALL_LEVELS) == ("", "")
+
+
+def test_a_program_that_has_configured_logging_hears_what_it_asked_for() -> None:
+    output, errors = run(
+        "import logging\nlogging.basicConfig(level=logging.WARNING, format='%(name)s %(levelname)s')" + ALL_LEVELS
+    )
+    assert output == ""
+    assert errors.splitlines() == ["proxy_fsm WARNING", "proxy_fsm ERROR", "proxy_fsm ERROR"]
+
+
+def test_a_program_that_has_configured_structlog_hears_by_it() -> None:
+    output, errors = run(
+        "import structlog\nstructlog.configure(processors=[structlog.processors.JSONRenderer(sort_keys=True)])\n"
+        "EventLog(None, proxy_id='id1', session='name')('info', 'an.event', number=1)"
+    )
+    assert output == '{"event": "an.event", "number": 1, "proxy_id": "id1", "session": "name"}\n'
+    assert errors == ""
+
+
+def test_the_package_never_configures_structlog() -> None:
+    assert run("import structlog, proxy_fsm" + ALL_LEVELS + "print(structlog.is_configured())") == ("False\n", "")
+
+
+def test_every_event_has_the_proxys_id_and_session() -> None:
+    recorder = Recorder()
+    make(recorder)("warning", "an.event", number=1)
+    assert recorder.told == [("warning", "an.event", {"proxy_id": "id1", "session": "name", "number": 1})]
+
+
+def test_structlog_configured_later_does_not_change_where_events_go(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "proxy_fsm")
+    log = make()
+    structlog.configure(processors=[lambda *_: pytest.fail("not asked for")])
+    log("info", "an.event")
+    assert caplog.messages == ["event='an.event' proxy_id='id1' session='name'"]
+
+
+def test_a_logger_of_the_standard_library_can_be_given(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mine")
+    log = make(logging.getLogger("mine"))
+    log("debug", "too.fine")
+    log("info", "an.event", text="100 %s {}", number=1)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("mine", "INFO")
+    assert record.getMessage() == "event='an.event' proxy_id='id1' session='name' text='100 %s {}' number=1"
+
+
+def test_a_level_set_later_counts(caplog: pytest.LogCaptureFixture) -> None:
+    log = make(logging.getLogger("mine"))
+    caplog.set_level(logging.ERROR, "mine")
+    log("info", "an.event")
+    caplog.set_level(logging.INFO, "mine")
+    log("info", "another.event")
+    assert len(caplog.records) == 1
+
+
+def test_a_logger_of_structlog_can_be_given() -> None:
+    told: list[Any] = []
+
+    def keep(logger: Any, method: str, event: Any) -> Any:  # noqa: ARG001 - structlog's signature
+        told.append((method, dict(event)))
+        raise structlog.DropEvent
+
+    make(structlog.wrap_logger(None, processors=[keep]).bind(mine=1))("info", "an.event", number=2)
+    assert told == [
+        ("info", {"event": "an.event", "mine": 1, "proxy_id": "id1", "session": "name", "number": 2}),
+    ]
+
+
+def test_a_logger_that_fails_is_reported_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    make(Broken())("info", "an.event", number=1)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("proxy_fsm", "ERROR")
+    assert record.getMessage() == "The logger failed on the event an.event."
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "no room for an.event and 3 fields"
+
+
+def test_an_object_that_is_no_logger_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    make(object())("info", "an.event")
+    assert caplog.messages == ["The logger failed on the event an.event."]
+
+
+class Shy:
+    """A value that cannot be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_a_value_that_cannot_be_shown_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mine")
+    make(logging.getLogger("mine"))("info", "an.event", shy=Shy())
+    assert caplog.messages == ["The logger failed on the event an.event."]
+
+
+def test_an_event_that_nobody_wants_is_not_even_written_out(caplog: pytest.LogCaptureFixture) -> None:
+    """There is one for each line of a proxy's output."""
+    caplog.set_level(logging.INFO, "mine")
+    make(logging.getLogger("mine"))("debug", "an.event", shy=Shy())
+    assert caplog.messages == []
+
+
+def test_where_all_loggers_fail_nobody_is_harmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(record: logging.LogRecord) -> bool:
+        asked.append(record.getMessage())
+        raise RuntimeError("this one too")
+
+    fallback = logging.getLogger("proxy_fsm")
+    monkeypatch.setattr(fallback, "filters", [fail])
+    make(Broken())("info", "an.event")
+    make()("error", "another.event")
+    assert asked == [
+        "The logger failed on the event an.event.",
+        "event='another.event' proxy_id='id1' session='name'",
+        "The logger failed on the event another.event.",
+    ]
+
+
+@pytest.mark.parametrize("by", ["the one being handled", "one that is given"])
+def test_a_traceback_is_written_out(caplog: pytest.LogCaptureFixture, by: str) -> None:
+    log = make(logging.getLogger("mine"))
+    try:
+        int("no number")
+    except ValueError as error:
+        log("error", "internal.error", exc_info=True if by == "the one being handled" else error)
+    (message,) = caplog.messages
+    assert "Traceback (most recent call last)" in message
+    assert "ValueError: invalid literal" in message

@@ -1,0 +1,581 @@
+"""Each change of state is told to everybody, in order, once, whoever asks from where."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from types import FrameType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+from proxy_fsm.events import EventLog
+from proxy_fsm.journal import Journal
+from proxy_fsm.lifecycle import State, Trigger
+from proxy_fsm.status import EndReason, TransitionRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WAIT_S = 20.0
+LIFE = (State.TUNNELLING, State.SPAWNING, State.RUNNING, State.STOPPING, State.STOPPED)
+Told = list[int]
+
+
+class Recorder:
+    """A logger that keeps events, and what was being handled with them."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.errors: list[BaseException | None] = []
+        self.on_event: Callable[[], object] = lambda: None
+
+    def __getattr__(self, level: str) -> Any:
+        def log(event: str, **fields: Any) -> None:
+            self.events.append((level, event, fields))
+            self.errors.append(sys.exc_info()[1])
+            self.on_event()
+
+        return log
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [fields for _, event, fields in self.events if event == name]
+
+
+@pytest.fixture
+def logger() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def journal(logger: Recorder) -> Journal:
+    return make(logger)
+
+
+@pytest.fixture
+def _busy_threads() -> Iterator[None]:
+    """Threads take turns a thousand times as often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def make(logger: Any = None) -> Journal:
+    return Journal(EventLog(logger, proxy_id="id1", session="name"))
+
+
+def record(sequence: int, dest: State | None = None, reason: EndReason | None = None) -> TransitionRecord:
+    """The change of this number, by default into the state that has that place in a life without faults."""
+    states = (State.IDLE, *LIFE)
+    return TransitionRecord(
+        proxy_id="id1",
+        session="name",
+        trigger=Trigger.START,
+        source=states[min(sequence - 1, 5)],
+        dest=dest or states[min(sequence, 5)],
+        reason=reason,
+        detail="",
+        at=datetime.now(UTC),
+        elapsed_s=0.1234567,
+        sequence=sequence,
+    )
+
+
+def live(journal: Journal, *, start: int = 1, end: int = len(LIFE)) -> None:
+    for sequence in range(start, end + 1):
+        journal.record(record(sequence))
+
+
+def collect(told: Told) -> Callable[[TransitionRecord], None]:
+    return lambda each: told.append(each.sequence)
+
+
+def in_thread(function: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def join(*threads: threading.Thread) -> None:
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+def eventually(is_true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.001)
+
+
+class TestOrder:
+    def test_history_then_event_then_subscribers_then_waiters(self, journal: Journal, logger: Recorder) -> None:
+        order: list[str] = []
+        told, go_on = threading.Event(), threading.Event()
+
+        def at_event() -> None:
+            order.append(f"event, with {len(journal._records)} in the history")
+
+        def at_subscriber(_: TransitionRecord) -> None:
+            order.append("subscriber")
+            told.set()
+            assert go_on.wait(WAIT_S)
+
+        def wait() -> None:
+            journal.wait(frozenset({State.TUNNELLING}), WAIT_S)
+            order.append("waiter")
+
+        logger.on_event = at_event
+        journal.subscribe(at_subscriber, None, replay=False)
+        waiter = in_thread(wait)
+        eventually(lambda: journal._waiters)
+        owner = in_thread(lambda: live(journal, end=1))
+        assert told.wait(WAIT_S)
+        with pytest.raises(TimeoutError):  # nor does one that comes now learn of it before all subscribers did
+            journal.wait(frozenset({State.TUNNELLING}), 0)
+        assert order == ["event, with 1 in the history", "subscriber"]
+        logger.on_event = lambda: None  # the slow subscriber's
+        go_on.set()
+        join(waiter, owner)
+        assert order[2:] == ["waiter"]
+
+    def test_the_event_has_the_contracts_fields(self, journal: Journal, logger: Recorder) -> None:
+        journal.record(record(4, reason=EndReason.PEER_LOST), hint="Mend it.", retryable=False)
+        assert logger.events == [
+            (
+                "info",
+                "proxy.transition",
+                {
+                    "proxy_id": "id1",
+                    "session": "name",
+                    "trigger": "start",
+                    "source": "running",
+                    "dest": "stopping",
+                    "reason": "peer_lost",
+                    "detail": "",
+                    "elapsed_s": 0.123457,
+                    "sequence": 4,
+                    "hint": "Mend it.",
+                    "retryable": False,
+                },
+            )
+        ]
+
+    def test_a_change_without_a_reason_has_none_in_its_event(self, journal: Journal, logger: Recorder) -> None:
+        journal.record(record(1))
+        assert logger.named("proxy.transition")[0]["reason"] is None
+
+    def test_subscribers_are_told_in_the_order_in_which_they_came(self, journal: Journal) -> None:
+        order: list[str] = []
+        for name in "abc":
+            journal.subscribe(lambda _, name=name: order.append(name), None, replay=False)  # type: ignore[misc]
+        live(journal, end=2)
+        assert order == list("abcabc")
+
+
+class TestSubscribers:
+    def test_they_are_told_all_from_their_coming_on(self, journal: Journal) -> None:
+        told: Told = []
+        live(journal, end=2)
+        journal.subscribe(collect(told), None, replay=False)
+        live(journal, start=3)
+        assert told == [3, 4, 5]
+
+    def test_with_replay_they_are_told_what_was_before_first(self, journal: Journal) -> None:
+        told: Told = []
+        live(journal, end=2)
+        journal.subscribe(collect(told), None, replay=True)
+        assert told == []  # it is the owner's to tell
+        journal.catch_up()
+        assert told == [1, 2]
+        journal.catch_up()
+        live(journal, start=3)
+        assert told == [1, 2, 3, 4, 5]
+
+    def test_the_next_change_tells_the_past_ones_too(self, journal: Journal) -> None:
+        told: Told = []
+        live(journal, end=2)
+        journal.subscribe(collect(told), None, replay=True)
+        live(journal, start=3, end=3)
+        assert told == [1, 2, 3]
+
+    def test_after_the_last_change_they_are_told_at_once_on_their_own_thread(self, journal: Journal) -> None:
+        live(journal)
+        seen: list[tuple[int, int, bool]] = []
+
+        def callback(each: TransitionRecord) -> None:
+            seen.append((each.sequence, threading.get_ident(), journal.is_delivering()))
+
+        journal.subscribe(callback, None, replay=True)
+        assert seen == [(sequence, threading.get_ident(), True) for sequence in range(1, 6)]
+        journal.subscribe(callback, None, replay=False)
+        assert len(seen) == 5
+
+    def test_one_may_subscribe_within_a_call(self, journal: Journal) -> None:
+        late: Told = []
+        replayed: Told = []
+
+        def callback(each: TransitionRecord) -> None:
+            if each.sequence == 2:
+                journal.subscribe(collect(late), None, replay=False)
+                journal.subscribe(collect(replayed), None, replay=True)
+
+        journal.subscribe(callback, None, replay=False)
+        live(journal)
+        assert (late, replayed) == ([3, 4, 5], [1, 2, 3, 4, 5])
+
+    def test_one_may_subscribe_within_the_last_call(self, journal: Journal) -> None:
+        first: Told = []
+        third: Told = []
+        nested: Told = []
+
+        def callback(each: TransitionRecord) -> None:
+            if each.dest.is_final:
+                journal.subscribe(collect(nested), None, replay=True)
+
+        journal.subscribe(collect(first), None, replay=False)
+        journal.subscribe(callback, None, replay=False)
+        journal.subscribe(collect(third), None, replay=False)
+        live(journal)
+        assert first == third == nested == [1, 2, 3, 4, 5]
+
+    @pytest.mark.usefixtures("_busy_threads")
+    def test_nothing_is_lost_or_told_twice_to_those_who_come_and_go_in_a_storm(self, journal: Journal) -> None:
+        """Also to those who come while the last change is told."""
+        comers: list[tuple[bool, int, Told]] = []
+        goers: list[Told] = []
+
+        def come_and_go() -> None:
+            for number in range(60):
+                staying: Told = []
+                leaving: Told = []
+                journal.subscribe(collect(staying), None, replay=number % 2 == 0)
+                comers.append((number % 2 == 0, len(journal._records), staying))
+                goers.append(leaving)
+                journal.subscribe(collect(leaving), None, replay=False)()
+
+        journal.record(record(1, State.RUNNING))
+        threads = [in_thread(come_and_go) for _ in range(3)]
+        for sequence in itertools.count(2):
+            over = len(comers) > 120
+            journal.record(record(sequence, State.STOPPED if over else State.RUNNING))
+            if over:
+                break
+        join(*threads)
+        every = [each.sequence for each in journal._records]
+        assert len(comers) == 180
+        for replay, known, told in comers:
+            assert told == every[len(every) - len(told) :]
+            assert len(told) >= (len(every) if replay else len(every) - known)
+        for told in goers:
+            assert all(later == earlier + 1 for earlier, later in itertools.pairwise(told))
+
+
+class TestUnsubscribing:
+    def test_it_is_told_no_more(self, journal: Journal) -> None:
+        told: Told = []
+        unsubscribe = journal.subscribe(collect(told), None, replay=False)
+        live(journal, end=2)
+        unsubscribe()
+        live(journal, start=3)
+        assert told == [1, 2]
+
+    def test_it_may_be_done_twice(self, journal: Journal) -> None:
+        told: Told = []
+        other: Told = []
+        unsubscribe = journal.subscribe(collect(told), None, replay=False)
+        journal.subscribe(collect(other), None, replay=False)
+        unsubscribe()
+        unsubscribe()
+        live(journal)
+        assert (told, other) == ([], [1, 2, 3, 4, 5])
+
+    def test_it_may_be_done_within_the_call(self, journal: Journal) -> None:
+        told: Told = []
+        other: Told = []
+
+        def callback(each: TransitionRecord) -> None:
+            told.append(each.sequence)
+            if each.sequence == 2:
+                unsubscribe()
+                unsubscribe_next()
+
+        unsubscribe = journal.subscribe(callback, None, replay=False)
+        unsubscribe_next = journal.subscribe(collect(other), None, replay=False)
+        live(journal)
+        assert (told, other) == ([1, 2], [1])
+
+    def test_it_holds_in_the_midst_of_a_replay(self, journal: Journal) -> None:
+        told: Told = []
+        live(journal, end=3)
+
+        def callback(each: TransitionRecord) -> None:
+            told.append(each.sequence)
+            unsubscribe()
+
+        unsubscribe = journal.subscribe(callback, None, replay=True)
+        live(journal, start=4)
+        assert told == [1]
+
+    def test_its_loop_is_given_no_more_either(self, journal: Journal) -> None:
+        handed: list[tuple[Any, ...]] = []
+        live(journal, end=3)
+
+        def via(*call: object) -> None:
+            handed.append(call)
+            unsubscribe()
+
+        unsubscribe = journal.subscribe(collect([]), via, replay=True)
+        live(journal, start=4)
+        assert len(handed) == 1
+
+    def test_a_call_that_waits_in_another_loop_is_not_made(self, journal: Journal) -> None:
+        told: Told = []
+        waiting: list[tuple[Any, ...]] = []
+        unsubscribe = journal.subscribe(collect(told), lambda *call: waiting.append(call), replay=False)
+        live(journal, end=2)
+        function, *arguments = waiting[0]
+        function(*arguments)
+        unsubscribe()
+        function, *arguments = waiting[1]
+        function(*arguments)
+        assert told == [1]
+
+
+class Shy:
+    """A callback that fails, even when asked for its name."""
+
+    def __call__(self, _: TransitionRecord) -> None:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no name either")
+
+
+class TestFailures:
+    @pytest.mark.parametrize("error", [RuntimeError("a bug"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+    @pytest.mark.parametrize("where", ["callback", "via", "callback by way of via"])
+    def test_what_a_callback_or_a_loop_raises_is_logged_and_changes_nothing(
+        self, journal: Journal, logger: Recorder, error: BaseException, where: str
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise error
+
+        def at_once(function: Callable[..., None], *arguments: object) -> None:
+            function(*arguments)
+
+        told: Told = []
+        if where == "via":
+            callback: Callable[[TransitionRecord], None] = collect([])
+            journal.subscribe(callback, fail, replay=False)
+        else:
+            callback = fail
+            journal.subscribe(callback, None if where == "callback" else at_once, replay=False)
+        journal.subscribe(collect(told), None, replay=False)
+        live(journal)
+        assert told == [1, 2, 3, 4, 5]
+        failures = logger.named("subscriber.failed")
+        assert [failure["callback"] for failure in failures] == [repr(callback)] * 5
+        assert all(failure["exc_info"] is True for failure in failures)
+        assert {event[0] for event in logger.events if event[1] == "subscriber.failed"} == {"error"}
+        assert [each for each in logger.errors if each is not None] == [error] * 5
+        assert journal.wait(frozenset(), 0) is State.STOPPED
+
+    def test_one_that_cannot_even_tell_its_name_changes_nothing(self, journal: Journal, logger: Recorder) -> None:
+        told: Told = []
+        journal.subscribe(Shy(), None, replay=False)
+        journal.subscribe(collect(told), None, replay=False)
+        live(journal)
+        assert told == [1, 2, 3, 4, 5]
+        assert {failure["callback"] for failure in logger.named("subscriber.failed")} == {"a Shy"}
+
+    def test_after_a_failure_the_thread_counts_as_delivering_no_more(self, journal: Journal) -> None:
+        journal.subscribe(Shy(), None, replay=False)
+        live(journal)
+        assert not journal.is_delivering()
+
+    def test_one_that_is_slow_is_logged(
+        self, journal: Journal, logger: Recorder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = [100.0]
+        monkeypatch.setattr("proxy_fsm.journal.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+        def callback(each: TransitionRecord) -> None:
+            clock[0] += 0.049 if each.sequence == 1 else 0.0515
+
+        journal.subscribe(callback, None, replay=False)
+        live(journal, end=2)
+        (slow,) = logger.named("subscriber.slow")
+        assert slow["callback"] == repr(callback)
+        assert slow["elapsed_s"] == 0.0515
+        assert logger.events[-1][0] == "warning"
+
+
+class TestVia:
+    def test_it_is_given_a_call_that_takes_the_record_to_the_callback(self, journal: Journal) -> None:
+        told: list[TransitionRecord] = []
+        handed: list[tuple[Any, ...]] = []
+        journal.subscribe(told.append, lambda *call: handed.append(call), replay=False)
+        first = record(1)
+        journal.record(first)
+        assert told == []
+        ((function, *arguments),) = handed
+        function(*arguments)
+        assert told == [first]
+
+    def test_that_call_returns_none_whatever_the_callback_returns(self, journal: Journal) -> None:
+        """GLib calls again what returns something true."""
+        results: list[object] = []
+        journal.subscribe(lambda _: True, lambda function, *rest: results.append(function(*rest)), replay=False)
+        live(journal, end=1)
+        assert results == [None]
+
+    def test_it_may_hand_it_to_another_thread_where_nothing_is_delivering(self, journal: Journal) -> None:
+        delivering: list[bool] = []
+
+        def elsewhere(function: Callable[..., None], *arguments: object) -> None:
+            join(in_thread(lambda: function(*arguments)))
+
+        journal.subscribe(lambda _: delivering.append(journal.is_delivering()), elsewhere, replay=False)
+        live(journal, end=1)
+        assert delivering == [False]
+
+
+class TestWaiting:
+    def test_it_returns_at_once_in_a_state_that_is_wanted(self, journal: Journal) -> None:
+        assert journal.wait(frozenset({State.IDLE}), 0) is State.IDLE
+        live(journal, end=3)
+        assert journal.wait(frozenset({State.RUNNING, State.IDLE}), 0) is State.RUNNING
+
+    def test_a_final_state_ends_every_wait(self, journal: Journal) -> None:
+        live(journal)
+        assert journal.wait(frozenset({State.RUNNING}), None) is State.STOPPED
+        assert journal.wait(frozenset(), None) is State.STOPPED
+
+    def test_a_state_that_lasts_for_a_moment_only_is_not_missed(self) -> None:
+        for wanted in LIFE:
+            journal, states = make(Recorder()), list[State]()
+            waiter = in_thread(lambda: states.append(journal.wait(frozenset({wanted}), WAIT_S)))  # noqa: B023 - joined below
+            eventually(lambda: journal._waiters)  # noqa: B023
+            live(journal)
+            join(waiter)
+            assert states == [wanted]
+
+    @pytest.mark.parametrize(
+        ("states", "wanted"),
+        [
+            ({State.RUNNING}, "running"),
+            ({State.STOPPING, State.RUNNING}, "running, stopping"),
+            (set[State](), "a final state"),
+        ],
+    )
+    @pytest.mark.parametrize("timeout", [0, 0.01, -1])
+    def test_what_does_not_come_in_time_is_told(
+        self, journal: Journal, states: set[State], wanted: str, timeout: float
+    ) -> None:
+        live(journal, end=2)
+        with pytest.raises(TimeoutError) as caught:
+            journal.wait(frozenset(states), timeout)
+        assert str(caught.value) == f"The proxy was not in {wanted} within {timeout} s; it is spawning."
+        assert journal._waiters == []
+
+    def test_the_time_counts_over_all_changes(self, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = [100.0]
+        monkeypatch.setattr("proxy_fsm.journal.time", SimpleNamespace(monotonic=lambda: clock[0]))
+        errors: list[TimeoutError] = []
+
+        def wait() -> None:
+            with pytest.raises(TimeoutError) as caught:
+                journal.wait(frozenset(), 1000)
+            errors.append(caught.value)
+
+        waiter = in_thread(wait)
+        eventually(lambda: journal._waiters)
+        clock[0] += 2000
+        live(journal, end=1)
+        join(waiter)
+        assert str(errors[0]) == "The proxy was not in a final state within 1000 s; it is tunnelling."
+
+    def test_any_number_of_threads_may_wait(self, journal: Journal) -> None:
+        states: list[State] = []
+        wanted = [LIFE[number % len(LIFE)] for number in range(60)]
+        waiters = [in_thread(lambda s=s: states.append(journal.wait(frozenset({s}), WAIT_S))) for s in wanted]  # type: ignore[misc]
+        eventually(lambda: len(journal._waiters) == len(wanted))
+        live(journal)
+        join(*waiters)
+        assert sorted(states) == sorted(wanted)
+        assert journal._waiters == []
+
+    @pytest.mark.usefixtures("_busy_threads")
+    def test_threads_that_come_in_the_midst_of_changes_all_come_back(self) -> None:
+        for _ in range(50):
+            journal = make(Recorder())
+            waiters = [in_thread(lambda: journal.wait(frozenset(), WAIT_S)) for _ in range(4)]  # noqa: B023 - joined below
+            live(journal)
+            join(*waiters)
+
+
+class Strike:
+    """A signal whose handler does something, once: before a line of a function is run, or soon."""
+
+    def __init__(self, action: Callable[[], object], function: Any, line: int) -> None:
+        self.has_struck = False
+        self._action = action
+        self._code = function.__code__
+        self._line = line
+
+    def _handle(self, *_: object) -> None:
+        if not self.has_struck:
+            self.has_struck = True
+            self._action()
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is not self._code:
+            return None
+        if event == "line" and frame.f_lineno == self._line:
+            signal.raise_signal(signal.SIGALRM)
+        return self._trace
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGALRM, self._handle), sys.gettrace()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before[1])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before[0])
+
+
+def lines_of(function: Any) -> list[int]:
+    return sorted({line for _, _, line in function.__code__.co_lines() if line is not None})
+
+
+class TestSignalHandlers:
+    @pytest.mark.parametrize("timeout", [None, WAIT_S])
+    @pytest.mark.parametrize("line", lines_of(Journal.wait))
+    def test_one_may_record_while_its_thread_waits_or_is_about_to(
+        self, journal: Journal, line: int, timeout: float | None
+    ) -> None:
+        with Strike(lambda: live(journal), Journal.wait, line) as strike:
+            state = journal.wait(frozenset({State.RUNNING}), timeout)
+        assert strike.has_struck
+        assert state in {State.RUNNING, State.STOPPED}  # the latter where all was over when it looked first
+
+    @pytest.mark.parametrize("line", lines_of(Journal.subscribe))
+    def test_one_may_record_while_its_thread_subscribes(self, journal: Journal, line: int) -> None:
+        told: Told = []
+        before: Told = []
+        journal.subscribe(collect(before), None, replay=False)
+        with Strike(lambda: live(journal), Journal.subscribe, line) as strike:
+            journal.subscribe(collect(told), None, replay=True)
+        if not strike.has_struck:
+            live(journal)
+        assert told == before == [1, 2, 3, 4, 5]

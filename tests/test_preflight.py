@@ -1,0 +1,669 @@
+"""The preflight acquires step by step, tells what is not good, and leaves nothing whenever it is closed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import struct
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+from proxy_fsm.backends import Backend, BackendContext
+from proxy_fsm.errors import BackendError
+from proxy_fsm.evidence import Observation, PreparationEnded, Prepared, TunnelClosed, WorkerFailed, WorkerRefused
+from proxy_fsm.forwarder import Forwarder
+from proxy_fsm.preflight import Preparation
+from proxy_fsm.session import SessionInfo
+from proxy_fsm.status import EndReason
+from proxy_fsm.testing.ssh_server import LoopbackSSHServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import FrameType
+
+    import paramiko
+
+    from proxy_fsm.backends.base import ListenKind
+    from proxy_fsm.evidence import Evidence
+
+WAIT_S = 20.0
+COOKIE = "0123456789abcdef0123456789abcdef"
+SESSION = SessionInfo(name="name", cookie=COOKIE, graphics_port=4788, display=51)
+
+
+class FakeBackend(Backend):
+    """A backend that keeps what it was asked, and does something at one of its calls."""
+
+    def __init__(self, at: str = "", action: Callable[[], object] = lambda: None, kind: ListenKind = "unix") -> None:
+        self.listen_kind = kind
+        self.contexts: list[BackendContext] = []
+        self._at = at
+        self._action = action
+
+    def _asked(self, what: str) -> None:
+        if what == self._at:
+            self._action()
+
+    def find_executable(self) -> str:
+        self._asked("find_executable")
+        return "/bin/true"
+
+    def preflight(self, context: BackendContext) -> None:
+        self.contexts.append(context)
+        self._asked("preflight")
+
+    def environment(self, context: BackendContext) -> Mapping[str, str]:
+        self._asked("environment")
+        return {"NX_DISPLAY": f"cookie={COOKIE}", "OVERRIDDEN": context.session.name}
+
+    def command(self, context: BackendContext) -> Sequence[str]:
+        self._asked("command")
+        return [context.executable, context.listen_address]
+
+    def ready(self, evidence: Evidence) -> bool:  # noqa: ARG002
+        return True
+
+
+CALLS = ["find_executable", "preflight", "environment", "command"]
+
+
+class Display:
+    """An X server that lets everybody in, once it may answer."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "x:0"
+        self.name = str(self._path)
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.asked = threading.Event()
+        self.clients: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.name)
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.clients.append(client)
+                with suppress(ConnectionError):
+                    client.recv(12, socket.MSG_WAITALL)
+                    self.asked.set()
+                    self.may_answer.wait(WAIT_S)
+                    client.sendall(struct.pack("<BxHHH", 1, 11, 0, 4) + bytes(16))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.may_answer.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(WAIT_S)
+        self._listener.close()
+        self._path.unlink()
+        for client in self.clients:
+            client.close()
+
+
+@dataclass
+class Trial:
+    """A `Preparation` with all that it needs, and what it posts."""
+
+    transport: paramiko.Transport
+    root: Path
+    backend: Backend
+    environ: dict[str, str]
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        self.seen: list[Observation] = []
+        self.forwarder = Forwarder(
+            self.transport, ("127.0.0.1", 9), max_connections=1, agent_connect_s=1, post=self._post
+        )
+        self.preparation = Preparation(
+            SESSION,
+            self.backend,
+            self.forwarder,
+            sessions_root=self.root,
+            environ=self.environ,
+            timeout_s=self.timeout_s,
+            post=self._post,
+        )
+
+    def _post(self, observation: Observation) -> None:
+        self.seen.append(observation)
+
+    @property
+    def told(self) -> list[Observation]:
+        """What the preparation itself said; the forwarder's word comes whenever it is closed."""
+        return [each for each in self.seen if not isinstance(each, TunnelClosed)]
+
+    def run(self) -> list[Observation]:
+        self.preparation.start()
+        return self.finish()
+
+    def finish(self) -> list[Observation]:
+        self.preparation.thread.join(WAIT_S)
+        assert not self.preparation.thread.is_alive()
+        return self.told
+
+    def prepared(self) -> Prepared:
+        prepared, ended = self.run()
+        assert isinstance(ended, PreparationEnded)
+        assert isinstance(prepared, Prepared)
+        return prepared
+
+    def refused(self) -> BackendError:
+        refused, ended = self.run()
+        assert isinstance(ended, PreparationEnded)
+        assert isinstance(refused, WorkerRefused)
+        assert self.preparation.launch is None
+        return refused.error
+
+    def close(self) -> None:
+        """Release it as the engine does."""
+        self.preparation.close()
+        self.forwarder.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LoopbackSSHServer]:
+    with LoopbackSSHServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
+    connected = server.connect_transport()
+    yield connected
+    connected.close()
+
+
+@pytest.fixture
+def runtime() -> Iterator[Path]:
+    """A directory for sockets, whose path is short."""
+    path = Path(tempfile.mkdtemp(prefix="pf-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def make(transport: paramiko.Transport, tmp_path: Path, runtime: Path) -> Iterator[Callable[..., Trial]]:
+    """Makes trials; at the end they are closed, and nothing may be left of them."""
+    trials: list[Trial] = []
+    before = descriptors()
+
+    def make_trial(
+        backend: Backend | None = None,
+        *,
+        environ: Mapping[str, str] | None = None,
+        root: Path = tmp_path / "sessions",
+        transport: paramiko.Transport = transport,
+        timeout_s: float = WAIT_S,
+    ) -> Trial:
+        environ = {"XDG_RUNTIME_DIR": str(runtime), **(environ or {})}
+        trials.append(Trial(transport, root, backend or FakeBackend(), environ, timeout_s))
+        return trials[-1]
+
+    yield make_trial
+    for trial in trials:
+        trial.close()
+        assert_ended_once(trial)
+    assert list(runtime.iterdir()) == []
+    assert descriptors() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("proxy_fsm")]
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def assert_ended_once(trial: Trial) -> None:
+    """The preparation's last word is its last word."""
+    ends = [number for number, each in enumerate(trial.told) if isinstance(each, PreparationEnded)]
+    assert ends in ([], [len(trial.told) - 1])
+    assert ends or not trial.preparation.thread.ident
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+class TestAllIsGood:
+    def test_its_local_end_takes_connections_already(self, make: Callable[..., Trial]) -> None:
+        address = make().prepared().listen_address
+        with socket.socket(socket.AF_UNIX) as proxy:
+            proxy.connect(address)
+        with socket.socket() as proxy:
+            host, _, port = make(FakeBackend(kind="tcp")).prepared().listen_address.partition(":")
+            proxy.connect((host, int(port)))
+
+    def test_what_the_proxy_is_started_with(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+        trial = make(environ={"HOME": "/home/alice", "NX_ROOT": "stale", "NX_": "", "NXPROXY": "x", "OVERRIDDEN": "y"})
+        address = trial.prepared().listen_address
+        launch = trial.preparation.launch
+        assert launch is not None
+        assert launch.command == ["/bin/true", address]
+        assert launch.directory == tmp_path / "sessions/S-name"
+        assert launch.environment == {
+            "XDG_RUNTIME_DIR": trial.environ["XDG_RUNTIME_DIR"],
+            "HOME": "/home/alice",
+            "NXPROXY": "x",
+            "NX_DISPLAY": f"cookie={COOKIE}",
+            "OVERRIDDEN": "name",
+        }
+        assert COOKIE not in repr(launch)
+
+    def test_what_the_backend_is_told(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+        backend = FakeBackend()
+        address = make(backend, environ={"A": "1", "NX_B": "2"}).prepared().listen_address
+        (context,) = backend.contexts
+        assert context.session is SESSION
+        assert context.executable == "/bin/true"
+        assert context.listen_address == address
+        assert context.sessions_root == tmp_path / "sessions"
+        assert context.session_root == tmp_path / "sessions/S-name"
+        assert dict(context.environ) == {"XDG_RUNTIME_DIR": context.environ["XDG_RUNTIME_DIR"], "A": "1"}
+
+    def test_what_it_waits_for_is_told(self, make: Callable[..., Trial]) -> None:
+        steps: list[str] = []
+        trial = make(FakeBackend("find_executable", lambda: steps.append(trial.preparation.step)))
+        steps.append(trial.preparation.step)
+        trial.prepared()
+        steps.append(trial.preparation.step)
+        assert steps == ["the preflight", "the proxy program's path", "the backend's own preflight"]
+
+    def test_small_messages_are_sent_at_once_from_now_on(
+        self, make: Callable[..., Trial], transport: paramiko.Transport
+    ) -> None:
+        connection = transport.sock
+        assert isinstance(connection, socket.socket)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+        make().prepared()
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+    def test_the_connection_to_the_x_server_stays(self, make: Callable[..., Trial], runtime: Path) -> None:
+        with Display(runtime) as display:
+            backend = FakeBackend()
+            backend.needs_display = True
+            trial = make(backend, environ={"DISPLAY": display.name})
+            trial.prepared()
+            assert trial.preparation.watch is not None
+            (client,) = display.clients
+            with pytest.raises(BlockingIOError):
+                client.recv(1, socket.MSG_DONTWAIT)
+            trial.close()
+            assert client.recv(1) == b""
+
+    def test_closing_twice_releases_once(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+        trial = make()
+        trial.prepared()
+        closed: list[int] = []
+        real_close = os.close
+
+        def close(descriptor: int) -> None:
+            closed.append(descriptor)
+            real_close(descriptor)
+
+        monkeypatch.setattr(os, "close", close)
+        trial.close()
+        trial.close()
+        assert trial.preparation.launch is not None
+        assert closed.count(trial.preparation.launch.log) == 1
+
+
+def put_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("", encoding="ascii")
+
+
+def put_directory(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def put_link(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.symlink_to(path.parent)
+
+
+def put_dangling_link(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.symlink_to("nowhere")
+
+
+def put_fifo(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+
+
+def put_other_users_file(path: Path) -> None:
+    put_file(path)
+    os.chown(path, 1, 1)
+
+
+def put_other_users_directory(path: Path) -> None:
+    put_directory(path)
+    os.chown(path, 1, 1)
+
+
+OBSTACLES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "sessions root is a file": ("File exists", put_file),
+    "sessions root is below a file": ("Not a directory", lambda path: put_file(path.parent)),
+    "session root is a file": ("S-name is no directory, or a link to one", put_file),
+    "session root is a link": ("S-name is no directory, or a link to one", put_link),
+    "session root is another user's": ("S-name belongs to another user", put_other_users_directory),
+    "log is a link": ("Too many levels of symbolic links", put_link),
+    "log is a dangling link": ("Too many levels of symbolic links", put_dangling_link),
+    "log is a directory": ("Is a directory", put_directory),
+    "log is a FIFO": ("No such device or address", put_fifo),
+    "log is another user's": ("session.log is no plain file of ours", put_other_users_file),
+}
+
+
+class TestSessionRoot:
+    def test_it_and_its_log_are_for_nobody_else(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+        before = os.umask(0)
+        try:
+            make().prepared()
+        finally:
+            os.umask(before)
+        assert mode(tmp_path / "sessions") == 0o700
+        assert mode(tmp_path / "sessions/S-name") == 0o700
+        assert mode(tmp_path / "sessions/S-name/session.log") == 0o600
+
+    def test_also_where_they_were_there_before_and_wider(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+        root = tmp_path / "sessions/S-name"
+        root.mkdir(parents=True)
+        log = root / "session.log"
+        log.write_text("earlier\n", encoding="ascii")
+        for path, bits in ((tmp_path / "sessions", 0o755), (root, 0o777), (log, 0o666)):
+            path.chmod(bits)
+        trial = make()
+        trial.prepared()
+        assert (mode(root), mode(log)) == (0o700, 0o600)
+        assert mode(tmp_path / "sessions") == 0o755  # the caller's own
+        assert trial.preparation.launch is not None
+        os.write(trial.preparation.launch.log, b"later\n")
+        assert log.read_text(encoding="ascii") == "earlier\nlater\n"
+
+    def test_the_sessions_root_may_be_a_link_or_missing(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "link").symlink_to("elsewhere")
+        make(root=tmp_path / "link").prepared()
+        assert (tmp_path / "elsewhere/S-name/session.log").is_file()
+        make(root=tmp_path / "not/yet/there").prepared()
+
+    @pytest.mark.parametrize("obstacle", OBSTACLES)
+    def test_one_that_cannot_be_used_is_refused(
+        self, make: Callable[..., Trial], tmp_path: Path, obstacle: str
+    ) -> None:
+        if "another user's" in obstacle and os.geteuid() != 0:
+            pytest.skip("only root can give a file to another user")
+        sessions = tmp_path / ("file/below" if "below" in obstacle else "sessions")
+        root = sessions / "S-name"
+        problem, put = OBSTACLES[obstacle]
+        put({"sessions": sessions, "session": root, "log": root / "session.log"}[obstacle.split(maxsplit=1)[0]])
+        error = make(root=sessions).refused()
+        assert error.reason is EndReason.LISTEN_FAILED
+        assert error.detail.startswith(f"The session root {root} cannot be used: ")
+        assert error.detail.endswith(f"{problem}.")
+        assert error.hint is not None
+
+    def test_a_log_that_is_a_pipe_is_refused_also_where_somebody_reads_it(
+        self, make: Callable[..., Trial], tmp_path: Path
+    ) -> None:
+        log = tmp_path / "sessions/S-name/session.log"
+        log.parent.mkdir(parents=True)
+        os.mkfifo(log)
+        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            assert make().refused().detail.endswith("session.log is no plain file of ours.")
+        finally:
+            os.close(reader)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("call", CALLS)
+    def test_what_the_backend_refuses(self, make: Callable[..., Trial], call: str) -> None:
+        wanted = BackendError(EndReason.PROXY_NOT_FOUND, "It is not there.", "Install it.")
+
+        def refuse() -> None:
+            raise wanted
+
+        assert make(FakeBackend(call, refuse)).refused() is wanted
+
+    @pytest.mark.parametrize("call", CALLS)
+    @pytest.mark.parametrize("error", [RuntimeError("a bug"), SystemExit(3), OSError(28, "No space left on device")])
+    def test_a_backend_that_breaks(self, make: Callable[..., Trial], call: str, error: BaseException) -> None:
+        def fail() -> None:
+            raise error
+
+        failed, ended = make(FakeBackend(call, fail)).run()
+        assert isinstance(failed, WorkerFailed)
+        assert (failed.worker, failed.error) == ("preflight", error)
+        assert isinstance(ended, PreparationEnded)
+
+    @pytest.mark.parametrize(
+        ("display", "detail"), [(None, "DISPLAY is not set."), ("/nonexistent/x:0", "There is no X server at")]
+    )
+    def test_no_x_server_for_a_backend_that_needs_one(
+        self, make: Callable[..., Trial], display: str | None, detail: str
+    ) -> None:
+        backend = FakeBackend()
+        backend.needs_display = True
+        trial = make(backend, environ={} if display is None else {"DISPLAY": display})
+        error = trial.refused()
+        assert error.reason is EndReason.DISPLAY_UNAVAILABLE
+        assert error.detail.startswith(detail)
+        assert error.hint is not None
+        assert trial.preparation.watch is None
+
+    def test_a_backend_that_needs_none_looks_for_none(self, make: Callable[..., Trial]) -> None:
+        trial = make(environ={"DISPLAY": "/nonexistent/x:0"})
+        trial.prepared()
+        assert trial.preparation.watch is None
+
+    def test_an_x_server_that_does_not_answer(self, make: Callable[..., Trial], runtime: Path) -> None:
+        backend = FakeBackend()
+        backend.needs_display = True
+        with Display(runtime) as display:
+            display.may_answer.clear()
+            error = make(backend, environ={"DISPLAY": display.name}, timeout_s=0.05).refused()
+        assert error.reason is EndReason.DISPLAY_UNAVAILABLE
+        assert "did not answer within 0.05 s" in error.detail
+
+    def test_a_transport_that_has_ended(self, make: Callable[..., Trial], server: LoopbackSSHServer) -> None:
+        ended = server.connect_transport()
+        ended.close()
+        ended.join(WAIT_S)
+        server.wait_for(lambda: server.connections == 1)  # its own end of it is closed too
+        error = make(transport=ended).refused()
+        assert error.reason is EndReason.TRANSPORT_LOST
+        assert error.detail == "The SSH connection had ended before the proxy was started."
+
+    def test_no_room_for_a_socket(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(**_: object) -> str:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        error = make().refused()
+        assert error.reason is EndReason.LISTEN_FAILED
+        assert error.detail == (
+            "The local end of the tunnel cannot be bound: "
+            "no temporary directory is writable and has a path short enough for a unix socket."
+        )
+
+    def test_a_socket_that_cannot_be_bound(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(kind: str, directory: Path) -> str:
+            raise OSError(24, "Too many open files", f"{kind} {directory}")
+
+        trial = make()
+        monkeypatch.setattr(trial.forwarder, "bind", refuse)
+        error = trial.refused()
+        assert error.reason is EndReason.LISTEN_FAILED
+        assert error.detail == "The local end of the tunnel cannot be bound: Too many open files."
+
+    def test_without_a_thread_its_last_word_is_said_all_the_same(
+        self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        trial = make()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="new thread"):
+                trial.preparation.start()
+        assert [type(each) for each in trial.seen] == [PreparationEnded]
+
+
+class TestSocketDirectory:
+    def test_it_is_where_the_system_wants_it_and_for_nobody_else(
+        self, make: Callable[..., Trial], runtime: Path
+    ) -> None:
+        address = Path(make().prepared().listen_address)
+        assert address.parent.parent == runtime
+        assert mode(address.parent) == 0o700
+
+    @pytest.mark.parametrize("unusable", ["unset", "empty", "missing", "a file", "a program", "relative", "too long"])
+    def test_otherwise_it_is_among_the_temporary_files(
+        self, make: Callable[..., Trial], tmp_path: Path, unusable: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = tmp_path / "place"
+        if unusable == "too long":
+            place = tmp_path / ("x" * 100)
+            place.mkdir()
+        elif unusable in {"a file", "a program"}:
+            place.write_text("", encoding="ascii")
+            place.chmod(0o700 if unusable == "a program" else 0o600)
+        elif unusable == "relative":
+            (tmp_path / "run").mkdir()
+            monkeypatch.chdir(tmp_path)
+            place = Path("run")
+        trial = make(environ={"XDG_RUNTIME_DIR": "" if unusable == "empty" else str(place)})
+        if unusable == "unset":
+            del trial.environ["XDG_RUNTIME_DIR"]
+        address = Path(trial.prepared().listen_address)
+        assert address.parent.parent == Path(tempfile.gettempdir())
+        assert address.is_socket()
+        trial.close()
+        assert not address.parent.exists()
+        if place.is_dir():
+            assert list(place.iterdir()) == []
+
+    def test_and_where_that_too_has_a_long_path_in_tmp(
+        self, make: Callable[..., Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        long = tmp_path / ("x" * 100)
+        long.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        trial = make(environ={"XDG_RUNTIME_DIR": str(long)})
+        address = Path(trial.prepared().listen_address)
+        assert address.parent.parent == Path("/tmp")
+        trial.close()
+        assert not address.parent.exists()
+        assert list(long.iterdir()) == []
+
+
+TRACED = (
+    Preparation._run,
+    Preparation._prepare,
+    Preparation._open_log,
+    Preparation._open_display,
+    Preparation._bind,
+    Preparation._keep,
+    Forwarder.bind,
+)
+PLACES = [
+    (function.__qualname__, line)
+    for function in TRACED
+    for line in sorted({line for *_, line in function.__code__.co_lines() if line is not None})
+]
+
+
+class TestClosing:
+    def test_before_it_is_started(self, make: Callable[..., Trial]) -> None:
+        trial = make()
+        trial.close()
+        assert [type(each) for each in trial.run()] == [PreparationEnded]
+
+    def test_while_the_backend_looks_for_its_program(self, make: Callable[..., Trial]) -> None:
+        """Such as on a network's file system that hangs."""
+        asked, go_on = threading.Event(), threading.Event()
+
+        def block() -> None:
+            asked.set()
+            assert go_on.wait(WAIT_S)
+
+        trial = make(FakeBackend("find_executable", block))
+        trial.preparation.start()
+        assert asked.wait(WAIT_S)
+        trial.close()
+        assert trial.told == []
+        assert trial.preparation.thread.is_alive()
+        go_on.set()
+        assert [type(each) for each in trial.finish()] == [PreparationEnded]
+
+    def test_while_the_x_server_does_not_answer(self, make: Callable[..., Trial], runtime: Path) -> None:
+        """Then nobody waits for it any longer."""
+        backend = FakeBackend()
+        backend.needs_display = True
+        with Display(runtime) as display:
+            display.may_answer.clear()
+            trial = make(backend, environ={"DISPLAY": display.name})
+            trial.preparation.start()
+            assert display.asked.wait(WAIT_S)
+            trial.close()
+            assert isinstance(trial.finish()[-1], PreparationEnded)
+
+    @pytest.mark.parametrize(("function", "line"), PLACES)
+    @pytest.mark.parametrize("kind", ["unix", "tcp"])
+    def test_at_any_line_leaves_nothing(
+        self, make: Callable[..., Trial], runtime: Path, function: str, line: int, kind: ListenKind
+    ) -> None:
+        backend = FakeBackend(kind=kind)
+        backend.needs_display = True
+        (code,) = (each.__code__ for each in TRACED if each.__qualname__ == function)
+        before = descriptors()
+        struck: list[int] = []
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == line and not struck:
+                struck.append(line)
+                closer = threading.Thread(target=trial.close)
+                closer.start()
+                closer.join(0.02 if function == "Preparation._keep" else WAIT_S)  # there it may hold the lock
+                closers.append(closer)
+            return trace
+
+        closers: list[threading.Thread] = []
+        with Display(runtime) as display:
+            trial = make(backend, environ={"DISPLAY": display.name})
+            traced_before = threading.gettrace()
+            threading.settrace(trace)
+            try:
+                trial.preparation.start()
+            finally:
+                threading.settrace(traced_before)
+            trial.finish()
+            for closer in closers:
+                closer.join(WAIT_S)
+                assert not closer.is_alive()
+            if not struck:
+                trial.close()
+            assert_ended_once(trial)
+            assert [type(each) for each in trial.seen].count(TunnelClosed) == 1
+        assert list(runtime.iterdir()) == []
+        assert descriptors() == before

@@ -1,0 +1,700 @@
+"""The proxy program is spawned alone, heard to its last word, seen to end at once, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from proxy_fsm.evidence import (
+    LogFailed,
+    Observation,
+    OutputLine,
+    ProcessExited,
+    ProcessSpawned,
+    SpawnFailed,
+    WorkerFailed,
+)
+from proxy_fsm.process import LineReader, ProxyProcess
+from proxy_fsm.status import EndReason
+from proxy_fsm.testing.scripted import (
+    Gate,
+    ScriptedProxy,
+    Step,
+    die_by,
+    exit_with,
+    fork_holding_output,
+    on_signal,
+    pause,
+    print_cookie,
+    record_call,
+    say,
+    wait_file,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+COOKIE = "0123456789abcdef0123456789ABCDEF"
+CUT = 8 << 10
+WAIT_S = 20.0
+
+_Seen = TypeVar("_Seen", bound=Observation)
+
+
+def read(chunks: Iterable[bytes], secrets: Sequence[str] = (COOKIE,)) -> list[str]:
+    """All that comes out of a `LineReader` for these chunks."""
+    reader = LineReader(secrets)
+    return [line for chunk in chunks for line in reader.feed(chunk)] + list(reader.finish())
+
+
+def split_at(data: bytes, places: Iterable[int]) -> list[bytes]:
+    """Cut data into chunks at these places."""
+    edges = [0, *sorted({min(place, len(data)) for place in places}), len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def cut(line: str) -> list[str]:
+    return [line[at : at + CUT] for at in range(0, len(line), CUT)] or [""]
+
+
+class TestLineReader:
+    def test_a_line_may_come_in_any_number_of_chunks(self) -> None:
+        assert read([b"on", b"", b"e\ntw", b"o", b"\n\nthr", b"ee\n"]) == ["one", "two", "", "three"]
+
+    def test_a_line_is_told_as_soon_as_it_is_complete(self) -> None:
+        reader = LineReader()
+        assert list(reader.feed(b"one\ntw")) == ["one"]
+        assert list(reader.feed(b"o\n")) == ["two"]
+        assert list(reader.finish()) == []
+
+    def test_the_last_line_needs_no_end(self) -> None:
+        assert read([b"one\ntwo"]) == ["one", "two"]
+
+    @pytest.mark.parametrize("chunks", [[b"one\r\ntwo\r"], [b"one\r", b"\ntwo", b"\r"]])
+    def test_a_carriage_return_before_the_end_of_the_line_is_dropped(self, chunks: list[bytes]) -> None:
+        assert read(chunks) == ["one", "two"]
+
+    def test_a_carriage_return_is_dropped_also_where_a_line_was_cut(self) -> None:
+        for length in range(CUT, CUT + 100):
+            assert "".join(read([b"x" * length + b"\r", b"\n"])) == "x" * length
+            assert "".join(read([b"x" * length + b"\r", b"y\n"])) == "x" * length + "\\ry"
+
+    def test_control_characters_are_made_harmless(self) -> None:
+        assert read([b"\x1b]0;owned\x07 \x1b[2J\x08\x00\x7f\t10%\r20%\n"]) == [
+            "\\x1b]0;owned\\x07 \\x1b[2J\\x08\\x00\\x7f\t10%\\r20%"
+        ]
+
+    def test_so_are_those_beyond_ascii(self) -> None:
+        assert read(["\u202e \u2028 \x85 \u200b \U000e0041".encode()]) == [
+            "\\u202e \\u2028 \\x85 \\u200b \\U000e0041",
+        ]
+
+    def test_what_is_no_utf_8_is_shown_in_hexadecimal(self) -> None:
+        assert read([b"caf\xe9 \xff\xfe \xe2\x82\n\xe2\x82"]) == ["caf\\xe9 \\xff\\xfe \\xe2\\x82", "\\xe2\\x82"]
+
+    def test_a_character_may_come_in_two_chunks(self) -> None:
+        data = "é€😀".encode()
+        for place in range(len(data)):
+            assert read(split_at(data, [place])) == ["é€😀"]
+
+    def test_a_long_line_is_cut_and_nothing_of_it_is_lost(self) -> None:
+        line = "".join(f"{number} " for number in range(10_000))
+        for chunk_bytes in (len(line), 65_536, 8192, 1000):
+            data = line.encode() + b"\nnext\n"
+            chunks = [data[at : at + chunk_bytes] for at in range(0, len(data), chunk_bytes)]
+            assert read(chunks) == [*cut(line), "next"]
+
+    def test_a_line_of_just_the_longest_length_is_not_cut(self) -> None:
+        assert read([b"x" * CUT, b"\n"]) == ["x" * CUT]
+        assert read([b"x" * CUT + b"y", b"\n"]) == ["x" * CUT, "y"]
+
+    @pytest.mark.parametrize("filler", [b"x", b"\x1b", b"cookie=", b"\xff", COOKIE.encode(), b"\r"])
+    def test_a_line_without_end_does_not_fill_the_memory(self, filler: bytes) -> None:
+        reader = LineReader([COOKIE])
+        chunk = filler * (65_536 // len(filler))
+        for _ in range(20):
+            assert all(len(line) <= CUT for line in reader.feed(chunk))
+            assert len(reader._buffer) < 3 * CUT
+
+    def test_the_cookie_is_hidden_in_any_case_of_its_letters(self) -> None:
+        data = f"a {COOKIE} b {COOKIE.upper()} c {COOKIE.lower()}d\n".encode()
+        assert read([data]) == ["a <hidden> b <hidden> c <hidden>d"]
+
+    def test_all_secrets_are_hidden_and_an_empty_one_hides_nothing(self) -> None:
+        assert read([b"one and two: onetwo"], ["one", "", "TWO"]) == ["<hidden> and <hidden>: <hidden><hidden>"]
+        assert read([b"nothing to hide"], []) == ["nothing to hide"]
+
+    def test_a_secret_is_taken_literally(self) -> None:
+        assert read([b"a.c abc"], ["a.c"]) == ["<hidden> abc"]
+
+    @pytest.mark.parametrize(
+        ("line", "shown"),
+        [
+            ("nx/nx,cookie=abc,port=1", "nx/nx,cookie=<hidden>,port=1"),
+            ("COOKIE=abc def", "COOKIE=<hidden> def"),
+            ("cookie=", "cookie="),
+            ("cookie=, x", "cookie=, x"),
+            (f"cookie={COOKIE}tail,x", "cookie=<hidden>,x"),
+            ("cookie=\x1b[31mabc\x07def,x", "cookie=<hidden>,x"),
+        ],
+    )
+    def test_whatever_is_called_a_cookie_is_hidden(self, line: str, shown: str) -> None:
+        assert read([line.encode()]) == [shown]
+
+    @pytest.mark.parametrize(
+        ("prefix", "secrets"),
+        [("cookie=", (COOKIE,)), ("", (COOKIE,)), ("cookie=", ())],
+        ids=["both", "known", "named"],
+    )
+    def test_a_cookie_is_hidden_wherever_two_chunks_meet_and_wherever_its_line_is_cut(
+        self, prefix: str, secrets: tuple[str, ...]
+    ) -> None:
+        """Half of it is no better than the whole: nothing of it comes through."""
+        for before in range(CUT - 60, CUT + 60, 7):
+            data = b"x" * before + f"{prefix}{COOKIE},y".encode() + b"z" * 100
+            shown = "x" * before + f"{prefix}<hidden>,y" + "z" * 100
+            for place in range(before - 2, before + 50):
+                assert read(split_at(data, [place]), secrets) == cut(shown)
+
+    def test_an_endless_cookie_is_hidden_to_its_end(self) -> None:
+        chunks = [b"cookie=", *[b"abcd" * 5000] * 5, b",x\n"]
+        assert read(chunks) == ["cookie=<hidden>,x"]
+
+    @given(
+        parts=st.lists(
+            st.one_of(
+                st.text("ghij-é€😀,", max_size=20),
+                st.sampled_from([COOKIE, COOKIE.lower(), COOKIE.upper()]),
+                st.sampled_from(["\n", "\n\n"]),
+                st.integers(CUT - 50, CUT + 50).map(lambda count: "x" * count),
+            ),
+            max_size=12,
+        ),
+        places=st.lists(st.integers(0, 40_000), max_size=8),
+    )
+    @example(parts=["x" * (CUT - 10), COOKIE], places=[CUT + 5])
+    @example(parts=["x" * CUT, COOKIE, COOKIE], places=[CUT + 31, CUT + 33])
+    def test_the_secret_alone_is_lost_whatever_the_chunks_are(self, parts: list[str], places: list[int]) -> None:
+        shown = "".join("<hidden>" if part.upper() == COOKIE.upper() else part for part in parts)
+        lines = shown.split("\n")
+        if lines[-1] == "":
+            lines.pop()
+        expected = [piece for line in lines for piece in cut(line)]
+        assert read(split_at("".join(parts).encode(), places)) == expected
+
+    @given(
+        parts=st.lists(
+            st.one_of(
+                st.binary(max_size=40),
+                st.sampled_from([COOKIE.encode(), b"cookie=", b"cook", b"\r", b"\r\n", b"\n", b"\x01", b",", b"\xe2"]),
+                st.integers(0, 32).map(lambda count: COOKIE[count:].encode()),
+                st.integers(0, 32).map(lambda count: COOKIE[:count].encode()),
+                st.integers(CUT - 50, CUT + 50).map(lambda count: b"x" * count),
+            ),
+            max_size=12,
+        ),
+        places=st.lists(st.integers(0, 40_000), max_size=8),
+    )
+    @example(parts=[b"\x01", COOKIE[2:].encode()], places=[])  # shown as \x01, it would make the cookie whole
+    @example(parts=[b"\xab\xcd"], places=[1])
+    def test_what_comes_out_is_harmless_and_does_not_depend_on_the_chunks(
+        self, parts: list[bytes], places: list[int]
+    ) -> None:
+        data = b"".join(parts)
+        lines = read(split_at(data, places))
+        assert lines == read([data])
+        for line in lines:
+            assert COOKIE.lower() not in line.lower()
+            assert line.replace("\t", " ").isprintable()
+            assert len(line) <= CUT
+
+    def test_an_output_of_control_characters_can_never_spell_the_cookie(self) -> None:
+        """What stands for a byte that cannot be shown is hexadecimal too."""
+        for secret in ("1b" + "0" * 30, "ff" + "0" * 30):
+            assert read([bytes.fromhex(secret[:2]) + b"0" * 30], [secret]) == ["\\x<hidden>"]
+
+
+class Run:
+    """A `ProxyProcess`, and what it posts, in order."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        directory: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        log: str | Path = "/dev/null",
+        secrets: Sequence[str] = (),
+    ) -> None:
+        self.seen: list[Observation] = []
+        self._news: SimpleQueue[Observation] = SimpleQueue()
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+        try:
+            self.process = ProxyProcess(
+                command,
+                environment=environment or {},
+                directory=directory,
+                log=descriptor,
+                secrets=secrets,
+                post=self._post,
+            )
+        finally:
+            os.close(descriptor)
+        self._hold: tuple[type[Observation], list[Any], threading.Event] | None = None
+
+    def _post(self, observation: Observation) -> None:
+        if self._hold is not None and isinstance(observation, self._hold[0]):
+            self._hold[1].append(observation)
+            assert self._hold[2].wait(WAIT_S)
+        self._news.put(observation)
+
+    @contextlib.contextmanager
+    def held_at(self, kind: type[_Seen]) -> Iterator[list[_Seen]]:
+        """Meanwhile, let its thread go no further than to an observation of this kind; yields what held it."""
+        seen: list[_Seen] = []
+        self._hold = kind, seen, threading.Event()
+        try:
+            yield seen
+        finally:
+            self._hold[2].set()
+
+    def start(self) -> Run:
+        self.process.start()
+        return self
+
+    def until(self, kind: type[_Seen], text: str | None = None) -> _Seen:
+        """Wait for the next observation of a kind, and return it."""
+        while True:
+            observation = self._news.get(timeout=WAIT_S)
+            self.seen.append(observation)
+            if isinstance(observation, kind) and text in {None, getattr(observation, "text", None)}:
+                return observation
+
+    def finish(self) -> list[Observation]:
+        """Wait until the thread is gone, and return all that was seen."""
+        self.process.thread.join(WAIT_S)
+        assert not self.process.thread.is_alive()
+        while not self._news.empty():
+            self.seen.append(self._news.get())
+        return self.seen
+
+    @property
+    def lines(self) -> list[str]:
+        return [observation.text for observation in self.seen if isinstance(observation, OutputLine)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """No test here leaves a descriptor, a thread or a child behind."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("proxy_fsm"):
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.fixture(params=["pidfd", "pidfd refused", "no pidfd"])
+def exit_seen_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way in which the end of a program can be seen."""
+
+    def refuse(pid: int) -> int:
+        raise OSError(38, "Function not implemented", str(pid))
+
+    if request.param == "pidfd refused":
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    elif request.param == "no pidfd":
+        monkeypatch.delattr(os, "pidfd_open")
+    return str(request.param)
+
+
+def script(*steps: Step) -> list[str]:
+    return ScriptedProxy(steps).command
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process does nothing any more; who its parent is, reaps it in its own time."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def eventually(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.002)
+
+
+def assert_reaped(pid: int) -> None:
+    with pytest.raises(ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
+class TestLife:
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_first_its_start_is_told_then_its_lines_and_at_last_its_end(self, tmp_path: Path) -> None:
+        run = Run(script(say("one"), say("two", "stdout"), say("three")), tmp_path).start()
+        spawned, *lines, exited = run.finish()
+        assert isinstance(spawned, ProcessSpawned)
+        assert spawned.executable == sys.executable
+        assert [type(line) for line in lines] == [OutputLine] * 3
+        assert run.lines == ["one", "two", "three"]
+        assert exited == ProcessExited(0, None, at=exited.at)
+        assert sorted(run.seen, key=lambda observation: observation.at) == run.seen
+        assert_reaped(spawned.pid)
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    @pytest.mark.parametrize(
+        ("end", "exit_code", "number"),
+        [
+            (exit_with(0), 0, None),
+            (exit_with(7), 7, None),
+            (exit_with(255), 255, None),
+            (die_by(signal.SIGSEGV), None, signal.SIGSEGV),
+            (die_by(signal.SIGKILL), None, signal.SIGKILL),
+            (die_by(signal.SIGHUP), None, signal.SIGHUP),
+        ],
+    )
+    def test_an_exit_code_and_a_signal_are_told_apart(
+        self, tmp_path: Path, end: Step, exit_code: int | None, number: int | None
+    ) -> None:
+        exited = Run(script(end), tmp_path).start().until(ProcessExited)
+        assert (exited.exit_code, exited.signal) == (exit_code, number)
+
+    def test_it_reads_nothing_and_inherits_no_descriptor(self, tmp_path: Path) -> None:
+        look = Step(
+            "put(2, os.readlink('/proc/self/fd/0'))\n"
+            "for fd in sorted(map(int, os.listdir('/proc/self/fd'))):\n"
+            "    if os.path.exists('/proc/self/fd/' + str(fd)): put(2, str(fd))"
+        )
+        ours, theirs = os.pipe()
+        stdin = os.dup(0)
+        try:
+            os.dup2(ours, 0)  # pytest's own is /dev/null
+            os.set_inheritable(theirs, True)  # noqa: FBT003 - its one parameter
+            run = Run(script(look), tmp_path).start()
+            run.finish()
+        finally:
+            os.dup2(stdin, 0)
+            for descriptor in (ours, theirs, stdin):
+                os.close(descriptor)
+        assert run.lines == ["/dev/null", "0", "1", "2"]
+
+    def test_it_lives_in_a_session_of_its_own_in_its_directory_and_with_its_environment_alone(
+        self, tmp_path: Path
+    ) -> None:
+        directory = tmp_path / "root"
+        directory.mkdir()
+        environment = {"ONE": "1", "NX_DISPLAY": "x=y", "EMPTY": "", "LC_CTYPE": "C.UTF-8"}
+        command = script(record_call(tmp_path / "call"), exit_with(0))
+        run = Run([*command, "an argument", "*"], directory, environment=environment).start()
+        pid = run.until(ProcessSpawned).pid
+        run.finish()
+        call = json.loads((tmp_path / "call").read_text(encoding="utf-8"))
+        assert call["sid"] == pid
+        assert call["cwd"] == str(directory)
+        assert call["environ"] == environment
+        assert call["argv"] == ["-c", "an argument", "*"]
+
+    def test_it_leaves_no_core_file_in_which_the_cookie_would_stand(self, tmp_path: Path) -> None:
+        with Gate(tmp_path / "gate") as gate:
+            run = Run(script(wait_file(gate.path)), tmp_path).start()
+            pid = run.until(ProcessSpawned).pid
+            assert os.getsid(pid) == pid
+            limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
+            gate.open()
+            run.finish()
+        assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+
+    def test_its_standard_output_and_error_are_one(self, tmp_path: Path) -> None:
+        run = Run(script(*[say(str(number), ("stdout", "stderr")[number % 2]) for number in range(50)]), tmp_path)
+        run.start().finish()
+        assert run.lines == [str(number) for number in range(50)]
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_it_may_close_its_output_and_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And nobody spins on the end of it meanwhile."""
+        real_read, empty_reads = os.read, []
+
+        def counting_read(descriptor: int, count: int) -> bytes:
+            data = real_read(descriptor, count)
+            if not data and count == 64 << 10:  # not those of subprocess
+                empty_reads.append(descriptor)
+            return data
+
+        monkeypatch.setattr(os, "read", counting_read)
+        with Gate(tmp_path / "gate") as gate:
+            run = Run(
+                script(say("last"), Step("os.close(1)\nos.close(2)"), wait_file(gate.path), exit_with(5)), tmp_path
+            ).start()
+            run.until(OutputLine, "last")
+            eventually(lambda: bool(empty_reads))
+            gate.open()
+            assert run.until(ProcessExited).exit_code == 5
+            run.finish()
+        assert len(empty_reads) <= 2
+
+    def test_its_last_line_needs_no_end(self, tmp_path: Path) -> None:
+        run = Run(script(Step("os.write(1, b'one\\ntwo')")), tmp_path).start()
+        run.finish()
+        assert run.lines == ["one", "two"]
+        assert isinstance(run.seen[-1], ProcessExited)
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_all_its_last_words_arrive(self, tmp_path: Path) -> None:
+        """They are more than a pipe holds, and it is gone when they are read."""
+        words = Step("for n in range(20000): put(1, 'word ' + str(n).zfill(5))")
+        run = Run(script(words, die_by(signal.SIGKILL)), tmp_path).start()
+        run.finish()
+        assert run.lines == [f"word {number:05}" for number in range(20_000)]
+        assert isinstance(run.seen[-1], ProcessExited)
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    @pytest.mark.parametrize("limit", [1 << 20, 100_000])
+    def test_what_is_in_the_pipe_at_its_end_arrives_within_a_limit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+    ) -> None:
+        monkeypatch.setattr("proxy_fsm.process._LAST_WORDS_BYTES", limit)
+        words = Step(
+            "import fcntl\nfcntl.fcntl(1, 1031, 1 << 20)  # F_SETPIPE_SZ\n"
+            "for n in range(40000): put(1, 'word ' + str(n).zfill(5))"
+        )
+        run = Run(script(words, exit_with(2)), tmp_path)
+        with run.held_at(ProcessSpawned) as spawned:
+            run.start()
+            eventually(lambda: bool(spawned) and is_gone(spawned[0].pid))
+        run.finish()
+        assert run.lines[:9000] == [f"word {number:05}" for number in range(9000)]
+        assert len(run.lines) == 40_000 if limit == 1 << 20 else len(run.lines) < 40_000
+        assert isinstance(run.seen[-1], ProcessExited)
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_a_child_that_it_leaves_hides_its_end_from_nobody_and_is_ended(self, tmp_path: Path) -> None:
+        with Gate(tmp_path / "gate") as gate:
+            run = Run(script(fork_holding_output(), wait_file(gate.path), exit_with(3)), tmp_path).start()
+            child = int(run.until(OutputLine).text.removeprefix("child "))
+            gate.open()
+            began = time.monotonic()
+            assert run.until(ProcessExited).exit_code == 3
+            assert time.monotonic() - began < 0.5
+            eventually(lambda: is_gone(child))
+            run.finish()
+
+    @pytest.mark.parametrize("talk", ["signal.pause()", "while True: os.write(1, b'x' * 65536)"])
+    def test_one_that_escaped_into_a_session_of_its_own_does_not_hide_it_either(
+        self, tmp_path: Path, talk: str
+    ) -> None:
+        """Even where it never stops talking."""
+        fork = f"if os.fork() == 0:\n    os.setsid()\n    put(1, 'child ' + str(os.getpid()))\n    {talk}"
+        run = Run(script(Step(fork), pause()), tmp_path).start()
+        child = int(run.until(OutputLine).text.removeprefix("child "))
+        try:
+            began = time.monotonic()
+            run.process.signal(signal.SIGKILL)
+            assert run.until(ProcessExited).signal == signal.SIGKILL
+            assert time.monotonic() - began < 2
+            assert not is_gone(child)
+        finally:
+            os.kill(child, signal.SIGKILL)
+        run.finish()
+
+
+class TestSignals:
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_one_that_does_not_heed_a_signal_is_ended_by_the_next(self, tmp_path: Path) -> None:
+        run = Run(script(on_signal(signal.SIGTERM, [say("heard")]), say("up"), pause()), tmp_path).start()
+        run.until(OutputLine, "up")
+        run.process.signal(signal.SIGTERM)
+        run.until(OutputLine, "heard")
+        run.process.signal(signal.SIGKILL)
+        assert run.until(ProcessExited).signal == signal.SIGKILL
+
+    def test_a_signal_before_the_spawn_is_sent_as_soon_as_it_runs(self, tmp_path: Path) -> None:
+        run = Run(script(pause()), tmp_path)
+        run.process.signal(signal.SIGTERM)
+        run.process.signal(signal.SIGKILL)
+        run.start()
+        assert run.until(ProcessExited).signal == signal.SIGKILL
+        assert isinstance(run.finish()[0], ProcessSpawned)
+
+    def test_a_signal_in_the_midst_of_the_spawn_is_sent_too(self, tmp_path: Path) -> None:
+        for _ in range(20):
+            run = Run(script(pause()), tmp_path).start()
+            run.process.signal(signal.SIGKILL)
+            assert run.until(ProcessExited).signal == signal.SIGKILL
+
+    def test_a_signal_after_the_end_goes_to_nobody(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The number could be another process's by then."""
+        run = Run(script(), tmp_path).start()
+        run.until(ProcessExited)
+        sent = []
+        monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
+        run.process.signal(signal.SIGTERM)
+        run.process.signal(signal.SIGKILL)
+        assert sent == []
+
+    def test_a_signal_to_one_that_has_ended_and_is_not_reaped_does_no_harm(self, tmp_path: Path) -> None:
+        for _ in range(20):
+            run = Run(script(), tmp_path).start()
+            while run.process.thread.is_alive():
+                run.process.signal(signal.SIGCONT)
+            assert isinstance(run.finish()[-1], ProcessExited)
+
+
+class TestSpawnFails:
+    @pytest.fixture
+    def programs(self, tmp_path: Path) -> Path:
+        for name, content, mode in (
+            ("not_executable", "#!/bin/sh\n", 0o600),
+            ("no_program", "gibberish\n", 0o700),
+            ("no_interpreter", "#!/nonexistent/interpreter\n", 0o700),
+        ):
+            (tmp_path / name).write_text(content, encoding="ascii")
+            (tmp_path / name).chmod(mode)
+        (tmp_path / "directory").mkdir()
+        (tmp_path / "dangling").symlink_to("nowhere")
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("program", "reason", "problem"),
+        [
+            ("missing", EndReason.PROXY_NOT_FOUND, "is not there."),
+            ("no/such/directory", EndReason.PROXY_NOT_FOUND, "is not there."),
+            ("not_executable", EndReason.PROXY_NOT_STARTABLE, "cannot be started: Permission denied."),
+            ("directory", EndReason.PROXY_NOT_STARTABLE, "cannot be started: Permission denied."),
+            ("no_program", EndReason.PROXY_NOT_STARTABLE, "cannot be started: Exec format error."),
+            (
+                "no_interpreter",
+                EndReason.PROXY_NOT_STARTABLE,
+                "cannot be started: the interpreter or loader that it names is not there.",
+            ),
+            (
+                "dangling",
+                EndReason.PROXY_NOT_STARTABLE,
+                "cannot be started: the interpreter or loader that it names is not there.",
+            ),
+        ],
+    )
+    def test_it_is_told_why(self, programs: Path, program: str, reason: EndReason, problem: str) -> None:
+        path = programs / program
+        (failed,) = Run([str(path)], programs).start().finish()
+        assert isinstance(failed, SpawnFailed)
+        assert failed.error.reason is reason
+        assert failed.error.detail == f"The proxy program {path} {problem}"
+
+    @pytest.mark.parametrize(
+        ("directory", "problem"), [("missing", "No such file or directory"), ("no_program", "Not a directory")]
+    )
+    def test_a_directory_that_is_not_there_is_told_from_a_program_that_is_not(
+        self, programs: Path, directory: str, problem: str
+    ) -> None:
+        path = programs / directory
+        (failed,) = Run(["/bin/true"], path).start().finish()
+        assert isinstance(failed, SpawnFailed)
+        assert failed.error.reason is EndReason.PROXY_NOT_STARTABLE
+        assert failed.error.detail == (
+            f"The proxy program /bin/true cannot be started: its directory {path} cannot be entered ({problem})."
+        )
+
+    @pytest.mark.parametrize(
+        ("command", "environment", "problem"),
+        [
+            (["/bin/true", "a\0b"], {}, "embedded null byte"),
+            (["/bin/true"], {"A": "a\0b"}, "embedded null byte"),
+            (["/bin/true"], {"A=": "b"}, "illegal environment variable name"),
+            (["/bin/true", 7], {}, "expected str, bytes or os.PathLike object, not int"),
+            (["/bin/true"], {"A": 7}, "expected str, bytes or os.PathLike object, not int"),
+            ([], {}, "list index out of range"),
+        ],
+    )
+    def test_what_no_program_can_be_given_is_told_too(
+        self, tmp_path: Path, command: list[str], environment: dict[str, str], problem: str
+    ) -> None:
+        (failed,) = Run(command, tmp_path, environment=environment).start().finish()
+        assert isinstance(failed, SpawnFailed)
+        assert failed.error.reason is EndReason.PROXY_NOT_STARTABLE
+        program = command[0] if command else "without a name"
+        assert failed.error.detail == f"The proxy program {program} cannot be started: {problem}."
+
+    def test_an_argument_vector_that_is_too_long_is_told_too(self, tmp_path: Path) -> None:
+        (failed,) = Run(["/bin/true", "x" * (4 << 20)], tmp_path).start().finish()
+        assert isinstance(failed, SpawnFailed)
+        assert failed.error.detail == "The proxy program /bin/true cannot be started: Argument list too long."
+
+    def test_a_signal_to_what_never_was_goes_to_nobody(self, tmp_path: Path) -> None:
+        run = Run([str(tmp_path / "missing")], tmp_path)
+        run.process.signal(signal.SIGKILL)
+        run.start().finish()
+        run.process.signal(signal.SIGKILL)
+        assert [type(observation) for observation in run.seen] == [SpawnFailed]
+
+    def test_without_a_thread_nothing_is_held(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        run = Run(["/bin/true"], tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="new thread"):
+                run.start()
+        assert run.seen == []
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_a_program_that_we_cannot_watch_is_ended(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse() -> None:
+            raise OSError("no more descriptors")
+
+        monkeypatch.setattr("proxy_fsm.process.select", types.SimpleNamespace(poll=refuse))
+        run = Run(script(pause()), tmp_path).start()
+        spawned, failed, exited = run.finish()
+        assert isinstance(spawned, ProcessSpawned)
+        assert isinstance(failed, WorkerFailed)
+        assert (failed.worker, str(failed.error)) == ("process", "no more descriptors")
+        assert exited == ProcessExited(None, signal.SIGKILL, at=exited.at)
+        assert_reaped(spawned.pid)
+
+
+class TestLog:
+    def test_it_gets_the_lines_without_the_cookie(self, tmp_path: Path) -> None:
+        """And so do all others."""
+        log = tmp_path / "session.log"
+        log.write_text("before\n", encoding="ascii")
+        environment = {"NX_DISPLAY": f"nx/nx,cookie={COOKIE},id=x:51"}
+        steps = [print_cookie(), say(f"<{COOKIE.lower()}> é"), Step("os.write(1, b'\\x1b[2Jtail')")]
+        run = Run(script(*steps), tmp_path, environment=environment, log=log, secrets=[COOKIE]).start()
+        run.finish()
+        assert run.lines == ["cookie=<hidden>", "<<hidden>> é", "\\x1b[2Jtail"]
+        assert log.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in ["before", *run.lines])
+
+    def test_a_full_disk_is_told_once_and_stops_nobody(self, tmp_path: Path) -> None:
+        run = Run(script(say("one"), say("two"), say("three"), exit_with(4)), tmp_path, log="/dev/full").start()
+        run.finish()
+        assert [type(observation) for observation in run.seen] == [
+            ProcessSpawned,
+            LogFailed,
+            OutputLine,
+            OutputLine,
+            OutputLine,
+            ProcessExited,
+        ]
+        assert isinstance(run.seen[1], LogFailed)
+        assert run.seen[1].detail == "The session's log cannot be written any more: No space left on device."
+        assert run.lines == ["one", "two", "three"]

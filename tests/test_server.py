@@ -1,0 +1,288 @@
+"""The server is asked how a session stands, until it knows or nobody wants to know any more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm.evidence import Observation, ServerAnswered
+from proxy_fsm.server import ServerQuestion
+from proxy_fsm.session import SessionStatus
+from proxy_fsm.testing.ssh_server import LoopbackSSHServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    import paramiko
+
+WAIT_S = 20.0
+NAME = "alice-51-1795334442_stDxterm_dp24"
+OTHER = "alice-50-1795334441_stDxterm_dp24"
+
+
+def row(status: str, name: str = NAME) -> bytes:
+    """One line of x2golistsessions."""
+    return (
+        f"4711|{name}|51|server|{status}|2026-11-22T11:38:00|0123456789abcdef0123456789abcdef|192.0.2.7|30001|30002|"
+        "2026-11-22T11:39:00|alice|60|30003|-1|-1\n"
+    ).encode()
+
+
+class Lister:
+    """A server's x2golistsessions: gives one answer after the other, and the last one for ever."""
+
+    def __init__(self, *answers: bytes, status: int = 0) -> None:
+        self.calls: list[str] = []
+        self.called = threading.Event()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self._answers = list(answers)
+        self._status = status
+
+    def __call__(self, command: str) -> tuple[int, bytes, bytes]:
+        self.calls.append(command)
+        self.called.set()
+        assert self.may_answer.wait(WAIT_S)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        return self._status, answer, b"a warning\n"
+
+
+class Asked:
+    """A question, and its answer."""
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        self.seen: SimpleQueue[Observation] = SimpleQueue()
+        self.question = ServerQuestion(transport, NAME, self.seen.put)
+
+    def start(self) -> Asked:
+        self.question.start()
+        return self
+
+    def answer(self) -> SessionStatus | None:
+        """Wait for the thread's end; it has answered once."""
+        self.question.thread.join(WAIT_S)
+        assert not self.question.thread.is_alive()
+        assert self.seen.qsize() == 1
+        seen = self.seen.get()
+        assert isinstance(seen, ServerAnswered)
+        return seen.status
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackSSHServer]:
+    with LoopbackSSHServer() as running:
+        yield running
+
+
+@pytest.fixture
+def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
+    connected = server.connect_transport()
+    yield connected
+    connected.close()
+
+
+def assert_usable(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    """The caller's transport has taken no harm, and no channel is left on it."""
+    server.commands = {"true": lambda _: (0, b"", b"")}
+    channel = transport.open_session(timeout=WAIT_S)
+    channel.exec_command("true")
+    assert channel.recv_exit_status() == 0
+    channel.close()
+    eventually(lambda: len(transport._channels) == 0)  # type: ignore[attr-defined]
+
+
+def eventually(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.002)
+
+
+@pytest.mark.parametrize(
+    ("output", "status"),
+    [
+        (row("S"), SessionStatus.SUSPENDED),
+        (row("F"), SessionStatus.FINISHED),
+        (row("R", OTHER) + row("S") + row("F", OTHER + "x"), SessionStatus.SUSPENDED),
+        (row("R", OTHER), SessionStatus.FINISHED),
+        (row("S", NAME + "x") + row("S", NAME[:-1]), SessionStatus.FINISHED),
+        (b"", SessionStatus.FINISHED),
+        (b"perl:warning:Settinglocalefailed.\n" + row("S"), SessionStatus.SUSPENDED),
+    ],
+)
+def test_what_the_server_lists_is_told_and_what_it_does_not_list_is_finished(
+    server: LoopbackSSHServer, transport: paramiko.Transport, output: bytes, status: SessionStatus
+) -> None:
+    lister = Lister(output)
+    server.commands = {"x2golistsessions": lister}
+    assert Asked(transport).start().answer() is status
+    assert lister.calls == ["x2golistsessions"]
+    assert_usable(server, transport)
+
+
+def test_a_session_that_is_still_listed_as_running_is_asked_for_again(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    lister = Lister(row("R"), row("R"), row("S"))
+    server.commands = {"x2golistsessions": lister}
+    assert Asked(transport).start().answer() is SessionStatus.SUSPENDED
+    assert len(lister.calls) == 3
+    assert_usable(server, transport)
+
+
+def test_until_nobody_wants_to_know_any_more(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    lister = Lister(row("R"))
+    server.commands = {"x2golistsessions": lister}
+    asked = Asked(transport).start()
+    eventually(lambda: len(lister.calls) >= 2)
+    asked.question.abandon()
+    assert asked.answer() in {SessionStatus.RUNNING, None}  # None where it had just asked again
+    assert_usable(server, transport)
+
+
+@pytest.mark.parametrize(
+    "lister",
+    [
+        Lister(b"gibberish\n"),
+        Lister(b"\xff\xfe|" * 20),
+        Lister(row("S") + row("X", OTHER)),
+        Lister(row("S"), status=1),
+        Lister(b"", status=127),
+        Lister(b"x" * (6 << 20)),  # more than fits into the channel's window
+        None,
+    ],
+    ids=["gibberish", "no text", "unknown status", "exit status 1", "exit status 127", "no end", "no such command"],
+)
+def test_a_server_that_cannot_tell(
+    server: LoopbackSSHServer, transport: paramiko.Transport, lister: Lister | None
+) -> None:
+    server.commands = {} if lister is None else {"x2golistsessions": lister}
+    assert Asked(transport).start().answer() is None
+    assert_usable(server, transport)
+
+
+def test_a_server_that_never_answers_is_waited_for_until_it_is_abandoned(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    lister = Lister(row("S"))
+    lister.may_answer.clear()
+    server.commands = {"x2golistsessions": lister}
+    asked = Asked(transport).start()
+    assert lister.called.wait(WAIT_S)
+    assert asked.question.thread.is_alive()
+    began = time.monotonic()
+    asked.question.abandon()
+    assert asked.answer() is None
+    assert time.monotonic() - began < 1
+    lister.may_answer.set()
+    assert_usable(server, transport)
+
+
+def test_a_server_that_never_opens_the_channel_is_abandoned_too(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    """And the channel that it opens after all is closed."""
+    server.commands = {"x2golistsessions": Lister(row("S"))}
+    server.freeze()
+    asked = Asked(transport).start()
+    eventually(lambda: asked.question._opening is not None)
+    asked.question.abandon()
+    assert asked.answer() is None
+    server.thaw()
+    assert_usable(server, transport)
+
+
+def test_a_question_that_is_abandoned_before_it_is_asked_is_not_asked(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    asked = Asked(transport)
+    asked.question.abandon()
+    assert asked.start().answer() is None
+    assert server.sessions_opened == 0
+
+
+def test_abandoning_after_the_answer_or_twice_does_no_harm(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    server.commands = {"x2golistsessions": Lister(row("S"))}
+    asked = Asked(transport).start()
+    assert asked.answer() is SessionStatus.SUSPENDED
+    asked.question.abandon()
+    asked.question.abandon()
+    assert asked.seen.empty()
+    assert_usable(server, transport)
+
+
+LINES = [
+    (function.__qualname__, line)
+    for function in (ServerQuestion._run, ServerQuestion._ask)
+    for line in sorted({line for *_, line in function.__code__.co_lines() if line is not None})
+]
+
+
+@pytest.mark.parametrize(("function", "line"), LINES)
+def test_abandoning_at_any_line_ends_it_with_one_answer_and_no_channel(
+    server: LoopbackSSHServer, transport: paramiko.Transport, function: str, line: int
+) -> None:
+    server.commands = {"x2golistsessions": Lister(row("R"), row("S"))}
+    asked = Asked(transport)
+    (code,) = (each.__code__ for each in (ServerQuestion._run, ServerQuestion._ask) if each.__qualname__ == function)
+    abandoning: list[threading.Thread] = []
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code is not code:
+            return None
+        if event == "line" and frame.f_lineno == line and not abandoning:
+            server.freeze()  # nothing that it waits for comes any more
+            abandoning.append(threading.Thread(target=asked.question.abandon))
+            abandoning[0].start()
+            abandoning[0].join(0.05)  # it waits where the question holds the lock
+        return trace
+
+    before = threading.gettrace()
+    threading.settrace(trace)
+    try:
+        asked.start()
+    finally:
+        threading.settrace(before)
+    status = asked.answer()
+    for thread in abandoning:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert status in {SessionStatus.RUNNING, SessionStatus.SUSPENDED, None}
+    server.thaw()
+    assert_usable(server, transport)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_transport_that_ends_meanwhile(
+    server: LoopbackSSHServer, transport: paramiko.Transport, *, reset: bool
+) -> None:
+    lister = Lister(row("S"))
+    lister.may_answer.clear()
+    server.commands = {"x2golistsessions": lister}
+    asked = Asked(transport).start()
+    assert lister.called.wait(WAIT_S)
+    server.drop(reset=reset)
+    assert asked.answer() is None
+    lister.may_answer.set()
+
+
+def test_a_transport_that_has_ended(transport: paramiko.Transport) -> None:
+    transport.close()
+    transport.join(WAIT_S)
+    assert Asked(transport).start().answer() is None
+
+
+def test_a_server_that_refuses_sessions(
+    server: LoopbackSSHServer, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy_fsm.testing.ssh_server._Interface.check_channel_request", lambda *_: 1)
+    assert Asked(transport).start().answer() is None
+    monkeypatch.undo()
+    assert_usable(server, transport)
