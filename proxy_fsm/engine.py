@@ -310,7 +310,7 @@ class Engine:
             retryable = is_retryable(
                 self._cause,
                 channel_opened=self._evidence.saw(ChannelOpened),
-                was_running=self._evidence.ready,
+                running_s=next((r.elapsed_s for r in self._view.history if r.source is State.RUNNING), None),
                 resumed=self._resumed,
             )
             self._update(retryable=retryable)
@@ -480,7 +480,7 @@ class Engine:
             self._question.abandon()
         if not self._process_alive or self._process is None:
             self._release()
-        elif self._evidence.saw(TransportEnded, LinkDead) or self._view.link is Link.SILENT:
+        elif self._evidence.saw(LinkDead) or self._view.link is Link.SILENT or not self._transport.is_active():
             self._kill()  # nothing orderly can travel any more
         else:
             self._evidence.signalled = True

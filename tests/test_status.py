@@ -112,33 +112,37 @@ def test_a_link_cannot_be_dead_before_it_was_probed() -> None:
         Timeouts(link_probe_s=5, link_dead_s=5)
 
 
+NEVER, BRIEFLY, LONG = None, 0.05, 60.0
 RETRYABLE = [
-    # reason, channel opened, was running, resumed -> retryable
-    (EndReason.PROXY_NOT_FOUND, False, False, False, True),
-    (EndReason.DISPLAY_UNAVAILABLE, False, False, False, True),
-    (EndReason.DISPLAY_UNAVAILABLE, True, False, False, False),
-    (EndReason.NEGOTIATION_FAILED, True, False, False, False),
-    (EndReason.NEGOTIATION_FAILED, True, False, True, True),
-    (EndReason.TRANSPORT_LOST, True, False, False, False),
-    (EndReason.TRANSPORT_LOST, True, True, False, True),
-    (EndReason.PROXY_KILLED, True, True, False, True),
-    (EndReason.DISPLAY_LOST, True, True, False, True),
-    (EndReason.AGENT_UNREACHABLE, False, False, True, False),
-    (EndReason.PEER_LOST, True, True, False, False),
-    (EndReason.SESSION_ENDED, True, True, False, None),
-    (EndReason.SESSION_SUSPENDED, True, True, False, True),
-    (EndReason.SESSION_TERMINATED, True, True, True, False),
-    (EndReason.STOP_REQUESTED, True, True, False, True),
-    (EndReason.STOP_REQUESTED, True, False, False, False),
-    (EndReason.STOP_REQUESTED, False, False, False, True),
+    # reason, channel opened, seconds running, resumed -> retryable
+    (EndReason.PROXY_NOT_FOUND, False, NEVER, False, True),
+    (EndReason.DISPLAY_UNAVAILABLE, False, NEVER, False, True),
+    (EndReason.DISPLAY_UNAVAILABLE, True, NEVER, False, False),
+    (EndReason.NEGOTIATION_FAILED, True, NEVER, False, False),
+    (EndReason.NEGOTIATION_FAILED, True, NEVER, True, True),
+    (EndReason.TRANSPORT_LOST, True, NEVER, False, False),
+    (EndReason.TRANSPORT_LOST, True, BRIEFLY, False, None),
+    (EndReason.TRANSPORT_LOST, True, BRIEFLY, True, True),
+    (EndReason.TRANSPORT_LOST, True, LONG, False, True),
+    (EndReason.PROXY_KILLED, True, LONG, False, True),
+    (EndReason.DISPLAY_LOST, True, LONG, False, True),
+    (EndReason.AGENT_UNREACHABLE, False, NEVER, True, False),
+    (EndReason.PEER_LOST, True, LONG, False, False),
+    (EndReason.SESSION_ENDED, True, LONG, False, None),
+    (EndReason.SESSION_SUSPENDED, True, LONG, False, True),
+    (EndReason.SESSION_TERMINATED, True, LONG, True, False),
+    (EndReason.STOP_REQUESTED, True, LONG, False, True),
+    (EndReason.STOP_REQUESTED, True, BRIEFLY, False, None),
+    (EndReason.STOP_REQUESTED, True, NEVER, False, False),
+    (EndReason.STOP_REQUESTED, False, NEVER, False, True),
 ]
 
 
-@pytest.mark.parametrize(("reason", "opened", "ran", "resumed", "retryable"), RETRYABLE)
+@pytest.mark.parametrize(("reason", "opened", "running_s", "resumed", "retryable"), RETRYABLE)
 def test_retryable_depends_on_how_far_the_attempt_came(
-    reason: EndReason, *, opened: bool, ran: bool, resumed: bool, retryable: bool | None
+    reason: EndReason, *, opened: bool, running_s: float | None, resumed: bool, retryable: bool | None
 ) -> None:
-    assert is_retryable(reason, channel_opened=opened, was_running=ran, resumed=resumed) is retryable
+    assert is_retryable(reason, channel_opened=opened, running_s=running_s, resumed=resumed) is retryable
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def statuses(draw: st.DrawFn) -> ProxyStatus:
         retryable=is_retryable(
             reason,
             channel_opened=draw(st.booleans()),
-            was_running=any(record.dest is State.RUNNING for record in history),
+            running_s=next((record.elapsed_s for record in history if record.source is State.RUNNING), None),
             resumed=draw(st.booleans()),
         )
         if state.is_final and reason is not None

@@ -20,7 +20,7 @@ PROGRAMS = (
     *("Xvfb", "xauth", "xterm", "xwd", "xwininfo", "useradd", "usermod"),
 )
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-LISTENING = "0A"  # the state of a socket in /proc/net/tcp
+ESTABLISHED, LISTENING = "01", "0A"  # states of a socket in /proc/net/tcp
 
 
 def program(name: str) -> str | None:
@@ -112,6 +112,12 @@ def _sockets() -> list[list[str]]:
 def is_listening(port: int) -> bool:
     """Tell whether something on this machine listens on TCP `port`, without connecting to it."""
     return any(row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port for row in _sockets())
+
+
+def established(port: int) -> int:
+    """Count the ends on this machine of connections to, or from, TCP `port`."""
+    ends = [row[1:3] for row in _sockets() if row[3] == ESTABLISHED]
+    return sum(any(int(end.rpartition(":")[2], 16) == port for end in both) for both in ends)
 
 
 def holders(local_port: int, remote_port: int, pids: Iterable[int]) -> list[int]:

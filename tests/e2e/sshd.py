@@ -242,7 +242,5 @@ def run(client: paramiko.SSHClient, command: str, *, timeout_s: float = COMMAND_
         errors = channel.makefile_stderr("rb").read()
         status = channel.recv_exit_status()
     if status != 0:
-        raise CommandError(
-            f"{command!r} ended with {status}: {os.fsdecode(errors)}{os.fsdecode(bytes(output))}"
-        )
+        raise CommandError(f"{command!r} ended with {status}: {os.fsdecode(errors)}{os.fsdecode(bytes(output))}")
     return output.decode(errors="replace")

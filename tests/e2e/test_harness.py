@@ -79,9 +79,7 @@ def test_session_by_hand(
     eventually(lambda: not alive(agent.pid), 10.0)
 
 
-def test_rootless_session_by_hand(
-    x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display
-) -> None:
+def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display) -> None:
     """A rootless session shows its windows, and no desktop around them."""
     session = x2go_server.start_agent(ssh_client, "R")
     with (

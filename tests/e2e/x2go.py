@@ -50,6 +50,7 @@ __all__ = [
 
 Kind: TypeAlias = Literal["D", "R", "P"]  # desktop, rootless, published applications
 AGENT_S = 20.0
+START_ATTEMPTS = 4
 USERS = 16  # how many test runs may go on at once on one machine
 DATABASE = Path("/var/lib/x2go/x2go_sessions")
 RED_XTERM = "xterm -bg red -geometry 60x20+10+10 -T red-xterm -e sleep 3600"
@@ -143,9 +144,7 @@ class X2GoServer(SshServer):
             command = [program("useradd") or "useradd", "--create-home", "--shell", "/bin/bash", self.user]
             subprocess.run(command, check=True)
         usermod = program("usermod") or "usermod"  # an account with "*" is not locked, yet has no password
-        subprocess.run(
-            [usermod, "--password", "*", "--append", "--groups", "x2gouser", self.user], check=True
-        )
+        subprocess.run([usermod, "--password", "*", "--append", "--groups", "x2gouser", self.user], check=True)
 
     def stop(self) -> None:
         """End all sessions and connections, and give the user back."""
@@ -187,13 +186,19 @@ class X2GoServer(SshServer):
         """
         name = Path(shlex.split(command)[0]).name if command else "none"
         arguments = [geometry, link, pack, "unix-kde-depth_24", "us", "auto", "0", kind, name, clipboard]
-        raw = run(client, shlex.join(["x2gostartagent", *arguments]))
-        session = AgentSession.parse(raw, kind)
+        session = AgentSession.parse(self._started(client, shlex.join(["x2gostartagent", *arguments])), kind)
         self.sessions.append(session)
         eventually(lambda: is_listening(session.graphics_port), AGENT_S)
         if command:
             self.run_command(client, session, command)
         return session
+
+    def _started(self, client: paramiko.SSHClient, command: str) -> str:
+        """Run x2gostartagent, again where two test runs took the same display or port in the same moment."""
+        for _ in range(START_ATTEMPTS - 1):
+            with contextlib.suppress(CommandError):
+                return run(client, command)
+        return run(client, command)
 
     def run_command(self, client: paramiko.SSHClient, session: AgentSession, command: str) -> None:
         """Have the session run `command`; the session ends with it."""
@@ -210,9 +215,7 @@ class X2GoServer(SshServer):
         rows = [line.split("|") for line in self.list_sessions(client).splitlines()]
         return next((row[4] for row in rows if row[1] == name), "")
 
-    def wait_status(
-        self, client: paramiko.SSHClient, name: str, *wanted: str, timeout_s: float = AGENT_S
-    ) -> str:
+    def wait_status(self, client: paramiko.SSHClient, name: str, *wanted: str, timeout_s: float = AGENT_S) -> str:
         """Wait until the status of a session is one of `wanted`, and return it ("-" for not listed)."""
 
         def now() -> str | None:
@@ -229,14 +232,17 @@ class X2GoServer(SshServer):
         """Terminate a session, return what the server printed."""
         return run(client, shlex.join(["x2goterminate-session", name]))
 
-    def resume(
-        self, client: paramiko.SSHClient, name: str, *, geometry: str = "800x600", link: str = "lan"
-    ) -> Ports:
+    def resume(self, client: paramiko.SSHClient, name: str, *, geometry: str = "800x600", link: str = "lan") -> Ports:
         """Resume a session, wait until its new graphics port listens, and return its ports."""
         arguments = [name, geometry, link, "16m-jpeg-9", "us", "auto", "0", "both"]
         ports = Ports.parse(run(client, shlex.join(["x2goresume-session", *arguments])))
         eventually(lambda: is_listening(ports.graphics_port), AGENT_S)
         return ports
+
+    def agent_log(self, session: AgentSession) -> str:
+        """Give what the agent of a session has logged so far."""
+        home = Path(pwd.getpwnam(self.user).pw_dir)
+        return (home / ".x2go" / f"C-{session.name}" / "session.log").read_text(errors="replace")
 
     def end(self, session: AgentSession) -> None:
         """Terminate one session over a connection of its own, and wait until its agent is gone."""

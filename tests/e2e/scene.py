@@ -1,0 +1,152 @@
+"""A session to attach to, with all that it takes to see it, and to see that nothing is left of its proxies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from proxy_fsm import parse_agent_output
+
+from .attempt import Attempt, Holdings, nothing_gained_since
+from .procs import send_signal
+from .x2go import eventually, run, transport_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import paramiko
+
+    from proxy_fsm import SessionInfo
+
+    from .x2go import AgentSession, Display, X2GoServer
+
+PAINT_S = 20.0
+FRESH_S = 30.0
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+SHARE = 0.1  # of the screen: an xterm covers about an eighth
+
+
+def shows(display: Display, colour: tuple[int, int, int]) -> None:
+    """Wait until a window of this colour is on the X display."""
+    eventually(lambda: display.share_of(colour) > SHARE, PAINT_S, 0.05)
+
+
+@dataclass
+class Scene:
+    """A session in its first attempt, and all that it takes to see it."""
+
+    server: X2GoServer
+    client: paramiko.SSHClient  # the connection that proxies go over
+    admin: paramiko.SSHClient  # another, for a look at the server
+    agent: AgentSession
+    display: Display
+    runtime: Path
+    stack: contextlib.ExitStack = field(repr=False)
+
+    @property
+    def root(self) -> Path:
+        return self.runtime / "sessions"
+
+    @property
+    def session(self) -> SessionInfo:
+        return parse_agent_output(self.agent.raw)
+
+    def environ(self, **changes: str | None) -> dict[str, str]:
+        """What the proxy inherits; None takes a variable away."""
+        whole = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.runtime),
+            "XDG_RUNTIME_DIR": str(self.runtime / "run"),
+            **self.display.env,
+            **changes,
+        }
+        return {key: value for key, value in whole.items() if value is not None}
+
+    def attempt(
+        self,
+        session: SessionInfo | None = None,
+        *,
+        client: paramiko.SSHClient | None = None,
+        environ: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Attempt:
+        """Make a proxy that is ended with the scene."""
+        attempt = Attempt(
+            session or self.session,
+            client or self.client,
+            environ or self.environ(),
+            options.pop("root", self.root),
+            **options,
+        )
+        self.stack.callback(attempt.close)
+        return attempt
+
+    def resumed(self) -> SessionInfo:
+        """Resume the session on the server; its ports are others then."""
+        ports = self.server.resume(self.admin, self.agent.name)
+        return dataclasses.replace(self.session, graphics_port=ports.graphics_port)
+
+    def settled(self) -> None:
+        """Wait until the agent serves programs: before that, it does not survive the loss of its proxy."""
+        run(self.admin, f"DISPLAY=:{self.agent.display} xwininfo -root")
+
+    def shows(self, colour: tuple[int, int, int] = RED) -> None:
+        """Wait until a window of this colour is on the X display."""
+        shows(self.display, colour)
+
+
+@contextlib.contextmanager
+def opened_scene(
+    server: X2GoServer, client: paramiko.SSHClient, agent: AgentSession, display: Display, runtime: Path
+) -> Iterator[Scene]:
+    """Set a scene. Once its proxies are closed, nothing of them is left, on the transports either."""
+    with contextlib.closing(server.connect()) as admin:
+        transports = [transport_of(client), transport_of(admin)]
+        before = Holdings.now(transports)
+        with contextlib.ExitStack() as stack:
+            yield Scene(server, client, admin, agent, display, runtime, stack)
+        nothing_gained_since(before, transports)
+
+
+@dataclass
+class WaitingAgents:
+    """Agents in their first attempt, for those who do not touch them.
+
+    There is one after another, since x2goserver ends each that nobody has connected to within 60 s (measured).
+    """
+
+    server: X2GoServer
+    used: list[tuple[float, AgentSession]] = field(default_factory=list)
+
+    def current(self) -> AgentSession:
+        """Give an agent that has some time left."""
+        if not self.used or time.monotonic() - self.used[-1][0] > FRESH_S:
+            with contextlib.closing(self.server.connect()) as client:
+                self.used.append((time.monotonic(), self.server.start_agent(client, command=None)))
+        return self.used[-1][1]
+
+
+@contextlib.contextmanager
+def stopped(pids: list[int]) -> Iterator[None]:
+    """Stop processes, and let them go on in the end."""
+    send_signal(pids, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        send_signal(pids, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def loose_umask() -> Iterator[None]:
+    """Let every file be made as open as it is asked for."""
+    before = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(before)
