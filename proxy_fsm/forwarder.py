@@ -378,10 +378,16 @@ class _Connection:
         finally:
             with self._lock:
                 self._up_done = True
-            with suppress(OSError):  # nothing is read any more: a proxy that only writes has to learn of it
-                self._local.shutdown(socket.SHUT_RD)
+            self._take_no_more()
             if self._forwarder.closing.is_set():
                 channel.close()
+
+    def _take_no_more(self) -> None:
+        """Let a proxy that is in the middle of writing, and does not read, learn that nobody listens."""
+        with suppress(OSError):  # it is closed
+            self._local.shutdown(socket.SHUT_RD)
+            while self._local.recv(_READ_BYTES):  # who waits for room is told only when there is some
+                pass
 
     def _down(self, channel: SafeChannel) -> None:
         forwarder = self._forwarder

@@ -1,0 +1,1096 @@
+"""Every byte gets through, every end is carried on, every fault is told once, and nothing is left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxy_fsm import forwarder
+from proxy_fsm.evidence import (
+    AgentClosed,
+    AgentSpoke,
+    ChannelOpened,
+    ConnectionEnded,
+    Observation,
+    PeerRejected,
+    TunnelClosed,
+    WorkerFailed,
+    WorkerRefused,
+)
+from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
+from proxy_fsm.ssh import WINDOW_BYTES, set_nodelay
+from proxy_fsm.status import EndReason, TunnelStats
+from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+
+from .e2e.procs import eventually
+from .tunnel_helpers import (
+    LOOPBACK,
+    SOON_S,
+    WAIT_S,
+    Agent,
+    Inbox,
+    Task,
+    dead_port,
+    descriptors,
+    median_s,
+    own_threads,
+    read_all,
+    reset,
+    since,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import paramiko
+
+KINDS = pytest.mark.parametrize("kind", ["unix", "tcp"])
+NOBODY = 65534
+NOBODY_CAN_KNOCK = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("bash") is None, reason="needs root, to be another user, and bash, to connect"
+)
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[LoopbackSSHServer]:
+    with LoopbackSSHServer() as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_server: LoopbackSSHServer) -> Iterator[LoopbackSSHServer]:
+    """The server, that starts each test without faults and with fresh counters."""
+    shared_server.release()
+    shared_server.refuse_next(0)
+    shared_server.channels_opened = 0
+    yield shared_server
+    shared_server.thaw()
+    shared_server.release()
+
+
+@pytest.fixture
+def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
+    with closing(server.connect_transport()) as connected:
+        set_nodelay(connected)
+        yield connected
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    with Agent() as listening:
+        yield listening
+
+
+class Tunnel:
+    """A forwarder, what it posts, and the local connections to it."""
+
+    def __init__(
+        self,
+        transport: paramiko.Transport,
+        directory: Path,
+        port: int,
+        *,
+        kind: str = "unix",
+        max_connections: int | None = 1,
+        agent_connect_s: float = 30,
+        post: Callable[[Observation], None] | None = None,
+    ) -> None:
+        self.inbox = Inbox()
+        self.kind = kind
+        self.forwarder = Forwarder(
+            transport,
+            (LOOPBACK, port),
+            max_connections=max_connections,
+            agent_connect_s=agent_connect_s,
+            post=post or self.inbox.post,
+        )
+        self.address = self.forwarder.bind(kind, directory)
+        self._locals: list[socket.socket] = []
+
+    def connect(self) -> socket.socket:
+        if self.kind == "unix":
+            local = socket.socket(socket.AF_UNIX)
+            end: Any = self.address
+        else:
+            local = socket.socket()
+            host, _, port = self.address.rpartition(":")
+            end = (host, int(port))
+        self._locals.append(local)
+        local.settimeout(WAIT_S)
+        local.connect(end)
+        return local
+
+    def end(self) -> None:
+        """Close, cut, and see that its last word is the last, and that nothing is left."""
+        threads = self.forwarder.threads()
+        self.forwarder.close()
+        self.forwarder.cut()
+        self.inbox.wait(TunnelClosed)
+        for thread in threads:
+            thread.join(WAIT_S)
+        for local in self._locals:
+            local.close()
+        self.forwarder.close()
+        assert self.inbox.kinds().count(TunnelClosed) == 1
+        assert self.inbox.kinds()[-1] is TunnelClosed
+        assert self.forwarder.threads() == () or not any(thread.is_alive() for thread in self.forwarder.threads())
+        assert self.forwarder.standing() == ()
+
+
+@contextmanager
+def tunnel(*args: Any, start: bool = True, **kwargs: Any) -> Iterator[Tunnel]:
+    made = Tunnel(*args, **kwargs)
+    try:
+        if start:
+            made.forwarder.start()
+        yield made
+    finally:
+        made.end()
+
+
+@contextmanager
+def connected(
+    transport: paramiko.Transport, directory: Path, agent: Agent, **kwargs: Any
+) -> Iterator[tuple[Tunnel, socket.socket, socket.socket]]:
+    """A tunnel with one connection: the tunnel, the proxy's end, the agent's end."""
+    with tunnel(transport, directory, agent.port, **kwargs) as made:
+        local = made.connect()
+        peer = agent.accept()
+        made.inbox.wait(ChannelOpened)
+        yield made, local, peer
+
+
+def send_until_stuck(sock: socket.socket, limit_bytes: int) -> int:
+    """Send until nothing is taken for a while, return how much was."""
+    sock.settimeout(0.5)
+    sent = 0
+    with suppress(TimeoutError):
+        while sent < limit_bytes:
+            sent += sock.send(bytes(1 << 16))
+    sock.settimeout(WAIT_S)
+    return sent
+
+
+# ---- the local end ----
+
+
+class TestBind:
+    def test_a_unix_listener_is_a_socket_in_the_directory(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port) as made:
+            assert Path(made.address).parent == tmp_path
+            assert stat.S_ISSOCK(Path(made.address).stat().st_mode)
+
+    def test_a_tcp_listener_is_on_the_loopback_address_alone(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, kind="tcp") as made:
+            host, _, port = made.address.rpartition(":")
+            assert host == "127.0.0.1"
+            assert int(port) > 0
+            assert not list(tmp_path.iterdir())
+
+    def test_a_path_that_is_too_long_is_an_error_and_not_cut(
+        self, transport: paramiko.Transport, tmp_path: Path
+    ) -> None:
+        unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=Inbox().post)
+        with tempfile.TemporaryDirectory(dir="/tmp") as short:
+            fits = MAX_SOCKET_PATH_BYTES - len(os.fsencode(short)) - len("//proxy.sock")
+            directory = Path(short, "d" * (fits + 1))
+            directory.mkdir()
+            with pytest.raises(OSError, match="longer than 107 bytes"):
+                unbound.bind("unix", directory)
+            longest = Path(short, "d" * fits)
+            longest.mkdir()
+            with tunnel(transport, longest, 9) as made:
+                assert len(made.address) == MAX_SOCKET_PATH_BYTES
+                made.connect()
+        assert not list(tmp_path.iterdir())
+
+    def test_a_length_is_counted_in_bytes(self, transport: paramiko.Transport, tmp_path: Path) -> None:
+        unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=Inbox().post)
+        directory = tmp_path / ("ü" * 45)
+        directory.mkdir()
+        with pytest.raises(OSError, match="longer than 107 bytes"):
+            unbound.bind("unix", directory)
+
+    def test_a_directory_that_is_not_there_is_an_error_and_leaves_no_descriptor(
+        self, transport: paramiko.Transport, tmp_path: Path
+    ) -> None:
+        unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=Inbox().post)
+        before = descriptors()
+        with pytest.raises(FileNotFoundError):
+            unbound.bind("unix", tmp_path / "nowhere")
+        assert descriptors() == before
+
+    @KINDS
+    def test_who_connects_before_the_start_is_served_after_it(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, kind=kind, start=False) as made:
+            local = made.connect()
+            local.sendall(b"early")
+            made.forwarder.start()
+            assert agent.accept().recv(99) == b"early"
+
+
+# ---- bytes ----
+
+
+def write_chunks(sock: socket.socket, data: bytes, sizes: list[int]) -> None:
+    view, position = memoryview(data), 0
+    while position < len(data):
+        size = sizes[position % len(sizes)]
+        sock.sendall(view[position : position + size])
+        position += size
+    sock.shutdown(socket.SHUT_WR)
+
+
+def read_chunks(sock: socket.socket, sizes: list[int], stalls: list[int]) -> bytes:
+    """Read to the end; after so many bytes each, take nothing for a moment."""
+    got = bytearray()
+    due = sorted(stalls)
+    while data := sock.recv(sizes[len(got) % len(sizes)]):
+        got += data
+        while due and len(got) >= due[0]:
+            due.pop(0)
+            threading.Event().wait(0.02)  # a stalling reader: this is its slowness, nothing is waited for
+    return bytes(got)
+
+
+SIZES = st.lists(st.sampled_from([1, 7, 100, 4096, 65_536, 300_000]), min_size=1, max_size=4)
+AMOUNT = st.integers(0, 700_000)
+STALLS = st.lists(AMOUNT, max_size=3)
+
+
+def small_steps_are_few(sizes: list[int], amount: int) -> list[int]:
+    """Take out what would make an example last for seconds, not what would make it strange."""
+    return sizes if min(sizes) * 5_000 >= amount else [max(size, amount // 5_000) for size in sizes]
+
+
+class TestBytes:
+    @KINDS
+    @given(data=st.data())
+    @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_nothing_is_lost_or_reordered_however_it_is_cut(
+        self, shared_server: LoopbackSSHServer, kind: str, data: st.DataObject
+    ) -> None:
+        up, down = (random.Random(data.draw(AMOUNT)).randbytes(data.draw(AMOUNT)) for _ in range(2))  # noqa: S311
+        writes, reads = (
+            [small_steps_are_few(data.draw(SIZES), len(content)) for content in (up, down)] for _ in range(2)
+        )
+        stalls = [data.draw(STALLS), data.draw(STALLS)]
+        with ExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            transport = stack.enter_context(closing(shared_server.connect_transport()))
+            set_nodelay(transport)
+            agent = stack.enter_context(Agent())
+            made, local, peer = stack.enter_context(connected(transport, directory, agent, kind=kind))
+            tasks = [
+                Task(write_chunks, local, up, writes[0]),
+                Task(write_chunks, peer, down, writes[1]),
+            ]
+            at_agent = Task(read_chunks, peer, reads[0], stalls[0])
+            at_proxy = Task(read_chunks, local, reads[1], stalls[1])
+            assert at_agent.result() == up
+            assert at_proxy.result() == down
+            for task in tasks:
+                task.result()
+            ended = made.inbox.wait(ConnectionEnded)
+            assert (ended.bytes_to_agent, ended.bytes_from_agent) == (len(up), len(down))
+
+    def test_32_mib_each_way_at_once_arrive_as_they_were_sent(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        up, down = os.urandom(32 << 20), os.urandom(32 << 20)
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            writers = [Task(write_chunks, local, up, [1 << 20]), Task(write_chunks, peer, down, [1 << 20])]
+            readers = [Task(read_all, peer), Task(read_all, local)]
+            digests = [hashlib.sha256(reader.result(50)).digest() for reader in readers]
+            for writer in writers:
+                writer.result()
+            made.inbox.wait(ConnectionEnded)
+            assert made.forwarder.stats().bytes_to_agent == made.forwarder.stats().bytes_from_agent == 32 << 20
+        assert digests == [hashlib.sha256(each).digest() for each in (up, down)]
+
+
+class TestBackPressure:
+    def test_a_proxy_that_reads_nothing_stops_the_agent_within_the_window(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            sent = send_until_stuck(peer, 256 << 20)
+            assert sent < 64 << 20, "the agent was stopped"
+            channel = made.forwarder._open[0]._channel
+            assert channel is not None
+            assert 0 < len(channel.in_buffer) <= WINDOW_BYTES
+            peer.shutdown(socket.SHUT_WR)
+            assert len(read_all(local)) == sent
+            local.close()
+            server.wait_for(lambda: server.channels_open == 0)
+
+    def test_an_agent_that_reads_nothing_stops_the_proxy(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            sent = send_until_stuck(local, 256 << 20)
+            assert sent < 64 << 20, "the proxy was stopped"
+            local.shutdown(socket.SHUT_WR)
+            assert len(read_all(peer)) == sent
+            assert made.forwarder.stats().bytes_to_agent == sent
+
+    def test_one_stalled_connection_does_not_hold_another(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent, max_connections=2) as (made, _, peer):
+            send_until_stuck(peer, 256 << 20)
+            other = made.connect()
+            other.sendall(b"question")
+            other_peer = agent.accept()
+            assert other_peer.recv(99) == b"question"
+            other_peer.sendall(b"answer")
+            assert other.recv(99) == b"answer"
+
+
+# ---- ends ----
+
+
+@KINDS
+class TestHalfClose:
+    def test_the_proxys_end_is_carried_on_and_the_agent_may_still_speak(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            local.sendall(b"question")
+            local.shutdown(socket.SHUT_WR)
+            assert read_all(peer) == b"question"
+            peer.sendall(b"answer")
+            peer.shutdown(socket.SHUT_WR)
+            assert read_all(local) == b"answer"
+            made.inbox.wait(ConnectionEnded)
+
+    def test_the_agents_end_is_carried_on_and_the_proxy_may_still_speak(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            peer.sendall(b"greeting")
+            peer.shutdown(socket.SHUT_WR)
+            assert read_all(local) == b"greeting"
+            made.inbox.wait(AgentClosed)
+            local.sendall(b"farewell")
+            local.close()
+            assert read_all(peer) == b"farewell"
+            made.inbox.wait(ConnectionEnded)
+
+    def test_a_proxy_that_closes_without_a_word_ends_the_connection(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            local.close()
+            assert read_all(peer) == b""
+            peer.close()
+            made.inbox.wait(ConnectionEnded)
+            server.wait_for(lambda: server.channels_open == 0)
+
+
+class TestAgentEnds:
+    @KINDS
+    def test_an_agent_that_leaves_is_told_and_the_proxy_sees_the_end(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            peer.close()
+            assert made.inbox.wait(AgentClosed).connection == 1
+            assert read_all(local) == b""
+            local.close()
+            made.inbox.wait(ConnectionEnded)
+
+    def test_an_agent_that_resets_is_told_and_the_proxy_sees_the_end(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            reset(peer)
+            made.inbox.wait(AgentClosed)
+            assert read_all(local) == b""
+            local.close()
+            made.inbox.wait(ConnectionEnded)
+            server.wait_for(lambda: server.channels_open == 0)
+        assert transport.is_active()
+
+    def test_a_proxy_that_writes_and_never_reads_learns_that_the_agent_has_gone(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        """Else it would hang in its write, the down relay in its own, and nobody would ever end."""
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            peer.sendall(bytes(3 << 20))  # more than the local socket holds, less than the window
+            channel = made.forwarder._open[0]._channel
+            assert channel is not None
+            eventually(lambda: len(channel.in_buffer) > 1 << 20, WAIT_S)
+            reset(peer)
+            with pytest.raises(BrokenPipeError):
+                local.sendall(bytes(256 << 20))
+
+    @KINDS
+    def test_an_end_of_the_agent_that_answers_the_proxys_own_is_not_told(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            local.close()
+            assert read_all(peer) == b""
+            peer.close()
+            made.inbox.wait(ConnectionEnded)
+            assert made.inbox.kinds() == [ChannelOpened, ConnectionEnded]
+
+
+class TestProxyResets:
+    def test_a_reset_over_tcp_ends_the_connection_and_is_not_blamed_on_the_agent(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
+            reset(local)
+            assert read_all(peer) == b""
+            server.wait_for(lambda: server.channels_open == 0)
+            made.inbox.wait(ConnectionEnded)
+            assert made.inbox.kinds() == [ChannelOpened, ConnectionEnded]
+        assert transport.is_active()
+
+    def test_a_killed_proxy_with_bytes_unread_is_not_blamed_on_the_agent(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        """A unix socket that is closed with bytes unread is reset."""
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            peer.sendall(b"never read")
+            eventually(lambda: made.forwarder.stats().bytes_from_agent, WAIT_S)
+            local.close()
+            assert read_all(peer) == b""
+            server.wait_for(lambda: server.channels_open == 0)
+            made.inbox.wait(ConnectionEnded)
+            assert made.inbox.kinds() == [ChannelOpened, AgentSpoke, ConnectionEnded]
+
+    def test_a_proxy_that_dies_under_a_flood_frees_everything(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            send_until_stuck(peer, 256 << 20)
+            local.close()
+            made.inbox.wait(ConnectionEnded)
+            server.wait_for(lambda: server.channels_open == 0)
+            assert made.inbox.kinds() == [ChannelOpened, AgentSpoke, ConnectionEnded]
+
+
+class TestTransportEnds:
+    @pytest.mark.parametrize("end", ["dropped", "reset", "closed by the caller"])
+    def test_the_connection_ends_and_the_agent_is_not_blamed(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent, end: str
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, _):
+            if end == "closed by the caller":
+                transport.close()
+            else:
+                server.drop(reset=end == "reset")
+            assert read_all(local) == b""
+            made.inbox.wait(ConnectionEnded)
+            assert made.inbox.kinds() == [ChannelOpened, ConnectionEnded]
+
+    def test_under_upload_the_agent_is_not_blamed(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        """The sender may see the end of the transport before the transport's own thread does."""
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            reader = Task(lambda: [None for _ in iter(lambda: peer.recv(1 << 20), b"")])
+
+            def upload() -> None:
+                with suppress(OSError):
+                    while True:
+                        local.sendall(bytes(1 << 16))
+
+            uploader = Task(upload)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent > 1 << 20, WAIT_S)
+            server.drop(reset=True)
+            uploader.result()
+            made.inbox.wait(ConnectionEnded)
+            assert made.inbox.kinds() == [ChannelOpened, ConnectionEnded]
+            with suppress(OSError):
+                reader.result()
+
+    @pytest.mark.parametrize("end", ["dropped", "closed by the caller"])
+    def test_while_opening_nothing_is_posted_of_its_own(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent, end: str
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+        with tunnel(transport, tmp_path, agent.port) as made:
+            local = made.connect()
+            server.wait_for(lambda: server.channels_held == 1)
+            if end == "dropped":
+                server.drop()
+            else:
+                transport.close()
+            assert read_all(local) == b""
+            assert made.inbox.kinds() == []
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            assert made.inbox.kinds() == [TunnelClosed]
+
+
+# ---- how many ----
+
+
+class TestHowMany:
+    @KINDS
+    def test_with_one_the_listener_is_closed_after_the_first(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            local.sendall(b"x")
+            assert peer.recv(1) == b"x"
+            with pytest.raises(ConnectionRefusedError):
+                made.connect()
+
+    def test_with_three_all_are_served_at_once_and_the_fourth_is_refused(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, max_connections=3) as made:
+            pairs = [(made.connect(), agent.accept()) for _ in range(3)]
+            for number, (local, _) in enumerate(pairs):
+                local.sendall(bytes([number]))
+            assert sorted(peer.recv(1)[0] for _, peer in pairs) == [0, 1, 2]
+            made.inbox.wait(ChannelOpened, 3)
+            with pytest.raises(ConnectionRefusedError):
+                made.connect()
+            assert sorted(opened.connection for opened in made.inbox.all(ChannelOpened)) == [1, 2, 3]
+
+    def test_with_none_any_number_comes_and_goes(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
+            for _ in range(3):
+                pairs = [(made.connect(), agent.accept()) for _ in range(10)]
+                for local, peer in pairs:
+                    peer.close()
+                    assert read_all(local) == b""
+                    local.close()
+            made.inbox.wait(ConnectionEnded, 30)
+            assert made.forwarder.stats().connections == 30
+            assert server.channels_opened == 30
+            assert made.forwarder.standing() == ()
+
+    def test_the_connections_that_stand_are_named(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
+            assert made.forwarder.standing() == ()
+            for _ in range(2):
+                made.connect()
+            made.inbox.wait(ChannelOpened, 2)
+            assert made.forwarder.standing() == ("channel 1 of the tunnel", "channel 2 of the tunnel")
+
+
+# ---- refusals ----
+
+
+class TestRefusals:
+    def test_a_refused_channel_is_tried_again_until_it_opens(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        server.refuse_next(3)
+        with tunnel(transport, tmp_path, agent.port) as made:
+            local = made.connect()
+            local.sendall(b"patient")
+            assert agent.accept().recv(99) == b"patient"
+            assert made.inbox.kinds() == [ChannelOpened]
+            assert made.forwarder.stats().connections == server.channels_opened == 1
+
+    def test_a_port_that_begins_to_listen_meanwhile_is_reached(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path
+    ) -> None:
+        server.refuse_next(1)
+        with Agent(listening=False) as agent, tunnel(transport, tmp_path, agent.port) as made:
+            made.connect()
+            eventually(lambda: server._shared.refusals == 0, WAIT_S)
+            agent.listen()
+            agent.accept()
+            made.inbox.wait(ChannelOpened)
+
+    @pytest.mark.parametrize("agent_connect_s", [0.4, 0.8])
+    def test_after_agent_connect_s_the_agent_is_unreachable(
+        self, transport: paramiko.Transport, tmp_path: Path, agent_connect_s: float
+    ) -> None:
+        port = dead_port()
+        with tunnel(transport, tmp_path, port, agent_connect_s=agent_connect_s) as made:
+            began = time.monotonic()
+            local = made.connect()
+            refused = made.inbox.wait(WorkerRefused)
+            assert agent_connect_s <= refused.at - began < agent_connect_s + 0.3
+            assert refused.error.reason is EndReason.AGENT_UNREACHABLE
+            assert f"{LOOPBACK}:{port}" in refused.error.detail
+            assert read_all(local) == b""
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            assert made.inbox.kinds() == [WorkerRefused, TunnelClosed]
+
+    def test_prohibited_forwarding_is_told_at_once_and_not_tried_again(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.DENIED
+
+        def measure() -> float:
+            with tempfile.TemporaryDirectory() as directory, tunnel(transport, Path(directory), agent.port) as made:
+                began = time.monotonic()
+                made.connect()
+                refused = made.inbox.wait(WorkerRefused)
+                assert refused.error.reason is EndReason.FORWARDING_DENIED
+                assert f"{LOOPBACK}:{agent.port}" in refused.error.detail
+                return refused.at - began
+
+        assert median_s(measure) < SOON_S
+
+    def test_each_connection_is_judged_by_itself(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, max_connections=None, agent_connect_s=0.2) as made:
+            server.refuse_next(1000)
+            made.connect()
+            made.inbox.wait(WorkerRefused)
+            server.refuse_next(0)
+            made.connect()
+            assert made.inbox.wait(ChannelOpened).connection == 2
+
+
+# ---- closing ----
+
+
+class TestClose:
+    @KINDS
+    def test_before_the_start_it_is_closed_at_once(
+        self, transport: paramiko.Transport, tmp_path: Path, kind: str
+    ) -> None:
+        with tunnel(transport, tmp_path, 9, kind=kind, start=False) as made:
+            made.forwarder.close()
+            assert made.inbox.kinds() == [TunnelClosed]
+            made.forwarder.start()
+            assert made.forwarder.threads() == ()
+            with pytest.raises(ConnectionRefusedError):
+                made.connect()
+
+    def test_before_bind_it_is_closed_at_once(self, transport: paramiko.Transport) -> None:
+        inbox = Inbox()
+        unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=inbox.post)
+        unbound.close()
+        assert inbox.kinds() == [TunnelClosed]
+
+    @KINDS
+    def test_with_nothing_connected_the_listener_goes(
+        self, transport: paramiko.Transport, tmp_path: Path, kind: str
+    ) -> None:
+        with tunnel(transport, tmp_path, 9, kind=kind) as made:
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            assert made.inbox.kinds() == [TunnelClosed]
+            with pytest.raises(ConnectionRefusedError):
+                made.connect()
+
+    def test_with_nothing_connected_it_takes_no_time(self, transport: paramiko.Transport, tmp_path: Path) -> None:
+        def measure() -> float:
+            with tempfile.TemporaryDirectory(dir=tmp_path) as directory:
+                return self._time_to_close(transport, Path(directory), 9)
+
+        assert median_s(measure) < SOON_S
+
+    @staticmethod
+    def _time_to_close(transport: paramiko.Transport, directory: Path, port: int) -> float:
+        with tunnel(transport, directory, port) as made:
+            began = time.monotonic()
+            made.forwarder.close()
+            return made.inbox.wait(TunnelClosed).at - began
+
+    def test_with_an_open_pending_it_does_not_wait_and_the_late_channel_is_closed(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+        with tunnel(transport, tmp_path, agent.port) as made:
+            local = made.connect()
+            server.wait_for(lambda: server.channels_held == 1)
+            began = time.monotonic()
+            made.forwarder.close()
+            assert made.inbox.wait(TunnelClosed).at - began < 0.5
+            assert read_all(local) == b""
+            assert made.inbox.kinds() == [TunnelClosed]
+        server.release()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+
+    def test_in_the_pause_before_another_try_it_does_not_wait(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path
+    ) -> None:
+        server.refuse_next(3)
+        with tunnel(transport, tmp_path, dead_port()) as made:
+            made.connect()
+            eventually(lambda: server._shared.refusals == 0, WAIT_S)
+            made.forwarder.closing.wait(0.02)  # the pause after the third is 0.2 s long
+            began = time.monotonic()
+            made.forwarder.close()
+            assert made.inbox.wait(TunnelClosed).at - began < 0.15
+            assert made.inbox.kinds() == [TunnelClosed]
+
+    @KINDS
+    def test_what_the_proxy_sent_before_reaches_the_agent_then_comes_the_end(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
+    ) -> None:
+        sent = os.urandom(1 << 20)
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            local.sendall(sent)
+            made.forwarder.close()
+            assert read_all(peer) == sent
+            peer.close()
+            made.inbox.wait(TunnelClosed)
+            assert made.inbox.all(ConnectionEnded)[0].bytes_to_agent == len(sent)
+            assert AgentClosed not in made.inbox.kinds()
+
+    def test_while_both_relays_are_busy_it_ends_them(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        def pour(sock: socket.socket) -> None:
+            with suppress(OSError):
+                while True:
+                    sock.sendall(bytes(1 << 16))
+
+        def drain(sock: socket.socket) -> None:
+            with suppress(OSError):
+                while sock.recv(1 << 16):
+                    pass
+
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            tasks = [Task(pour, local), Task(pour, peer), Task(drain, local), Task(drain, peer)]
+            eventually(lambda: min(made.forwarder.stats().bytes_to_agent, made.forwarder.stats().bytes_from_agent), 9)
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            server.wait_for(lambda: server.channels_open == 0)
+            with suppress(OSError):  # the kernel may leave it in its write, which is not our matter
+                peer.shutdown(socket.SHUT_RDWR)
+            for task in tasks:
+                task.result()
+            assert AgentClosed not in made.inbox.kinds()
+        assert transport.is_active()
+
+    def test_with_a_stalled_agent_it_waits_until_it_is_cut(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, _):
+            send_until_stuck(local, 256 << 20)
+            made.forwarder.close()
+            assert made.inbox.stays_without(TunnelClosed, 0.2)
+            assert made.forwarder.standing() == ("channel 1 of the tunnel",)
+            began = time.monotonic()
+            made.forwarder.cut()
+            assert made.inbox.wait(TunnelClosed).at - began < 0.5
+
+    def test_with_a_stalled_proxy_it_waits_until_it_is_cut(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, _, peer):
+            send_until_stuck(peer, 256 << 20)
+            made.forwarder.close()
+            assert made.inbox.stays_without(TunnelClosed, 0.2)
+            made.forwarder.cut()
+            made.inbox.wait(TunnelClosed)
+
+    def test_on_a_frozen_server_what_stands_is_named_and_freed_when_the_server_goes_on(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
+            pairs = [(made.connect(), agent.accept()) for _ in range(12)]
+            made.inbox.wait(ChannelOpened, 12)
+            server.freeze()
+            uploads = [Task(send_until_stuck, local, 64 << 20) for local, _ in pairs]
+            for upload in uploads:
+                upload.result()  # their windows together are more than what the connection takes
+            began = time.monotonic()
+            made.forwarder.close()
+            made.forwarder.cut()
+            assert since(began) < 0.5, "neither waits"
+            assert made.inbox.stays_without(TunnelClosed, 0.2)
+            assert "channel " in made.forwarder.standing()[0]
+            server.thaw()
+            made.inbox.wait(TunnelClosed)
+            server.wait_for(lambda: server.channels_open == 0)
+
+    def test_cut_alone_ends_a_connection_and_does_not_blame_the_agent(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, _):
+            made.forwarder.cut()
+            assert read_all(local) == b""
+            made.inbox.wait(ConnectionEnded)
+            assert AgentClosed not in made.inbox.kinds()
+            server.wait_for(lambda: server.channels_open == 0)
+
+    def test_its_last_word_is_the_last_also_when_several_end_at_once(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        """Whoever posts is held up in the middle: nothing may overtake it."""
+        inbox = Inbox()
+        overtaken = threading.Event()
+
+        def post(observation: Observation) -> None:
+            if isinstance(observation, ConnectionEnded) and observation.connection == 1:
+                overtaken.wait(0.3)
+            inbox.post(observation)
+            if isinstance(observation, TunnelClosed):
+                overtaken.set()
+
+        with tunnel(transport, tmp_path, agent.port, max_connections=None, post=post) as made:
+            made.inbox = inbox
+            for count in (1, 2):
+                made.connect()
+                inbox.wait(ChannelOpened, count)
+            made.forwarder.close()
+            made.forwarder.cut()
+            inbox.wait(ConnectionEnded, 2)
+            inbox.wait(TunnelClosed)
+            assert inbox.kinds()[-3:] == [ConnectionEnded, ConnectionEnded, TunnelClosed]
+
+    @KINDS
+    def test_nothing_is_left_however_it_went(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, kind: str
+    ) -> None:
+        def one_round(how: int) -> None:
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                tunnel(transport, Path(directory), agent.port, kind=kind, max_connections=None) as made,
+            ):
+                for _ in range(3):
+                    local, peer = made.connect(), agent.accept()
+                    local.sendall(b"x")
+                    assert peer.recv(1) == b"x"
+                    (local.close, peer.close, int)[how % 3]()
+                    peer.close()
+
+        one_round(0)
+        server.wait_for(lambda: server.channels_open == 0)
+        eventually(lambda: not own_threads(), WAIT_S)
+        before = descriptors()
+        for how in range(6):
+            one_round(how)
+        server.wait_for(lambda: server.channels_open == 0)
+        eventually(lambda: not own_threads(), WAIT_S)
+        eventually(lambda: len(descriptors()) <= len(before), WAIT_S)
+        eventually(lambda: len(transport._channels) == 0, WAIT_S)  # type: ignore[attr-defined]
+
+
+class TestNoThreads:
+    @pytest.mark.parametrize("name", ["proxy_fsm-up", "proxy_fsm-down"])
+    def test_a_connection_for_which_there_is_no_thread_is_told_and_let_go(
+        self,
+        *,
+        monkeypatch: pytest.MonkeyPatch,
+        server: LoopbackSSHServer,
+        transport: paramiko.Transport,
+        tmp_path: Path,
+        agent: Agent,
+        name: str,
+    ) -> None:
+        start = threading.Thread.start
+
+        def start_unless_named(thread: threading.Thread) -> None:
+            if thread.name == name:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_unless_named)
+        with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
+            local = made.connect()
+            failed = made.inbox.wait(WorkerFailed)
+            assert isinstance(failed.error, RuntimeError)
+            assert read_all(local) == b""
+            eventually(lambda: made.forwarder.standing() == (), WAIT_S)
+            server.wait_for(lambda: server.channels_open == 0)
+
+
+# ---- what is counted and told ----
+
+
+class TestTold:
+    def test_what_happens_is_told_in_its_order(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            for _ in range(3):
+                peer.sendall(b"hello")
+                assert local.recv(5) == b"hello"
+            peer.close()
+            assert read_all(local) == b""
+            local.close()
+            made.inbox.wait(ConnectionEnded)
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            assert made.inbox.kinds() == [ChannelOpened, AgentSpoke, AgentClosed, ConnectionEnded, TunnelClosed]
+            times = [observation.at for observation in made.inbox.seen]
+            assert times == sorted(times)
+
+    def test_an_agent_that_says_nothing_has_not_spoken(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            peer.close()
+            assert read_all(local) == b""
+            assert AgentSpoke not in made.inbox.kinds()
+
+    def test_nothing_is_counted_before_a_channel_stands(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+        with tunnel(transport, tmp_path, agent.port) as made:
+            made.connect().sendall(b"early")
+            server.wait_for(lambda: server.channels_held == 1)
+            assert made.forwarder.stats() == TunnelStats(0, 0, None, 0)
+
+    def test_the_counters_hold_all_connections_those_that_stand_and_those_that_went(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        before = datetime.now(UTC)
+        with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
+            for number in (1, 2):
+                local, peer = made.connect(), agent.accept()
+                opened = time.monotonic()
+                local.sendall(b"x" * 1000 * number)
+                peer.sendall(b"y" * 100 * number)
+                assert len(local.recv(1 << 16)) == 100 * number
+                local.shutdown(socket.SHUT_WR)
+                assert len(read_all(peer)) == 1000 * number
+                if number == 1:
+                    peer.close()
+                    ended = made.inbox.wait(ConnectionEnded)
+                    assert (ended.connection, ended.bytes_to_agent, ended.bytes_from_agent) == (1, 1000, 100)
+                    assert 0 <= ended.duration_s <= since(opened) + SOON_S
+            stats = made.forwarder.stats()
+            assert (stats.bytes_to_agent, stats.bytes_from_agent, stats.connections) == (3000, 300, 2)
+            assert stats.opened_at is not None
+            assert before <= stats.opened_at <= datetime.now(UTC)
+
+
+# ---- strangers ----
+
+
+def knock(address: str, *, say: str = "hello") -> int:
+    """Connect to a TCP listener as user nobody, say something; return how many bytes came until the end."""
+    host, _, port = address.rpartition(":")
+    script = f'exec 3<>/dev/tcp/{host}/{port} || exit 9; printf "%s" "{say}" >&3; timeout {WAIT_S} cat <&3'
+    done = subprocess.run(
+        [shutil.which("bash") or "bash", "-c", script],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode != 9, "it could not even connect"
+    return len(done.stdout)
+
+
+def knock_and_run(address: str) -> None:
+    """Connect to a TCP listener as user nobody, and be gone before anybody looks."""
+    host, _, port = address.rpartition(":")
+    subprocess.run(
+        [shutil.which("bash") or "bash", "-c", f"exec 3<>/dev/tcp/{host}/{port}; printf x >&3"],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        cwd="/",
+        check=True,
+    )
+
+
+class TestStrangers:
+    @NOBODY_CAN_KNOCK
+    def test_another_user_is_sent_away_without_a_channel_and_the_listener_goes_on(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        with tunnel(transport, tmp_path, agent.port, kind="tcp") as made:
+            for count in (1, 2):
+                assert knock(made.address) == 0
+                assert made.inbox.wait(PeerRejected, count).peer == f"user {NOBODY}"
+            assert server.channels_opened == 0
+            local = made.connect()
+            local.sendall(b"it is me")
+            assert agent.accept().recv(99) == b"it is me"
+            assert made.inbox.kinds() == [PeerRejected, PeerRejected, ChannelOpened]
+
+    @NOBODY_CAN_KNOCK
+    def test_another_user_who_is_gone_already_is_sent_away_too(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        """The system says 0 (root's number) for the owner of a socket that nobody holds any more."""
+        with tunnel(transport, tmp_path, agent.port, kind="tcp", start=False) as made:
+            knock_and_run(made.address)
+            made.forwarder.start()
+            assert made.inbox.wait(PeerRejected).peer in {"user unknown", f"user {NOBODY}"}
+            assert server.channels_opened == 0
+
+    def test_a_socket_that_nobody_holds_any_more_has_no_owner(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Linux before 6.16 says 0, which is root's number, and would let anybody in to root's proxies."""
+        table = tmp_path / "tcp"
+        monkeypatch.setattr(forwarder, "_TCP_TABLES", (table,))
+        ends = (LOOPBACK, 0x1234), (LOOPBACK, 0x5678)
+        row = " 0: 0100007F:1234 0100007F:5678 05 00000000:00000000 00:00000000 00000000 {} 0 {} 1 0\n"
+        for uid, inode, owner in ((1000, 4711, 1000), (0, 4711, 0), (0, 0, None), (1000, 0, 1000)):
+            table.write_text("  sl  local_address rem_address ...\n" + row.format(uid, inode))
+            assert forwarder._tcp_owner(*ends) == owner
+        assert forwarder._tcp_owner(*reversed(ends)) is None
+
+    @NOBODY_CAN_KNOCK
+    def test_another_user_on_a_unix_socket_is_sent_away(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        with ExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")))
+            directory.chmod(0o755)
+            made = stack.enter_context(tunnel(transport, directory, agent.port, start=False))
+            Path(made.address).chmod(0o777)
+            os.seteuid(NOBODY)
+            try:
+                local = made.connect()  # the system notes who connects, at this moment
+            finally:
+                os.seteuid(0)
+            made.forwarder.start()
+            assert made.inbox.wait(PeerRejected).peer == f"user {NOBODY}"
+            assert read_all(local) == b""
+            assert server.channels_opened == 0
+            made.connect()
+            made.inbox.wait(ChannelOpened)
+
+    def test_our_own_program_may_come_through_an_ipv6_socket(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        """Java and others use one socket for both, and connect to ::ffff:127.0.0.1."""
+        if not socket.has_ipv6 or not Path("/proc/net/tcp6").exists():
+            pytest.skip("needs IPv6")
+        with tunnel(transport, tmp_path, agent.port, kind="tcp") as made:
+            port = int(made.address.rpartition(":")[2])
+            with socket.socket(socket.AF_INET6) as local:
+                local.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                local.settimeout(WAIT_S)
+                local.connect(("::ffff:127.0.0.1", port))
+                local.sendall(b"mapped")
+                eventually(made.inbox.kinds, WAIT_S)
+                assert made.inbox.kinds() == [ChannelOpened]
+                assert agent.accept().recv(99) == b"mapped"

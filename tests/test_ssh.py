@@ -1,0 +1,996 @@
+"""Channels that cannot harm their transport; and paramiko's insides are still what that is built on."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import socket
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import paramiko
+import pytest
+
+from proxy_fsm import ssh
+from proxy_fsm.evidence import TunnelClosed
+from proxy_fsm.forwarder import Forwarder
+from proxy_fsm.ssh import (
+    ChannelOpening,
+    ChannelRefused,
+    EndWatch,
+    OpenAbandoned,
+    SafeChannel,
+    TransportGone,
+    fast_transport,
+    packets_received,
+    set_nodelay,
+)
+from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+
+from .e2e.procs import eventually
+from .e2e.sshd import SshServer
+from .tunnel_helpers import (
+    LOOPBACK,
+    SOON_S,
+    WAIT_S,
+    Agent,
+    Inbox,
+    Task,
+    dead_port,
+    median_s,
+    needs_sshd,
+    own_threads,
+    read_all,
+    reset,
+    since,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    End: TypeAlias = Callable[[LoopbackSSHServer, paramiko.Transport], None]
+
+GCM = "aes128-gcm@openssh.com"
+#: An address that the embedded server prohibits, since it is not a loopback one (RFC 5737).
+FOREIGN = ("192.0.2.1", 9)
+
+
+@pytest.fixture
+def server() -> Iterator[LoopbackSSHServer]:
+    with LoopbackSSHServer() as running:
+        yield running
+
+
+@pytest.fixture
+def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
+    with contextlib.closing(server.connect_transport()) as connected:
+        set_nodelay(connected)
+        yield connected
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    with Agent() as listening:
+        yield listening
+
+
+def opening_to(transport: paramiko.Transport, port: int) -> ChannelOpening:
+    opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, port))
+    opening.send()
+    return opening
+
+
+def open_to(transport: paramiko.Transport, port: int) -> SafeChannel:
+    return opening_to(transport, port).wait()
+
+
+def has_nodelay(transport: paramiko.Transport) -> bool:
+    assert isinstance(transport.sock, socket.socket)
+    return transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+def ciphers_in_use(transport: Any) -> set[str]:
+    return {transport.local_cipher, transport.remote_cipher}
+
+
+def do_nothing() -> None:
+    """Be called back."""
+
+
+def packets_sent(transport: Any) -> int:
+    return int(transport.packetizer._Packetizer__sequence_number_out)
+
+
+# ---- what is relied on in paramiko ----
+
+
+class Probe(paramiko.Channel):
+    """A channel that notes which of its insides paramiko calls, and whether its lock was held."""
+
+    def __init__(self, chanid: int) -> None:
+        super().__init__(chanid)
+        self.calls: list[tuple[str, bool]] = []
+        self.closings: list[Any] = []
+
+    def _close_internal(self) -> Any:
+        self.calls.append(("_close_internal", self.lock.locked()))
+        self.closings.append(super()._close_internal())  # type: ignore[misc]
+        return self.closings[-1]
+
+    def _set_closed(self) -> None:
+        self.calls.append(("_set_closed", self.lock.locked()))
+        super()._set_closed()  # type: ignore[misc]
+
+    def _unlink(self) -> None:
+        self.calls.append(("_unlink", self.lock.locked()))
+        super()._unlink()  # type: ignore[misc]
+
+
+def open_probe(transport: Any, port: int, event: Any = None) -> Probe:
+    """Open a channel of our own class the way that `ChannelOpening.send` does."""
+    answered = threading.Event()
+    with transport.lock:
+        number = transport._next_channel()
+        probe = Probe(number)
+        probe._set_transport(transport)  # type: ignore[attr-defined]
+        probe._set_window(1 << 20, 1 << 15)  # type: ignore[attr-defined]
+        transport._channels.put(number, probe)
+        transport.channel_events[number] = event or answered
+        transport.channels_seen[number] = True
+    message = paramiko.Message()
+    message.add_byte(b"\x5a")  # SSH_MSG_CHANNEL_OPEN
+    message.add_string("direct-tcpip")
+    for value in (number, 1 << 20, 1 << 15):
+        message.add_int(value)
+    message.add_string(LOOPBACK)
+    message.add_int(port)
+    message.add_string(LOOPBACK)
+    message.add_int(0)
+    transport._send_user_message(message)
+    if event is None:
+        assert answered.wait(WAIT_S)
+    return probe
+
+
+class Answer:
+    """What is put in the place of an event: notes how things stood when the answer came."""
+
+    def __init__(self, transport: Any) -> None:
+        self.transport = transport
+        self.called = threading.Event()
+        self.locked = False
+        self.thread: threading.Thread | None = None
+        self.saved: Exception | None = None
+
+    def set(self) -> None:
+        self.locked = self.transport.lock.locked()
+        self.thread = threading.current_thread()
+        self.saved = self.transport.saved_exception
+        self.called.set()
+
+
+def rely_on_lock(transport: Any, agent: Agent) -> None:
+    answer = Answer(transport)
+    probe = open_probe(transport, agent.port, answer)
+    assert answer.called.wait(WAIT_S)
+    assert probe.active
+    assert answer.locked, "an answer is taken in under this lock"
+    assert transport.lock.acquire(timeout=WAIT_S)
+    transport.lock.release()
+
+
+def rely_on_channels_put(transport: Any, _: Agent) -> None:
+    channel = paramiko.Channel(4711)
+    transport._channels.put(4711, channel)
+    assert transport._channels.get(4711) is channel
+    assert channel in transport._channels.values()
+    gone = weakref.ref(channel)
+    del channel
+    gc.collect()
+    assert gone() is None, "the map holds its channels weakly"
+    assert transport._channels.get(4711) is None
+
+
+def rely_on_channels_delete(transport: Any, _: Agent) -> None:
+    channel = paramiko.Channel(4711)
+    transport._channels.put(4711, channel)
+    transport._channels.delete(4711)
+    transport._channels.delete(4711)
+    assert transport._channels.get(4711) is None
+
+
+def rely_on_next_channel(transport: Any, _: Agent) -> None:
+    with transport.lock:
+        number = transport._next_channel()
+        following = paramiko.Channel(number + 1)
+        transport._channels.put(number + 1, following)
+        assert transport._next_channel() == number + 2, "it leaves out what is in use"
+
+
+def rely_on_channel_events(transport: Any, agent: Agent) -> None:
+    answer = Answer(transport)
+    probe = open_probe(transport, agent.port, answer)
+    assert answer.called.wait(WAIT_S)
+    with transport.lock:
+        assert probe.chanid not in transport.channel_events, "it is let go when the answer has come"
+    assert answer.thread is transport, "set() is called by the transport's own thread"
+
+
+def rely_on_channels_seen(transport: Any, agent: Agent) -> None:
+    probe = open_probe(transport, agent.port)
+    transport._channels.delete(probe.chanid)
+    agent.accept().sendall(b"for a channel that is known no more")
+    open_probe(transport, agent.port)
+    assert transport.is_active(), "what comes for a channel that was seen before is ignored"
+
+
+def rely_on_saved_exception(transport: Any, _: Agent) -> None:
+    answer = Answer(transport)
+    probe = open_probe(transport, dead_port(), answer)
+    assert answer.called.wait(WAIT_S)
+    assert not probe.active
+    assert isinstance(answer.saved, paramiko.ChannelException), "it is saved before set() is called"
+    assert answer.saved.code == ChannelRefused.CONNECT_FAILED
+    assert transport.get_exception() is answer.saved
+    assert transport.saved_exception is None
+
+
+def rely_on_send_user_message(transport: Any, _: Agent) -> None:
+    before = packets_sent(transport)
+    message = paramiko.Message()
+    message.add_byte(b"\x02")  # SSH_MSG_IGNORE
+    message.add_string("")
+    transport._send_user_message(message)
+    assert packets_sent(transport) == before + 1
+    transport.close()
+    transport._send_user_message(message)
+    assert packets_sent(transport) == before + 1, "a transport that is closed drops it without a word"
+
+
+def rely_on_packetizer(transport: Any, agent: Agent) -> None:
+    packetizer = transport.packetizer
+    open_probe(transport, agent.port)
+    assert transport.packetizer is packetizer
+
+
+def rely_on_active_threads(transport: Any, _: Agent) -> None:
+    assert transport in paramiko.transport._active_threads  # type: ignore[attr-defined]
+    transport.close()
+    transport.join(WAIT_S)
+    assert transport not in paramiko.transport._active_threads  # type: ignore[attr-defined]
+
+
+def rely_on_set_transport(transport: Any, _: Agent) -> None:
+    channel: Any = paramiko.Channel(1)
+    channel._set_transport(transport)
+    assert channel.get_transport() is transport
+
+
+def rely_on_set_window(transport: Any, _: Agent) -> None:
+    channel: Any = paramiko.Channel(1)
+    channel._set_transport(transport)
+    channel._set_window(1 << 22, 1 << 18)
+    assert channel.in_window_size == 1 << 22
+    assert channel.in_max_packet_size == 1 << 18
+    assert 0 < channel.in_window_threshold < 1 << 22
+
+
+def rely_on_close_internal(transport: Any, agent: Agent) -> None:
+    by_us, by_them = open_probe(transport, agent.port), open_probe(transport, agent.port)
+    by_us.close()
+    assert by_us.calls[:2] == [("_close_internal", True), ("_set_closed", True)]
+    eof, close = by_us.closings[0]
+    assert (eof.asbytes()[0], close.asbytes()[0]) == (96, 97), "it returns the messages that are to be sent"
+    agent.accept().close()
+    agent.accept().close()
+    by_them.shutdown_write()
+    assert by_them.event.wait(WAIT_S)
+    assert by_them.calls[:2] == [("_close_internal", True), ("_set_closed", True)], "the server's CLOSE calls it too"
+
+
+def rely_on_set_closed(transport: Any, agent: Agent) -> None:
+    probe = open_probe(transport, agent.port)
+    reader = Task(probe.recv, 1)
+    with probe.lock:
+        probe._set_closed()
+    assert reader.result() == b"", "it wakes what reads"
+    assert probe.closed
+
+
+def rely_on_unlink(transport: Any, agent: Agent) -> None:
+    probe = open_probe(transport, agent.port)
+    transport.close()
+    assert ("_unlink", False) in probe.calls, "a transport unlinks each of its channels when it is closed"
+    assert probe.closed
+    assert transport._channels.get(probe.chanid) is None
+
+
+def rely_on_sequence_number(transport: Any, agent: Agent) -> None:
+    before = transport.packetizer._Packetizer__sequence_number_in
+    open_probe(transport, agent.port)
+    assert transport.packetizer._Packetizer__sequence_number_in > before
+
+
+RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
+    "Transport.lock": rely_on_lock,
+    "Transport._channels.put": rely_on_channels_put,
+    "Transport._channels.delete": rely_on_channels_delete,
+    "Transport._next_channel": rely_on_next_channel,
+    "Transport.channel_events": rely_on_channel_events,
+    "Transport.channels_seen": rely_on_channels_seen,
+    "Transport.saved_exception": rely_on_saved_exception,
+    "Transport._send_user_message": rely_on_send_user_message,
+    "Transport.packetizer": rely_on_packetizer,
+    "Channel._set_transport": rely_on_set_transport,
+    "Channel._set_window": rely_on_set_window,
+    "Channel._close_internal": rely_on_close_internal,
+    "Channel._set_closed": rely_on_set_closed,
+    "Channel._unlink": rely_on_unlink,
+    "Packetizer.__sequence_number_in": rely_on_sequence_number,
+    "transport._active_threads": rely_on_active_threads,
+}
+
+
+@pytest.mark.parametrize("name", RELIED_ON)
+def test_paramiko_still_has_what_is_relied_on(name: str, transport: paramiko.Transport, agent: Agent) -> None:
+    try:
+        RELIED_ON[name](transport, agent)
+    except (AttributeError, TypeError, AssertionError) as error:
+        pytest.fail(f"paramiko {paramiko.__version__} has changed {name}: {error}")
+
+
+def test_all_that_the_docstring_lists_is_checked() -> None:
+    listed = []
+    for owner, attributes in re.findall(r"^\* ``(\w+)``: (.*(?:\n  .*)*)", ssh.__doc__ or "", re.MULTILINE):
+        for name, methods in re.findall(r"``(\w+)``(?: \(([^)]*)\))?", attributes):
+            inner = re.findall(r"``(\w+)``", methods)
+            listed += [f"{owner}.{name}.{method}" for method in inner] or [f"{owner}.{name}"]
+    assert sorted(listed) == sorted(RELIED_ON)
+
+
+# ---- opening ----
+
+
+class TestOpening:
+    def test_an_open_gives_a_channel_that_carries_both_ways(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        assert isinstance(channel, SafeChannel)
+        peer = agent.accept()
+        channel.send(b"up")
+        assert peer.recv(9) == b"up"
+        peer.sendall(b"down")
+        assert channel.recv(9) == b"down"
+        channel.send_close()
+
+    def test_a_session_channel_needs_no_destination(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
+        opening = ChannelOpening(transport, "session")
+        opening.send()
+        opening.wait().send_close()
+        assert server.sessions_opened == 1
+
+    def test_a_port_where_nothing_listens_is_refused_with_code_2(self, transport: paramiko.Transport) -> None:
+        with pytest.raises(ChannelRefused, match="Connect failed") as refused:
+            open_to(transport, dead_port())
+        assert refused.value.code == ChannelRefused.CONNECT_FAILED == 2
+
+    def test_prohibited_forwarding_is_refused_with_code_1(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.DENIED
+        with pytest.raises(ChannelRefused, match="Administratively prohibited") as refused:
+            open_to(transport, agent.port)
+        assert refused.value.code == ChannelRefused.PROHIBITED == 1
+
+    def test_an_unknown_kind_is_refused_with_code_3(self, transport: paramiko.Transport) -> None:
+        opening = ChannelOpening(transport, "nonsense")
+        opening.send()
+        with pytest.raises(ChannelRefused) as refused:
+            opening.wait()
+        assert refused.value.code == ChannelRefused.UNKNOWN_TYPE == 3
+
+    def test_a_refusal_is_not_left_behind_for_the_caller_to_find(self, transport: paramiko.Transport) -> None:
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())
+        assert transport.saved_exception is None
+        assert transport.get_exception() is None
+
+    def test_a_refused_open_leaves_no_entry(self, transport: Any) -> None:
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())
+        assert len(transport._channels) == 0
+        assert not transport.channel_events
+
+    @pytest.mark.parametrize("together", ["answered one by one", "answered in one burst"])
+    def test_twenty_opens_at_once_each_get_their_own_answer(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, together: str
+    ) -> None:
+        destinations = [(LOOPBACK, agent.port), (LOOPBACK, dead_port()), FOREIGN, (LOOPBACK, agent.port)] * 5
+        expected: list[int | None] = [None, 2, 1, None] * 5
+        ready = threading.Barrier(20)
+
+        def attempt(destination: tuple[str, int]) -> SafeChannel | int:
+            opening = ChannelOpening(transport, "direct-tcpip", destination)
+            ready.wait(WAIT_S)
+            opening.send()
+            try:
+                return opening.wait()
+            except ChannelRefused as refused:
+                return refused.code
+
+        if together == "answered in one burst":
+            server.forwarding = Forwarding.HELD
+        tasks = [Task(attempt, destination) for destination in destinations]
+        if together == "answered in one burst":
+            server.wait_for(lambda: server.channels_held == 20)
+            server.release()
+        outcomes = [task.result() for task in tasks]
+        assert [None if isinstance(each, SafeChannel) else each for each in outcomes] == expected
+        for outcome in outcomes:
+            if isinstance(outcome, SafeChannel):
+                outcome.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+        assert transport.is_active()
+
+    def test_the_channel_lives_as_long_as_its_user_holds_it(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        gc.collect()
+        agent.accept().sendall(b"still here")
+        assert channel.recv(99) == b"still here"
+        channel.send_close()
+
+
+class TestAbandon:
+    def test_before_the_answer_wait_raises_at_once(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+
+        def measure() -> float:
+            opening = opening_to(transport, agent.port)
+            raised: list[float] = []
+
+            def wait() -> None:
+                with pytest.raises(OpenAbandoned):
+                    opening.wait()
+                raised.append(time.monotonic())
+
+            waiter = Task(wait)
+            abandoned = time.monotonic()
+            opening.abandon()
+            waiter.result()
+            return raised[0] - abandoned
+
+        assert median_s(measure) < SOON_S
+
+    def test_the_channel_that_opens_late_is_closed_on_the_server(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+        opening = opening_to(transport, agent.port)
+        server.wait_for(lambda: server.channels_held == 1)
+        opening.abandon()
+        server.release()
+        peer = agent.accept()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+        assert read_all(peer) == b""
+        assert transport.is_active()
+
+    def test_a_late_refusal_is_taken_in_silence(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+        server.forwarding = Forwarding.HELD
+        opening = opening_to(transport, dead_port())
+        server.wait_for(lambda: server.channels_held == 1)
+        opening.abandon()
+        server.release()
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())  # answered after the first
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        assert transport.saved_exception is None
+
+    def test_after_success_but_before_wait_the_channel_is_closed(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        opening = opening_to(transport, agent.port)
+        assert opening._settled.wait(WAIT_S)
+        opening.abandon()
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+
+    def test_after_wait_it_is_too_late_and_changes_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
+        opening = opening_to(transport, agent.port)
+        channel = opening.wait()
+        opening.abandon()
+        assert not channel.closed
+        channel.send_close()
+
+    def test_before_it_was_sent_the_channel_is_closed_too(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
+        opening.abandon()
+        opening.send()
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+
+
+def end_by_drop(server: LoopbackSSHServer, _: paramiko.Transport) -> None:
+    server.drop()
+
+
+def end_by_reset(server: LoopbackSSHServer, _: paramiko.Transport) -> None:
+    server.drop(reset=True)
+
+
+def end_by_close(_: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    transport.close()
+
+
+ENDS = pytest.mark.parametrize("end", [end_by_drop, end_by_reset, end_by_close])
+
+
+class TestTransportEnds:
+    @ENDS
+    def test_while_an_open_is_pending_it_is_told_at_once(self, server: LoopbackSSHServer, end: End) -> None:
+        server.forwarding = Forwarding.HELD
+
+        def measure() -> float:
+            with contextlib.closing(server.connect_transport()) as transport:
+                opening = opening_to(transport, 9)
+                server.wait_for(lambda: server.channels_held == 1)
+                told: list[float] = []
+
+                def wait() -> None:
+                    with pytest.raises(TransportGone):
+                        opening.wait()
+                    told.append(time.monotonic())
+
+                waiter = Task(wait)
+                began = time.monotonic()
+                end(server, transport)
+                waiter.result()
+                server.wait_for(lambda: server.channels_held == 0)
+                return told[0] - began
+
+        assert median_s(measure) < SOON_S
+
+    @ENDS
+    def test_before_the_open_is_sent_it_is_told_by_wait(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, end: End
+    ) -> None:
+        end(server, transport)
+        transport.join(WAIT_S)
+        opening = opening_to(transport, 9)
+        with pytest.raises(TransportGone):
+            opening.wait()
+
+    def test_in_the_very_moment_of_its_end_an_open_is_told(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
+        openings: list[ChannelOpening] = []
+
+        def open_now() -> None:
+            openings.append(opening_to(transport, 9))
+
+        watch = EndWatch(transport, open_now)  # called when the transport has begun to unlink its channels
+        server.drop()
+        transport.join(WAIT_S)
+        with pytest.raises(TransportGone):
+            Task(openings[0].wait).result()
+        watch.cancel()
+
+    @ENDS
+    def test_under_an_open_channel_it_wakes_its_user_and_says_why(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, end: End
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        reader = Task(channel.recv, 1)
+        end(server, transport)
+        assert reader.result() == b""
+        assert channel.ended.wait(WAIT_S)
+        assert channel.transport_ended
+        channel.send_close()
+
+
+# ---- closing ----
+
+
+class TestClosing:
+    def test_close_sends_nothing(self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        before = packets_sent(transport)
+        channel.close()
+        assert packets_sent(transport) == before
+        assert channel.closed
+        assert channel.ended.is_set()
+        assert server.channels_open == 1
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_close_does_not_block_on_a_server_that_takes_nothing(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel, stuck = open_to(transport, agent.port), open_to(transport, agent.port)
+        server.freeze()
+
+        def upload() -> None:
+            with contextlib.suppress(OSError):
+                while stuck.send(bytes(1 << 18)):
+                    pass
+
+        uploader = Task(upload)
+        began = time.monotonic()
+        channel.close()
+        assert since(began) < SOON_S
+        stuck.close()
+        server.thaw()
+        uploader.result()
+        stuck.send_close()
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_close_wakes_a_reader_and_a_sender(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        agent.accept()  # and read nothing: the window runs dry
+
+        def upload() -> None:
+            with contextlib.suppress(OSError):
+                while channel.send(bytes(1 << 18)):
+                    pass
+
+        reader, uploader = Task(channel.recv, 1), Task(upload)
+        channel.close()
+        assert reader.result() == b""
+        uploader.result()
+        channel.send_close()
+
+    def test_its_garbage_collection_sends_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        before = packets_sent(transport)
+        gone = weakref.ref(channel)
+        del channel
+        gc.collect()
+        assert gone() is None
+        assert packets_sent(transport) == before
+
+    def test_send_close_sends_one_close_however_often_and_from_wherever(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        before = packets_sent(transport)
+        together = threading.Barrier(8)
+
+        def close() -> None:
+            together.wait(WAIT_S)
+            channel.send_close()
+
+        for task in [Task(close) for _ in range(8)]:
+            task.result()
+        channel.send_close()
+        assert packets_sent(transport) == before + 1
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_a_close_from_the_server_leaves_ours_due_and_the_transport_alive(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        channel.shutdown_write()
+        agent.accept().close()
+        assert channel.ended.wait(WAIT_S)
+        assert not channel.transport_ended
+        before = packets_sent(transport)
+        channel.send_close()
+        assert packets_sent(transport) == before + 1
+        server.wait_for(lambda: server.channels_open == 0)
+        open_to(transport, agent.port).send_close()
+        assert transport.is_active()
+
+    def test_a_close_from_the_server_makes_the_transports_thread_send_nothing(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        channel.shutdown_write()
+        before = packets_sent(transport)
+        agent.accept().close()
+        assert channel.ended.wait(WAIT_S)
+        opening = ChannelOpening(transport, "session")
+        opening.send()
+        opening.wait()  # the transport's thread has finished with the close
+        assert packets_sent(transport) == before + 1, "the open alone"
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    @ENDS
+    def test_send_close_is_harmless_after_the_end(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, end: End
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        end(server, transport)
+        channel.send_close()
+        transport.join(WAIT_S)
+        channel.send_close()
+
+
+# ---- the end of a transport ----
+
+
+class TestEndWatch:
+    @ENDS
+    def test_it_calls_back_once_and_at_once(self, server: LoopbackSSHServer, end: End) -> None:
+        def measure() -> float:
+            with contextlib.closing(server.connect_transport()) as transport:
+                calls: list[float] = []
+                called = threading.Event()
+
+                def callback() -> None:
+                    calls.append(time.monotonic())
+                    called.set()
+
+                watch = EndWatch(transport, callback)
+                began = time.monotonic()
+                end(server, transport)
+                assert called.wait(WAIT_S)
+                transport.join(WAIT_S)
+                transport.close()
+                watch.cancel()
+                assert len(calls) == 1
+                return calls[0] - began
+
+        assert median_s(measure) < SOON_S
+
+    @ENDS
+    def test_after_the_end_it_calls_back_at_once(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, end: End
+    ) -> None:
+        end(server, transport)
+        transport.join(WAIT_S)
+        calls: list[str] = []
+        EndWatch(transport, lambda: calls.append("ended"))
+        assert calls == ["ended"]
+
+    def test_one_made_in_the_very_moment_of_the_end_calls_back(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
+        """The transport has begun to unlink its channels, but is active still."""
+        calls: list[str] = []
+        active: list[bool] = []
+        late: list[EndWatch] = []
+
+        def at_the_end() -> None:
+            active.append(transport.is_active())
+            late.append(EndWatch(transport, lambda: calls.append("ended")))
+
+        watch = EndWatch(transport, at_the_end)
+        server.drop()
+        transport.join(WAIT_S)
+        assert active == [True]
+        assert calls == ["ended"]
+        watch.cancel()
+
+    def test_it_calls_back_once_when_both_sides_end_it_together(self, server: LoopbackSSHServer) -> None:
+        for _ in range(20):
+            transport = server.connect_transport()
+            calls: list[str] = []
+            watch = EndWatch(transport, lambda calls=calls: calls.append("ended"))  # type: ignore[misc]
+            dropper = Task(server.drop)
+            transport.close()
+            dropper.result()
+            transport.join(WAIT_S)
+            assert calls == ["ended"]
+            watch.cancel()
+
+    def test_cancelled_it_does_not_call_back(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+        calls: list[str] = []
+        watch = EndWatch(transport, lambda: calls.append("ended"))
+        watch.cancel()
+        watch.cancel()
+        server.drop()
+        transport.join(WAIT_S)
+        assert calls == []
+
+    def test_cancelled_it_leaves_no_entry(self, transport: Any) -> None:
+        before = len(transport._channels)
+        watches = [EndWatch(transport, do_nothing) for _ in range(3)]
+        assert len(transport._channels) == before + 3
+        for watch in watches:
+            watch.cancel()
+        assert len(transport._channels) == before
+        assert not transport.channel_events
+
+    def test_it_disturbs_no_channel(self, transport: paramiko.Transport, agent: Agent) -> None:
+        watch = EndWatch(transport, do_nothing)
+        first, second = open_to(transport, agent.port), transport.open_session(timeout=WAIT_S)
+        assert len({first.chanid, second.chanid, watch._sentinel.chanid}) == 3
+        watch.cancel()
+        first.send_close()
+
+
+# ---- signs of life, and speed ----
+
+
+def test_packets_received_changes_with_each_answer(transport: paramiko.Transport) -> None:
+    seen = [packets_received(transport)]
+    for _ in range(3):
+        opening = ChannelOpening(transport, "session")
+        opening.send()
+        opening.wait().send_close()
+        seen.append(packets_received(transport))
+    assert len(set(seen)) == 4
+
+
+def test_packets_received_stays_while_the_server_is_silent(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    server.freeze()
+    before = packets_received(transport)
+    opening = ChannelOpening(transport, "session")
+    opening.send()
+    assert not opening._settled.wait(0.1)
+    assert packets_received(transport) == before
+    server.thaw()
+    opening.wait().send_close()
+    assert packets_received(transport) != before
+
+
+class TestNodelay:
+    def test_it_is_set_on_tcp(self, server: LoopbackSSHServer) -> None:
+        with contextlib.closing(server.connect_transport()) as transport:
+            assert not has_nodelay(transport)
+            set_nodelay(transport)
+            assert has_nodelay(transport)
+
+    def test_a_unix_socket_is_left_as_it_is(self) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            set_nodelay(paramiko.Transport(one))
+
+    def test_a_closed_socket_does_not_matter(self, transport: paramiko.Transport) -> None:
+        transport.close()
+        transport.sock.close()
+        set_nodelay(transport)
+
+
+class TestFastTransport:
+    def test_it_prefers_gcm_and_keeps_all_other_ciphers(self) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            usual = paramiko.Transport(one).get_security_options().ciphers
+            fast = fast_transport(other).get_security_options().ciphers
+        assert fast[:2] == (GCM, "aes256-gcm@openssh.com")
+        assert sorted(fast) == sorted(usual)
+
+    def test_a_client_that_is_given_it_uses_gcm_without_delay(self, server: LoopbackSSHServer) -> None:
+        with server.connect(transport_factory=fast_transport) as client:
+            transport = client.get_transport()
+            assert transport is not None
+            assert ciphers_in_use(transport) == {GCM}
+            assert has_nodelay(transport)
+
+    def test_its_options_are_passed_on(self) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            transport = fast_transport(one, disabled_algorithms={"ciphers": [GCM]})
+            assert GCM not in transport.preferred_ciphers
+
+
+# ---- against OpenSSH ----
+
+
+@pytest.fixture
+def sshd() -> Iterator[SshServer]:
+    needs_sshd()
+    with SshServer() as running:
+        yield running
+
+
+def connect_fast(sshd: SshServer) -> paramiko.SSHClient:
+    client = paramiko.SSHClient()
+    client.get_host_keys().add(f"[{LOOPBACK}]:{sshd.port}", sshd.host_key.get_name(), sshd.host_key)
+    client.connect(
+        LOOPBACK,
+        sshd.port,
+        "root",
+        pkey=sshd.client_key,
+        allow_agent=False,
+        look_for_keys=False,
+        transport_factory=fast_transport,
+    )
+    return client
+
+
+@pytest.mark.real
+def test_openssh_takes_gcm_from_a_fast_transport(sshd: SshServer) -> None:
+    with connect_fast(sshd) as client:
+        transport = client.get_transport()
+        assert transport is not None
+        assert ciphers_in_use(transport) == {GCM}
+        _, output, _ = client.exec_command("echo works")
+        assert output.read() == b"works\n"
+
+
+class RudeAgent:
+    """Takes connections; reads and writes as fast as it can, or reads some bytes and resets."""
+
+    def __init__(self, agent: Agent, *, reset_after_bytes: int | None) -> None:
+        self.resets = 0
+        self._agent = agent
+        self._reset_after_bytes = reset_after_bytes
+        self._task = Task(self._serve)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer = self._agent.accept()
+                if self._reset_after_bytes is None:
+                    Task(self._write, peer)
+                Task(self._read, peer)
+
+    def _read(self, peer: socket.socket) -> None:
+        count = 0
+        with contextlib.suppress(OSError):
+            while data := peer.recv(1 << 16):
+                count += len(data)
+                if self._reset_after_bytes is not None and count >= self._reset_after_bytes:
+                    self.resets += 1
+                    reset(peer)
+                    return
+            peer.close()
+
+    def _write(self, peer: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer.sendall(bytes(1 << 12))
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._agent.listener.shutdown(socket.SHUT_RDWR)
+        self._task.result()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("who", ["the proxy", "the agent"])
+def test_closing_under_upload_does_not_kill_the_transport_of_openssh(sshd: SshServer, tmp_path: Path, who: str) -> None:
+    """Data after CLOSE makes OpenSSH disconnect everything: stock paramiko is dead after a few such closes."""
+    count, limit_s = 300, 7.0
+    inbox = Inbox()
+    with connect_fast(sshd) as client, Agent() as agent:
+        transport = client.get_transport()
+        assert transport is not None
+        rude = RudeAgent(agent, reset_after_bytes=100_000 if who == "the agent" else None)
+        forwarder = Forwarder(
+            transport, (LOOPBACK, agent.port), max_connections=None, agent_connect_s=5, post=inbox.post
+        )
+        path = forwarder.bind("unix", tmp_path)
+        forwarder.start()
+        began = time.monotonic()
+
+        def upload(turns: int) -> int:
+            done = 0
+            while done < turns and since(began) < limit_s and transport.is_active():
+                with socket.socket(socket.AF_UNIX) as local, contextlib.suppress(OSError):
+                    local.connect(path)
+                    # Closed with the agent's bytes unread, so that both relays fail, each in its own moment.
+                    for _ in range(8 if who == "the proxy" else 10_000):
+                        local.sendall(bytes(1 << 15))
+                done += 1
+            return done
+
+        tasks = [Task(upload, count // 4) for _ in range(4)]
+        done = sum(task.result(limit_s + WAIT_S) for task in tasks)
+        assert transport.is_active(), f"dead after {done} connections: {sshd.log[-3:]}"
+        forwarder.close()
+        forwarder.cut()
+        inbox.wait(TunnelClosed)
+        assert done >= 50
+        assert (rude.resets > done // 2) == (who == "the agent")
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())
+        rude.stop()
+    eventually(lambda: not own_threads(), WAIT_S)

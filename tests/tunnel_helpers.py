@@ -1,0 +1,190 @@
+"""What the tests of ssh, forwarder and monitor have in common."""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import struct
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import pytest
+
+from proxy_fsm.evidence import Observation
+
+from .e2e.procs import missing_programs, program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "LOOPBACK",
+    "SOON_S",
+    "WAIT_S",
+    "Agent",
+    "Inbox",
+    "Task",
+    "dead_port",
+    "descriptors",
+    "median_s",
+    "needs_sshd",
+    "own_threads",
+    "read_all",
+    "reset",
+    "since",
+]
+
+LOOPBACK = "127.0.0.1"
+#: How long a test waits for what has to come, seconds.
+WAIT_S = 20.0
+#: What "at once" means, seconds: nothing was polled, and nothing timed out.
+SOON_S = 0.05
+
+_T = TypeVar("_T")
+_Seen = TypeVar("_Seen", bound=Observation)
+
+
+class Inbox:
+    """Takes observations, and lets a test wait for them."""
+
+    def __init__(self) -> None:
+        self.seen: list[Observation] = []
+        self._changed = threading.Condition()  # its lock is reentrant
+
+    def post(self, observation: Observation) -> None:
+        with self._changed:
+            self.seen.append(observation)
+            self._changed.notify_all()
+
+    def all(self, kind: type[_Seen]) -> list[_Seen]:
+        with self._changed:
+            return [each for each in self.seen if isinstance(each, kind)]
+
+    def kinds(self) -> list[type[Observation]]:
+        with self._changed:
+            return [type(each) for each in self.seen]
+
+    def wait(self, kind: type[_Seen], count: int = 1, timeout_s: float = WAIT_S) -> _Seen:
+        """Return the first (or the count-th) of a kind as soon as it is there."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.all(kind)) >= count, timeout_s), (kind, self.seen)
+            return self.all(kind)[count - 1]
+
+    def stays_without(self, kind: type[Observation], for_s: float) -> bool:
+        """Tell whether none of a kind comes for some time; the clock runs the full time only if none does."""
+        with self._changed:
+            return not self._changed.wait_for(lambda: self.all(kind), for_s)
+
+
+class Task(Generic[_T]):
+    """A function on a thread of its own; `result` returns what it returned, or raises what it raised."""
+
+    def __init__(self, function: Callable[..., _T], *args: Any) -> None:
+        self._outcome: list[_T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function, args), name="test-task", daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[..., _T], args: tuple[Any, ...]) -> None:
+        try:
+            self._outcome.append(function(*args))
+        except BaseException as error:  # noqa: BLE001 - it is raised again, where it is asked for
+            self._error = error
+
+    def result(self, timeout_s: float = WAIT_S) -> _T:
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), "it is still at work"
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+
+class Agent:
+    """What listens on the graphics port."""
+
+    def __init__(self, *, listening: bool = True) -> None:
+        self.listener = socket.socket()
+        self.listener.settimeout(WAIT_S)
+        self.listener.bind((LOOPBACK, 0))
+        self.port: int = self.listener.getsockname()[1]
+        self._accepted: list[socket.socket] = []
+        if listening:
+            self.listen()
+
+    def listen(self) -> None:
+        self.listener.listen(128)
+
+    def accept(self) -> socket.socket:
+        accepted, _ = self.listener.accept()
+        accepted.settimeout(WAIT_S)
+        self._accepted.append(accepted)
+        return accepted
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (self.listener, *self._accepted):
+            sock.close()
+
+
+def dead_port() -> int:
+    """Return a port of 127.0.0.1 where nothing listens."""
+    with Agent(listening=False) as nobody:
+        return nobody.port
+
+
+def reset(sock: socket.socket) -> None:
+    """Close a TCP socket so that its peer sees a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def read_all(sock: socket.socket) -> bytes:
+    return b"".join(iter(lambda: sock.recv(1 << 20), b""))
+
+
+def own_threads(*names: str) -> list[threading.Thread]:
+    """List the package's threads, or those of some names."""
+    return [
+        thread
+        for thread in threading.enumerate()
+        if (thread.name in names if names else thread.name.startswith("proxy_fsm-"))
+    ]
+
+
+def descriptors() -> set[str]:
+    """Name what this process holds open."""
+    found = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found.add(f"{descriptor.name} {descriptor.readlink()}")
+    return {name for name in found if "/proc/" not in name}
+
+
+def median_s(measure: Callable[[], float], runs: int = 5) -> float:
+    """Return the median of a few measured times, so that one hiccup of the machine does not count."""
+    return statistics.median(measure() for _ in range(runs))
+
+
+def since(began: float) -> float:
+    return time.monotonic() - began
+
+
+def needs_sshd() -> None:
+    """Skip where OpenSSH's server cannot be run, or fail where it was promised."""
+    missing = [name for name in ("sshd", "root") if name in missing_programs() and program(name) is None]
+    if not missing:
+        return
+    message = f"missing for tests against OpenSSH: {', '.join(missing)}"
+    if os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
+        pytest.fail(f"{message} (PROXY_FSM_REQUIRE_REAL is 1)", pytrace=False)
+    pytest.skip(message)
