@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types unit diagrams clean
+.PHONY: demo test lint diagrams system clean
 
 demo: $(READY)
 	@$(BIN)/proxy-fsm demo
@@ -20,7 +20,6 @@ lint: $(READY)
 diagrams: $(READY)
 	$(BIN)/python -m proxy_fsm.diagram diagrams
 
-.PHONY: system
 system:
 	@tests/install-system-packages
 

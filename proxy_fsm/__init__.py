@@ -1,4 +1,4 @@
-"""Remote-desktop proxies as explicit state machines over paramiko: tunnel, proxy program, and exact word of both."""
+"""Remote-desktop proxies as explicit state machines over paramiko: tunnel, proxy program, exact status of both."""
 
 from __future__ import annotations
 

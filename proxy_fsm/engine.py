@@ -5,11 +5,12 @@
     caller ─ orders ─┐
     tunnel           ├──► inbox ──► owner thread: lifecycle ──► effects (preflight, tunnel, process)
     process, output  │                  │
-    transport, X     │                  └──► journal: event, history, subscribers, waiters
+    transport, X     │                  └──► journal: history, event, subscribers, waiters
     deadlines ───────┘
 
 Only the owner fires triggers and touches the engine's fields; what can block runs in a worker that posts an
-observation when it is done. An engine that was never started has no owner: there, whoever orders it to stop first is.
+observation when it is done. An engine that was never started has no owner thread: the first caller that stops it fires
+the trigger itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxy_fsm import monitor
 from proxy_fsm.errors import BackendError, InvalidTransition
@@ -82,9 +83,19 @@ _JOIN_S = 1.0
 _TRANSPORT_FIRST = frozenset(
     {EndReason.NEGOTIATION_FAILED, EndReason.PEER_LOST, EndReason.SESSION_ENDED, EndReason.PROXY_EXITED}
 )
-_HOW_IT_ENDED = {
-    SessionStatus.SUSPENDED: (EndReason.SESSION_SUSPENDED, "The session was suspended on the server."),
-    SessionStatus.FINISHED: (EndReason.SESSION_TERMINATED, "The session was terminated on the server."),
+
+
+class _Cause(NamedTuple):
+    """Why an engine ends: the reason, one sentence for a person, and what to do."""
+
+    reason: EndReason
+    detail: str
+    hint: str | None = None
+
+
+_HOW_IT_ENDED: dict[SessionStatus | None, _Cause] = {
+    SessionStatus.SUSPENDED: _Cause(EndReason.SESSION_SUSPENDED, "The session was suspended on the server."),
+    SessionStatus.FINISHED: _Cause(EndReason.SESSION_TERMINATED, "The session was terminated on the server."),
 }
 
 #: Engines that hold something, for the end of the interpreter.
@@ -151,9 +162,10 @@ class Engine:
         self._entered_at = time.monotonic()
         self._heard_at = 0.0
         self._timer: tuple[float, Callable[[], None]] | None = None
-        self._cause: EndReason | None = None
+        #: Why it ends; told with the state that it leads to, so that no snapshot has the one without the other.
+        self._cause: _Cause | None = None
         #: The cause that is settled as soon as it is confirmed; the first one, unless the display proves lost.
-        self._likely: tuple[EndReason, str] | None = None
+        self._likely: _Cause | None = None
 
         self._workers = workers
         self._forwarder = workers.forwarder(
@@ -175,7 +187,7 @@ class Engine:
         self._attachment: monitor.Attachment | None = None
         self._process: ProxyProcess | None = None
         self._question: ServerQuestion | None = None
-        self._prepared = self._process_alive = self._sign_seen = False
+        self._process_alive = False
 
     # ---- orders, on any thread ----
 
@@ -205,9 +217,7 @@ class Engine:
         if self.is_foreign():
             return
         if self._ownership.acquire(blocking=False):
-            self._cause = EndReason.STOP_REQUESTED
-            self._view = replace(self._view, reason=self._cause, detail="It was stopped before it was started.")
-            self._lifecycle.fire(Trigger.STOP)
+            self._settle(EndReason.STOP_REQUESTED, "It was stopped before it was started.")
         else:
             self._inbox.put(StopOrdered())
 
@@ -292,31 +302,39 @@ class Engine:
     def _changed(self, row: Transition) -> None:
         assert row.dest is not None  # noqa: S101 - an ignored trigger changes nothing
         now, at = time.monotonic(), datetime.now(UTC)
+        reason, detail, hint = self._cause or (None, "", None)
         record = TransitionRecord(
             proxy_id=self.id,
             session=self._session.name,
             trigger=row.trigger,
             source=row.source,
             dest=row.dest,
-            reason=self._view.reason,
-            detail=self._view.detail,
+            reason=reason,
+            detail=detail,
             at=at,
             elapsed_s=now - self._entered_at,
             sequence=len(self._view.history) + 1,
         )
         self._entered_at = now
         last_words = {}
-        if row.dest.is_final and self._cause is not None:
+        if row.dest.is_final and reason is not None:
             retryable = is_retryable(
-                self._cause,
+                reason,
                 channel_opened=self._evidence.saw(ChannelOpened),
                 running_s=next((r.elapsed_s for r in self._view.history if r.source is State.RUNNING), None),
                 resumed=self._resumed,
             )
-            self._update(retryable=retryable)
-            last_words = {"hint": self._view.hint, "retryable": retryable}
-        self._update(state=row.dest, since=at, history=(*self._view.history, record))
-        self._update(waiting_for=self._waiting_for())
+            last_words = {"hint": hint, "retryable": retryable}
+        self._update(
+            state=row.dest,
+            reason=reason,
+            detail=detail,
+            hint=hint,
+            since=at,
+            waiting_for=self._waiting_for(),
+            retryable=last_words.get("retryable"),
+            history=(*self._view.history, record),
+        )
         self.journal.record(record, **last_words)
 
     def _update(self, **changes: Any) -> None:
@@ -364,7 +382,7 @@ class Engine:
 
     # ---- what observations mean ----
 
-    def _act(self, seen: Observation) -> None:  # noqa: C901, PLR0912 - one flat case an observation
+    def _act(self, seen: Observation) -> None:  # noqa: C901, PLR0912 - one flat case per observation
         match seen:
             case StopOrdered():
                 self._end(EndReason.STOP_REQUESTED, "It was asked to stop.")
@@ -372,8 +390,7 @@ class Engine:
                 if self.state is State.TUNNELLING:
                     self._update(listen_address=address)
                 self._lifecycle.fire(Trigger.TUNNEL_OPENED)
-            case PreparationEnded():
-                self._prepared = True
+            case PreparationEnded() | TunnelClosed():
                 self._finish_if_released()
             case SpawnFailed(error=error):
                 self._process_gone()
@@ -387,8 +404,6 @@ class Engine:
                 self._end(EndReason.INTERNAL_ERROR, f"An internal error in the {worker}: {error!r}.")
             case ProcessExited():
                 self._process_gone()
-            case TunnelClosed():
-                self._finish_if_released()
             case ConnectionEnded():
                 if self.state is State.RUNNING and self._backend.max_connections == 1 and self._likely is None:
                     self._set_timer(self._timeouts.stop_grace_s, self._outlived)
@@ -402,7 +417,7 @@ class Engine:
             case DisplayRestored():
                 self._confirm()
             case ServerAnswered(status=status) if self._likely is not None:
-                self._settle(*_HOW_IT_ENDED.get(status, self._likely) if status is not None else self._likely)
+                self._settle(*_HOW_IT_ENDED.get(status, self._likely))
             case _:
                 pass
 
@@ -410,8 +425,8 @@ class Engine:
         """Ask the backend what all that was seen means."""
         try:
             if self.state is State.SPAWNING:
-                self._sign_seen = self._sign_seen or self._backend.ready(self._evidence)
-                if self._sign_seen and self._evidence.saw(ChannelOpened) and self._evidence.exited is None:
+                connected = self._evidence.saw(ChannelOpened) and self._evidence.exited is None
+                if connected and self._backend.ready(self._evidence):
                     self._evidence.ready = True
                     self._lifecycle.fire(Trigger.PROXY_READY)
             verdict = self._backend.diagnose(self._evidence)
@@ -435,13 +450,13 @@ class Engine:
         if self._cause is not None:
             return
         if self._likely is not None:
-            if self._likely[0] is not reason:
+            if self._likely.reason is not reason:
                 self._settle(*self._likely)
             return
         if reason in _TRANSPORT_FIRST and not self._transport.is_active():
             reason, detail = EndReason.TRANSPORT_LOST, "The SSH connection ended."
         if reason is EndReason.SESSION_ENDED:
-            self._likely = reason, detail
+            self._likely = _Cause(reason, detail)
             self._set_timer(self._timeouts.ask_server_s, self._confirmed_by_time)
             self._confirm()
         else:
@@ -465,8 +480,7 @@ class Engine:
         """Fix the cause and leave: it is never overwritten but by `stop_timeout`."""
         if self._cause is not None:
             return
-        self._cause = reason
-        self._update(reason=reason, detail=detail, hint=hint or reason.hint)
+        self._cause = _Cause(reason, detail, hint or reason.hint)
         if reason is EndReason.STOP_REQUESTED:
             self._lifecycle.fire(Trigger.STOP)
         else:
@@ -495,9 +509,8 @@ class Engine:
 
     def _survived(self) -> None:
         detail = f"The proxy program (process {self._view.pid}) is still there after SIGKILL."
-        if self._cause is None or self._cause.clean:
-            self._cause = EndReason.STOP_TIMEOUT
-            self._update(reason=self._cause, detail=detail, hint=self._cause.hint)
+        if self._cause is None or self._cause.reason.clean:
+            self._cause = _Cause(EndReason.STOP_TIMEOUT, detail, EndReason.STOP_TIMEOUT.hint)
         self._update(abandoned=(*self._view.abandoned, f"process {self._view.pid}"))
         self._process_gone()
 
@@ -523,7 +536,7 @@ class Engine:
         if self._process_alive and self._process is not None:
             self._process.signal(signal.SIGKILL)
             left.append(f"process {self._view.pid}")
-        if not self._prepared:
+        if not self._evidence.saw(PreparationEnded):
             left.append(f"the preflight, waiting for {self._preparation.step}")
         self._update(abandoned=(*self._view.abandoned, *left))
         self._preparation.close()
@@ -531,8 +544,8 @@ class Engine:
         self._finish()
 
     def _finish_if_released(self) -> None:
-        held = self._process_alive or not self._prepared or not self._evidence.saw(TunnelClosed)
-        if self.state is State.STOPPING and not held:
+        released = self._evidence.saw(PreparationEnded) and self._evidence.saw(TunnelClosed) and not self._process_alive
+        if self.state is State.STOPPING and released:
             self._finish()
 
     def _finish(self) -> None:
@@ -543,7 +556,7 @@ class Engine:
             if not self._view.abandoned:
                 self._join_workers()
         finally:
-            clean = self._cause is not None and self._cause.clean
+            clean = self._cause is not None and self._cause.reason.clean
             self._lifecycle.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
 
     def _join_workers(self) -> None:
@@ -559,7 +572,7 @@ class Engine:
 
     # ---- what is told ----
 
-    def _note(self, seen: Observation) -> None:  # noqa: C901 - one flat case an observation
+    def _note(self, seen: Observation) -> None:  # noqa: C901 - one flat case per observation
         """Put what was seen into the status, and into the log."""
         match seen:
             case Prepared(listen_address=address):
@@ -600,9 +613,9 @@ class Engine:
             case _:
                 pass
 
-    def _waiting_for(self) -> str:  # noqa: PLR0911 - one flat case a state
+    def _waiting_for(self) -> str:  # noqa: PLR0911 - one flat case per state
         evidence = self._evidence
-        match self.state:
+        match self._lifecycle.state:
             case State.TUNNELLING:
                 return self._preparation.step
             case State.SPAWNING if not evidence.saw(ProcessSpawned):

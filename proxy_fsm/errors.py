@@ -48,7 +48,7 @@ class InvalidTransition(ProxyFsmError):  # noqa: N818 - the contract's name
         self.trigger = trigger
         self.state = state
         super().__init__(
-            f"'{trigger}' is refused in state '{state}'. An engine is used once: make a new Proxy for a new attempt."
+            f"'{trigger}' is refused in state '{state}'. A proxy is used once: make a new Proxy for a new attempt."
             if trigger == "start"
             else f"'{trigger}' is refused in state '{state}'. See proxy_fsm.TRANSITIONS for what each state takes."
         )

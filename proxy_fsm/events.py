@@ -1,4 +1,4 @@
-"""Where events go, and that a broken logger changes nothing."""
+"""Sends events to the caller's logger; one that fails changes nothing."""
 
 from __future__ import annotations
 

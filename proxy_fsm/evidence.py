@@ -127,7 +127,7 @@ class PeerRejected(Observation):
 
 @dataclass(frozen=True, slots=True)
 class ChannelOpened(Observation):
-    """The proxy connected and its channel to the graphics port stands."""
+    """The proxy program connected, and its channel to the graphics port stands."""
 
     connection: int
 
@@ -221,7 +221,7 @@ class Evidence:
         observations: What was seen last, oldest first, output lines apart.
         lines: The proxy's last lines, oldest first.
         last: The newest observation, or None.
-        ready: Whether the session was ready before.
+        ready: Whether the session has become ready; the engine sets it.
         signalled: Whether we have sent the proxy a signal.
     """
 

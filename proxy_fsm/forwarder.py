@@ -1,4 +1,4 @@
-"""A local socket forwarded over SSH to the graphics port: a listener, and two relays a connection.
+"""A local socket forwarded over SSH to the graphics port: a listener, and two relays per connection.
 
 What ``ssh -L`` does. Data flow of a connection::
 
@@ -11,6 +11,7 @@ passed on as the end of that direction. The channel is closed when both relays h
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import struct
@@ -43,10 +44,11 @@ if TYPE_CHECKING:
 
     from proxy_fsm.evidence import Observation
 
-__all__ = ["MAX_SOCKET_PATH_BYTES", "Forwarder"]
+__all__ = ["MAX_SOCKET_PATH_BYTES", "SOCKET_NAME", "Forwarder"]
 
-#: The longest path of a unix socket (``sun_path`` holds 108 bytes with its end mark); longer ones are cut silently.
+#: The longest path of a unix socket: ``sun_path`` holds 108 bytes with its end mark.
 MAX_SOCKET_PATH_BYTES = 107
+SOCKET_NAME = "proxy.sock"
 
 _READ_BYTES = 256 << 10
 #: Where Linux says who owns the TCP sockets of this machine (proc(5)).
@@ -104,21 +106,16 @@ class Forwarder:
         Raises:
             OSError: It cannot be bound.
         """
-        if kind == "unix":
-            path = directory / "proxy.sock"
-            if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-                raise OSError(f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
-            listener, address = socket.socket(socket.AF_UNIX), str(path)
-        else:
-            listener, address = socket.socket(socket.AF_INET), ""
+        path = str(directory / SOCKET_NAME)
+        listener = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
         try:
-            listener.bind(address if kind == "unix" else ("127.0.0.1", 0))
+            listener.bind(path if kind == "unix" else ("127.0.0.1", 0))
             listener.listen(16)
         except BaseException:
             listener.close()
             raise
         self._listener = listener
-        return address or f"127.0.0.1:{listener.getsockname()[1]}"
+        return path if kind == "unix" else f"127.0.0.1:{listener.getsockname()[1]}"
 
     def start(self) -> None:
         """Take connections from now on; returns at once."""
@@ -205,29 +202,18 @@ class Forwarder:
         listener = self._listener
         assert listener is not None  # noqa: S101 - start() comes after bind()
         last: _Connection | None = None
-        taken = 0
         try:
-            while self._max_connections is None or taken < self._max_connections:
-                try:
-                    local, _ = listener.accept()
-                except OSError:
-                    if self.closing.is_set():
-                        return
-                    raise
-                stranger = _stranger(local)
-                if stranger is not None:
-                    local.close()
-                    self.post(PeerRejected(stranger))
-                    continue
-                taken += 1
-                last = self._take(local, taken)
-                if last is None:
+            for number in itertools.count(1):
+                local = self._next(listener)
+                connection = None if local is None else self._take(local, number)
+                if connection is None:
                     return
-                if taken != self._max_connections:
-                    last.start()
+                if number == self._max_connections:
+                    last = connection
+                    break
+                connection.start()
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
             self.post(WorkerFailed("tunnel listener", error))
-            last = None
         finally:
             listener.close()
             with self._lock:
@@ -235,6 +221,21 @@ class Forwarder:
             self._tell_if_closed()
         if last is not None:
             last.run()  # the last connection that may come is served by this thread
+
+    def _next(self, listener: socket.socket) -> socket.socket | None:
+        """Return the next connection of our own user; None when the listener was shut down."""
+        while True:
+            try:
+                local, _ = listener.accept()
+            except OSError:
+                if self.closing.is_set():
+                    return None
+                raise
+            stranger = _stranger(local)
+            if stranger is None:
+                return local
+            local.close()
+            self.post(PeerRejected(stranger))
 
     def _take(self, local: socket.socket, number: int) -> _Connection | None:
         connection = _Connection(self, local, number)

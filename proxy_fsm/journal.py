@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ class Journal:
         if subscriber.via is None:
             self._call(subscriber, record)
         else:
-            self._guarded(subscriber, subscriber.via, self._call, subscriber, record)
+            self._guarded(subscriber, subscriber.via, partial(self._call, subscriber, record))
         took_s = time.monotonic() - began
         if took_s > _SLOW_S:
             self._log("warning", "subscriber.slow", callback=_name(subscriber.callback), elapsed_s=round(took_s, 6))

@@ -77,20 +77,20 @@ def _row(trigger: Trigger, **cells: State | None) -> tuple[Transition, ...]:
     return tuple(Transition(trigger, State(source), dest) for source, dest in cells.items())
 
 
-_ENDED: Mapping[str, State | None] = {"stopping": None, "stopped": None, "failed": None}
+_TOO_LATE: Mapping[str, State | None] = {"stopping": None, "stopped": None, "failed": None}
 
 #: Every pair of state and trigger that moves or is ignored. A pair that is not here is refused.
 TRANSITIONS: tuple[Transition, ...] = (
     *_row(Trigger.START, idle=State.TUNNELLING),
-    *_row(Trigger.TUNNEL_OPENED, tunnelling=State.SPAWNING, spawning=None, running=None, **_ENDED),
-    *_row(Trigger.PROXY_READY, spawning=State.RUNNING, running=None, **_ENDED),
-    *_row(Trigger.SESSION_ENDED, spawning=State.STOPPING, running=State.STOPPING, **_ENDED),
+    *_row(Trigger.TUNNEL_OPENED, tunnelling=State.SPAWNING, spawning=None, running=None, **_TOO_LATE),
+    *_row(Trigger.PROXY_READY, spawning=State.RUNNING, running=None, **_TOO_LATE),
+    *_row(Trigger.SESSION_ENDED, spawning=State.STOPPING, running=State.STOPPING, **_TOO_LATE),
     *_row(
         Trigger.FAULT_FOUND,
         tunnelling=State.STOPPING,
         spawning=State.STOPPING,
         running=State.STOPPING,
-        **_ENDED,
+        **_TOO_LATE,
     ),
     *_row(
         Trigger.STOP,
@@ -98,7 +98,7 @@ TRANSITIONS: tuple[Transition, ...] = (
         tunnelling=State.STOPPING,
         spawning=State.STOPPING,
         running=State.STOPPING,
-        **_ENDED,
+        **_TOO_LATE,
     ),
     *_row(Trigger.CLOSED_CLEANLY, stopping=State.STOPPED, stopped=None, failed=None),
     *_row(Trigger.CLOSED_AFTER_FAULT, stopping=State.FAILED, stopped=None, failed=None),
@@ -112,7 +112,7 @@ class _Model:
 
 
 class Lifecycle:
-    """The machine alone: a state, and one method a trigger.
+    """The machine alone: a state, and one method per trigger.
 
     Each trigger's method returns True where the state changed and False where the table ignores the trigger.
 

@@ -1,4 +1,4 @@
-"""One monitor a transport: its end, and its silence.
+"""One monitor per transport: its end, and its silence.
 
 All proxies on a transport share it. Its one thread sleeps until the transport ends, somebody attaches or detaches,
 a probe is answered, or it is time to look whether anything came. A probe is the opening of a ``session`` channel
@@ -16,14 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded
-from proxy_fsm.ssh import (
-    ChannelOpening,
-    ChannelRefused,
-    EndWatch,
-    OpenAbandoned,
-    TransportGone,
-    packets_received,
-)
+from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,7 +222,7 @@ class _TransportMonitor:
             try:
                 probe.send()
                 probe.wait().send_close()
-            except (ChannelRefused, TransportGone, OpenAbandoned):
+            except NotOpened:
                 pass  # a refusal is an answer; the others are told elsewhere
             finally:
                 self._probe = None

@@ -26,7 +26,7 @@ from proxy_fsm.evidence import (
     WorkerFailed,
     WorkerRefused,
 )
-from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES
+from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import EndReason
 from proxy_fsm.x11 import DisplayError, DisplayWatch
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from proxy_fsm.session import SessionInfo
 
 __all__ = ["Launch", "Preparation"]
-
-#: Room for the socket's name in its directory: "/proxy.sock".
-_SOCKET_NAME_BYTES = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +234,7 @@ def _make_socket_directory(environ: Mapping[str, str]) -> Path:
             directory = tempfile.mkdtemp(prefix="proxy_fsm-", dir=parent)
         except OSError:
             continue
-        if len(os.fsencode(directory)) + _SOCKET_NAME_BYTES <= MAX_SOCKET_PATH_BYTES:
+        if len(os.fsencode(Path(directory, SOCKET_NAME))) <= MAX_SOCKET_PATH_BYTES:
             return Path(directory)
         Path(directory).rmdir()
     raise OSError("no temporary directory is writable and has a path short enough for a unix socket")

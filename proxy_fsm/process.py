@@ -1,7 +1,7 @@
 """The proxy program: spawned without a shell, its output read line by line, its end seen at once, reaped.
 
 One thread does it all: it spawns, then sleeps until output comes or the program ends. It posts
-`ProcessSpawned`, an `OutputLine` each, and `ProcessExited` as the last thing, after all output.
+`ProcessSpawned`, an `OutputLine` per line, and `ProcessExited` as the last thing, after all output.
 """
 
 from __future__ import annotations
@@ -95,8 +95,7 @@ class LineReader:
 
     @staticmethod
     def _pieces(line: str) -> Iterator[str]:
-        yield line[:_MAX_LINE_CHARS]
-        for at in range(_MAX_LINE_CHARS, len(line), _MAX_LINE_CHARS):
+        for at in range(0, len(line) or 1, _MAX_LINE_CHARS):
             yield line[at : at + _MAX_LINE_CHARS]
 
 
@@ -179,6 +178,7 @@ class ProxyProcess:
             self._serve(process)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
             self._post(WorkerFailed("process", error))
+            self._end_group(process.pid)
             self._reap(process)
 
     def _serve(self, process: subprocess.Popen[bytes]) -> None:
@@ -228,7 +228,6 @@ class ProxyProcess:
     def _reap(self, process: subprocess.Popen[bytes]) -> None:
         with self._lock:
             self._reaped = True
-        self._end_group(process.pid)
         code = process.wait()
         if code < 0:
             self._post(ProcessExited(None, -code))

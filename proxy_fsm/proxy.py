@@ -9,7 +9,7 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import paramiko
 
@@ -31,7 +31,7 @@ __all__ = ["Proxy"]
 
 
 class Proxy:
-    """Brings one remote-desktop session to the screen: tunnel, proxy program, and exact word of both.
+    """Brings one remote-desktop session to the screen: tunnel, proxy program, and the exact status of both.
 
     A proxy is used once. Making one acquires nothing; it holds things between `start` and a final state.
     All methods may be called from any thread, `stop` also from a signal handler.
@@ -184,9 +184,10 @@ class Proxy:
 
         Args:
             callback: Takes a record. What it raises is logged and changes nothing.
-            via: Hands the call to another loop, as ``via(function, *arguments)``: ``loop.call_soon_threadsafe``,
-                ``GLib.idle_add``, the ``emit`` of a Qt signal. Without it the call comes on the owner thread and
-                must be short; there, `stop` is welcome, and what waits raises RuntimeError.
+            via: Hands the call, which takes no argument, to another loop: ``loop.call_soon_threadsafe``,
+                ``GLib.idle_add``, or the ``emit`` of a Qt ``Signal(object)`` that is connected to
+                ``lambda call: call()``. Without it the call comes on the owner thread and must be short; there,
+                `stop` is welcome, and what waits raises RuntimeError.
             replay: Whether to tell the past changes first.
 
         Returns:
@@ -194,7 +195,7 @@ class Proxy:
         """
         return self._engine.subscribe(callback, via, replay=replay)
 
-    def __enter__(self) -> Proxy:  # noqa: PYI034 - an engine is no base class
+    def __enter__(self) -> Self:
         try:
             self.start()
             self.wait_running()

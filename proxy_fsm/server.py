@@ -10,7 +10,7 @@ import paramiko
 from proxy_fsm.errors import InvalidSession
 from proxy_fsm.evidence import ServerAnswered
 from proxy_fsm.session import SessionStatus, parse_session_list
-from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone
+from proxy_fsm.ssh import ChannelOpening, NotOpened, SafeChannel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,23 +69,15 @@ class ServerQuestion:
                 if status is not SessionStatus.RUNNING:
                     break
                 self._abandoned.wait(_PAUSE_S)
-        except (
-            ChannelRefused,
-            TransportGone,
-            OpenAbandoned,
-            InvalidSession,
-            paramiko.SSHException,
-            OSError,
-            EOFError,
-        ):
+        except (NotOpened, InvalidSession, paramiko.SSHException, OSError, EOFError):
             status = None  # it cannot tell, which is an answer too
         self._post(ServerAnswered(status))
 
-    def _ask(self) -> SessionStatus:
-        """Return the status that the server lists; a session that it does not list is finished."""
+    def _ask(self) -> SessionStatus | None:
+        """Return the status that the server lists, None where it cannot tell; what it does not list is finished."""
         with self._lock:
             if self._abandoned.is_set():
-                raise OpenAbandoned
+                return None
             opening = self._opening = ChannelOpening(self._transport, "session")
         opening.send()
         channel = opening.wait()
@@ -93,17 +85,14 @@ class ServerQuestion:
             with self._lock:
                 self._opening, self._channel = None, channel
             if self._abandoned.is_set():
-                raise OpenAbandoned
+                return None
             channel.exec_command(self.COMMAND)
             answer = b""
             while len(answer) < _MAX_ANSWER_BYTES and (data := channel.recv(1 << 16)):
                 answer += data
-            if channel.transport_ended or self._abandoned.is_set():
-                raise OpenAbandoned
-            if len(answer) >= _MAX_ANSWER_BYTES:
-                raise paramiko.SSHException("The server's answer has no end.")
-            if channel.recv_exit_status() != 0:
-                raise paramiko.SSHException("The server has no x2golistsessions.")
+            cut_short = channel.transport_ended or self._abandoned.is_set() or len(answer) >= _MAX_ANSWER_BYTES
+            if cut_short or channel.recv_exit_status() != 0:
+                return None
         finally:
             with self._lock:
                 self._channel = None

@@ -40,6 +40,7 @@ __all__ = [
     "ChannelOpening",
     "ChannelRefused",
     "EndWatch",
+    "NotOpened",
     "OpenAbandoned",
     "SafeChannel",
     "TransportGone",
@@ -56,7 +57,11 @@ PACKET_BYTES = 256 << 10
 _FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
 
-class ChannelRefused(Exception):  # noqa: N818 - an answer, not an error of this side
+class NotOpened(Exception):  # noqa: N818 - each of its kinds is a fact or a wish, not an error of this side
+    """A channel was not opened."""
+
+
+class ChannelRefused(NotOpened):
     """The server refused to open a channel.
 
     Attributes:
@@ -73,11 +78,11 @@ class ChannelRefused(Exception):  # noqa: N818 - an answer, not an error of this
         super().__init__(text)
 
 
-class TransportGone(Exception):  # noqa: N818 - a fact, told to the thread that uses the channel
+class TransportGone(NotOpened):
     """The transport ended before the server answered."""
 
 
-class OpenAbandoned(Exception):  # noqa: N818 - this side's own wish
+class OpenAbandoned(NotOpened):
     """The open was abandoned before the server answered."""
 
 
@@ -145,7 +150,6 @@ class ChannelOpening:
         self._lock = threading.Lock()
         self._settled = threading.Event()
         self._answer: SafeChannel | Exception | None = None
-        self._abandoned = False
         self._channel: SafeChannel | None = None
 
     def send(self) -> None:
@@ -201,7 +205,6 @@ class ChannelOpening:
     def abandon(self) -> None:
         """Give the open up: `wait` raises at once, and a channel that opens after all is closed."""
         with self._lock:
-            self._abandoned = True
             answer, self._answer = self._answer, None
             self._settled.set()
         if isinstance(answer, SafeChannel):
@@ -229,7 +232,7 @@ class ChannelOpening:
                 self._answer = answer
                 self._settled.set()
                 return
-        if self._abandoned and isinstance(answer, SafeChannel):
+        if isinstance(answer, SafeChannel):
             _discard(answer)
 
 

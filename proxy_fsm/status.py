@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from proxy_fsm.lifecycle import State, Trigger
 
 __all__ = ["EndReason", "Link", "ProxyStatus", "Timeouts", "TransitionRecord", "TunnelStats", "is_retryable"]
@@ -144,7 +143,7 @@ class TransitionRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as values that JSON can hold; ``at`` in ISO 8601."""
-        return {**dataclasses.asdict(self), "at": self.at.isoformat()}
+        return _fields_as_json(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +164,7 @@ class TunnelStats:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as values that JSON can hold; ``opened_at`` in ISO 8601."""
-        return {
-            **dataclasses.asdict(self),
-            "opened_at": None if self.opened_at is None else self.opened_at.isoformat(),
-        }
+        return _fields_as_json(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,17 +254,25 @@ class ProxyStatus:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as values that JSON can hold: enums as their values, times in ISO 8601, tuples as lists."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return plain | {
-            "state": str(self.state),
-            "since": self.since.isoformat(),
-            "reason": None if self.reason is None else str(self.reason),
-            "link": str(self.link),
-            "tunnel": None if self.tunnel is None else self.tunnel.as_dict(),
-            "output_tail": list(self.output_tail),
-            "abandoned": list(self.abandoned),
-            "history": [record.as_dict() for record in self.history],
-        }
+        return _fields_as_json(self)
+
+
+def _fields_as_json(told: ProxyStatus | TransitionRecord | TunnelStats) -> dict[str, Any]:
+    return {field.name: _as_json(getattr(told, field.name)) for field in dataclasses.fields(told)}
+
+
+def _as_json(value: Any) -> Any:
+    match value:
+        case StrEnum():
+            return str(value)
+        case datetime():
+            return value.isoformat()
+        case tuple():
+            return [_as_json(each) for each in value]
+        case TransitionRecord() | TunnelStats():
+            return value.as_dict()
+        case _:
+            return value
 
 
 #: The agent is gone or was never there, whatever else happened.

@@ -58,10 +58,10 @@ _SHORT_LIFE_S = 1.0
 _SHORT_LIVES_MAX = 5
 
 _DISPLAY = re.compile(
-    r"(?:(?P<protocol>[a-z0-9]+)/)?(?P<host>\[[^\[\]]+\]|[^/\[\]\s]*):(?P<number>\d{1,5})(?:\.(?P<screen>\d{1,5}))?",
+    r"(?:(?P<protocol>[a-z0-9]+)/)?(?P<host>\[[^\[\]]+\]|[^/\[\]\s]*):(?P<number>\d{1,5})(?:\.\d{1,5})?",
     re.ASCII,
 )
-_DISPLAY_PATH = re.compile(r"(?P<path>/.*:(?P<number>\d{1,5}))(?:\.(?P<screen>\d{1,5}))?", re.ASCII)
+_DISPLAY_PATH = re.compile(r"(?P<path>/.*:(?P<number>\d{1,5}))(?:\.\d{1,5})?", re.ASCII)
 _LOCAL_PROTOCOLS = {"unix", "local"}
 _TCP_PROTOCOLS = {"tcp", "inet", "inet6"}
 
@@ -104,13 +104,11 @@ class DisplayName:
     Args:
         number: The display's number, 0 to 59535.
         host: The host to reach by TCP; None for a local socket.
-        screen: The screen's number.
         path: The local socket, where DISPLAY names one (macOS); None for the usual place.
     """
 
     number: int
     host: str | None = None
-    screen: int = 0
     path: str | None = None
 
     @classmethod
@@ -136,18 +134,14 @@ class DisplayName:
         if protocol not in {None, *_LOCAL_PROTOCOLS, *_TCP_PROTOCOLS}:
             raise _malformed(text)
         local = protocol in _LOCAL_PROTOCOLS or (protocol is None and host in {"", "unix"})
-        return cls(
-            number=int(match["number"]),
-            host=None if local else host or "localhost",
-            screen=int(match["screen"] or 0),
-        )
+        return cls(number=int(match["number"]), host=None if local else host or "localhost")
 
     @classmethod
     def _of_path(cls, path: str) -> DisplayName:
         match = _DISPLAY_PATH.fullmatch(path)
         if match is None:
             return cls(number=0, path=path)
-        return cls(number=int(match["number"]), path=match["path"], screen=int(match["screen"] or 0))
+        return cls(number=int(match["number"]), path=match["path"])
 
     def __str__(self) -> str:
         if self.path is not None:

@@ -202,7 +202,7 @@ class CommandBackend(Backend):
         return any(pattern.search(line.text) for line in evidence.lines)
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
-        """Tell the viewer closed by its user from the session ended by the agent."""
+        """Distinguish a viewer that its user closed from a session that the agent ended."""
         if not evidence.ready:
             return None
         agent_left = self.max_connections == 1 and evidence.saw(AgentClosed)

@@ -121,8 +121,8 @@ class NX3Backend(Backend):
         }
 
     def ready(self, evidence: Evidence) -> bool:
-        """The X connection stands; earlier lines come also when it is then refused."""
-        return isinstance(evidence.last, OutputLine) and _READY in evidence.last.text
+        """The X server is reached; nxproxy prints its earlier lines even where that then refuses it."""
+        return evidence.said(_READY)
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
         """Read the cause from nxproxy's lines, since its exit code says nothing."""

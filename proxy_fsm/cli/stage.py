@@ -31,13 +31,13 @@ __all__ = ["DESKTOP_COLOUR", "SESSION_NAME", "Stage", "missing_programs", "real"
 
 #: What the real demo needs, and the package of Debian, Ubuntu and Fedora, or of Debian and Ubuntu, that has it.
 _PROGRAMS = {"nxagent": "nxagent", "nxproxy": "nxproxy", "Xvfb": "xvfb", "xauth": "xauth"}
+_GREETING = 'printf "\\n  This window is painted by an X client\\n  inside the remote session.\\n"; exec sleep 3600'
 #: What may paint on the remote desktop: the first one that is installed.
 _PAINTERS = (
-    ("xterm", "-bg", "#fdf6e3", "-fg", "#073642", "-geometry", "64x12+40+40", "-e"),
+    ("xterm", "-bg", "#fdf6e3", "-fg", "#073642", "-geometry", "64x12+40+40", "-e", "sh", "-c", _GREETING),
     ("xclock", "-geometry", "240x240+40+40"),
     ("xeyes", "-geometry", "240x160+40+40"),
 )
-_GREETING = 'printf "\\n  This window is painted by an X client\\n  inside the remote session.\\n"; exec sleep 3600'
 #: Of the remote desktop, which takes three quarters of the width and height; the screen around it is black.
 DESKTOP_COLOUR = (0x2A, 0x6F, 0x97)
 _SCREEN = "1024x768x24"
@@ -142,7 +142,7 @@ def real(directory: Path, interrupts: Interrupts) -> Iterator[Stage]:
             agent=agent,
             screen=directory / "Xvfb_screen0",
             painter=painter[0] if painter else "",
-            _paint=[*painter, *(["sh", "-c", _GREETING] if painter[-1:] == ("-e",) else [])],
+            _paint=painter,
             _paint_environ=environ | {"DISPLAY": f":{number}"},
             _held=stack.enter_context(contextlib.ExitStack()),
         )

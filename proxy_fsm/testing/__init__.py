@@ -1,5 +1,21 @@
-"""What programs test their own use of proxies with: an SSH server, stand-ins, scripted programs."""
+"""What programs that embed proxies test themselves with.
 
+Faked proxies, an SSH server with faults, scripted programs and stand-ins; the modules ``machine`` and ``strategies``
+need hypothesis.
+"""
+
+from proxy_fsm.testing.fakes import FakedProxy, FakeProcess, FakeTransport, FakeTunnel
+from proxy_fsm.testing.scripted import Gate, ScriptedProxy
 from proxy_fsm.testing.ssh_server import CommandHandler, Forwarding, LoopbackSSHServer
 
-__all__ = ["CommandHandler", "Forwarding", "LoopbackSSHServer"]
+__all__ = [
+    "CommandHandler",
+    "FakeProcess",
+    "FakeTransport",
+    "FakeTunnel",
+    "FakedProxy",
+    "Forwarding",
+    "Gate",
+    "LoopbackSSHServer",
+    "ScriptedProxy",
+]

@@ -3,9 +3,9 @@
 Subclass it to add rules and invariants of your own, or override `make_proxy` to watch your client's subscriber::
 
     class MyMachine(ProxyMachine):
-        def make_proxy(self) -> FakedProxy:
+        def make_proxy(self, **options: Any) -> FakedProxy:
             self.window = MyWindow()
-            proxy = FakedProxy(backend=MyBackend())
+            proxy = FakedProxy(backend=MyBackend(), **options)
             proxy.subscribe(self.window.on_change)
             return proxy
 
@@ -68,14 +68,14 @@ class ProxyMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.events = _Events()
-        self.proxy = self.make_proxy()
+        self.proxy = self.make_proxy(timeouts=_TIMEOUTS, logger=self.events, ask_server=True)
         self._told: list[TransitionRecord] = []
         self._reasons: list[EndReason] = []
         self.proxy.subscribe(self._told.append)
 
-    def make_proxy(self) -> FakedProxy:
-        """Return the proxy to drive; pass `events` as its logger where you override this."""
-        return FakedProxy(timeouts=_TIMEOUTS, logger=self.events, ask_server=True)
+    def make_proxy(self, **options: Any) -> FakedProxy:
+        """Return the proxy to drive; whoever overrides this passes on the options, on which the checks rely."""
+        return FakedProxy(**options)
 
     def teardown(self) -> None:
         """`stop` reaches a final state in time, whatever happened before and whoever does not answer."""
@@ -215,7 +215,7 @@ class ProxyMachine(RuleBasedStateMachine):
         proxy, status = self.proxy, self.proxy.status()
         moves = {(row.trigger, row.source, row.dest) for row in TRANSITIONS if row.dest is not None}
         assert not self.events.broken
-        assert [(r.trigger, r.source, r.dest) in moves for r in status.history] == [True] * len(status.history)
+        assert all((r.trigger, r.source, r.dest) in moves for r in status.history)
         assert proxy.ok() is (status.state is State.RUNNING)
         assert list(status.history) == self._told
         assert [record.sequence for record in self._told] == list(range(1, len(self._told) + 1))

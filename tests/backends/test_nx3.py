@@ -344,13 +344,13 @@ class TestDiagnosis:
     def test_what_it_says_when_we_have_ended_it_means_nothing(self, name: str) -> None:
         assert judge(replay(name), signalled_after=0)[1] is None
 
-    def test_it_is_ready_at_one_line_and_at_no_other_observation(self) -> None:
+    def test_it_is_ready_from_one_line_on_and_by_no_other(self) -> None:
         backend = NX3Backend()
         ready = OutputLine("Info: Established X server connection.")
         assert backend.ready(Evidence(ready))
         assert not backend.ready(Evidence(OutputLine("Session: Session started at 'Sun Nov 22 12:07:31 2026'.")))
-        assert not backend.ready(Evidence(ready, AgentSpoke(1)))
-        assert not backend.ready(Evidence(ready, OutputLine("Info: Using shared memory parameters 0/0K.")))
+        assert backend.ready(Evidence(ready, AgentSpoke(1)))
+        assert not backend.ready(Evidence(AgentSpoke(1), OutputLine("Info: Using shared memory parameters 0/0K.")))
 
     @pytest.mark.parametrize("opened", [True, False])
     @pytest.mark.parametrize("number", [1, 2, 15])
