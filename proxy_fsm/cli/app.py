@@ -26,7 +26,7 @@ def _exit_table() -> str:
 def _app() -> App:
     app = App(
         name="proxy-fsm",
-        help="Bring remote-desktop sessions to the screen: an SSH tunnel, a proxy program, and the exact status of both.",
+        help="Bring remote-desktop sessions to the screen: an SSH tunnel, a proxy program, the exact status of both.",
         help_epilogue=_exit_table(),
         version=__version__,
         help_format="markdown",

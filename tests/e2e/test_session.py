@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -530,11 +531,18 @@ ENDINGS = [
 ]
 
 
+def stood_long_enough(attempt: Attempt) -> None:
+    """Wait until the session has stood for so long that it certainly survives; before, `retryable` is None."""
+    since = attempt.proxy.status().since
+    eventually(lambda: (datetime.now(UTC) - since).total_seconds() > 0.6, FINAL_S)
+
+
 @pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.cause.replace(" ", "-"))
 def test_end_in_mid_session(scene: Scene, ending: Ending, record_property: Any) -> None:
     """It ends with its own reason, in time, and `retryable` agrees with what the server then says."""
     attempt = scene.attempt().run()
     scene.settled()
+    stood_long_enough(attempt)
     cause_at = time.monotonic()
     ending.inflict(scene, attempt)
     final = attempt.wait()
