@@ -155,7 +155,14 @@ class Display:
         return subprocess.run(command, env=environment, check=True, capture_output=True, timeout=10).stdout
 
     def screenshot(self) -> Image.Image:
-        """Take a picture of the whole screen, in RGB."""
+        """Take a picture of the whole screen, in RGB.
+
+        xwd asks for the windows first and for their colours then: one that went meanwhile makes it fail, so that it
+        is asked again.
+        """
+        for _ in range(5):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                return picture_of_dump(self._ask("xwd", "-root", "-silent"))
         return picture_of_dump(self._ask("xwd", "-root", "-silent"))
 
     def share_of(self, colour: tuple[int, int, int]) -> float:
