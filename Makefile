@@ -23,6 +23,11 @@ lint: $(READY)
 diagrams: $(READY)
 	$(BIN)/python -m proxy_fsm.diagram diagrams
 
+# Minutes: it tests the tests; docs/mutation.md has what came of it.
+.PHONY: mutation
+mutation: $(READY)
+	$(BIN)/python -m tests.mutation proxy_fsm/lifecycle.py proxy_fsm/engine.py
+
 system:
 	@tests/install-system-packages
 

@@ -20,7 +20,7 @@ import secrets
 import signal
 import threading
 import time
-from contextlib import suppress
+import traceback
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
@@ -59,9 +59,10 @@ from proxy_fsm.journal import Journal
 from proxy_fsm.lifecycle import Lifecycle, State, Transition, Trigger
 from proxy_fsm.preflight import Preparation
 from proxy_fsm.process import ProxyProcess
+from proxy_fsm.redaction import Hidden, Redactor
 from proxy_fsm.server import ServerQuestion
 from proxy_fsm.session import SessionInfo, SessionStatus
-from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, is_retryable
+from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, hint_for, is_retryable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -140,11 +141,15 @@ class Engine:
         self._ask_server = ask_server
         self._resumed = resumed
 
+        self._secrets = Hidden([session.cookie] if session.cookie else [])
+        self._redact = Redactor(self._secrets)
         self.log = EventLog(logger, proxy_id=self.id, session=session.name)
         self.journal = Journal(self.log)
+        #: What was seen; None only wakes the owner. Orders have a queue of their own, which is looked at first.
         self._inbox: SimpleQueue[Observation | None] = SimpleQueue()
-        #: Taken once, by the one who becomes the owner: the thread of `start`, or who orders an idle engine to stop.
-        self._ownership = threading.Lock()
+        self._orders: SimpleQueue[StopOrdered] = SimpleQueue()
+        #: Who wants to own it; the first one does: a call of `start`, or of `stop` while it is idle.
+        self._claims: list[object] = []
         self._owner: threading.Thread | None = None
         self._owner_pid: int | None = None
 
@@ -187,7 +192,7 @@ class Engine:
         self._attachment: monitor.Attachment | None = None
         self._process: ProxyProcess | None = None
         self._question: ServerQuestion | None = None
-        self._process_alive = False
+        self._process_alive = self._killed = False
 
     # ---- orders, on any thread ----
 
@@ -198,28 +203,45 @@ class Engine:
 
     def start(self) -> None:
         """Become owned by a thread of its own, and get under way."""
-        if not self._ownership.acquire(blocking=False):
-            raise InvalidTransition(str(Trigger.START), self.state)
-        self._owner_pid = os.getpid()
-        owner = threading.Thread(target=self._run, name=f"proxy_fsm-{self.id}", daemon=True)
+        claim, may_run = object(), threading.Lock()
         try:
-            owner.start()
+            if not self._claim(claim):
+                raise InvalidTransition(str(Trigger.START), self.state)  # noqa: TRY301 - see the end of this block
+            self._owner_pid = os.getpid()
+            self._owner = threading.Thread(target=self._run, args=(may_run,), name=f"proxy_fsm-{self.id}", daemon=True)
+            self._owner.start()
         except BaseException:
-            self._ownership.release()
-            if not self._inbox.empty():
-                self.stop()  # it was ordered meanwhile
+            # Whatever it was, a Ctrl-C too: either the thread runs and owns the engine, or it never will.
+            if claim in self._claims and may_run.acquire(blocking=False):
+                self._owner = self._owner_pid = None
+                self._claims.remove(claim)
+                if not self._orders.empty():
+                    self.stop()  # it was ordered meanwhile
             raise
-        self._owner = owner
         self.journal.wait(frozenset(State) - {State.IDLE}, None)
 
     def stop(self) -> None:
         """Ask it to end; a no-op in a forked child."""
         if self.is_foreign():
             return
-        if self._ownership.acquire(blocking=False):
-            self._settle(EndReason.STOP_REQUESTED, "It was stopped before it was started.")
-        else:
-            self._inbox.put(StopOrdered())
+        claim = object()
+        try:
+            if self._claim(claim):
+                self._settle(EndReason.STOP_REQUESTED, "It was stopped before it was started.")
+                return
+        except BaseException:
+            if self.state is State.IDLE and claim in self._claims:
+                self._claims.remove(claim)
+            raise
+        self._orders.put(StopOrdered())
+        self._inbox.put(None)
+
+    def _claim(self, claim: object) -> bool:
+        self._claims.append(claim)
+        if self._claims[0] is claim:
+            return True
+        self._claims.remove(claim)
+        return False
 
     def wait(self, states: frozenset[State], timeout: float | None) -> State:
         """Wait until one of the states, or a final one, was told to everybody."""
@@ -255,6 +277,8 @@ class Engine:
     def status(self) -> ProxyStatus:
         """Return a snapshot of everything that is known."""
         view = self._view
+        if self.is_foreign():
+            return view  # the tunnel's lock may have been held when the process forked
         return replace(
             view,
             tunnel=None if view.listen_address is None else self._forwarder.stats(),
@@ -263,7 +287,9 @@ class Engine:
 
     # ---- the owner thread ----
 
-    def _run(self) -> None:
+    def _run(self, may_run: threading.Lock) -> None:
+        if not may_run.acquire(blocking=False):
+            return  # the call that started this thread was interrupted, and has given the engine back
         LIVE.add(self)
         try:
             self._guarded(self._lifecycle.start)
@@ -275,23 +301,41 @@ class Engine:
     def _guarded(self, step: Callable[[], object]) -> None:
         try:
             step()
-        except Exception as error:  # noqa: BLE001 - a bug of ours ends the engine in order, with its traceback logged
-            self.log("error", "internal.error", exc_info=True)
-            with suppress(InvalidTransition):  # the table refuses it in idle alone, where nothing is held
+        except BaseException as error:  # noqa: BLE001 - a bug of ours, or of a backend, ends the engine in order
+            self._log_error(error)
+            try:
                 self._settle(EndReason.INTERNAL_ERROR, f"An internal error: {type(error).__name__}: {error}.")
+            except InvalidTransition:
+                pass  # the table refuses it in idle alone, where nothing is held
+            except BaseException as second:  # noqa: BLE001 - leaving goes on, whatever breaks on the way
+                self._log_error(second)
+                if self._timer is None:
+                    self._set_timer(0.0, self._abandon)
 
     def _step(self) -> None:
+        """Take one thing in: orders before deadlines, deadlines before observations, of which there may be many."""
+        if not self._orders.empty():
+            self._take(self._orders.get())
+            return
+        wait_s = None if self._timer is None else self._timer[0] - time.monotonic()
+        if wait_s is not None and wait_s <= 0:
+            self._deadline_passed()
+            return
         try:
-            wait_s = None if self._timer is None else max(0.0, self._timer[0] - time.monotonic())
             observation = self._inbox.get(timeout=wait_s)
         except Empty:
-            timer, self._timer = self._timer, None
-            if timer is not None:
-                timer[1]()
             return
         if observation is None:
             self.journal.catch_up()
-            return
+        else:
+            self._take(observation)
+
+    def _deadline_passed(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer[1]()
+
+    def _take(self, observation: Observation) -> None:
         self._evidence.add(observation)
         self._note(observation)
         self._act(observation)
@@ -349,12 +393,12 @@ class Engine:
         self._timer = None
 
     def _start_preflight(self) -> None:
-        self._set_timer(self._timeouts.preflight_s, lambda: self._too_late(self._timeouts.preflight_s))
-        self._attachment = self._workers.attach(self._transport, self._timeouts, self._inbox.put)
+        self._set_timer(self._timeouts.preflight_s, self._preflight_too_late)
         self._preparation.start()
+        self._attachment = self._workers.attach(self._transport, self._timeouts, self._inbox.put)
 
     def _start_proxy(self) -> None:
-        self._set_timer(self._timeouts.ready_s, lambda: self._too_late(self._timeouts.ready_s))
+        self._set_timer(self._timeouts.ready_s, self._ready_too_late)
         launch, watch = self._preparation.launch, self._preparation.watch
         assert launch is not None  # noqa: S101 - set before Prepared is posted
         if watch is not None:
@@ -365,17 +409,22 @@ class Engine:
             environment=launch.environment,
             directory=launch.directory,
             log=launch.log,
-            secrets=[self._session.cookie] if self._session.cookie else [],
+            secrets=self._secrets,
             post=self._inbox.put,
         )
         self._process.start()
         self._process_alive = True
 
-    def _too_late(self, after_s: float) -> None:
+    def _preflight_too_late(self) -> None:
         self._end(
             EndReason.START_TIMEOUT,
-            f"Not ready after {after_s:g} s: {self._waiting_for()} was still missing.",
+            f"Not prepared after {self._timeouts.preflight_s:g} s: {self._waiting_for()} was still missing.",
+            "Look on this machine for what it waited for, or allow more time (preflight_s).",
         )
+
+    def _ready_too_late(self) -> None:
+        after_s = self._timeouts.ready_s
+        self._end(EndReason.START_TIMEOUT, f"Not ready after {after_s:g} s: {self._waiting_for()} was still missing.")
 
     def _outlived(self) -> None:
         self._end(EndReason.SESSION_ENDED, "The connection to the agent has ended; the proxy program stayed, alone.")
@@ -404,13 +453,20 @@ class Engine:
                 self._end(EndReason.INTERNAL_ERROR, f"An internal error in the {worker}: {error!r}.")
             case ProcessExited():
                 self._process_gone()
+            case OutputLine():
+                if self._process is not None:
+                    self._process.taken()
             case ConnectionEnded():
                 if self.state is State.RUNNING and self._backend.max_connections == 1 and self._likely is None:
                     self._set_timer(self._timeouts.stop_grace_s, self._outlived)
             case TransportEnded(detail=detail):
+                self._hurry()
                 self._end(EndReason.TRANSPORT_LOST, detail)
             case LinkDead(silent_s=silent_s):
+                self._hurry()
                 self._end(EndReason.TRANSPORT_SILENT, f"The SSH server has not been heard for {silent_s:.0f} s.")
+            case LinkSilent():
+                self._hurry()
             case DisplayLost(detail=detail):
                 self._likely = None  # what the proxy says when its display goes looks like an end of the session
                 self._end(EndReason.DISPLAY_LOST, f"The X server has gone: {detail}")
@@ -441,6 +497,8 @@ class Engine:
     def _judge_exit(self, exited: ProcessExited) -> tuple[EndReason, str]:
         if exited.signal is not None:
             return EndReason.PROXY_KILLED, f"The proxy program was ended by {_signal_name(exited.signal)}."
+        if exited.exit_code is None:
+            return EndReason.PROXY_EXITED, "The proxy program ended; somebody else has taken its exit status."
         last = next((line.text for line in reversed(self._evidence.lines) if line.text.strip()), None)
         said = f"; its last line: {last}" if last is not None else " and printed nothing."
         return EndReason.PROXY_EXITED, f"The proxy program ended with exit code {exited.exit_code}{said}"
@@ -470,7 +528,10 @@ class Engine:
             self._settle(*self._likely)
         elif self._question is None:
             self._question = self._workers.question(self._transport, self._session.name, self._inbox.put)
-            self._question.start()
+            try:
+                self._question.start()
+            except RuntimeError:  # no thread can be started: what is likely has to do
+                self._settle(*self._likely)
 
     def _confirmed_by_time(self) -> None:
         if self._likely is not None:
@@ -480,7 +541,14 @@ class Engine:
         """Fix the cause and leave: it is never overwritten but by `stop_timeout`."""
         if self._cause is not None:
             return
-        self._cause = _Cause(reason, detail, hint or reason.hint)
+        hint = hint or hint_for(
+            reason,
+            channel_opened=self._evidence.saw(ChannelOpened),
+            was_running=self._evidence.ready,
+            resumed=self._resumed,
+        )
+        # What a backend says may hold what it was given.
+        self._cause = _Cause(reason, self._redact(detail), None if hint is None else self._redact(hint))
         if reason is EndReason.STOP_REQUESTED:
             self._lifecycle.fire(Trigger.STOP)
         else:
@@ -501,8 +569,14 @@ class Engine:
             self._process.signal(signal.SIGTERM)
             self._set_timer(self._timeouts.stop_grace_s, self._kill)
 
+    def _hurry(self) -> None:
+        """Where it is leaving in order, leave at once: nothing orderly can travel any more."""
+        if self.state is State.STOPPING and self._process_alive and not self._killed:
+            self._kill()
+
     def _kill(self) -> None:
         self._set_timer(self._timeouts.kill_s, self._survived)
+        self._killed = True
         if self._process is not None:
             self._evidence.signalled = True
             self._process.signal(signal.SIGKILL)
@@ -532,16 +606,18 @@ class Engine:
         self._forwarder.cut()
 
     def _abandon(self) -> None:
-        left = list(self._forwarder.standing())
-        if self._process_alive and self._process is not None:
-            self._process.signal(signal.SIGKILL)
-            left.append(f"process {self._view.pid}")
-        if not self._evidence.saw(PreparationEnded):
-            left.append(f"the preflight, waiting for {self._preparation.step}")
-        self._update(abandoned=(*self._view.abandoned, *left))
-        self._preparation.close()
-        self._forwarder.close()
-        self._finish()
+        """Go without what cannot be released in time, and say so."""
+        try:
+            if self._process_alive and self._process is not None:
+                self._update(abandoned=(*self._view.abandoned, f"process {self._view.pid}"))
+                self._process.signal(signal.SIGKILL)
+            if not self._evidence.saw(PreparationEnded):
+                self._update(abandoned=(*self._view.abandoned, f"the preflight, waiting for {self._preparation.step}"))
+            self._update(abandoned=(*self._view.abandoned, *self._forwarder.standing()))
+            self._preparation.close()
+            self._forwarder.close()
+        finally:
+            self._finish()
 
     def _finish_if_released(self) -> None:
         released = self._evidence.saw(PreparationEnded) and self._evidence.saw(TunnelClosed) and not self._process_alive
@@ -575,7 +651,7 @@ class Engine:
     def _note(self, seen: Observation) -> None:  # noqa: C901 - one flat case per observation
         """Put what was seen into the status, and into the log."""
         match seen:
-            case Prepared(listen_address=address):
+            case Prepared(listen_address=address) if self.state is State.TUNNELLING:
                 self.log("info", "tunnel.listening", address=address)
             case ProcessSpawned(pid=pid, executable=executable):
                 self._update(pid=pid)
@@ -609,9 +685,14 @@ class Engine:
             case LogFailed(detail=detail):
                 self.log("warning", "process.log_failed", detail=detail)
             case WorkerFailed(worker=worker, error=error):
-                self.log("error", "internal.error", worker=worker, exc_info=error)
+                self._log_error(error, worker=worker)
             case _:
                 pass
+
+    def _log_error(self, error: BaseException, **fields: Any) -> None:
+        """Log a traceback as text: renderers that show local variables would show secrets."""
+        text = "".join(traceback.format_exception(error))
+        self.log("error", "internal.error", exception=self._redact(text), **fields)
 
     def _waiting_for(self) -> str:  # noqa: PLR0911 - one flat case per state
         evidence = self._evidence

@@ -19,7 +19,7 @@ class EventLog:
     """Events of one proxy, each with its ``proxy_id`` and ``session``.
 
     Args:
-        logger: A structlog logger, or one of the standard library. By default structlog's, where the program has
+        logger: A structlog logger, or a logger of the standard library. By default structlog's, where the program has
             configured it, else ``logging.getLogger("proxy_fsm")``: structlog unconfigured prints on standard output.
         proxy_id: Id of the engine.
         session: Name of the session.
@@ -28,7 +28,7 @@ class EventLog:
     def __init__(self, logger: Any, *, proxy_id: str, session: str) -> None:
         if logger is None:
             logger = structlog.get_logger("proxy_fsm") if structlog.is_configured() else _FALLBACK
-        if isinstance(logger, logging.Logger):
+        if isinstance(logger, logging.Logger | logging.LoggerAdapter):
             logger = _wrapped(logger)
         self._logger = logger
         self._always = {"proxy_id": proxy_id, "session": session}
@@ -37,16 +37,16 @@ class EventLog:
         """Log an event; a logger that fails is reported to the standard library's, and changes nothing."""
         try:
             getattr(self._logger, level)(event, **self._always, **fields)
-        except Exception:  # noqa: BLE001 - a foreign logger may raise anything
+        except BaseException:  # noqa: BLE001 - a foreign logger may raise anything, SystemExit too
             self._report_failure(event)
 
     @staticmethod
     def _report_failure(event: str) -> None:
-        with suppress(Exception):  # both loggers fail: there is nobody left to tell
+        with suppress(BaseException):  # both loggers fail: there is nobody left to tell
             _FALLBACK.exception("The logger failed on the event %s.", event)
 
 
-def _wrapped(logger: logging.Logger) -> Any:
+def _wrapped(logger: logging.Logger | logging.LoggerAdapter[Any]) -> Any:
     return structlog.wrap_logger(
         logger,
         wrapper_class=structlog.stdlib.BoundLogger,

@@ -112,7 +112,7 @@ class LogFailed(Observation):
 
 @dataclass(frozen=True, slots=True)
 class ProcessExited(Observation):
-    """The proxy program ended, by itself (``exit_code``) or by a signal (its number)."""
+    """The proxy program ended, by itself (``exit_code``) or by a signal (its number); both None where nobody knows."""
 
     exit_code: int | None
     signal: int | None

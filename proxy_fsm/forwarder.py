@@ -11,6 +11,7 @@ passed on as the end of that direction. The channel is closed when both relays h
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -21,7 +22,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import paramiko
 
@@ -55,6 +56,12 @@ _READ_BYTES = 256 << 10
 _TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
+#: What the process or the machine is short of for a while: descriptors or memory.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_SHORTAGE_PAUSE_S = 0.1
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class Forwarder:
@@ -226,16 +233,32 @@ class Forwarder:
         """Return the next connection of our own user; None when the listener was shut down."""
         while True:
             try:
-                local, _ = listener.accept()
+                local, _ = self._patiently(listener.accept)
+            except ConnectionAbortedError:  # it went before it was taken
+                continue
             except OSError:
                 if self.closing.is_set():
                     return None
                 raise
-            stranger = _stranger(local)
+            try:
+                stranger = self._patiently(_stranger, local)
+            except OSError as error:  # whoever cannot be told apart is not let in
+                stranger = f"user unknown ({error.strerror or error})"
             if stranger is None:
                 return local
             local.close()
+            if self.closing.is_set():
+                return None
             self.post(PeerRejected(stranger))
+
+    def _patiently(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call a function again and again while there is a shortage, until this is closed."""
+        while True:
+            try:
+                return function(*args, **kwargs)
+            except OSError as error:
+                if error.errno not in _SHORTAGES or self.closing.wait(_SHORTAGE_PAUSE_S):
+                    raise
 
     def _take(self, local: socket.socket, number: int) -> _Connection | None:
         connection = _Connection(self, local, number)
@@ -358,7 +381,9 @@ class _Connection:
             return None
         return BackendError(
             EndReason.AGENT_UNREACHABLE,
-            f"The SSH server could not connect to {target} for {after_s:.1f} s: nothing listens there ({refused}).",
+            f"The SSH server could not connect to {target} for {after_s:.1f} s: nothing listens there ({refused})."
+            if refused.code == ChannelRefused.CONNECT_FAILED
+            else f"No channel to {target} could be opened for {after_s:.1f} s ({refused}).",
         )
 
     def _up(self, channel: SafeChannel) -> None:
@@ -424,6 +449,9 @@ def _stranger(local: socket.socket) -> str | None:
     """Return who is at the other end of a local socket where that is not our own user, else None.
 
     Where the system does not tell (outside Linux), nobody is a stranger: the unix socket's directory is private.
+
+    Raises:
+        OSError: It cannot be found out, such as for want of a descriptor.
     """
     if sys.platform != "linux":
         return None
@@ -432,9 +460,10 @@ def _stranger(local: socket.socket) -> str | None:
         _, uid, _ = struct.unpack("3i", local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
         return None if uid == os.geteuid() else f"user {uid}"
     try:
-        owner = _tcp_owner(local.getpeername(), local.getsockname())
+        ends = local.getpeername(), local.getsockname()
     except OSError:  # it has gone already
-        owner = None
+        return "user unknown"
+    owner = _tcp_owner(*ends)
     return None if owner == os.geteuid() else f"user {'unknown' if owner is None else owner}"
 
 

@@ -59,6 +59,15 @@ class Journal:
             last_words: Fields that the event has beside those of the record.
         """
         self._records.append(record)
+        try:
+            self._tell_log(record, last_words)
+            self._deliver()
+        finally:
+            self._told_state = record.dest
+            for waiter in tuple(self._waiters):
+                waiter.put(record.dest)
+
+    def _tell_log(self, record: TransitionRecord, last_words: dict[str, Any]) -> None:
         self._log(
             "info",
             "proxy.transition",
@@ -71,10 +80,6 @@ class Journal:
             sequence=record.sequence,
             **last_words,
         )
-        self._deliver()
-        self._told_state = record.dest
-        for waiter in tuple(self._waiters):
-            waiter.put(record.dest)
 
     def subscribe(
         self,
@@ -110,7 +115,7 @@ class Journal:
         Raises:
             TimeoutError: It was not within ``timeout`` seconds.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX / 2)
         waiter: SimpleQueue[State] = SimpleQueue()
         self._waiters.append(waiter)
         try:

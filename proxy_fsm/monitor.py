@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded
+from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded, WorkerFailed
 from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received
 
 if TYPE_CHECKING:
@@ -74,14 +74,18 @@ def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Ob
         transport: The transport; where it has ended, that is posted at once.
         timeouts: ``link_probe_s`` and ``link_dead_s`` are used.
         post: Takes the observations, on any thread; must be short.
+
+    Raises:
+        RuntimeError: No thread can be started.
     """
     attachment = Attachment(post, timeouts.link_probe_s, timeouts.link_dead_s)
     with _registry_lock:
         monitor = _registry.get(transport)
         if monitor is None or not monitor.add(attachment):
-            monitor = _registry[transport] = _TransportMonitor(transport)
+            monitor = _TransportMonitor(transport)
             monitor.add(attachment)
             monitor.start()
+            _registry[transport] = monitor  # only now: one that never ran would leave all who share it blind
         attachment._monitor = monitor  # noqa: SLF001
     return attachment
 
@@ -127,19 +131,27 @@ class _TransportMonitor:
             self._thread.join(1)
 
     def _run(self) -> None:
-        transport = self._transport()
-        if transport is None:
-            return
+        try:
+            transport = self._transport()
+            if transport is not None:
+                self._watch(transport)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the owners have to know
+            self._end_with(WorkerFailed("transport monitor", error))
+        finally:
+            with self._lock:  # whoever comes later needs another one
+                self._ended = True
+
+    def _watch(self, transport: paramiko.Transport) -> None:
         watch = EndWatch(transport, lambda: self._wake.put("ended"))
         try:
-            self._watch(transport)
+            self._watch_until_end(transport)
         finally:
             watch.cancel()
             probe = self._probe  # its own thread forgets it
             if probe is not None:
                 probe.abandon()
 
-    def _watch(self, transport: paramiko.Transport) -> None:
+    def _watch_until_end(self, transport: paramiko.Transport) -> None:
         heard_at = time.monotonic()
         packets = packets_received(transport)
         while True:
@@ -205,12 +217,14 @@ class _TransportMonitor:
 
     def _tell_end(self, transport: paramiko.Transport) -> None:
         error = transport.saved_exception
-        detail = "The SSH connection ended" + (f": {error}." if error and str(error) else ".")
+        self._end_with(TransportEnded("The SSH connection ended" + (f": {error}." if error and str(error) else ".")))
+
+    def _end_with(self, observation: Observation) -> None:
         with self._lock:
             self._ended = True
             attached = tuple(self._attached)
         for a in attached:
-            a.post(TransportEnded(detail))
+            a.post(observation)
 
     def _send_probe(self, transport: paramiko.Transport) -> None:
         """Probe on a thread of its own, since a server that takes nothing may hold the sender for long."""
@@ -228,4 +242,10 @@ class _TransportMonitor:
                 self._probe = None
                 self._wake.put("answered")
 
-        threading.Thread(target=run, name="proxy_fsm-probe", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="proxy_fsm-probe", daemon=True).start()
+        except RuntimeError:  # no thread can be started: a later look tries again
+            self._probe = None
+            with self._lock:
+                for a in self._attached:
+                    a.since = time.monotonic()  # a server that was not asked is not silent

@@ -27,6 +27,7 @@ from proxy_fsm.evidence import (
     WorkerRefused,
 )
 from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
+from proxy_fsm.process import HiddenEnvironment
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import EndReason
 from proxy_fsm.x11 import DisplayError, DisplayWatch
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from proxy_fsm.session import SessionInfo
 
 __all__ = ["Launch", "Preparation"]
+
+#: What of the time an X server may take to answer, so that its silence is told before the time is up.
+_DISPLAY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +121,14 @@ class Preparation:
             self._post(PreparationEnded())
 
     def _prepare(self) -> str:
+        environ = _inherited(self._environ)
         self.step = "the proxy program's path"
         executable = self._backend.find_executable()
         self.step = "the session root and its log"
         session_root, log = self._open_log()
         if self._backend.needs_display:
             self.step = "the X server"
-            self._open_display()
+            self._open_display(environ)
         self.step = "the SSH transport"
         if not self._forwarder.transport.is_active():
             raise BackendError(EndReason.TRANSPORT_LOST, "The SSH connection had ended before the proxy was started.")
@@ -131,7 +136,6 @@ class Preparation:
         self.step = "the local end of the tunnel"
         address = self._bind()
         self.step = "the backend's own preflight"
-        environ = {key: value for key, value in self._environ.items() if not key.startswith("NX_")}
         context = BackendContext(
             session=self._session,
             executable=executable,
@@ -141,7 +145,7 @@ class Preparation:
             environ=environ,
         )
         self._backend.preflight(context)
-        environment = {**environ, **self._backend.environment(context)}
+        environment = HiddenEnvironment({**environ, **self._backend.environment(context)})
         self.launch = Launch(self._backend.command(context), environment, session_root, log)
         return address
 
@@ -171,12 +175,12 @@ class Preparation:
         self._keep(lambda: os.close(log))
         return root, log
 
-    def _open_display(self) -> None:
+    def _open_display(self, environ: Mapping[str, str]) -> None:
         watch = DisplayWatch(
-            self._environ,
+            environ,
             on_lost=lambda detail: self._post(DisplayLost(detail)),
             on_restored=lambda: self._post(DisplayRestored()),
-            timeout_s=self._timeout_s,
+            timeout_s=_DISPLAY_SHARE * self._timeout_s,
         )
         self._keep(watch.close)
         try:
@@ -201,6 +205,14 @@ class Preparation:
 
 class _ClosedError(Exception):
     """The owner does not want it any more."""
+
+
+def _inherited(environ: Mapping[str, str]) -> HiddenEnvironment:
+    """Return what the proxy inherits: nothing of an outer NX session, and all paths as they are meant here."""
+    inherited = {key: value for key, value in environ.items() if not key.startswith("NX_")}
+    if path := inherited.get("XAUTHORITY"):
+        inherited["XAUTHORITY"] = os.path.abspath(path)  # noqa: PTH100 - symbolic links stay as they are
+    return HiddenEnvironment(inherited)
 
 
 def _make_private(directory: Path) -> None:

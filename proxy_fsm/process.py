@@ -1,7 +1,8 @@
 """The proxy program: spawned without a shell, its output read line by line, its end seen at once, reaped.
 
 One thread does it all: it spawns, then sleeps until output comes or the program ends. It posts
-`ProcessSpawned`, an `OutputLine` per line, and `ProcessExited` as the last thing, after all output.
+`ProcessSpawned`, an `OutputLine` per line, and `ProcessExited` as the last thing, after all output. While lines wait
+to be taken in, no more are read: a program that floods is held up by its own pipe, and our memory stays small.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections import deque
+from collections.abc import Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from proxy_fsm.errors import BackendError
@@ -33,19 +36,48 @@ if sys.platform == "linux":
     import resource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from proxy_fsm.evidence import Observation
 
-__all__ = ["LineReader", "ProxyProcess"]
+__all__ = ["HiddenEnvironment", "LineReader", "ProxyProcess"]
 
-_READ_BYTES = 64 << 10
+#: So few that the lines of one read, all of them empty, are not too many either.
+_READ_BYTES = 4 << 10
 #: A line is cut after this many characters: a program that never ends its line must not fill our memory.
 _MAX_LINE_CHARS = 8 << 10
 _HIDDEN = "<hidden>"
 #: How much output of a program that has ended is still read, in bytes.
 _LAST_WORDS_BYTES = 1 << 20
+#: So many lines may wait to be taken in; then no more output is read. And so many last ones are kept at the end.
+_MAX_WAITING_LINES = 1000
+#: How long until it is looked again whether lines were taken in.
+_PAUSE_MS = 20
+#: How much one run writes into the session's log.
+_MAX_LOG_BYTES = 16 << 20
+
+
+class HiddenEnvironment(Mapping[str, str]):
+    """An environment in which secrets are: its repr shows nothing.
+
+    Tracebacks with local variables show a repr; rich, and structlog with it, look into a dict and its subclasses.
+    """
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = dict(variables)
+
+    def __getitem__(self, name: str) -> str:
+        return self._variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __repr__(self) -> str:
+        return "<environment>"
 
 
 class LineReader:
@@ -108,7 +140,7 @@ class ProxyProcess:
         directory: Its working directory.
         log: File descriptor that the lines are written to; stays the caller's, this run has a duplicate.
         secrets: What is hidden in its output.
-        post: Takes what is observed, on this run's thread.
+        post: Takes what is observed, on this run's thread; who takes an `OutputLine` in, calls `taken`.
     """
 
     def __init__(
@@ -122,15 +154,17 @@ class ProxyProcess:
         post: Callable[[Observation], None],
     ) -> None:
         self._command = list(command)
-        self._environment = environment
+        self._environment = HiddenEnvironment(environment)
+        self._lines = LineReader(secrets)
+        del environment, secrets  # a traceback may show local variables
         self._directory = directory
         self._log: int | None = os.dup(log)
-        self._lines = LineReader(secrets)
+        self._log_room_bytes = _MAX_LOG_BYTES
         self._post = post
+        self._posted = self._taken = 0  # lines: the first is counted on this run's thread alone, the second on another
         self._lock = threading.Lock()
-        self._pid: int | None = None
+        self._child: _Child | None = None
         self._wanted: signal.Signals | None = None
-        self._reaped = False
         self.thread = threading.Thread(target=self._run, name="proxy_fsm-process", daemon=True)
 
     def start(self) -> None:
@@ -145,9 +179,12 @@ class ProxyProcess:
         """Send it a signal, as soon as it runs; a no-op once it has ended."""
         with self._lock:
             self._wanted = number
-            if self._pid is not None and not self._reaped:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.kill(self._pid, number)
+            if self._child is not None:
+                self._child.send(number)
+
+    def taken(self) -> None:
+        """Note that one more line was taken in; call it for each, always on the same thread."""
+        self._taken += 1
 
     def _run(self) -> None:
         try:
@@ -157,15 +194,16 @@ class ProxyProcess:
 
     def _spawn_and_serve(self) -> None:
         try:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                cwd=self._directory,
-                env=self._environment,
-                start_new_session=True,
-            )
+            with _no_signal_blocked():
+                process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    cwd=self._directory,
+                    env=self._environment,
+                    start_new_session=True,
+                )
         except OSError as error:
             self._post(SpawnFailed(self._why_not(error)))
             return
@@ -174,87 +212,98 @@ class ProxyProcess:
             problem = f"The proxy program {program} cannot be started: {error}."
             self._post(SpawnFailed(BackendError(EndReason.PROXY_NOT_STARTABLE, problem)))
             return
+        child = _Child(process)
         try:
-            self._serve(process)
+            self._serve(child, process)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
             self._post(WorkerFailed("process", error))
-            self._end_group(process.pid)
-            self._reap(process)
+            child.end_group()
+        with self._lock:
+            self._child = None
+        self._post(child.reap())
 
-    def _serve(self, process: subprocess.Popen[bytes]) -> None:
+    def _serve(self, child: _Child, process: subprocess.Popen[bytes]) -> None:
         if sys.platform == "linux":
             with suppress(ProcessLookupError, PermissionError):
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # a core would hold the cookie
         self._post(ProcessSpawned(process.pid, self._command[0]))
         with self._lock:
-            self._pid = process.pid
+            self._child = child
             if self._wanted is not None:
-                os.kill(process.pid, self._wanted)
+                child.send(self._wanted)
         assert process.stdout is not None  # noqa: S101 - it is a pipe
         with process.stdout as output:
-            self._read_until_exit(process.pid, output.fileno())
-            self._end_group(process.pid)
-            self._read_last_words(output.fileno())
-        self._take(self._lines.finish())
+            self._read_until_exit(child, output.fileno())
+            child.end_group()
+            self._take_last(self._last_words(output.fileno()))
         self._close_log()
-        self._reap(process)
 
-    def _read_until_exit(self, pid: int, output: int) -> None:
-        exit_fd = _exit_descriptor(pid)
-        try:
-            poller = select.poll()
-            poller.register(output, select.POLLIN)
-            poller.register(exit_fd, select.POLLIN)
-            while True:
-                ready = [fd for fd, _ in poller.poll()]
-                if output in ready:
-                    data = os.read(output, _READ_BYTES)
-                    self._take(self._lines.feed(data))
-                    if not data:
-                        poller.unregister(output)  # it closed its output and goes on
-                if exit_fd in ready:
-                    return
-        finally:
-            os.close(exit_fd)
+    def _read_until_exit(self, child: _Child, output: int) -> None:
+        exit_fd = child.exit_descriptor()
+        poller, pausing = select.poll(), select.poll()
+        for each, descriptors in ((poller, (output, exit_fd)), (pausing, (exit_fd,))):
+            for descriptor in descriptors:
+                each.register(descriptor, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in (poller.poll() if self._has_room() else pausing.poll(_PAUSE_MS))]
+            if output in ready:
+                data = os.read(output, _READ_BYTES)
+                for line in self._lines.feed(data):
+                    self._write(line)
+                    self._post_line(line)
+                if not data:
+                    poller.unregister(output)  # it closed its output and goes on
+            if exit_fd in ready:
+                return
 
-    def _read_last_words(self, output: int) -> None:
+    def _last_words(self, output: int) -> Iterator[str]:
         os.set_blocking(output, False)
         left = _LAST_WORDS_BYTES
         with suppress(BlockingIOError):  # somebody else still holds the other end, and says nothing
             while left > 0 and (data := os.read(output, _READ_BYTES)):
                 left -= len(data)
-                self._take(self._lines.feed(data))
+                yield from self._lines.feed(data)
+        yield from self._lines.finish()
 
-    def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        with self._lock:
-            self._reaped = True
-        code = process.wait()
-        if code < 0:
-            self._post(ProcessExited(None, -code))
-        else:
-            self._post(ProcessExited(code, None))
-
-    @staticmethod
-    def _end_group(pid: int) -> None:
-        """End what the program has left behind in its process group, of which it is the leader."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
-
-    def _take(self, lines: Iterator[str]) -> None:
+    def _take_last(self, lines: Iterator[str]) -> None:
+        """Take the lines that are left; where there is no room, the last of them alone: nobody waits for a dead one."""
+        kept: deque[str] = deque(maxlen=_MAX_WAITING_LINES)
+        left_out = 0
         for line in lines:
             self._write(line)
-            self._post(OutputLine(line))
+            if not kept and self._has_room():
+                self._post_line(line)
+                continue
+            left_out += len(kept) == kept.maxlen
+            kept.append(line)
+        if left_out:
+            self._post_line(f"… {left_out} lines left out")
+        for line in kept:
+            self._post_line(line)
+
+    def _has_room(self) -> bool:
+        return self._posted - self._taken < _MAX_WAITING_LINES
+
+    def _post_line(self, line: str) -> None:
+        self._posted += 1
+        self._post(OutputLine(line))
 
     def _write(self, line: str) -> None:
         if self._log is None:
             return
+        data = line.encode() + b"\n"
+        self._log_room_bytes -= len(data)
+        full = self._log_room_bytes < 0
+        if full:
+            data = f"… the rest is left out: this run printed more than {_MAX_LOG_BYTES} bytes\n".encode()
         try:
-            data = line.encode() + b"\n"
             while data:
                 data = data[os.write(self._log, data) :]
         except OSError as error:
             self._close_log()
             self._post(LogFailed(f"The session's log cannot be written any more: {error.strerror}."))
+        if full:
+            self._close_log()
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
@@ -274,17 +323,73 @@ class ProxyProcess:
         return BackendError(EndReason.PROXY_NOT_STARTABLE, f"The proxy program {program} cannot be started: {problem}.")
 
 
-def _exit_descriptor(pid: int) -> int:
-    """Return a descriptor that becomes readable when a child ends, without reaping it; the caller closes it."""
-    if hasattr(os, "pidfd_open"):
-        with suppress(OSError):  # a kernel, or a sandbox, that has none
-            return os.pidfd_open(pid)
-    ours, theirs = os.pipe()
+class _Child:
+    """A program that was started: signalled, seen to end, and reaped.
 
-    def wait() -> None:
-        with suppress(ChildProcessError):  # it was reaped meanwhile
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        os.close(theirs)
+    All by a descriptor of it where there is one: whoever else may have reaped it, and whatever process has its
+    number by then, no other is hit.
+    """
 
-    threading.Thread(target=wait, name="proxy_fsm-wait", daemon=True).start()
-    return ours
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._pid = process.pid
+        self._pidfd: int | None = None
+        self._exit_fd: int | None = None
+        if hasattr(os, "pidfd_open"):
+            with suppress(OSError):  # a kernel, or a sandbox, that has none; or it was reaped already
+                self._pidfd = os.pidfd_open(self._pid)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; a no-op where it has ended."""
+        with suppress(ProcessLookupError, PermissionError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+            else:
+                os.kill(self._pid, number)
+
+    def end_group(self) -> None:
+        """End what is left in its process group, of which it is the leader."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._pid, signal.SIGKILL)
+
+    def exit_descriptor(self) -> int:
+        """Return a descriptor that becomes readable when it ends, without reaping it."""
+        if self._pidfd is not None:
+            return self._pidfd
+        self._exit_fd, theirs = os.pipe()
+
+        def wait() -> None:
+            with suppress(ChildProcessError):  # it was reaped meanwhile
+                os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+            os.close(theirs)
+
+        threading.Thread(target=wait, name="proxy_fsm-wait", daemon=True).start()
+        return self._exit_fd
+
+    def reap(self) -> ProcessExited:
+        """Wait for its end, and return it; nothing else can be asked of it afterwards."""
+        try:
+            code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        except ChildProcessError:  # SIGCHLD is ignored, or somebody else waits for whatever ends
+            self._process.wait()  # it takes such an end for exit code 0
+            return ProcessExited(None, None)
+        finally:
+            for descriptor in (self._pidfd, self._exit_fd):
+                if descriptor is not None:
+                    os.close(descriptor)
+        self._process.returncode = code
+        return ProcessExited(None, -code) if code < 0 else ProcessExited(code, None)
+
+
+@contextmanager
+def _no_signal_blocked() -> Iterator[None]:
+    """Block no signal in this thread meanwhile: a program inherits what is blocked, and nxproxy would be deaf to TERM.
+
+    A program that blocks signals in all its threads, to wait for them in one, may miss one in this window, some
+    milliseconds long: it is handled here as if it had not been blocked.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -123,7 +123,11 @@ class Proxy:
         self._engine.start()
 
     def stop(self) -> None:
-        """Ask it to end, in any state, from any thread, any number of times; returns at once."""
+        """Ask it to end, in any state, from any thread, any number of times; returns at once.
+
+        A signal handler may call it. On a proxy that was not started, the event is logged by that very call: there,
+        a logger that takes a lock does not belong into a signal handler.
+        """
         self._engine.stop()
 
     def wait(self, *states: State, timeout: float | None = None) -> State:
@@ -183,7 +187,8 @@ class Proxy:
         """Have each change of state told, in order, none lost.
 
         Args:
-            callback: Takes a record. What it raises is logged and changes nothing.
+            callback: Takes a record. What it raises is logged and changes nothing. One that refers to the proxy
+                keeps it alive: a proxy that is then dropped runs on.
             via: Hands the call, which takes no argument, to another loop: ``loop.call_soon_threadsafe``,
                 ``GLib.idle_add``, or the ``emit`` of a Qt ``Signal(object)`` that is connected to
                 ``lambda call: call()``. Without it the call comes on the owner thread and must be short; there,

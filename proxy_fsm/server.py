@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ __all__ = ["ServerQuestion"]
 
 _MAX_ANSWER_BYTES = 1 << 20
 _PAUSE_S = 0.1
+#: A row of the list, up to the session's name.
+_ROW = re.compile(r"[^|]*\|\s*(?P<name>[\w.@-]+)\s*\|", re.ASCII)
 
 
 class ServerQuestion:
@@ -97,7 +100,13 @@ class ServerQuestion:
             with self._lock:
                 self._channel = None
             channel.send_close()
-        for listed in parse_session_list(answer.decode("utf-8", "replace")):
+        lines = answer.decode("utf-8", "replace").split("\n")
+        for listed in parse_session_list("\n".join(line for line in lines if not self._is_anothers(line))):
             if listed.info.name == self._name:
                 return listed.status
         return SessionStatus.FINISHED
+
+    def _is_anothers(self, line: str) -> bool:
+        """Tell whether a line is the row of another session, which may be as malformed as it likes."""
+        row = _ROW.match(line)
+        return row is not None and row["name"] != self._name

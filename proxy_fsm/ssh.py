@@ -4,7 +4,7 @@ This is the only module that knows paramiko's insides. What it touches beyond th
 by `tests/test_ssh.py` so that a paramiko that changes it fails there with its name:
 
 * ``Transport``: ``lock``, ``_channels`` (``put``, ``delete``), ``_next_channel``, ``channel_events``,
-  ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``packetizer``
+  ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``clear_to_send``, ``packetizer``
 * ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``
 * ``Packetizer``: ``__sequence_number_in``
 * ``transport``: ``_active_threads``
@@ -62,16 +62,17 @@ class NotOpened(Exception):  # noqa: N818 - each of its kinds is a fact or a wis
 
 
 class ChannelRefused(NotOpened):
-    """The server refused to open a channel.
+    """A channel was refused, on a transport that lives.
 
     Attributes:
         code: The reason's number (RFC 4254, 5.1): 1 administratively prohibited, 2 connect failed, 3 unknown
-            channel type, 4 resource shortage.
+            channel type, 4 resource shortage; the last also where the request could not even be sent in time.
     """
 
     PROHIBITED = 1
     CONNECT_FAILED = 2
     UNKNOWN_TYPE = 3
+    RESOURCE_SHORTAGE = 4
 
     def __init__(self, code: int, text: str) -> None:
         self.code = code
@@ -155,8 +156,7 @@ class ChannelOpening:
     def send(self) -> None:
         """Send the request; this may block while the server takes nothing, or keys are exchanged.
 
-        Raises:
-            TransportGone: The transport has ended.
+        It raises nothing: `wait` tells how it went.
         """
         transport = cast("Any", self._transport)
         message = Message()
@@ -182,7 +182,11 @@ class ChannelOpening:
             message.add_int(0)
         try:
             transport._send_user_message(message)  # noqa: SLF001
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except paramiko.SSHException as error:  # keys were not exchanged in time, and nothing was sent
+            if transport.is_active():
+                self._withdraw(channel)
+                self._settle(ChannelRefused(ChannelRefused.RESOURCE_SHORTAGE, str(error)))
+        except (OSError, EOFError) as error:
             self._settle(TransportGone(str(error)))
         if not transport.is_active():
             self._settle(TransportGone("The SSH transport is not active."))
@@ -226,6 +230,13 @@ class ChannelOpening:
             code, text = (refusal.code, refusal.text) if isinstance(refusal, paramiko.ChannelException) else (0, "")
             self._settle(ChannelRefused(code, text or "The server refused the channel."))
 
+    def _withdraw(self, channel: SafeChannel) -> None:
+        """Take back what was registered for an answer that cannot come."""
+        transport = cast("Any", self._transport)
+        with transport.lock:
+            transport.channel_events.pop(channel.chanid, None)
+            transport._channels.delete(channel.chanid)  # noqa: SLF001
+
     def _settle(self, answer: SafeChannel | Exception) -> None:
         with self._lock:
             if not self._settled.is_set():
@@ -238,8 +249,14 @@ class ChannelOpening:
 
 def _discard(channel: SafeChannel) -> None:
     """Close a channel that nobody uses, on a thread of its own since sending may block."""
-    with suppress(RuntimeError):  # no thread can be started: the interpreter ends, and the transport with it
+    try:
         threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
+    except RuntimeError:
+        # No thread can be started: there are too many, or the interpreter ends. This one may be the transport's own,
+        # which would wait for itself while keys are exchanged; then the channel stays open, as long as the transport.
+        # Otherwise it sends, though it may have to wait for a server that takes nothing, as paramiko's own CLOSE does.
+        if cast("Any", channel.transport).clear_to_send.is_set():
+            channel.send_close()
 
 
 class EndWatch:
@@ -260,19 +277,19 @@ class EndWatch:
 
     def cancel(self) -> None:
         """Call back no more."""
-        self._sentinel.callback = None
+        self._sentinel.due.acquire(blocking=False)
         self._transport._channels.delete(self._sentinel.chanid)  # noqa: SLF001
 
 
 class _Sentinel(paramiko.Channel):
     def __init__(self, chanid: int, callback: Callable[[], None]) -> None:
         super().__init__(chanid)
-        self.callback: Callable[[], None] | None = callback
+        self.callback = callback
+        self.due = threading.Lock()  # taken by the one who calls back, or by who cancels it
 
     def _unlink(self) -> None:
-        callback, self.callback = self.callback, None
-        if callback is not None:
-            callback()
+        if self.due.acquire(blocking=False):
+            self.callback()
 
 
 def packets_received(transport: paramiko.Transport) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import threading
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from proxy_fsm.lifecycle import State, Trigger
 
-__all__ = ["EndReason", "Link", "ProxyStatus", "Timeouts", "TransitionRecord", "TunnelStats", "is_retryable"]
+__all__ = [
+    "EndReason",
+    "Link",
+    "ProxyStatus",
+    "Timeouts",
+    "TransitionRecord",
+    "TunnelStats",
+    "hint_for",
+    "is_retryable",
+]
 
 
 class EndReason(StrEnum):
@@ -53,7 +62,7 @@ class EndReason(StrEnum):
     DISPLAY_LOST = (
         "display_lost",
         13,
-        "Start the X server again, then resume the session, which is suspended on the server.",
+        "Start the X server again, then resume the session.",
     )
     NEGOTIATION_FAILED = (
         "negotiation_failed",
@@ -198,7 +207,7 @@ class Timeouts:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             numeric = isinstance(value, int | float) and not isinstance(value, bool)
-            if not numeric or not math.isfinite(value) or value <= 0:
+            if not numeric or not 0 < value <= threading.TIMEOUT_MAX:
                 raise ValueError(f"{field.name} must be a finite number of seconds above 0, not {value!r}.")
         if self.link_dead_s <= self.link_probe_s:
             raise ValueError("link_dead_s must be longer than link_probe_s, or no probe could be answered.")
@@ -275,8 +284,8 @@ def _as_json(value: Any) -> Any:
             return value
 
 
-#: The agent is gone or was never there, whatever else happened.
-_SESSION_GONE = frozenset({EndReason.SESSION_TERMINATED, EndReason.AGENT_UNREACHABLE, EndReason.PEER_LOST})
+#: Suspended or gone: this side cannot tell.
+_SERVER_KNOWS = frozenset({EndReason.SESSION_ENDED, EndReason.AGENT_UNREACHABLE, EndReason.PEER_LOST})
 
 
 #: So long after the proxy's ready sign an agent in its first attempt can still die with its proxy: measured with
@@ -299,12 +308,25 @@ def is_retryable(reason: EndReason, *, channel_opened: bool, running_s: float | 
     Returns:
         True or False, or None where only the server knows.
     """
-    if reason in _SESSION_GONE:
-        return False
-    if reason is EndReason.SESSION_ENDED:
+    if reason in _SERVER_KNOWS:
         return None
-    if reason is EndReason.SESSION_SUSPENDED:
-        return True
+    if reason in {EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED}:
+        return reason is EndReason.SESSION_SUSPENDED
     if running_s is not None and not resumed:
         return True if running_s >= _SETTLING_S else None
     return resumed or not channel_opened
+
+
+def hint_for(reason: EndReason, *, channel_opened: bool, was_running: bool, resumed: bool) -> str | None:
+    """Return what to do about a reason; a session that is lost is not to be resumed.
+
+    Args:
+        reason: Why the attempt ends.
+        channel_opened: Whether a channel to the graphics port was ever opened.
+        was_running: Whether ``running`` was reached.
+        resumed: Whether the session had been resumed.
+    """
+    if reason.hint is None or was_running or resumed:
+        return reason.hint
+    instead = "then start a new session: this one has not survived" if channel_opened else "then try again"
+    return reason.hint.replace("then resume the session", instead)

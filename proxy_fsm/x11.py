@@ -10,7 +10,9 @@ Source: X Window System Protocol, "Connection Setup" and appendix B; Xsecurity(7
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
+import itertools
 import re
 import socket
 import struct
@@ -35,7 +37,7 @@ __all__ = [
     "open_display",
 ]
 
-DisplayErrorKind = Literal["unset", "malformed", "absent", "refused", "silent"]
+DisplayErrorKind = Literal["unset", "malformed", "absent", "refused", "silent", "local"]
 
 _SOCKET_DIRECTORY = "/tmp/.X11-unix"  # noqa: S108 - where X servers are found
 _TCP_BASE_PORT = 6000
@@ -65,6 +67,8 @@ _DISPLAY_PATH = re.compile(r"(?P<path>/.*:(?P<number>\d{1,5}))(?:\.\d{1,5})?", r
 _LOCAL_PROTOCOLS = {"unix", "local"}
 _TCP_PROTOCOLS = {"tcp", "inet", "inet6"}
 
+# They say nothing about the X server: this process or machine is short of descriptors or memory.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _HANG_UPS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 _SET_DISPLAY = "Set DISPLAY to the X server that shall show the session, for example :0."
@@ -74,6 +78,7 @@ _HINTS: dict[DisplayErrorKind, str] = {
     "absent": "Start the X server, or set DISPLAY to one that runs.",
     "refused": "Set XAUTHORITY to the file with the X server's cookie, and compare with 'xauth list'.",
     "silent": "See whether the X server, or the connection that DISPLAY leads through, hangs.",
+    "local": "Close programs, or raise the limit of open files (see 'ulimit -n').",
 }
 
 
@@ -82,7 +87,8 @@ class DisplayError(ProxyFsmError):
 
     Attributes:
         kind: ``unset`` (no DISPLAY), ``malformed`` (DISPLAY cannot be read), ``absent`` (no X server there),
-            ``refused`` (it does not let us in) or ``silent`` (it did not answer in time).
+            ``refused`` (it does not let us in), ``silent`` (it did not answer in time) or ``local`` (this side
+            could not ask).
         detail: One sentence for a person: what happened.
         hint: What to do about it.
     """
@@ -162,6 +168,9 @@ def find_authorisation(
         display: The display to be opened.
         xauthority_path: The file, or None for no file.
         peer: The address that the display's host has, as text; None where it is known from ``display`` alone.
+
+    Raises:
+        OSError: This process or machine is short of descriptors or memory.
 
     Returns:
         Name and data of the authorisation, MIT-MAGIC-COOKIE-1 where the file has one; both empty for none.
@@ -312,7 +321,17 @@ class DisplayWatch:
         self._holder.drop()
         if short_lives > _SHORT_LIVES_MAX:
             raise _error("absent", "The X server lets us in and hangs up at once.")
-        _open(self._environ, self._timeout_s, self._holder)
+        for pause_s in itertools.chain(_PAUSES_AFTER_HANG_UP_S, itertools.repeat(_PAUSES_AFTER_HANG_UP_S[-1])):
+            try:
+                _open(self._environ, self._timeout_s, self._holder)
+            except DisplayError as error:
+                if error.kind != "local":  # which proves nothing: it is tried until it can tell
+                    raise
+            else:
+                return
+            with self._holder.unless_shut():
+                pass
+            time.sleep(pause_s)
 
 
 class _Shut(Exception):  # noqa: N818 - no error: the owner wants no connection any more
@@ -423,6 +442,8 @@ def _connect(display: DisplayName, deadline: float, holder: _Holder) -> socket.s
         try:
             sock.connect(address)
         except OSError as error:
+            if error.errno in _SHORTAGES:
+                raise
             holder.drop()
             failure = error
         else:
@@ -456,6 +477,8 @@ def _as_display_error(display: DisplayName, timeout_s: float) -> Iterator[None]:
     except PermissionError as error:
         raise _error("refused", f"The X server at {where} is closed to us: {error.strerror}.") from None
     except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise _error("local", f"The X server at {where} cannot be asked: {error.strerror}.") from None
         raise _error("absent", f"There is no X server at {where}: {error.strerror or error}.") from None
     except UnicodeError:  # no host can have that name
         raise _malformed(str(display)) from None
@@ -505,7 +528,11 @@ def _read_entries(path: Path | None) -> Iterator[_Entry]:
             return
         with path.open("rb") as file:
             data = memoryview(file.read(_XAUTHORITY_MAX_BYTES))
-    except (OSError, ValueError):  # the latter: a NUL in the path
+    except ValueError:  # a NUL in the path
+        return
+    except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise
         return
     with contextlib.suppress(struct.error):  # cut short
         while data:

@@ -652,7 +652,7 @@ def test_a_refused_port_is_told_after_agent_connect_s(make: Maker, agent: Agent)
     proxy = make(timeouts=Timeouts(agent_connect_s=0.3))
     assert fault(proxy) is EndReason.AGENT_UNREACHABLE
     assert str(agent.port) in proxy.status().detail
-    assert proxy.status().retryable is False
+    assert proxy.status().retryable is None
     spawning, stopping = proxy.status().history[1:3]
     assert 0.3 <= (stopping.at - spawning.at).total_seconds() < 2
 
@@ -815,7 +815,7 @@ def test_a_backend_that_breaks_ends_in_internal_error_with_its_traceback_logged(
     proxy = make(backend=Broken(tmp_path))
     assert fault(proxy) is EndReason.INTERNAL_ERROR
     assert "of all things" in proxy.status().detail
-    assert make.log.named("internal.error")[0]["exc_info"]
+    assert "ZeroDivisionError: of all things" in make.log.named("internal.error")[0]["exception"]
 
 
 def test_a_preflight_that_breaks_ends_in_internal_error(make: Maker, tmp_path: Path) -> None:
@@ -852,7 +852,134 @@ def test_an_owner_that_cannot_be_started_leaves_the_engine_idle(make: Maker, mon
         assert proxy.ok()
 
 
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_nothing_that_a_backend_raises_kills_the_owner(make: Maker, tmp_path: Path, error: type[BaseException]) -> None:
+    class Broken(ScriptedBackend):
+        def diagnose(self, _: Evidence) -> tuple[EndReason, str] | None:
+            raise error
+
+    assert fault(make(backend=Broken(tmp_path))) is EndReason.INTERNAL_ERROR
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_nothing_that_a_logger_raises_kills_the_owner(make: Maker, error: type[BaseException]) -> None:
+    class Broken:
+        def __getattr__(self, level: str) -> Any:
+            raise error
+
+    with make(logger=Broken()) as proxy:
+        assert proxy.ok()
+    assert proxy.state is State.STOPPED
+
+
+def test_a_monitor_that_cannot_be_started_blinds_nobody(
+    make: Maker, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "proxy_fsm-monitor":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        first = make()
+        assert fault(first) is EndReason.INTERNAL_ERROR
+        assert first.status().abandoned == ()
+    second = make()
+    second.start()
+    second.wait_running(timeout=5)
+    transport.close()
+    assert second.wait(timeout=5) is State.FAILED
+    assert second.status().reason is EndReason.TRANSPORT_LOST
+
+
+def test_who_subscribed_before_a_start_that_failed_has_not_stopped_it(
+    make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    proxy = make()
+    proxy.subscribe(lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            proxy.start()
+    assert proxy.state is State.IDLE
+
+
+def test_a_ctrl_c_at_any_moment_of_start_leaves_one_owner_or_none(make: Maker) -> None:
+    """Interrupts come closer and closer; whatever they hit, the proxy can be closed, and is then final or idle."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(40):
+            proxy = make()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.00002 * (number + 1))
+                proxy.start()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            proxy.close(timeout=5)
+            assert proxy.state is State.STOPPED
+            assert make.log.path()[-1] == "stopped"
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_a_flood_of_output_does_not_hold_up_a_stop(make: Maker) -> None:
+    flood = Step("import sys\nline = b'x' * 60 + b'\\n'\nwhile True: os.write(2, line * 100)")
+    proxy = make([connect(), say(READY_LINE), ignore(), flood], timeouts=Timeouts(stop_grace_s=0.3))
+    proxy.start()
+    proxy.wait_running(timeout=5)
+    assert heard_after_s(proxy) < 0.5
+    assert proxy.wait(timeout=5) is State.STOPPED
+    assert proxy.status().signal == signal.SIGKILL
+
+
+def test_a_transport_that_ends_while_it_is_stopping_shortens_the_grace(
+    make: Maker, transport: paramiko.Transport
+) -> None:
+    proxy = make([ignore(), *HEALTHY, pause()], timeouts=Timeouts(stop_grace_s=60))
+    proxy.start()
+    proxy.wait_running(timeout=5)
+    proxy.stop()
+    assert proxy.wait(State.STOPPING, timeout=5) is State.STOPPING
+    transport.close()
+    assert proxy.wait(timeout=5) is State.STOPPED
+    assert proxy.status().signal == signal.SIGKILL
+
+
+def test_a_status_in_a_forked_child_takes_no_lock(make: Maker) -> None:
+    with make() as proxy, proxy._engine._forwarder._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            repr(proxy)
+            os._exit(0 if proxy.status().state is State.RUNNING else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 # ---- secrets ----
+
+
+def test_what_a_backend_raises_is_redacted_everywhere(make: Maker, tmp_path: Path) -> None:
+    class Leaking(ScriptedBackend):
+        def ready(self, _: Evidence) -> bool:
+            raise ValueError(f"nx/nx,cookie={COOKIE},connect={COOKIE.upper()}")
+
+    proxy = make(backend=Leaking(tmp_path))
+    assert fault(proxy) is EndReason.INTERNAL_ERROR
+    told = repr(make.log.events) + json.dumps(proxy.status().as_dict()) + repr(ProxyFailed(proxy.status()))
+    assert COOKIE not in told.lower()
+    assert "ValueError" in told
 
 
 def test_what_the_proxy_prints_of_the_cookie_reaches_nobody(make: Maker, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ Link fast_transport
 
 #: Reading order is import order: a module imports only from those above it.
 LAYERS = """
-errors lifecycle status session evidence events backends ssh monitor x11 forwarder process journal preflight server
-engine proxy diagram testing cli
+errors lifecycle status session evidence events redaction x11 backends ssh monitor forwarder process journal preflight
+server engine proxy diagram testing cli
 """.split()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -34,7 +35,7 @@ from proxy_fsm.evidence import (
     WorkerRefused,
 )
 from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
-from proxy_fsm.ssh import WINDOW_BYTES, set_nodelay
+from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, set_nodelay
 from proxy_fsm.status import EndReason, TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
@@ -640,10 +641,30 @@ class TestRefusals:
             assert agent_connect_s <= refused.at - began < agent_connect_s + 0.3
             assert refused.error.reason is EndReason.AGENT_UNREACHABLE
             assert f"{LOOPBACK}:{port}" in refused.error.detail
+            assert "nothing listens there" in refused.error.detail
             assert read_all(local) == b""
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
             assert made.inbox.kinds() == [WorkerRefused, TunnelClosed]
+
+    @pytest.mark.parametrize("code", [0, ChannelRefused.RESOURCE_SHORTAGE, 77])
+    def test_what_says_nothing_about_the_port_is_tried_again_and_told_as_it_is(
+        self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        tries: list[ChannelOpening] = []
+
+        def refuse(opening: ChannelOpening) -> None:
+            tries.append(opening)
+            raise ChannelRefused(code, "it is tired")
+
+        monkeypatch.setattr(ChannelOpening, "wait", refuse)
+        with tunnel(transport, tmp_path, 9, agent_connect_s=0.3) as made:
+            made.connect()
+            refused = made.inbox.wait(WorkerRefused)
+            assert refused.error.reason is EndReason.AGENT_UNREACHABLE
+            assert "nothing listens" not in refused.error.detail
+            assert "it is tired" in refused.error.detail
+            assert len(tries) > 1
 
     def test_prohibited_forwarding_is_told_at_once_and_not_tried_again(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
@@ -920,6 +941,84 @@ class TestNoThreads:
             assert read_all(local) == b""
             eventually(lambda: made.forwarder.standing() == (), WAIT_S)
             server.wait_for(lambda: server.channels_open == 0)
+
+
+class TestShortage:
+    """What passes by itself neither ends the listener nor makes a stranger of our own program."""
+
+    @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+    def test_the_listener_goes_on(
+        self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: Agent, number: int
+    ) -> None:
+        failures = Failures(monkeypatch, socket.socket, "accept", OSError(number, os.strerror(number)), times=3)
+        with tunnel(transport, tmp_path, agent.port) as made:
+            eventually(lambda: failures.left == 0, WAIT_S)
+            local = made.connect()
+            made.inbox.wait(ChannelOpened)
+            local.close()
+            assert WorkerFailed not in made.inbox.kinds()
+
+    def test_the_listener_can_be_closed_meanwhile(
+        self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Failures(monkeypatch, socket.socket, "accept", OSError(errno.EMFILE, "Too many open files"), times=1 << 30)
+        with tunnel(transport, tmp_path, 9) as made:
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            assert made.inbox.kinds() == [TunnelClosed]
+
+    def test_another_fault_of_the_listener_is_told(
+        self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Failures(monkeypatch, socket.socket, "accept", OSError(errno.EIO, "Input/output error"), times=1)
+        with tunnel(transport, tmp_path, 9) as made:
+            made.inbox.wait(WorkerFailed)
+
+    def test_our_own_program_is_not_sent_away(
+        self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: Agent
+    ) -> None:
+        Failures(monkeypatch, forwarder, "_tcp_owner", OSError(errno.EMFILE, "Too many open files"), times=2)
+        with tunnel(transport, tmp_path, agent.port, kind="tcp") as made:
+            made.connect()
+            made.inbox.wait(ChannelOpened)
+            assert PeerRejected not in made.inbox.kinds()
+
+    def test_our_own_program_is_not_called_a_stranger_by_a_close_meanwhile(
+        self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        error = OSError(errno.EMFILE, "Too many open files")
+        failures = Failures(monkeypatch, forwarder, "_tcp_owner", error, times=1 << 30)
+        with tunnel(transport, tmp_path, 9, kind="tcp") as made:
+            local = made.connect()
+            eventually(lambda: failures.left < 1 << 30, WAIT_S)
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            assert read_all(local) == b""
+            assert made.inbox.kinds() == [TunnelClosed]
+
+    def test_where_the_table_may_not_be_read_nobody_is_let_in_and_it_says_why(
+        self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Failures(monkeypatch, forwarder, "_tcp_owner", PermissionError(errno.EACCES, "Permission denied"), times=1)
+        with tunnel(transport, tmp_path, 9, kind="tcp") as made:
+            made.connect()
+            assert made.inbox.wait(PeerRejected).peer == "user unknown (Permission denied)"
+
+
+class Failures:
+    """Has a function fail some times, then do its work; `left` tells how often it still will."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: OSError, *, times: int) -> None:
+        self.left = times
+        function = getattr(owner, name)
+
+        def fail(*args: Any) -> Any:
+            if self.left == 0:
+                return function(*args)
+            self.left -= 1
+            raise error
+
+        monkeypatch.setattr(owner, name, fail)
 
 
 # ---- what is counted and told ----

@@ -15,7 +15,7 @@ import pytest
 from paramiko.common import OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
 
 from proxy_fsm import monitor
-from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, Observation, TransportEnded
+from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, Observation, TransportEnded, WorkerFailed
 from proxy_fsm.monitor import Attachment, attach
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import Timeouts
@@ -184,6 +184,87 @@ class TestShared:
                 assert monitors() == 2
                 server.drop()
                 inbox.wait(TransportEnded)
+
+
+# ---- what breaks ----
+
+
+def no_thread_for(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Have threads of a name not start while it is in the returned list, which gets one more for each try."""
+    start = threading.Thread.start
+    refused: list[str] = [name]
+
+    def start_unless_named(thread: threading.Thread) -> None:
+        if thread.name in refused:
+            refused.append(name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_unless_named)
+    return refused
+
+
+class TestBroken:
+    @pytest.fixture(autouse=True)
+    def no_traceback(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        broken: list[threading.ExceptHookArgs] = []
+        monkeypatch.setattr(threading, "excepthook", broken.append)
+        yield
+        assert broken == []
+
+    def test_one_that_cannot_start_is_told_and_does_not_blind_the_next(
+        self,
+        server: LoopbackSSHServer,
+        transport: paramiko.Transport,
+        inbox: Inbox,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        refused = no_thread_for(monkeypatch, "proxy_fsm-monitor")
+        with pytest.raises(RuntimeError):
+            attach(transport, QUIET, Inbox().post)
+        refused.clear()
+        with attached(transport, QUIET, inbox.post):
+            assert monitors() == 1
+            server.drop()
+            inbox.wait(TransportEnded)
+
+    def test_a_probe_that_cannot_start_is_sent_later_and_silence_counts_from_then(
+        self,
+        server: LoopbackSSHServer,
+        transport: paramiko.Transport,
+        inbox: Inbox,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        refused = no_thread_for(monkeypatch, "proxy_fsm-probe")
+        with attached(transport, FAST, inbox.post):
+            eventually(lambda: len(refused) > 10, WAIT_S)  # for longer than link_dead_s
+            refused.clear()
+            server.wait_for(lambda: server.sessions_opened >= 2)
+            assert inbox.seen == []
+            server.drop()
+            inbox.wait(TransportEnded)
+
+    def test_one_that_breaks_is_told_and_does_not_blind_the_next(
+        self,
+        server: LoopbackSSHServer,
+        transport: paramiko.Transport,
+        inbox: Inbox,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def broken(_: object) -> int:
+            raise AttributeError("gone")
+
+        first = Inbox()
+        with monkeypatch.context() as patch:
+            patch.setattr(monitor, "packets_received", broken)
+            with attached(transport, QUIET, first.post):
+                assert isinstance(first.wait(WorkerFailed).error, AttributeError)
+                eventually(lambda: monitors() == 0, WAIT_S)
+                patch.undo()
+                with attached(transport, QUIET, inbox.post):
+                    server.drop()
+                    inbox.wait(TransportEnded)
+        assert first.kinds() == [WorkerFailed]
 
 
 # ---- the end ----

@@ -9,6 +9,7 @@ import stat
 import struct
 import tempfile
 import threading
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,20 @@ class TestAllIsGood:
         assert context.session_root == tmp_path / "sessions/S-name"
         assert dict(context.environ) == {"XDG_RUNTIME_DIR": context.environ["XDG_RUNTIME_DIR"], "A": "1"}
 
+    def test_paths_that_are_meant_from_here_are_made_absolute(
+        self, make: Callable[..., Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The proxy starts in another directory."""
+        monkeypatch.chdir(tmp_path)
+        trial = make(environ={"XAUTHORITY": "authority"})
+        trial.prepared()
+        assert trial.preparation.launch is not None
+        assert trial.preparation.launch.environment["XAUTHORITY"] == f"{tmp_path}/authority"
+        trial = make(environ={"XAUTHORITY": ""})
+        trial.prepared()
+        assert trial.preparation.launch is not None
+        assert trial.preparation.launch.environment["XAUTHORITY"] == ""
+
     def test_what_it_waits_for_is_told(self, make: Callable[..., Trial]) -> None:
         steps: list[str] = []
         trial = make(FakeBackend("find_executable", lambda: steps.append(trial.preparation.step)))
@@ -453,6 +468,18 @@ class TestRefusals:
         assert (failed.worker, failed.error) == ("preflight", error)
         assert isinstance(ended, PreparationEnded)
 
+    @pytest.mark.parametrize("call", ["preflight", "environment", "command"])
+    def test_a_traceback_of_one_that_breaks_shows_no_secret(self, make: Callable[..., Trial], call: str) -> None:
+        def fail() -> None:
+            raise RuntimeError("a bug")
+
+        failed, _ = make(FakeBackend(call, fail), environ={"PASSWORD": "very secret"}).run()
+        assert isinstance(failed, WorkerFailed)
+        shown = "".join(traceback.TracebackException.from_exception(failed.error, capture_locals=True).format())
+        assert "environ = <environment>" in shown
+        assert COOKIE not in shown
+        assert "very secret" not in shown
+
     @pytest.mark.parametrize(
         ("display", "detail"), [(None, "DISPLAY is not set."), ("/nonexistent/x:0", "There is no X server at")]
     )
@@ -480,7 +507,7 @@ class TestRefusals:
             display.may_answer.clear()
             error = make(backend, environ={"DISPLAY": display.name}, timeout_s=0.05).refused()
         assert error.reason is EndReason.DISPLAY_UNAVAILABLE
-        assert "did not answer within 0.05 s" in error.detail
+        assert "did not answer within 0.04 s" in error.detail  # before the whole preflight is too late
 
     def test_a_transport_that_has_ended(self, make: Callable[..., Trial], server: LoopbackSSHServer) -> None:
         ended = server.connect_transport()

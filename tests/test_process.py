@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,7 +30,7 @@ from proxy_fsm.evidence import (
     SpawnFailed,
     WorkerFailed,
 )
-from proxy_fsm.process import LineReader, ProxyProcess
+from proxy_fsm.process import HiddenEnvironment, LineReader, ProxyProcess
 from proxy_fsm.status import EndReason
 from proxy_fsm.testing.scripted import (
     Gate,
@@ -256,12 +257,15 @@ class Run:
         finally:
             os.close(descriptor)
         self._hold: tuple[type[Observation], list[Any], threading.Event] | None = None
+        self.takes_lines = True
 
     def _post(self, observation: Observation) -> None:
         if self._hold is not None and isinstance(observation, self._hold[0]):
             self._hold[1].append(observation)
             assert self._hold[2].wait(WAIT_S)
         self._news.put(observation)
+        if isinstance(observation, OutputLine) and self.takes_lines:
+            self.process.taken()
 
     @contextlib.contextmanager
     def held_at(self, kind: type[_Seen]) -> Iterator[list[_Seen]]:
@@ -415,6 +419,7 @@ class TestLife:
         assert call["argv"] == ["-c", "an argument", "*"]
 
     def test_it_leaves_no_core_file_in_which_the_cookie_would_stand(self, tmp_path: Path) -> None:
+        """Nor is one piped to a program: of all limits 1 alone prevents both."""
         with Gate(tmp_path / "gate") as gate:
             run = Run(script(wait_file(gate.path)), tmp_path).start()
             pid = run.until(ProcessSpawned).pid
@@ -436,7 +441,7 @@ class TestLife:
 
         def counting_read(descriptor: int, count: int) -> bytes:
             data = real_read(descriptor, count)
-            if not data and count == 64 << 10:  # not those of subprocess
+            if not data and count == 4 << 10:  # not those of subprocess
                 empty_reads.append(descriptor)
             return data
 
@@ -547,6 +552,7 @@ class TestSignals:
         run.until(ProcessExited)
         sent = []
         monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
+        monkeypatch.setattr(signal, "pidfd_send_signal", lambda *call: sent.append(call))
         run.process.signal(signal.SIGTERM)
         run.process.signal(signal.SIGKILL)
         assert sent == []
@@ -557,6 +563,149 @@ class TestSignals:
             while run.process.thread.is_alive():
                 run.process.signal(signal.SIGCONT)
             assert isinstance(run.finish()[-1], ProcessExited)
+
+    def test_it_is_sent_to_the_program_itself_and_to_no_number(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The number could be another process's, where somebody else has reaped the program."""
+
+        def refuse(*call: int) -> None:
+            raise AssertionError(call)
+
+        run = Run(script(say("up"), pause()), tmp_path).start()
+        run.until(OutputLine, "up")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", refuse)
+            run.process.signal(signal.SIGTERM)
+        assert run.until(ProcessExited).signal == signal.SIGTERM
+
+    def test_it_heeds_them_also_where_all_are_blocked_around_here(self, tmp_path: Path) -> None:
+        """And what is blocked here stays so."""
+        look = Step("put(1, open('/proc/self/status').read().partition('SigBlk:')[2].split()[0])")
+        run = Run(script(look), tmp_path)
+        seen: list[set[int]] = []
+        real_run = run.process.thread.run
+
+        def run_blocked() -> None:
+            real_run()
+            seen.append({int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])})
+
+        run.process.thread.run = run_blocked  # type: ignore[method-assign]
+        blocked = {signal.SIGTERM, signal.SIGUSR1}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            run.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        run.finish()
+        assert int(run.lines[0], 16) == 0
+        assert blocked <= seen[0]
+
+
+class TestReapedByAnother:
+    """Then nobody can tell how it ended, and nobody does."""
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_by_the_kernel(self, tmp_path: Path) -> None:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            for end in (exit_with(7), die_by(signal.SIGKILL)):
+                run = Run(script(say("up"), end), tmp_path).start()
+                run.finish()
+                assert [type(each) for each in run.seen] == [ProcessSpawned, OutputLine, ProcessExited]
+                assert run.seen[-1] == ProcessExited(None, None, at=run.seen[-1].at)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_by_somebody_who_waits_for_all(self, tmp_path: Path) -> None:
+        run = Run(script(exit_with(7)), tmp_path)
+        run.process.signal(signal.SIGCONT)  # it is sent after the spawn was told
+        with run.held_at(ProcessSpawned) as spawned:
+            run.start()
+            eventually(lambda: bool(spawned))
+            os.waitpid(spawned[0].pid, 0)
+        exited = run.finish()[-1]
+        assert exited == ProcessExited(None, None, at=exited.at)
+
+
+class TestFlood:
+    """A program that prints faster than its lines are taken in is held up, and costs no memory."""
+
+    LINES = 20_000
+
+    def flood(self, tmp_path: Path, *end: Step) -> Run:
+        words = Step(f"for n in range({self.LINES}): put(1, 'word ' + str(n).zfill(5))")
+        run = Run(script(words, *end), tmp_path)
+        run.takes_lines = False
+        run.start()
+        eventually(lambda: run.process._posted >= 1000)
+        return run
+
+    def test_nothing_is_lost_while_it_lives(self, tmp_path: Path) -> None:
+        with Gate(tmp_path / "gate") as gate:
+            run = self.flood(tmp_path, wait_file(gate.path))
+            while len(run.lines) < self.LINES:
+                run.until(OutputLine)
+                assert run._news.qsize() <= 1000 + (4 << 10)
+                run.process.taken()
+            gate.open()
+            run.finish()
+        assert run.lines == [f"word {number:05}" for number in range(self.LINES)]
+
+    @pytest.mark.usefixtures("exit_seen_by")
+    def test_its_end_is_seen_also_where_nobody_takes_anything_any_more(self, tmp_path: Path) -> None:
+        """Its first lines and its last arrive; a line tells how many are missing."""
+        run = self.flood(tmp_path)
+        run.process.signal(signal.SIGKILL)
+        assert run.until(ProcessExited).signal == signal.SIGKILL
+        (note,) = (number for number, line in enumerate(run.lines) if "left out" in line)
+        first, missing, last = run.lines[:note], run.lines[note], run.lines[note + 1 :]
+        assert len(first) <= 1000 + (4 << 10)
+        assert len(last) == 1000
+        assert first == [f"word {number:05}" for number in range(len(first))]
+        count = int(missing.removeprefix("… ").removesuffix(" lines left out"))
+        assert last[0] == f"word {len(first) + count:05}"
+        run.finish()
+
+
+class TestSecrets:
+    """A traceback with local variables shows none."""
+
+    SECRET = HiddenEnvironment({"NX_DISPLAY": f"cookie={COOKIE}"})
+
+    def test_an_environment_is_one(self) -> None:
+        assert dict(self.SECRET) == {"NX_DISPLAY": f"cookie={COOKIE}"}
+        assert len(self.SECRET) == 1
+        assert repr(self.SECRET) == str(self.SECRET) == "<environment>"
+        assert not isinstance(self.SECRET, dict)  # rich would look into it
+
+    def test_where_a_run_cannot_be_made(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="Bad file descriptor") as caught:
+            ProxyProcess(
+                ["/bin/true"],
+                environment=dict(self.SECRET),
+                directory=tmp_path,
+                log=-1,
+                secrets=[COOKIE],
+                post=lambda _: None,
+            )
+        made = caught.tb.tb_next
+        assert made is not None
+        shown = traceback.TracebackException(OSError, caught.value, made, capture_locals=True)
+        assert "directory = " in "".join(shown.format())
+        assert COOKIE not in "".join(shown.format())
+
+    def test_where_a_run_breaks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse() -> None:
+            raise OSError("no more descriptors")
+
+        monkeypatch.setattr("proxy_fsm.process.select", types.SimpleNamespace(poll=refuse))
+        run = Run(script(pause()), tmp_path, environment=self.SECRET, secrets=[COOKIE]).start()
+        run.finish()
+        error = run.seen[1].error  # type: ignore[attr-defined]
+        shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+        assert COOKIE not in "".join(shown.format())
 
 
 class TestSpawnFails:
@@ -698,3 +847,17 @@ class TestLog:
         assert isinstance(run.seen[1], LogFailed)
         assert run.seen[1].detail == "The session's log cannot be written any more: No space left on device."
         assert run.lines == ["one", "two", "three"]
+
+    def test_it_does_not_fill_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each run may write so much, and then one line that says so."""
+        monkeypatch.setattr("proxy_fsm.process._MAX_LOG_BYTES", 100)
+        log = tmp_path / "session.log"
+        log.write_text("before\n" * 100, encoding="ascii")
+        run = Run(script(*[say(f"line {number:04}") for number in range(50)]), tmp_path, log=log).start()
+        run.finish()
+        assert len(run.lines) == 50
+        assert log.read_text(encoding="utf-8").splitlines()[100:] == [
+            *run.lines[:10],
+            "… the rest is left out: this run printed more than 100 bytes",
+        ]
+        assert not [each for each in run.seen if isinstance(each, LogFailed)]

@@ -112,6 +112,9 @@ def eventually(is_true: Callable[[], bool]) -> None:
         (row("R", OTHER), SessionStatus.FINISHED),
         (row("S", NAME + "x") + row("S", NAME[:-1]), SessionStatus.FINISHED),
         (b"", SessionStatus.FINISHED),
+        (row("S") + row("X", OTHER), SessionStatus.SUSPENDED),
+        (row("R", OTHER).replace(b"30001", b"none") + row("S"), SessionStatus.SUSPENDED),
+        (f"|{OTHER}|\n".encode(), SessionStatus.FINISHED),
         (b"perl:warning:Settinglocalefailed.\n" + row("S"), SessionStatus.SUSPENDED),
     ],
 )
@@ -150,13 +153,23 @@ def test_until_nobody_wants_to_know_any_more(server: LoopbackSSHServer, transpor
     [
         Lister(b"gibberish\n"),
         Lister(b"\xff\xfe|" * 20),
-        Lister(row("S") + row("X", OTHER)),
+        Lister(row("X")),
+        Lister(row("R", OTHER) + b"gibberish\n"),
         Lister(row("S"), status=1),
         Lister(b"", status=127),
         Lister(b"x" * (6 << 20)),  # more than fits into the channel's window
         None,
     ],
-    ids=["gibberish", "no text", "unknown status", "exit status 1", "exit status 127", "no end", "no such command"],
+    ids=[
+        "gibberish",
+        "no text",
+        "unknown status",
+        "gibberish among rows",
+        "exit status 1",
+        "exit status 127",
+        "no end",
+        "no such command",
+    ],
 )
 def test_a_server_that_cannot_tell(
     server: LoopbackSSHServer, transport: paramiko.Transport, lister: Lister | None

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import re
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -251,6 +252,16 @@ def rely_on_send_user_message(transport: Any, _: Agent) -> None:
     assert packets_sent(transport) == before + 1, "a transport that is closed drops it without a word"
 
 
+def rely_on_clear_to_send(transport: Any, _: Agent) -> None:
+    assert transport.clear_to_send.is_set()
+    transport.clear_to_send.clear()
+    transport.clear_to_send_timeout = 0
+    before = packets_sent(transport)
+    with pytest.raises(paramiko.SSHException, match="Key-exchange timed out"):
+        transport._send_user_message(paramiko.Message(b"\x02"))
+    assert packets_sent(transport) == before, "nothing of the user's is sent while keys are exchanged"
+
+
 def rely_on_packetizer(transport: Any, agent: Agent) -> None:
     packetizer = transport.packetizer
     open_probe(transport, agent.port)
@@ -324,6 +335,7 @@ RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
     "Transport.channels_seen": rely_on_channels_seen,
     "Transport.saved_exception": rely_on_saved_exception,
     "Transport._send_user_message": rely_on_send_user_message,
+    "Transport.clear_to_send": rely_on_clear_to_send,
     "Transport.packetizer": rely_on_packetizer,
     "Channel._set_transport": rely_on_set_transport,
     "Channel._set_window": rely_on_set_window,
@@ -443,6 +455,97 @@ class TestOpening:
         agent.accept().sendall(b"still here")
         assert channel.recv(99) == b"still here"
         channel.send_close()
+
+
+class TestKeysAreExchangedForTooLong:
+    def test_the_open_is_refused_and_the_transport_lives(self, transport: Any, agent: Agent) -> None:
+        with keys_exchanged(transport):
+            opening = opening_to(transport, agent.port)
+            with pytest.raises(ChannelRefused, match="Key-exchange timed out") as refused:
+                opening.wait()
+        assert refused.value.code == ChannelRefused.RESOURCE_SHORTAGE == 4
+        assert len(transport._channels) == 0
+        assert not transport.channel_events
+        open_to(transport, agent.port).send_close()
+
+    def test_an_open_that_was_abandoned_meanwhile_leaves_no_entry_either(self, transport: Any, agent: Agent) -> None:
+        opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
+        opening.abandon()
+        with keys_exchanged(transport):
+            opening.send()
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        assert len(transport._channels) == 0
+        assert not transport.channel_events
+
+    def test_a_transport_that_ends_meanwhile_is_gone(self, transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def end_and_fail(_: object) -> None:
+            transport.close()
+            raise paramiko.SSHException("Key-exchange timed out")
+
+        monkeypatch.setattr(transport, "_send_user_message", end_and_fail)
+        with pytest.raises(TransportGone):
+            opening_to(transport, 9).wait()
+
+    def test_a_write_that_fails_means_that_the_transport_is_gone(
+        self, transport: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: object) -> None:
+            raise BrokenPipeError
+
+        monkeypatch.setattr(transport, "_send_user_message", fail)
+        with pytest.raises(TransportGone):
+            opening_to(transport, 9).wait()
+
+
+@contextlib.contextmanager
+def keys_exchanged(transport: Any) -> Iterator[None]:
+    """A key exchange for which nobody has the patience."""
+    patience_s, transport.clear_to_send_timeout = transport.clear_to_send_timeout, 0
+    transport.clear_to_send.clear()
+    try:
+        yield
+    finally:
+        transport.clear_to_send.set()
+        transport.clear_to_send_timeout = patience_s
+
+
+class TestNoThreads:
+    """A channel that opens late is closed also where no thread can be started for it."""
+
+    @pytest.fixture(autouse=True)
+    def no_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        start = threading.Thread.start
+
+        def start_unless_named(thread: threading.Thread) -> None:
+            if thread.name == "proxy_fsm-discard":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_unless_named)
+
+    def test_it_is_closed_by_whoever_takes_the_answer(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+        opening = opening_to(transport, agent.port)
+        server.wait_for(lambda: server.channels_held == 1)
+        opening.abandon()
+        server.release()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+        assert transport.is_active()
+
+    def test_while_keys_are_exchanged_it_is_left_and_nobody_waits(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        with keys_exchanged(transport):
+            began = time.monotonic()
+            ssh._discard(channel)
+            assert since(began) < SOON_S
+        assert server.channels_open == 1
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
 
 
 class TestAbandon:
@@ -785,6 +888,26 @@ class TestEndWatch:
             transport.join(WAIT_S)
             assert calls == ["ended"]
             watch.cancel()
+
+    def test_it_calls_back_once_however_many_threads_tell_it(self, transport: paramiko.Transport) -> None:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(200):
+                calls: list[str] = []
+                together = threading.Barrier(4)
+                watch = EndWatch(transport, lambda calls=calls: calls.append("ended"))  # type: ignore[misc]
+
+                def tell(together: threading.Barrier = together, watch: EndWatch = watch) -> None:
+                    together.wait(WAIT_S)
+                    watch._sentinel._unlink()
+
+                for task in [Task(tell) for _ in range(4)]:
+                    task.result()
+                watch.cancel()
+                assert calls == ["ended"]
+        finally:
+            sys.setswitchinterval(interval)
 
     def test_cancelled_it_does_not_call_back(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         calls: list[str] = []

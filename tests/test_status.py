@@ -11,7 +11,16 @@ import pytest
 
 from proxy_fsm import errors
 from proxy_fsm.lifecycle import State, Trigger
-from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats, is_retryable
+from proxy_fsm.status import (
+    EndReason,
+    Link,
+    ProxyStatus,
+    Timeouts,
+    TransitionRecord,
+    TunnelStats,
+    hint_for,
+    is_retryable,
+)
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 RECORD = TransitionRecord(
@@ -101,7 +110,7 @@ def test_timeouts_have_the_contracts_defaults() -> None:
     }
 
 
-@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan"), "5", None, True])
+@pytest.mark.parametrize("value", [0, -1, 1e10, float("inf"), float("nan"), "5", None, True])
 def test_timeouts_are_finite_numbers_above_zero(value: object) -> None:
     with pytest.raises(ValueError, match="ready_s must be a finite number"):
         Timeouts(ready_s=value)  # type: ignore[arg-type]
@@ -126,8 +135,8 @@ RETRYABLE = [
     (EndReason.TRANSPORT_LOST, True, LONG, False, True),
     (EndReason.PROXY_KILLED, True, LONG, False, True),
     (EndReason.DISPLAY_LOST, True, LONG, False, True),
-    (EndReason.AGENT_UNREACHABLE, False, NEVER, True, False),
-    (EndReason.PEER_LOST, True, LONG, False, False),
+    (EndReason.AGENT_UNREACHABLE, False, NEVER, True, None),
+    (EndReason.PEER_LOST, True, LONG, False, None),
     (EndReason.SESSION_ENDED, True, LONG, False, None),
     (EndReason.SESSION_SUSPENDED, True, LONG, False, True),
     (EndReason.SESSION_TERMINATED, True, LONG, True, False),
@@ -136,6 +145,26 @@ RETRYABLE = [
     (EndReason.STOP_REQUESTED, True, NEVER, False, False),
     (EndReason.STOP_REQUESTED, False, NEVER, False, True),
 ]
+
+
+HINTS = [
+    # reason, channel opened, was running, resumed -> the end of the hint
+    (EndReason.DISPLAY_LOST, True, True, False, "then resume the session."),
+    (EndReason.DISPLAY_LOST, True, False, True, "then resume the session."),
+    (EndReason.PROXY_KILLED, True, False, False, "then start a new session: this one has not survived."),
+    (EndReason.TRANSPORT_LOST, False, False, False, "then try again."),
+    (EndReason.TRANSPORT_SILENT, False, False, False, "then try again."),
+    (EndReason.PROXY_NOT_FOUND, False, False, False, "say where it is."),
+]
+
+
+@pytest.mark.parametrize(("reason", "opened", "ran", "resumed", "ending"), HINTS)
+def test_nobody_is_told_to_resume_a_session_that_is_lost(
+    reason: EndReason, *, opened: bool, ran: bool, resumed: bool, ending: str
+) -> None:
+    hint = hint_for(reason, channel_opened=opened, was_running=ran, resumed=resumed)
+    assert hint is not None
+    assert hint.endswith(ending)
 
 
 @pytest.mark.parametrize(("reason", "opened", "running_s", "resumed", "retryable"), RETRYABLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import pickle
@@ -502,6 +503,66 @@ class TestOpenDisplay:
         error = display_error({})
         again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
         assert (again.kind, again.detail, again.hint) == (error.kind, error.detail, error.hint)
+
+
+class TestShortage:
+    """Whoever has no descriptor left cannot tell whether there is an X server, and does not say that there is none."""
+
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
+    def test_no_socket_can_be_made(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        monkeypatch.setattr(socket, "socket", short_of(number))
+        error = display_error(place)
+        assert error.kind == "local"
+        assert os.strerror(number) in error.detail
+        assert "no X server" not in error.detail
+
+    def test_it_cannot_be_connected(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(socket.socket, "connect", short_of(errno.ENOBUFS))
+        assert display_error({**place, "DISPLAY": ":59000"}).kind == "local"
+
+    def test_the_cookie_cannot_be_read(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        Path(place["XAUTHORITY"]).write_bytes(entry(WILD, b"", b""))
+        monkeypatch.setattr(Path, "open", short_of(errno.EMFILE))
+        with serving(place, sends(refused(b"no"))) as server:
+            assert display_error(place).kind == "local"
+            server.stop()
+            monkeypatch.undo()
+
+    def test_a_watch_does_not_take_it_for_a_loss(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        with serving(place, accept) as server, Heard(place) as heard:
+            client = server.clients.get(timeout=WAIT_S)
+            tries = threading.Semaphore(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(x11, "_connect", short_of(errno.EMFILE, tries.release))
+                client.sock.shutdown(socket.SHUT_RDWR)
+                for _ in range(8):
+                    assert tries.acquire(timeout=WAIT_S)
+                assert heard.said.empty()
+                assert heard.watch.suspect
+            assert heard.next() == "restored, suspect=False"
+
+    def test_a_watch_that_waits_for_its_end_can_be_closed(
+        self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with serving(place, accept) as server:
+            heard = Heard(place)
+            tries = threading.Semaphore(0)
+            with heard:
+                client = server.clients.get(timeout=WAIT_S)
+                monkeypatch.setattr(x11, "_connect", short_of(errno.EMFILE, tries.release))
+                client.sock.shutdown(socket.SHUT_RDWR)
+                assert tries.acquire(timeout=WAIT_S)
+            assert heard.said.empty()
+
+
+def short_of(number: int, note: Callable[[], None] = lambda: None) -> Callable[..., None]:
+    """What fails for want of something."""
+
+    def fail(*_: object, **__: object) -> None:
+        note()
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 class Heard:

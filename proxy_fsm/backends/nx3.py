@@ -14,9 +14,10 @@ from proxy_fsm.backends.base import Backend, BackendContext, find_program
 from proxy_fsm.errors import BackendError, InvalidSession
 from proxy_fsm.evidence import ChannelOpened, OutputLine
 from proxy_fsm.status import EndReason
+from proxy_fsm.x11 import DisplayError, open_display
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from proxy_fsm.evidence import Evidence
     from proxy_fsm.session import SessionInfo
@@ -43,6 +44,8 @@ _NO_DISPLAY = (
     "Connection to '",  # the display's address: that of the tunnel is called a Unix file socket
 )
 
+#: How long an X server, which has let us in a moment ago, may take to do so again.
+_DISPLAY_S = 2.0
 _MAX_VALUE_BYTES = 255
 _MAX_STRING_BYTES = 1023
 _KEY = re.compile(r"[a-z0-9_]+")
@@ -94,7 +97,7 @@ class NX3Backend(Backend):
         return find_program(program, hint="Install nxproxy (on Debian, Ubuntu and Fedora the package nxproxy).")
 
     def preflight(self, context: BackendContext) -> None:
-        """Make sure that nxproxy will read the options as they are meant."""
+        """Make sure that nxproxy will read the options as they are meant, and the X server's cookie."""
         if not _fits("connect", f"unix:{context.listen_address}"):
             raise BackendError(
                 EndReason.LISTEN_FAILED,
@@ -107,6 +110,8 @@ class NX3Backend(Backend):
                 f"The NX option string is longer than the {_MAX_STRING_BYTES} bytes that nxproxy reads.",
                 "Pass fewer options, or use a shorter session name.",
             )
+        if shutil.which("xauth", path=context.environ.get("PATH", os.defpath)) is None:
+            _check_access_without_cookie(context.environ.get("DISPLAY", ""))
 
     def command(self, context: BackendContext) -> Sequence[str]:
         """With a bare ``-S`` nxproxy takes its options from the environment."""
@@ -126,11 +131,17 @@ class NX3Backend(Backend):
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
         """Read the cause from nxproxy's lines, since its exit code says nothing."""
-        if evidence.signalled or not (isinstance(evidence.last, OutputLine) or evidence.exited):
+        lines: Iterable[OutputLine]
+        if evidence.exited:
+            lines = evidence.lines
+        elif isinstance(evidence.last, OutputLine):
+            lines = (evidence.last,)  # the others were judged when they were new
+        else:
             return None
-        if evidence.ready:
-            return self._after_ready(evidence)
-        return self._before_ready(evidence)
+        if evidence.signalled:
+            return None
+        output = "\n".join(line.text for line in lines)
+        return self._after_ready(evidence, output) if evidence.ready else self._before_ready(evidence, output)
 
     def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Take what fits into an NX option string and is not set by the engine; return the others."""
@@ -144,47 +155,66 @@ class NX3Backend(Backend):
 
     def _option_string(self, context: BackendContext) -> str:
         session = context.session
-        # connect comes first: without it nxproxy would listen on every interface.
-        options = {
-            "connect": f"unix:{context.listen_address}",
-            "cookie": session.cookie,
-            "id": session.name,
-            **self._options,
-        }
-        return "nx/nx," + ",".join(f"{key}={value}" for key, value in options.items()) + f":{session.display}"
+        given = "".join(f",{key}={value}" for key, value in self._options.items())
+        # connect comes first: without it nxproxy would listen on every interface. And the cookie is in no local
+        # variable, since a traceback may show those.
+        return (
+            f"nx/nx,connect=unix:{context.listen_address},cookie={session.cookie},id={session.name}"
+            f"{given}:{session.display}"
+        )
 
     @staticmethod
-    def _before_ready(evidence: Evidence) -> tuple[EndReason, str] | None:
-        if evidence.said(*_NO_DISPLAY):
+    def _before_ready(evidence: Evidence, output: str) -> tuple[EndReason, str] | None:
+        if _any_in(output, _NO_DISPLAY):
             return (
                 EndReason.DISPLAY_UNAVAILABLE,
                 "The X server refused nxproxy, or DISPLAY does not reach one.",
             )
-        if evidence.said(*_CAUGHT_SIGNAL):
+        if _any_in(output, _CAUGHT_SIGNAL):
             return _SIGNALLED
         if not evidence.saw(ChannelOpened):
             unconnected = EndReason.LISTEN_FAILED, "nxproxy could not connect to the local end of the tunnel."
-            return unconnected if evidence.said(_NOT_CONNECTED) else None
-        if evidence.said(*_NEGOTIATION):
+            return unconnected if _NOT_CONNECTED in output else None
+        if _any_in(output, _NEGOTIATION):
             return EndReason.NEGOTIATION_FAILED, (
                 "The agent closed the connection during negotiation: "
                 "the session cookie is wrong, or the agent has gone."
             )
-        if evidence.said(*_PEER_BROKEN):
+        if _any_in(output, _PEER_BROKEN):
             return EndReason.PEER_LOST, "nxproxy lost the agent before the session stood."
         return None
 
     @staticmethod
-    def _after_ready(evidence: Evidence) -> tuple[EndReason, str] | None:
-        if evidence.said(_PEER_SILENT):
+    def _after_ready(evidence: Evidence, output: str) -> tuple[EndReason, str] | None:
+        if _PEER_SILENT in output:
             return EndReason.PEER_LOST, "nxproxy has not heard from the agent for too long."
-        if evidence.said(*_PEER_BROKEN):
+        if _any_in(output, _PEER_BROKEN):
             return EndReason.PEER_LOST, "nxproxy lost the agent, while the SSH connection lives."
-        if evidence.said(*_CAUGHT_SIGNAL):
+        if _any_in(output, _CAUGHT_SIGNAL):
             return _SIGNALLED
-        if evidence.said(_TERMINATING) and evidence.exited:
+        if _TERMINATING in output and evidence.exited:
             return EndReason.SESSION_ENDED, "The agent closed the session: it was suspended or terminated."
         return None
+
+
+def _any_in(output: str, texts: Iterable[str]) -> bool:
+    return any(text in output for text in texts)
+
+
+def _check_access_without_cookie(display: str) -> None:
+    """Make sure that the X server asks for no cookie.
+
+    Without xauth nxproxy shows a cookie that it has made up. Measured: an X server that wants none lets it in,
+    whatever the authority file holds; one that wants a cookie refuses it, and the agent's only chance is gone.
+    """
+    try:
+        open_display({"DISPLAY": display}, timeout_s=_DISPLAY_S).close()
+    except DisplayError as error:
+        raise BackendError(
+            EndReason.DISPLAY_UNAVAILABLE,
+            "The X server wants a cookie, and the program xauth, with which nxproxy reads it, was not found.",
+            "Install xauth (on Debian and Ubuntu the package xauth, on Fedora xorg-x11-xauth), or put it into PATH.",
+        ) from error
 
 
 def _fits(key: object, value: object) -> bool:

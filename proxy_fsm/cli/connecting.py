@@ -184,9 +184,15 @@ def _hops(target: str, options: SSHOptions, output: Output, dialogue: _Dialogue)
 
 
 def _no_jump(config: fabric.Config, target: str) -> bool | None:
-    """Return what fabric takes for "no gateway" where the configuration says ``ProxyJump none``, else None."""
+    """Return what fabric takes for "no gateway" where the configuration says ``ProxyJump none``, else None.
+
+    Raises:
+        ValueError: The target names no host.
+    """
     host = fabric.connection.derive_shorthand(target)["host"]
-    return False if config.base_ssh_config.lookup(host or "").get("proxyjump", "").lower() == "none" else None
+    if not host:
+        raise ValueError("it names no host.")
+    return False if config.base_ssh_config.lookup(host).get("proxyjump", "").lower() == "none" else None
 
 
 def _prepare(hop: fabric.Connection, options: SSHOptions, output: Output, dialogue: _Dialogue) -> None:
@@ -292,7 +298,7 @@ def _explained(error: Exception, hop: fabric.Connection) -> Exception:
             reason = "host_key_changed"
             detail = f"The host key of {where} is not the known one: it was changed, or somebody is in between."
             hint = "Ask the server's administrator; only then remove the old key with ssh-keygen -R."
-        case socket.gaierror():
+        case socket.gaierror() | UnicodeError():  # the latter: a label is empty or too long
             reason = "name_unknown"
             detail = f"The name {hop.host} leads to no address: {_sentence(error)}"
             hint = "Look at HOST, and at HostName in ~/.ssh/config."
@@ -304,7 +310,7 @@ def _explained(error: Exception, hop: fabric.Connection) -> Exception:
             reason = "not_authenticated"
             detail = f"{where} did not let {hop.user} in: {_sentence(error)}"
             hint = "Name the key with -i, or load it into the SSH agent (a key with a passphrase too)."
-        case OSError():  # NoValidConnectionsError and time-outs too
+        case OSError() | OverflowError():  # NoValidConnectionsError and time-outs too; the latter: a port above 65535
             reason = "unreachable"
             detail = f"{where} was not reached: {_sentence(error)}"
             hint = "Look at host and port, and at the network."

@@ -5,7 +5,14 @@ Recordings of what the real nxproxy prints, and when, are in ``tests/data/nxprox
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import struct
+import tempfile
+import threading
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +53,7 @@ def context(address: str = ADDRESS, *, name: str = NAME, display: int = 51) -> B
         listen_address=address,
         sessions_root=Path("/home/alice/.x2go"),
         session_root=Path(f"/home/alice/.x2go/S-{name}"),
-        environ={"DISPLAY": ":0"},
+        environ={"DISPLAY": ":0", "PATH": os.environ["PATH"]},
     )
 
 
@@ -185,6 +192,40 @@ class TestPreflight:
         assert caught.value.reason is EndReason.PROXY_NOT_STARTABLE
         assert "1023 bytes" in caught.value.detail
         assert COOKIE not in str(caught.value)
+
+    @pytest.mark.parametrize("lets_in", [True, False])
+    def test_without_xauth_only_an_x_server_that_wants_no_cookie_will_do(
+        self, tmp_path: Path, *, lets_in: bool
+    ) -> None:
+        """Measured with nxproxy 3.5.99.26: without xauth it shows a cookie that it has made up."""
+        with tempfile.TemporaryDirectory(dir="/tmp") as directory, closing(socket.socket(socket.AF_UNIX)) as listener:
+            listener.bind(f"{directory}/x:0")
+            listener.listen()
+            asked: list[bytes] = []
+
+            def answer() -> None:
+                with closing(listener.accept()[0]) as client:
+                    asked.append(client.recv(12, socket.MSG_WAITALL))
+                    client.sendall(struct.pack("<BBHHH", int(lets_in), 8, 11, 0, 2) + b"No cooki")
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            cookies = tmp_path / ".Xauthority"
+            cookies.write_bytes(struct.pack(">HHHH18sH16s", 0xFFFF, 0, 0, 18, b"MIT-MAGIC-COOKIE-1", 16, b"x" * 16))
+            environ = {"DISPLAY": f"{directory}/x:0", "PATH": str(tmp_path), "XAUTHORITY": str(cookies)}
+            without = replace(context(), environ=environ)
+            try:
+                if lets_in:
+                    NX3Backend().preflight(without)
+                else:
+                    with pytest.raises(BackendError) as caught:
+                        NX3Backend().preflight(without)
+                    assert caught.value.reason is EndReason.DISPLAY_UNAVAILABLE
+                    assert caught.value.hint is not None
+                    assert "package xauth" in caught.value.hint
+            finally:
+                thread.join()
+        assert asked == [struct.pack("<cxHHHHxx", b"l", 11, 0, 0, 0)]  # it showed none
 
     def test_a_session_has_a_cookie_and_a_display(self) -> None:
         backend = NX3Backend()
@@ -388,6 +429,16 @@ class TestDiagnosis:
         assert NX3Backend().diagnose(evidence) is None
         evidence.add(ProcessExited(0, None))
         assert NX3Backend().diagnose(evidence) is not None
+
+    def test_a_line_is_judged_when_it_is_new_and_again_at_the_end(self) -> None:
+        """However much it prints meanwhile, no line costs more than another."""
+        fault = OutputLine("Error: Failure reading from the peer proxy.")
+        evidence = Evidence(ChannelOpened(1), fault, OutputLine("Info: Something else."))
+        assert NX3Backend().diagnose(evidence) is None
+        evidence.add(ProcessExited(0, None))
+        verdict = NX3Backend().diagnose(evidence)
+        assert verdict is not None
+        assert verdict[0] is EndReason.PEER_LOST
 
     @given(
         name=st.sampled_from(sorted(EXPECTED)),

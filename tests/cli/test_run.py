@@ -309,6 +309,25 @@ class TestConnecting:
         server.stop()
         assert self.failure(run(home, *viewing(home, server, 1))) == "unreachable"
 
+    @pytest.mark.parametrize("host", ["h/../", "a..b", "x" * 64 + ".example"])
+    def test_a_name_that_no_host_can_have_is_told(self, home: Home, host: str) -> None:
+        program = self.to(home, host)
+        assert self.failure(program) == "name_unknown"
+
+    def test_a_port_that_there_is_not_is_told(self, home: Home) -> None:
+        assert self.failure(self.to(home, "127.0.0.1:99999")) == "unreachable"
+
+    @pytest.mark.parametrize("host", ["", "me@", "h:x"])
+    def test_a_host_that_names_none_is_wrong_usage(self, home: Home, host: str) -> None:
+        program = self.to(home, host)
+        assert program.process.returncode == 2
+        (event,) = program.events
+        assert event["event"] == "usage.wrong"
+
+    def to(self, home: Home, host: str) -> Running:
+        arguments = ["run", host, "--session", "test", "--graphics-port", "1", "--log-format", "json"]
+        return run(home, *arguments, "--backend", "command", "--", *VIEWER_COMMAND)
+
     def test_something_that_is_no_ssh_server_is_told(self, home: Home, server: LoopbackSSHServer, agent: Agent) -> None:
         """It greets with another word, and is let go of when that has had its time."""
         own, server.port = server.port, agent.port

@@ -314,7 +314,7 @@ class StartFault:
     sign: type[Observation] | str | None = None
     due_s: float = 0.0
     exits: bool = False
-    retryable: bool = True
+    retryable: bool | None = True
     agent_lives: bool = True
 
 
@@ -394,7 +394,7 @@ START_FAULTS = [
     StartFault("connection closed", transport_closed, E.TRANSPORT_LOST),
     StartFault("forwarding denied", forwarding_denied, E.FORWARDING_DENIED, WorkerRefused, exits=True),
     StartFault(
-        "port refused", port_refused, E.AGENT_UNREACHABLE, WorkerRefused, AGENT_CONNECT_S, exits=True, retryable=False
+        "port refused", port_refused, E.AGENT_UNREACHABLE, WorkerRefused, AGENT_CONNECT_S, exits=True, retryable=None
     ),
     StartFault(
         "wrong cookie",
@@ -523,7 +523,7 @@ ENDINGS = [
     Ending("suspended", suspend, E.SESSION_ENDED, "S", EXIT, EXIT, DEAD_S, clean=True, retryable=None),
     Ending("terminated", terminate, E.SESSION_ENDED, "-", EXIT, EXIT, DEAD_S, clean=True, retryable=None),
     Ending("X server killed", kill_display, E.DISPLAY_LOST, "S", None, EXIT, AFTER_EXIT_S),
-    Ending("agent killed", kill_agent, E.PEER_LOST, "", PEER_LINE, EXIT, AFTER_EXIT_S, retryable=False),
+    Ending("agent killed", kill_agent, E.PEER_LOST, "", PEER_LINE, EXIT, AFTER_EXIT_S, retryable=None),
     Ending("proxy SIGKILLed", kill_proxy, E.PROXY_KILLED, "S", None, None, DEAD_S, says="SIGKILL"),
     Ending("proxy SIGTERMed", terminate_proxy, E.PROXY_KILLED, "S", CAUGHT_LINE, EXIT, AFTER_EXIT_S, says="TERM"),
     Ending("connection dropped", kill_connection, E.TRANSPORT_LOST, "S", CUT, CUT, DEAD_S),
