@@ -27,7 +27,7 @@ from proxy_fsm.evidence import (
     WorkerRefused,
 )
 from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
-from proxy_fsm.process import HiddenEnvironment
+from proxy_fsm.redaction import HiddenEnvironment
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import EndReason
 from proxy_fsm.x11 import DisplayError, DisplayWatch

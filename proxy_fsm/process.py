@@ -10,14 +10,12 @@ from __future__ import annotations
 import codecs
 import errno
 import os
-import re
 import select
 import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -30,24 +28,24 @@ from proxy_fsm.evidence import (
     SpawnFailed,
     WorkerFailed,
 )
+from proxy_fsm.redaction import HIDDEN, HiddenEnvironment, Redactor
 from proxy_fsm.status import EndReason
 
 if sys.platform == "linux":
     import resource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from proxy_fsm.evidence import Observation
 
-__all__ = ["HiddenEnvironment", "LineReader", "ProxyProcess"]
+__all__ = ["LineReader", "ProxyProcess"]
 
 #: So few that the lines of one read, all of them empty, are not too many either.
 _READ_BYTES = 4 << 10
 #: A line is cut after this many characters: a program that never ends its line must not fill our memory.
 _MAX_LINE_CHARS = 8 << 10
-_HIDDEN = "<hidden>"
 #: How much output of a program that has ended is still read, in bytes.
 _LAST_WORDS_BYTES = 1 << 20
 #: So many lines may wait to be taken in; then no more output is read. And so many last ones are kept at the end.
@@ -56,28 +54,6 @@ _MAX_WAITING_LINES = 1000
 _PAUSE_MS = 20
 #: How much one run writes into the session's log.
 _MAX_LOG_BYTES = 16 << 20
-
-
-class HiddenEnvironment(Mapping[str, str]):
-    """An environment in which secrets are: its repr shows nothing.
-
-    Tracebacks with local variables show a repr; rich, and structlog with it, look into a dict and its subclasses.
-    """
-
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        self._variables = dict(variables)
-
-    def __getitem__(self, name: str) -> str:
-        return self._variables[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._variables)
-
-    def __len__(self) -> int:
-        return len(self._variables)
-
-    def __repr__(self) -> str:
-        return "<environment>"
 
 
 class LineReader:
@@ -93,11 +69,9 @@ class LineReader:
     def __init__(self, secrets: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._buffer = ""
-        # A value called cookie is none of a log's business, whoever it belongs to.
-        words = [r"(?<=cookie=)[^,\s]+", *(re.escape(secret) for secret in secrets if secret)]
-        self._hidden = re.compile("|".join(words), re.IGNORECASE | re.ASCII)
+        self._redact = Redactor(secrets)
         # What is kept back is as long as a secret, or a value called cookie, that may still go on.
-        self._kept_back = max(len(text) for text in (f"cookie={_HIDDEN}", *secrets))
+        self._kept_back = max(len(text) for text in (f"cookie={HIDDEN}", *secrets))
 
     def feed(self, data: bytes) -> Iterator[str]:
         """Take bytes as they come; yield the lines that they complete."""
@@ -123,7 +97,7 @@ class LineReader:
             line = "".join(
                 char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode() for char in line
             )
-        return self._hidden.sub(_HIDDEN, line)
+        return self._redact(line)
 
     @staticmethod
     def _pieces(line: str) -> Iterator[str]:

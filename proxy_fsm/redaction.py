@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
-__all__ = ["Hidden", "Redactor"]
+__all__ = ["HIDDEN", "Hidden", "HiddenEnvironment", "Redactor"]
+
+#: What stands where a secret was.
+HIDDEN = "<hidden>"
 
 
 class Hidden(Sequence[str]):
@@ -31,7 +34,29 @@ class Hidden(Sequence[str]):
         return len(self._secrets)
 
     def __repr__(self) -> str:
-        return "<hidden>"
+        return HIDDEN
+
+
+class HiddenEnvironment(Mapping[str, str]):
+    """An environment in which secrets are: its repr shows nothing.
+
+    Tracebacks with local variables show a repr; rich, and structlog with it, look into a dict and its subclasses.
+    """
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = dict(variables)
+
+    def __getitem__(self, name: str) -> str:
+        return self._variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __repr__(self) -> str:
+        return "<environment>"
 
 
 class Redactor:
@@ -42,13 +67,13 @@ class Redactor:
     """
 
     def __init__(self, secrets: Sequence[str] = ()) -> None:
-        words = [re.escape(secret) for secret in secrets if secret]
         # A value called cookie is none of a log's business, whoever it belongs to.
-        self._pattern = re.compile("|".join([*words, r"(?<=cookie=)[^,\s'\"]+"]), re.IGNORECASE)
+        words = [r"(?<=cookie=)[^,\s]+", *(re.escape(secret) for secret in secrets if secret)]
+        self._pattern = re.compile("|".join(words), re.IGNORECASE | re.ASCII)
 
     def __call__(self, text: str) -> str:
         """Return the text without its secrets."""
-        return self._pattern.sub("<hidden>", text)
+        return self._pattern.sub(HIDDEN, text)
 
     def __repr__(self) -> str:
         return "<Redactor>"

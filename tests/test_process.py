@@ -30,7 +30,8 @@ from proxy_fsm.evidence import (
     SpawnFailed,
     WorkerFailed,
 )
-from proxy_fsm.process import HiddenEnvironment, LineReader, ProxyProcess
+from proxy_fsm.process import LineReader, ProxyProcess
+from proxy_fsm.redaction import HiddenEnvironment
 from proxy_fsm.status import EndReason
 from proxy_fsm.testing.scripted import (
     Gate,

@@ -17,7 +17,7 @@ SECRET = "0123456789abcdef0123456789abcdef"
         (f"it is {SECRET}!", "it is <hidden>!"),
         (f"it is {SECRET.upper()}!", "it is <hidden>!"),
         ("nx/nx,cookie=abc,port=1", "nx/nx,cookie=<hidden>,port=1"),
-        ("COOKIE='abc'", "COOKIE='abc'"),
+        ("COOKIE=abc\n", "COOKIE=<hidden>\n"),
         ("nothing of note", "nothing of note"),
     ],
 )
