@@ -192,7 +192,7 @@ class Engine:
         self._attachment: monitor.Attachment | None = None
         self._process: ProxyProcess | None = None
         self._question: ServerQuestion | None = None
-        self._process_alive = self._killed = False
+        self._process_alive = self._killed = self._sign_seen = False
 
     # ---- orders, on any thread ----
 
@@ -481,8 +481,10 @@ class Engine:
         """Ask the backend what all that was seen means."""
         try:
             if self.state is State.SPAWNING:
+                # The sign may come before the channel, and be gone from the lines that are held when that stands.
+                self._sign_seen = self._sign_seen or self._backend.ready(self._evidence)
                 connected = self._evidence.saw(ChannelOpened) and self._evidence.exited is None
-                if connected and self._backend.ready(self._evidence):
+                if connected and self._sign_seen:
                     self._evidence.ready = True
                     self._lifecycle.fire(Trigger.PROXY_READY)
             verdict = self._backend.diagnose(self._evidence)
