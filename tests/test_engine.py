@@ -244,7 +244,7 @@ def test_of_many_threads_that_start_it_one_succeeds(make: Maker) -> None:
         except InvalidTransition as refused:
             refusals.append(refused)
 
-    threads = [threading.Thread(target=start) for _ in range(8)]
+    threads = [threading.Thread(target=start, daemon=True) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -255,7 +255,7 @@ def test_of_many_threads_that_start_it_one_succeeds(make: Maker) -> None:
 
 def test_stop_from_many_threads_in_any_state_ends_it_once(make: Maker) -> None:
     proxy = make()
-    threads = [threading.Thread(target=proxy.stop) for _ in range(8)]
+    threads = [threading.Thread(target=proxy.stop, daemon=True) for _ in range(8)]
     proxy.start()
     for thread in threads:
         thread.start()

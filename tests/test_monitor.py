@@ -146,7 +146,7 @@ class TestShared:
                 attach(transport, PATIENT, Inbox().post).detach()
             kept.append(attach(transport, PATIENT, inbox.post))
 
-        threads = [threading.Thread(target=come_and_go, args=[inbox]) for inbox in inboxes]
+        threads = [threading.Thread(target=come_and_go, args=[inbox], daemon=True) for inbox in inboxes]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -669,7 +669,7 @@ class TestClosing:
                 return None
             if event == "line" and frame.f_lineno == line and not struck:
                 struck.append(line)
-                closer = threading.Thread(target=trial.close)
+                closer = threading.Thread(target=trial.close, daemon=True)
                 closer.start()
                 closer.join(0.02 if function == "Preparation._keep" else WAIT_S)  # there it may hold the lock
                 closers.append(closer)

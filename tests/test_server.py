@@ -252,7 +252,7 @@ def test_abandoning_at_any_line_ends_it_with_one_answer_and_no_channel(
             return None
         if event == "line" and frame.f_lineno == line and not abandoning:
             server.freeze()  # nothing that it waits for comes any more
-            abandoning.append(threading.Thread(target=asked.question.abandon))
+            abandoning.append(threading.Thread(target=asked.question.abandon, daemon=True))
             abandoning[0].start()
             abandoning[0].join(0.05)  # it waits where the question holds the lock
         return trace

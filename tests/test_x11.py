@@ -67,7 +67,10 @@ class Client:
     def _read(self, count: int) -> bytes:
         data = b""
         while len(data) < count:
-            data += self.sock.recv(count - len(data))
+            more = self.sock.recv(count - len(data))
+            if not more:
+                raise ConnectionResetError("it hung up before its set-up was through")
+            data += more
         return data
 
 
@@ -79,7 +82,7 @@ class FakeServer:
         self.answers = list(answers)
         self.clients: queue.SimpleQueue[Client] = queue.SimpleQueue()
         self.kept: list[Client] = []
-        self.thread = threading.Thread(target=self.serve, name="fake-x")
+        self.thread = threading.Thread(target=self.serve, name="fake-x", daemon=True)
 
     def serve(self) -> None:
         while True:
@@ -87,7 +90,11 @@ class FakeServer:
                 sock, _ = self.listener.accept()
             except OSError:
                 return
-            client = Client(sock)
+            try:
+                client = Client(sock)
+            except OSError:
+                sock.close()
+                continue
             self.kept.append(client)
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
             answer(self, client)
@@ -696,7 +703,7 @@ class TestDisplayWatch:
     def test_close_interrupts_open(self, place: dict[str, str]) -> None:
         with serving(place, silent) as server:
             watch = Heard(place, timeout_s=3600).watch
-            opener = threading.Thread(target=watch.open)
+            opener = threading.Thread(target=watch.open, daemon=True)
             opener.start()
             server.clients.get(timeout=WAIT_S)
             watch.close()
@@ -745,7 +752,7 @@ class TestDisplayWatch:
             watch.start()
             server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
             assert entered.wait(WAIT_S)
-            closer = threading.Thread(target=close)
+            closer = threading.Thread(target=close, daemon=True)
             closer.start()
             assert not closed.wait(0.05)
             leave.set()
@@ -770,7 +777,7 @@ class TestDisplayWatch:
 
     def test_many_closes_at_once(self, place: dict[str, str]) -> None:
         with serving(place, accept), Heard(place) as heard:
-            closers = [threading.Thread(target=heard.watch.close) for _ in range(8)]
+            closers = [threading.Thread(target=heard.watch.close, daemon=True) for _ in range(8)]
             for closer in closers:
                 closer.start()
             for closer in closers:

@@ -208,7 +208,7 @@ class TestPreflight:
                     asked.append(client.recv(12, socket.MSG_WAITALL))
                     client.sendall(struct.pack("<BBHHH", int(lets_in), 8, 11, 0, 2) + b"No cooki")
 
-            thread = threading.Thread(target=answer)
+            thread = threading.Thread(target=answer, daemon=True)
             thread.start()
             cookies = tmp_path / ".Xauthority"
             cookies.write_bytes(struct.pack(">HHHH18sH16s", 0xFFFF, 0, 0, 18, b"MIT-MAGIC-COOKIE-1", 16, b"x" * 16))

@@ -33,7 +33,7 @@ def flood():
     while True:
         connection.sendall(bytes(1 << 16))
 for _ in range({FLOODS}):
-    threading.Thread(target=flood).start()
+    threading.Thread(target=flood, daemon=True).start()
 """
 
 
@@ -44,7 +44,7 @@ class Service:
         self._echo = echo
         self._listener = socket.create_server((LOOPBACK, 0))
         self._connections: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self.port: int = self._listener.getsockname()[1]
 
     def __enter__(self) -> Self:
@@ -58,7 +58,7 @@ class Service:
             except OSError:
                 return
             self._connections.append(connection)
-            self._threads.append(threading.Thread(target=self._serve, args=[connection]))
+            self._threads.append(threading.Thread(target=self._serve, args=[connection], daemon=True))
             self._threads[-1].start()
 
     def _serve(self, connection: socket.socket) -> None:

@@ -129,7 +129,7 @@ class TestForwarding:
             def listen() -> None:
                 received["up"] = _read_all(agent)
 
-            threads = [threading.Thread(target=each) for each in (talk, send, listen)]
+            threads = [threading.Thread(target=each, daemon=True) for each in (talk, send, listen)]
             for thread in threads:
                 thread.start()
             received["down"] = _read_all(channel)
@@ -177,7 +177,7 @@ class TestForwarding:
                 channel.shutdown_write()
                 done.set()
 
-            sender = threading.Thread(target=send)
+            sender = threading.Thread(target=send, daemon=True)
             sender.start()
             assert not done.wait(0.2)  # the window, not the memory, bounds what is under way
             received = _read_all(agent)
@@ -341,7 +341,7 @@ class TestFaults:
                 except paramiko.ChannelException as refused:
                     outcome.append(refused.code)
 
-            wisher = threading.Thread(target=wish)
+            wisher = threading.Thread(target=wish, daemon=True)
             wisher.start()
             server.wait_for(lambda: server.channels_held == 1)
             before.sendall(b"still served")
@@ -362,7 +362,7 @@ class TestFaults:
             with pytest.raises((paramiko.SSHException, EOFError)):
                 _open(transport, target)
 
-        wisher = threading.Thread(target=wish)
+        wisher = threading.Thread(target=wish, daemon=True)
         wisher.start()
         server.wait_for(lambda: server.channels_held == 1)
         transport.close()
@@ -400,7 +400,7 @@ class TestFaults:
                 with pytest.raises((OSError, EOFError)):
                     channel.sendall(bytes(32_000_000))
 
-            sender = threading.Thread(target=send)
+            sender = threading.Thread(target=send, daemon=True)
             sender.start()
             assert channel.status_event.wait(0.2) is False
             server.drop()
@@ -486,7 +486,7 @@ class TestLeavingNothing:
                 with pytest.raises((OSError, EOFError)):
                     send.sendall(bytes(32_000_000))
 
-            fillers = [threading.Thread(target=fill, args=(each,)) for each in (agent, channel)]
+            fillers = [threading.Thread(target=fill, args=(each,), daemon=True) for each in (agent, channel)]
             for filler in fillers:
                 filler.start()
             assert not channel.status_event.wait(0.2)
