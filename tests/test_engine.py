@@ -117,7 +117,7 @@ def test_a_session_comes_up_and_is_stopped(make: Maker, agent: Agent) -> None:
     proxy.start()
     proxy.wait_running(timeout=5)
     assert proxy.ok()
-    assert len(agent.connections) == 1
+    eventually(lambda: len(agent.connections) == 1, "the agent was reached once")
     proxy.close(timeout=5)
     assert (proxy.state, proxy.ok()) == (State.STOPPED, False)
     status = proxy.status()
