@@ -33,7 +33,7 @@ def flood():
     while True:
         connection.sendall(bytes(1 << 16))
 for _ in range({FLOODS}):
-    threading.Thread(target=flood, daemon=True).start()
+    threading.Thread(target=flood).start()
 """
 
 
