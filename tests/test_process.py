@@ -420,7 +420,7 @@ class TestLife:
         assert call["argv"] == ["-c", "an argument", "*"]
 
     def test_it_leaves_no_core_file_in_which_the_cookie_would_stand(self, tmp_path: Path) -> None:
-        """Nor is one piped to a program: of all limits 1 alone prevents both."""
+        """A core that the kernel pipes to a program is another matter: that limit does not hold it back."""
         with Gate(tmp_path / "gate") as gate:
             run = Run(script(wait_file(gate.path)), tmp_path).start()
             pid = run.until(ProcessSpawned).pid
