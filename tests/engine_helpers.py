@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 from proxy_fsm import NX3Backend, Proxy, SessionInfo, State
 from proxy_fsm.testing.scripted import ScriptedProxy, Step, connect, say, wait_eof
 
+from .tunnel_helpers import own_threads
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -165,6 +167,4 @@ def children() -> list[int]:
 
 def engine_threads() -> list[str]:
     """Return the names of the engine's threads that are alive."""
-    named = [thread for thread in threading.enumerate() if thread.name.startswith("proxy_fsm")]
-    # One whose start was interrupted stays in the list for ever, though it never ran: CPython's, not ours.
-    return [thread.name for thread in named if thread.is_alive()]
+    return [thread.name for thread in own_threads()]

@@ -26,6 +26,8 @@ from proxy_fsm.session import SessionInfo
 from proxy_fsm.status import EndReason
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 
+from .tunnel_helpers import own_threads
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import FrameType
@@ -222,7 +224,7 @@ def make(transport: paramiko.Transport, tmp_path: Path, runtime: Path) -> Iterat
         assert_ended_once(trial)
     assert list(runtime.iterdir()) == []
     assert descriptors() == before
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("proxy_fsm")]
+    assert not own_threads()
 
 
 def descriptors() -> int:

@@ -48,6 +48,8 @@ from proxy_fsm.testing.scripted import (
     wait_file,
 )
 
+from .tunnel_helpers import own_threads
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -308,10 +310,9 @@ def _nothing_is_left() -> Iterator[None]:
     """No test here leaves a descriptor, a thread or a child behind."""
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
-    for thread in threading.enumerate():
-        if thread.name.startswith("proxy_fsm"):
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
+    for thread in own_threads():
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -634,13 +635,20 @@ class TestFlood:
     """A program that prints faster than its lines are taken in is held up, and costs no memory."""
 
     LINES = 20_000
+    #: As many get into the pipe (64 KiB) and out of it (some 1,400 are read) before it is held up.
+    BEFORE_IT_IS_HELD_UP = 6_500
 
     def flood(self, tmp_path: Path, *end: Step) -> Run:
-        words = Step(f"for n in range({self.LINES}): put(1, 'word ' + str(n).zfill(5))")
+        printed = tmp_path / "printed"
+        words = Step(
+            f"for n in range({self.LINES}):\n"
+            f"    put(1, 'word ' + str(n).zfill(5))\n"
+            f"    if n == {self.BEFORE_IT_IS_HELD_UP}: open({str(printed)!r}, 'w').close()"
+        )
         run = Run(script(words, *end), tmp_path)
         run.takes_lines = False
         run.start()
-        eventually(lambda: run.process._posted >= 1000)
+        eventually(lambda: printed.exists() and run.process._posted >= 1000)
         return run
 
     def test_nothing_is_lost_while_it_lives(self, tmp_path: Path) -> None:

@@ -153,11 +153,14 @@ def read_all(sock: socket.socket) -> bytes:
 
 
 def own_threads(*names: str) -> list[threading.Thread]:
-    """List the package's threads, or those of some names."""
+    """List the package's threads that are alive, or those of some names.
+
+    A thread whose start was interrupted stays in CPython's list for ever, though it never ran.
+    """
     return [
         thread
         for thread in threading.enumerate()
-        if (thread.name in names if names else thread.name.startswith("proxy_fsm-"))
+        if thread.is_alive() and (thread.name in names if names else thread.name.startswith("proxy_fsm-"))
     ]
 
 
