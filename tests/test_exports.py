@@ -18,7 +18,7 @@ Link fast_transport
 #: Reading order is import order: a module imports only from those above it.
 LAYERS = """
 errors lifecycle status session evidence events redaction x11 backends ssh monitor forwarder process journal preflight
-server engine proxy diagram testing cli
+server engine proxy aio diagram testing cli
 """.split()
 
 

@@ -1,0 +1,134 @@
+"""Proxies in an asyncio program: what waits in `Proxy` is awaited here.
+
+::
+
+    async with aio.running(Proxy(session, transport)) as proxy:  # the session is on the screen
+        async for record in aio.transitions(proxy):
+            print(record.source, "→", record.dest, record.detail)
+
+No thread waits for any of this: the engine hands each change to the loop. Everything else of a `Proxy` returns at once
+and is called as it is: ``proxy.stop()``, ``proxy.status()``, ``proxy.ok()``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from proxy_fsm.errors import ProxyFailed, ProxyStopped
+from proxy_fsm.lifecycle import State
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from proxy_fsm.proxy import Proxy
+    from proxy_fsm.status import TransitionRecord
+
+__all__ = ["close", "running", "transitions", "wait", "wait_running"]
+
+
+async def transitions(proxy: Proxy, *, replay: bool = True) -> AsyncGenerator[TransitionRecord, None]:
+    """Yield each change of state, in order, none lost, until the final one.
+
+    Args:
+        proxy: The proxy.
+        replay: Whether to begin with the past changes.
+    """
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[TransitionRecord] = asyncio.Queue()
+    passed = 0 if replay else len(proxy.status().history)
+    if passed and proxy.state.is_final:
+        return
+    unsubscribe = proxy.subscribe(told.put_nowait, via=loop.call_soon_threadsafe, replay=True)
+    try:
+        while True:
+            record = await told.get()
+            if record.sequence > passed:
+                yield record
+            if record.dest.is_final:
+                return
+    finally:
+        unsubscribe()
+
+
+async def wait(proxy: Proxy, *states: State, timeout: float | None = None) -> State:  # noqa: ASYNC109 - as Proxy.wait
+    """Wait until a proxy is in one of these states, or in a final one, and return that state.
+
+    Args:
+        proxy: The proxy.
+        states: The states; none for a final one.
+        timeout: In seconds; None waits without end.
+
+    Raises:
+        TimeoutError: It was not within that time; the proxy goes on.
+    """
+    wanted = frozenset(State(state) for state in states)
+    current = len(proxy.status().history)
+    if current == 0 and State.IDLE in wanted:
+        return State.IDLE
+    try:
+        async with asyncio.timeout(timeout):
+            async with aclosing(transitions(proxy)) as records:
+                async for record in records:
+                    if record.sequence >= current and (record.dest in wanted or record.dest.is_final):
+                        return record.dest
+    except TimeoutError:
+        names = ", ".join(sorted(wanted)) or "a final state"
+        raise TimeoutError(f"The proxy was not in {names} within {timeout} s; it is {proxy.state}.") from None
+    raise AssertionError("The last change leads to a final state.")
+
+
+async def wait_running(proxy: Proxy, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as Proxy.wait_running
+    """Wait until a proxy is running.
+
+    Args:
+        proxy: The proxy.
+        timeout: In seconds; None waits without end.
+
+    Raises:
+        ProxyFailed: It failed; ``status`` tells why.
+        ProxyStopped: It was stopped, or the session ended.
+        TimeoutError: It was neither within that time; the proxy goes on.
+    """
+    state = await wait(proxy, State.RUNNING, timeout=timeout)
+    if state is State.FAILED:
+        raise ProxyFailed(proxy.status())
+    if state is State.STOPPED:
+        raise ProxyStopped(proxy.status())
+
+
+async def close(proxy: Proxy, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as Proxy.close
+    """Stop a proxy and wait until nothing is held.
+
+    A task that is cancelled meanwhile leaves at once; the proxy ends all the same.
+
+    Args:
+        proxy: The proxy.
+        timeout: In seconds; None waits as long as its own time limits allow, which are all finite.
+
+    Raises:
+        TimeoutError: It was not released within that time; that goes on.
+    """
+    proxy.stop()
+    await wait(proxy, timeout=timeout)
+
+
+@asynccontextmanager
+async def running(proxy: Proxy) -> AsyncIterator[Proxy]:
+    """Start a proxy, have it running inside the block, and close it afterwards.
+
+    Args:
+        proxy: One that was not started.
+
+    Raises:
+        InvalidTransition: It was started, or stopped, before.
+        ProxyFailed: It failed before it ran; everything is released then.
+        ProxyStopped: It was stopped before it ran.
+    """
+    proxy.start()
+    try:
+        await wait_running(proxy)
+        yield proxy
+    finally:
+        await close(proxy)

@@ -1,0 +1,172 @@
+"""What an asyncio program awaits of a proxy, on the real engine with faked workers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from proxy_fsm import EndReason, InvalidTransition, ProxyFailed, ProxyStopped, State, aio
+from proxy_fsm.testing import FakedProxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def in_state() -> Iterator[Callable[[State], FakedProxy]]:
+    made: list[FakedProxy] = []
+
+    def make(state: State) -> FakedProxy:
+        made.append(FakedProxy.in_state(state))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.end()
+
+
+def on(proxy: FakedProxy, state: State, act: Callable[[FakedProxy], object]) -> None:
+    """Have something happen when the proxy enters a state."""
+    proxy.subscribe(lambda record: act(proxy) if record.dest is state else None)
+
+
+def get_running(proxy: FakedProxy) -> None:
+    """Have everything go well from spawning on."""
+    proxy.process.starts()
+    proxy.tunnel.connects()
+    proxy.process.says_ready()
+
+
+@pytest.mark.parametrize("state", State)
+def test_the_state_that_it_is_in_is_waited_for_already(in_state: Callable[[State], FakedProxy], state: State) -> None:
+    proxy = in_state(state)
+    assert asyncio.run(aio.wait(proxy, state, timeout=WAIT_S)) is state
+
+
+def test_a_state_that_was_left_is_waited_for_in_vain(in_state: Callable[[State], FakedProxy]) -> None:
+    proxy = in_state(State.RUNNING)
+    with pytest.raises(TimeoutError, match=r"^The proxy was not in spawning within 0\.05 s; it is running\.$"):
+        asyncio.run(aio.wait(proxy, State.SPAWNING, timeout=0.05))
+    assert proxy.ok()
+
+
+def test_no_thread_waits_and_the_loop_goes_on(in_state: Callable[[State], FakedProxy]) -> None:
+    proxy = in_state(State.SPAWNING)
+    threads = threading.active_count()
+
+    async def client() -> State:
+        waiting = [asyncio.create_task(aio.wait(proxy, State.RUNNING, timeout=WAIT_S)) for _ in range(20)]
+        await asyncio.sleep(0)
+        assert threading.active_count() == threads
+        get_running(proxy)
+        (state,) = set(await asyncio.gather(*waiting))
+        return state
+
+    assert asyncio.run(client()) is State.RUNNING
+    assert proxy._engine.journal._subscribers == []
+
+
+def test_each_change_comes_once_in_order_and_then_the_end(in_state: Callable[[State], FakedProxy]) -> None:
+    proxy = in_state(State.SPAWNING)
+
+    async def client() -> list[list[State]]:
+        seen = []
+        for replay in (True, False):
+            task = asyncio.create_task(collect(replay=replay))
+            seen.append(task)
+        await asyncio.sleep(0)
+        get_running(proxy)
+        await aio.wait(proxy, State.RUNNING, timeout=WAIT_S)
+        proxy.process.exits(1)
+        return await asyncio.wait_for(asyncio.gather(*seen), WAIT_S)
+
+    async def collect(*, replay: bool) -> list[State]:
+        return [record.dest async for record in aio.transitions(proxy, replay=replay)]
+
+    everything, news = asyncio.run(client())
+    rest = [State.RUNNING, State.STOPPING, State.FAILED]
+    assert everything == [State.TUNNELLING, State.SPAWNING, *rest]
+    assert news == rest
+    assert proxy._engine.journal._subscribers == []
+
+
+def test_nothing_new_comes_from_a_proxy_that_has_ended(in_state: Callable[[State], FakedProxy]) -> None:
+    proxy = in_state(State.STOPPED)
+
+    async def client() -> list[State]:
+        return [record.dest async for record in aio.transitions(proxy, replay=False)]
+
+    assert asyncio.run(client()) == []
+
+
+def test_running_is_running_and_nothing_afterwards() -> None:
+    proxy = FakedProxy()
+    on(proxy, State.TUNNELLING, lambda proxy: proxy.tunnel.opens())
+    on(proxy, State.SPAWNING, get_running)
+
+    async def client() -> None:
+        async with aio.running(proxy) as same:
+            assert same is proxy
+            assert proxy.ok()
+        assert proxy.state is State.STOPPED
+
+    asyncio.run(asyncio.wait_for(client(), WAIT_S))
+    assert proxy.status().reason is EndReason.STOP_REQUESTED
+    with pytest.raises(InvalidTransition):
+        asyncio.run(aio.running(proxy).__aenter__())
+
+
+@pytest.mark.parametrize(
+    ("befalls", "error"),
+    [
+        (lambda proxy: proxy.tunnel.refuses(EndReason.PROXY_NOT_FOUND), ProxyFailed),
+        (lambda proxy: proxy.stop(), ProxyStopped),
+    ],
+    ids=["a fault", "a stop"],
+)
+def test_what_did_not_get_running_raises_and_is_released(
+    befalls: Callable[[FakedProxy], object], error: type[ProxyFailed | ProxyStopped]
+) -> None:
+    proxy = FakedProxy()
+    on(proxy, State.TUNNELLING, befalls)
+    on(proxy, State.STOPPING, lambda proxy: proxy.tunnel.preflight_ends())
+
+    async def client() -> None:
+        async with aio.running(proxy):
+            raise AssertionError("It never ran.")
+
+    with pytest.raises(error) as caught:
+        asyncio.run(asyncio.wait_for(client(), WAIT_S))
+    assert caught.value.status.state.is_final
+    assert proxy.state.is_final
+
+
+def test_a_task_that_is_cancelled_leaves_nothing_behind(in_state: Callable[[State], FakedProxy]) -> None:
+    proxy = in_state(State.RUNNING)
+
+    async def client() -> None:
+        task = asyncio.create_task(aio.wait(proxy))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(client())
+    assert proxy.ok()
+    assert proxy._engine.journal._subscribers == []
+
+
+def test_close_has_a_time_limit_and_goes_on_after_it(in_state: Callable[[State], FakedProxy]) -> None:
+    proxy = in_state(State.RUNNING)
+    proxy.process.obedient = False
+    with pytest.raises(TimeoutError):
+        asyncio.run(aio.close(proxy, timeout=0.05))
+    assert not proxy.state.is_final
+    proxy.process.exits()
+    asyncio.run(aio.close(proxy, timeout=WAIT_S))
+    assert proxy.state is State.STOPPED
