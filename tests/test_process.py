@@ -518,9 +518,10 @@ class TestLife:
             run.process.signal(signal.SIGKILL)
             assert run.until(ProcessExited).signal == signal.SIGKILL
             assert time.monotonic() - began < 2
-            assert not is_gone(child)
+            assert not is_gone(child) or "write" in talk  # nobody reads any more what it writes: that ends it
         finally:
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         run.finish()
 
 
