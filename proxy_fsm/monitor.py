@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded, WorkerFailed
-from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received
+from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received, why_ended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,7 +152,7 @@ class _TransportMonitor:
                 probe.abandon()
 
     def _watch_until_end(self, transport: paramiko.Transport) -> None:
-        heard_at = time.monotonic()
+        looked_at = heard_at = time.monotonic()
         packets = packets_received(transport)
         while True:
             with self._lock:
@@ -160,7 +160,7 @@ class _TransportMonitor:
                 if not attached:
                     self._ended = True
                     return
-            due = self._next_look(attached, heard_at)
+            due = self._next_look(attached, heard_at, looked_at)
             try:
                 why = self._wake.get(timeout=max(0.0, due - time.monotonic()))
             except Empty:
@@ -171,12 +171,12 @@ class _TransportMonitor:
             if why == "ended":
                 self._tell_end(transport)
                 return
-            now = time.monotonic()
+            looked_at = time.monotonic()
             if packets_received(transport) != packets:
                 packets = packets_received(transport)
-                self._tell_restored(now - heard_at)
-                heard_at = now
-            self._look(transport, now, heard_at)
+                self._tell_restored(looked_at - heard_at)
+                heard_at = looked_at
+            self._look(transport, looked_at, heard_at)
 
     def _leave_out(self, stopped_s: float, heard_at: float) -> float:
         """Count no silence for the time in which this process itself was stopped; return the new ``heard_at``."""
@@ -186,12 +186,11 @@ class _TransportMonitor:
         return heard_at + stopped_s
 
     @staticmethod
-    def _next_look(attached: tuple[Attachment, ...], heard_at: float) -> float:
-        """Return when something will be due next, if nothing is heard until then (monotonic)."""
-        now = time.monotonic()
+    def _next_look(attached: tuple[Attachment, ...], heard_at: float, looked_at: float) -> float:
+        """Return when something is due next, if nothing is heard until then (monotonic); it may be past by now."""
         due = [a.quiet_since(heard_at) + mark for a in attached for mark in (a.probe_s, 2 * a.probe_s, a.dead_s)]
-        due = [mark for mark in due if mark > now]
-        return min(due, default=now + min(a.probe_s for a in attached))
+        due = [mark for mark in due if mark > looked_at]
+        return min(due, default=looked_at + min(a.probe_s for a in attached))
 
     def _look(self, transport: paramiko.Transport, now: float, heard_at: float) -> None:
         with self._lock:
@@ -216,8 +215,7 @@ class _TransportMonitor:
                 a.post(LinkRestored(silent_s))
 
     def _tell_end(self, transport: paramiko.Transport) -> None:
-        error = transport.saved_exception
-        self._end_with(TransportEnded("The SSH connection ended" + (f": {error}." if error and str(error) else ".")))
+        self._end_with(TransportEnded(why_ended(transport)))
 
     def _end_with(self, observation: Observation) -> None:
         with self._lock:

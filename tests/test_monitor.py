@@ -350,6 +350,13 @@ class TestEnd:
 # ---- silence ----
 
 
+def test_what_falls_due_between_a_look_and_the_next_wait_is_not_slept_through() -> None:
+    """On a slow machine a mark may pass in between: it is due at once, and not forgotten."""
+    attachment = monitor.Attachment(lambda _: None, 0.05, 20)
+    attachment.since = 0.0
+    assert monitor._TransportMonitor._next_look((attachment,), 0.0, 0.0999) == 0.1
+
+
 class TestSilence:
     def test_a_healthy_link_is_probed_and_nothing_is_told(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
