@@ -33,11 +33,12 @@ from proxy_fsm.evidence import (
     ChannelOpened,
     ConnectionEnded,
     PeerRejected,
+    TransportEnded,
     TunnelClosed,
     WorkerFailed,
     WorkerRefused,
 )
-from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone
+from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone, why_ended
 from proxy_fsm.status import EndReason, TunnelStats
 
 if TYPE_CHECKING:
@@ -287,6 +288,7 @@ class _Connection:
         self._relays = 1
         self._up_done = False
         self._ended_here = False  # by the proxy or by us, before the agent
+        self._told_lost = False
         if local.family == socket.AF_INET:
             local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -402,6 +404,7 @@ class _Connection:
                 self._ended_here = True
             channel.close()  # either side was reset, or the transport is gone: the other relay learns of it
         finally:
+            self._tell_if_lost(channel)
             with self._lock:
                 self._up_done = True
             self._take_no_more()
@@ -423,6 +426,7 @@ class _Connection:
                     forwarder.post(AgentSpoke(self.number))
                 self._local.sendall(data)
                 self.bytes_from_agent += len(data)
+            self._tell_if_lost(channel)
             if not (channel.transport_ended or self._ended_here or forwarder.closing.is_set()):
                 forwarder.post(AgentClosed(self.number))
             self._local.shutdown(socket.SHUT_WR)
@@ -430,9 +434,17 @@ class _Connection:
         except (OSError, EOFError, paramiko.SSHException):
             channel.close()  # the proxy closed, or the transport is gone: the other relay learns of it
         finally:
+            self._tell_if_lost(channel)
             with suppress(OSError):  # the proxy was faster
                 self._local.shutdown(socket.SHUT_RDWR)
             self._leave()
+
+    def _tell_if_lost(self, channel: SafeChannel) -> None:
+        """Where the transport ended, tell it before the proxy can notice, and go: the first cause is told first."""
+        with self._lock:  # also while it is posted: neither relay may go on before
+            if channel.transport_ended and not self._told_lost:
+                self._told_lost = True
+                self._forwarder.post(TransportEnded(why_ended(self._forwarder.transport)))
 
     def _leave(self) -> None:
         with self._lock:

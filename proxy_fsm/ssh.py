@@ -47,6 +47,7 @@ __all__ = [
     "fast_transport",
     "packets_received",
     "set_nodelay",
+    "why_ended",
 ]
 
 #: What this side is ready to take ahead of the reader, and in one message, in bytes.
@@ -295,6 +296,12 @@ class _Sentinel(paramiko.Channel):
 def packets_received(transport: paramiko.Transport) -> int:
     """Return a number that changes whenever a packet has come from the server."""
     return cast("int", cast("Any", transport.packetizer)._Packetizer__sequence_number_in)  # noqa: SLF001
+
+
+def why_ended(transport: paramiko.Transport) -> str:
+    """Say that a transport ended, in a sentence, with paramiko's error where there was one."""
+    error = cast("Any", transport).saved_exception
+    return "The SSH connection ended" + (f": {error}." if error and str(error) else ".")
 
 
 def set_nodelay(transport: paramiko.Transport) -> None:

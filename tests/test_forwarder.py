@@ -30,6 +30,7 @@ from proxy_fsm.evidence import (
     ConnectionEnded,
     Observation,
     PeerRejected,
+    TransportEnded,
     TunnelClosed,
     WorkerFailed,
     WorkerRefused,
@@ -508,7 +509,7 @@ class TestTransportEnds:
                 server.drop(reset=end == "reset")
             assert read_all(local) == b""
             made.inbox.wait(ConnectionEnded)
-            assert made.inbox.kinds() == [ChannelOpened, ConnectionEnded]
+            assert made.inbox.kinds() == [ChannelOpened, TransportEnded, ConnectionEnded]
 
     def test_under_upload_the_agent_is_not_blamed(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
@@ -527,7 +528,7 @@ class TestTransportEnds:
             server.drop(reset=True)
             uploader.result()
             made.inbox.wait(ConnectionEnded)
-            assert made.inbox.kinds() == [ChannelOpened, ConnectionEnded]
+            assert made.inbox.kinds() == [ChannelOpened, TransportEnded, ConnectionEnded]
             with suppress(OSError):
                 reader.result()
 
@@ -885,6 +886,31 @@ class TestClose:
             inbox.wait(ConnectionEnded, 2)
             inbox.wait(TunnelClosed)
             assert inbox.kinds()[-3:] == [ConnectionEnded, ConnectionEnded, TunnelClosed]
+
+    def test_the_end_of_the_transport_is_told_before_the_proxy_can_see_it(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        """Else a viewer that leaves at once, with exit code 0, is taken for one that its user closed."""
+        inbox, told = Inbox(), threading.Event()
+
+        def post(observation: Observation) -> None:
+            if isinstance(observation, TransportEnded):
+                told.wait(WAIT_S)
+            inbox.post(observation)
+
+        with tunnel(transport, tmp_path, agent.port, post=post) as made:
+            made.inbox = inbox
+            local = made.connect()
+            inbox.wait(ChannelOpened)
+            server.drop(reset=True)
+            local.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                local.recv(1)
+            told.set()
+            local.settimeout(WAIT_S)
+            assert local.recv(1) == b""
+            assert inbox.wait(TransportEnded).detail.startswith("The SSH connection ended")
+            assert AgentClosed not in inbox.kinds()
 
     @KINDS
     def test_nothing_is_left_however_it_went(
