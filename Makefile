@@ -23,6 +23,11 @@ lint: $(READY)
 diagrams: $(READY)
 	$(BIN)/python -m proxy_fsm.diagram diagrams
 
+.PHONY: docs
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html."
+
 # Minutes: it tests the tests; docs/mutation.md has what came of it.
 .PHONY: mutation
 mutation: $(READY)
@@ -38,4 +43,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage demo-output
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage demo-output docs/_build

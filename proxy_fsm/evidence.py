@@ -214,7 +214,7 @@ _Seen = TypeVar("_Seen", bound=Observation)
 class Evidence:
     """All that was seen of one proxy, in order.
 
-    The first observation of each kind is always held; beside it the last `KEPT` of all kinds, and the last `KEPT`
+    The first observation of each kind is always held; beside it the last ``KEPT`` of all kinds, and the last ``KEPT``
     lines of the proxy's output. Backends read it; the engine alone adds to it.
 
     Attributes:

@@ -1,48 +1,130 @@
-"""What the documentation shows is true: each Python example in it is run."""
+"""What the documentation shows is true: each Python example in it is run, each command line understood."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from proxy_fsm import testing
+from proxy_fsm.cli.app import make_app
+from proxy_fsm.testing import machine, strategies
+
+from .e2e.procs import program
+
 PROJECT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-TESTING = BLOCK.findall((PROJECT / "docs" / "testing.md").read_text())
-WINDOW, *MODULES = TESTING
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TIMEOUT_S = 50
 
 
-@pytest.mark.parametrize("module", MODULES, ids=[re.findall(r"def test_\w+|Test\w+", each)[0] for each in MODULES])
-def test_the_examples_of_testing_a_client(module: str, tmp_path: Path) -> None:
+class Example(NamedTuple):
+    """A program, and what it prints where the page says so; a line that is "…" stands for any."""
+
+    name: str
+    source: str
+    prints: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def examples_in(page: Path) -> list[Example]:
+    found = EXAMPLE.findall(page.read_text(encoding="utf-8"))
+    return [Example(f"{page.name}-{number}", *parts) for number, parts in enumerate(found, 1)]
+
+
+WINDOW, *MODULES = examples_in(PROJECT / "docs" / "testing.md")
+PROGRAMS = [example for page in PAGES if page.name != "testing.md" for example in examples_in(page)]
+COMMANDS = [
+    line
+    for page in PAGES
+    for block in SHELL.findall(page.read_text(encoding="utf-8"))
+    for line in block.splitlines()
+    if line.startswith("proxy-fsm")
+]
+
+
+def run(command: list[str], directory: Path, **environ: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", MODULES, ids=str)
+def test_the_examples_of_testing_a_client(example: Example, tmp_path: Path) -> None:
     """Each is a module of tests that pass, in an interpreter of its own, as a reader would run it."""
-    (tmp_path / "window.py").write_text(WINDOW)
-    (tmp_path / "test_example.py").write_text(module)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-W",
-        "error",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(tmp_path),
-    ]
-    done = subprocess.run([*command, "test_example.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    (tmp_path / "window.py").write_text(WINDOW.source)
+    (tmp_path / "test_example.py").write_text(example.source)
+    pytest_options = ["-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    told = run([sys.executable, "-m", "pytest", *pytest_options, "test_example.py"], tmp_path)
+    assert " passed" in told
+    assert "skipped" not in told
+
+
+def needs_gtk(directory: Path) -> None:
+    """Put Debian's bindings for GTK into a directory; skips, or fails, where they or Xvfb are not there."""
+    bindings = Path("/usr/lib/python3/dist-packages/gi")
+    version = f"{sys.version_info[0]}{sys.version_info[1]}"
+    missing = [] if any(bindings.glob(f"_gi.cpython-{version}-*.so")) else ["GTK 3 for this Python (python3-gi)"]
+    missing += [name for name in ("Xvfb", "xauth") if program(name) is None]
+    if not missing:
+        (directory / "gi").symlink_to(bindings)
+        return
+    message = f"missing for an example: {', '.join(missing)}"
+    if os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1" and version == "311":  # Debian 12 has them for that alone
+        pytest.fail(f"{message} (PROXY_FSM_REQUIRE_REAL is 1)", pytrace=False)
+    pytest.skip(message)
+
+
+@pytest.mark.parametrize("example", PROGRAMS, ids=str)
+def test_the_examples_of_all_other_pages(example: Example, tmp_path: Path) -> None:
+    """Each runs through, without a warning, and prints what the page says."""
+    file = tmp_path / "example.py"
+    file.write_text(example.source)
+    options, warnings = [], ["-W", "error"]
+    if "gi.repository" in example.source:
+        needs_gtk(tmp_path)
+        options = ["--window"]
+        warnings += ["-W", "ignore::ImportWarning"]  # gi's own
+    path = os.pathsep.join([str(PROJECT), str(tmp_path)])
+    command = [sys.executable, *warnings, "-m", "tests.docs_scene", *options, str(file)]
+    told = run(command, tmp_path, PYTHONPATH=path, QT_QPA_PLATFORM="offscreen").splitlines()
+    expected = example.prints.splitlines()
+    if expected:
+        assert len(told) == len(expected), told
+        assert [one if two != "…" else "…" for one, two in zip(told, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_lines_are_understood(command: str) -> None:
+    """Verb and options are there; what a command does is tested with the command line."""
+    make_app().parse_args(shlex.split(command, comments=True)[1:], exit_on_error=False, print_error=False)
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(MODULES) > 3
+    assert len(PROGRAMS) > 5
+    assert COMMANDS
 
 
 def test_every_name_for_tests_is_documented() -> None:
     """Whatever `proxy_fsm.testing` offers is named in its page."""
-    from proxy_fsm import testing  # noqa: PLC0415 - only here
-    from proxy_fsm.testing import machine, strategies  # noqa: PLC0415 - only here
-
     page = (PROJECT / "docs" / "testing.md").read_text()
     offered = [*testing.__all__, *machine.__all__, *strategies.__all__]
     assert [name for name in offered if name not in page] == []

@@ -14,7 +14,7 @@ from proxy_fsm.cli.verb import ExitStatus
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["execute"]
+__all__ = ["execute", "make_app"]
 
 
 def _exit_table() -> str:
@@ -23,7 +23,8 @@ def _exit_table() -> str:
     return "\n".join(["**Exit status**", "", *(f"- {number}: {meaning}" for number, meaning in rows)])
 
 
-def _app() -> App:
+def make_app() -> App:
+    """Return the whole command line, each verb with its options."""
     app = App(
         name="proxy-fsm",
         help="Bring remote-desktop sessions to the screen: an SSH tunnel, a proxy program, the exact status of both.",
@@ -46,7 +47,7 @@ def execute(arguments: Sequence[str]) -> int:
         The exit status.
     """
     try:
-        status = _app()(list(arguments))
+        status = make_app()(list(arguments))
     except CycloptsError:
         return ExitStatus.USAGE
     return status if isinstance(status, int) else ExitStatus.CLEAN

@@ -157,7 +157,7 @@ def install(path: Path, command: Sequence[str]) -> Path:
 
     Args:
         path: The file to write.
-        command: The command line, as of `ScriptedProxy.command` or `standins.command`.
+        command: The command line, as of `ScriptedProxy.command` or ``standins.command``.
 
     Returns:
         The path.

@@ -10,7 +10,7 @@ loopback ports and answers ``exec`` requests from a table of functions. Faults a
         server.freeze()                         # as a stopped sshd, until server.thaw()
         server.drop(reset=True)                 # as a killed sshd
 
-How the faults are made: what is frozen and cut is the socket that paramiko is given (`_Link`), so that no
+How the faults are made: what is frozen and cut is the socket that paramiko is given (``_Link``), so that no
 byte is copied for it and no thread stands in between. What is held is the message that asks for a channel,
 put aside before paramiko sees it, so that all other messages go on.
 """

@@ -1,0 +1,67 @@
+"""Settings of the documentation: ``make docs`` builds it into docs/_build/html."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import proxy_fsm
+
+if TYPE_CHECKING:
+    from docutils.nodes import Element
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project = "proxy_fsm"
+author = "the proxy_fsm authors"
+release = version = proxy_fsm.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinxcontrib.mermaid",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+# What annotations name of other projects: their inventories are on the network, which a build does without.
+nitpick_ignore_regex = [
+    ("py:.*", r"(paramiko|structlog|hypothesis|transitions|enum|os|re|pathlib|datetime|signal|socket|subprocess)\..*"),
+    ("py:.*", r"(collections|asyncio|threading|st|types)\..*"),
+    ("py:.*", "(Literal|Path|ReadyWhen|RuleBasedStateMachine|SearchStrategy|datetime)"),
+]
+# A default value that is made when a module is imported holds an address of memory: not the same from build to build.
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+default_role = "py:obj"
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+myst_fence_as_directive = ["mermaid"]
+
+html_theme = "furo"
+html_title = "proxy_fsm"
+html_copy_source = False
+html_last_updated_fmt = None
+
+
+def find_by_short_name(_app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
+    """Resolve `Proxy` from any module's docstring, as its reader does: by the one public object of that name."""
+    domain = env.domains.python_domain
+    found = [name for name in domain.objects if name.endswith(f".{node.get('reftarget')}")]
+    if node.get("refdomain") != "py" or len(found) != 1:
+        return None
+    node["reftarget"] = found[0]
+    return domain.resolve_xref(env, node["refdoc"], _app.builder, "obj", found[0], node, content)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("missing-reference", find_by_short_name)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,127 @@
+"""Runs an example of the documentation as it stands, with stand-ins for the server, the agent, nxproxy and the display.
+
+``python -m tests.docs_scene FILE`` executes a file as a program; with ``--window`` there is a real X server for it.
+Whatever host it connects to is an embedded SSH server, with the commands of an X2Go server. A session that stands ends
+by itself a moment later, as if its user had logged out, so that an example that waits for the end comes to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
+
+import paramiko
+
+from proxy_fsm.testing import LoopbackSSHServer, standins
+from proxy_fsm.testing.scripted import install
+
+from .e2e.display import Display
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STANDS_S = 0.7  # for how long a session stands: longer than it takes to count as one that survives
+
+
+class Agents:
+    """The agents that were started by ``x2gostartagent``, on displays from 50."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._listed: list[str] = []
+
+    def start(self, _command: str) -> tuple[int, bytes, bytes]:
+        """Answer ``x2gostartagent``."""
+        cookie, number = token_hex(16), 50 + len(self._listed)
+        agent, port = started("agent", **{standins.COOKIE_VARIABLE: cookie})
+        self._stack.callback(ended, agent)
+        threading.Thread(target=log_out, args=[agent], daemon=True).start()
+        name = f"alice-{number}-1795334442_stDxterm_dp24"
+        self._listed.append(
+            f"{agent.pid}|{name}|{number}|server|R|2026-11-22T10:00:00|{cookie}|10.0.0.1|{port}|30002|"
+            f"2026-11-22T10:00:00|alice|10|30003|-1|-1"
+        )
+        answer = f"{number}\n{cookie}\n{agent.pid}\n{name}\n{port}\n30002\n30003\n"
+        return 0, answer.encode(), b""
+
+    def listed(self, _command: str) -> tuple[int, bytes, bytes]:
+        """Answer ``x2golistsessions``."""
+        return 0, "".join(f"{line}\n" for line in self._listed).encode(), b""
+
+
+def started(role: str, **environ: str) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a stand-in, and return what it says first."""
+    process = subprocess.Popen(standins.command(role), env={**os.environ, **environ}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    return process, process.stdout.readline().decode().split()[1]
+
+
+def log_out(agent: subprocess.Popen[bytes]) -> None:
+    """Once a session stands, end it a moment later."""
+    assert agent.stdout is not None
+    if agent.stdout.readline() == b"RUNNING\n":
+        threading.Event().wait(STANDS_S)
+        agent.send_signal(signal.SIGTERM)
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    """End a stand-in."""
+    process.terminate()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+@contextlib.contextmanager
+def scene(*, window: bool) -> Iterator[None]:
+    """Set everything up that an example takes for granted.
+
+    Args:
+        window: whether it opens a window, so that a stand-in for the X server will not do.
+    """
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfsm-docs-")))
+        (home / "bin").mkdir()
+        install(home / "bin" / "nxproxy", standins.command("proxy"))
+        if window:
+            screen = stack.enter_context(Display()).env
+        else:
+            display, name = started("display")
+            stack.callback(ended, display)
+            screen = {"DISPLAY": name}
+        agents = Agents(stack)
+        commands = {"x2gostartagent": agents.start, "x2golistsessions": agents.listed}
+        server = stack.enter_context(LoopbackSSHServer(username="alice", commands=commands))
+        path = f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        os.environ.update(screen, HOME=str(home), PATH=path, XDG_RUNTIME_DIR=str(home))
+        connect = paramiko.SSHClient.connect
+
+        def connect_here(client: paramiko.SSHClient, hostname: str, port: int = 22, **options: Any) -> None:
+            if not hostname.endswith(".example"):  # an example's own server
+                connect(client, hostname, port, **options)
+                return
+            client.get_host_keys().add(f"[{server.host}]:{server.port}", server.host_key.get_name(), server.host_key)
+            connect(
+                client,
+                server.host,
+                server.port,
+                **{**options, "username": server.username, "pkey": server.client_key, "look_for_keys": False},
+            )
+
+        paramiko.SSHClient.connect = connect_here  # type: ignore[method-assign,assignment]
+        yield
+
+
+if __name__ == "__main__":
+    *options, file = sys.argv[1:]
+    with scene(window="--window" in options):
+        runpy.run_path(file, run_name="__main__")
