@@ -44,6 +44,8 @@ __all__ = ["Launch", "Preparation"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
 _DISPLAY_SHARE = 0.8
+#: Before what each attempt writes into the session's log.
+_START_LINE = b"--- a new attempt\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +168,14 @@ class Preparation:
                 root.mkdir(mode=0o700)
             _make_private(root)
             log = _open_private(root / "session.log")
+            self._keep(lambda: os.close(log))
+            os.write(log, _START_LINE)  # a full disk lets a file be made, and refuses the first byte
         except OSError as error:
             raise BackendError(
                 EndReason.LISTEN_FAILED,
                 f"The session root {root} cannot be used: {error.strerror or error}.",
                 "Make sure that the sessions root is a directory of yours, writable and not full.",
             ) from error
-        self._keep(lambda: os.close(log))
         return root, log
 
     def _open_display(self, environ: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -411,7 +412,7 @@ class TestSessionRoot:
         assert mode(tmp_path / "sessions") == 0o755  # the caller's own
         assert trial.preparation.launch is not None
         os.write(trial.preparation.launch.log, b"later\n")
-        assert log.read_text(encoding="ascii") == "earlier\nlater\n"
+        assert log.read_text(encoding="ascii") == "earlier\n--- a new attempt\nlater\n"
 
     def test_the_sessions_root_may_be_a_link_or_missing(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         (tmp_path / "elsewhere").mkdir()
@@ -435,6 +436,24 @@ class TestSessionRoot:
         assert error.detail.startswith(f"The session root {root} cannot be used: ")
         assert error.detail.endswith(f"{problem}.")
         assert error.hint is not None
+
+    def test_a_log_that_takes_no_byte_is_refused(
+        self, make: Callable[..., Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A full disk still lets an empty file be made."""
+        log, write = tmp_path / "sessions/S-name/session.log", os.write
+
+        def full(descriptor: int, data: bytes) -> int:
+            if log.exists() and os.path.samestat(os.fstat(descriptor), log.stat()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(descriptor, data)
+
+        monkeypatch.setattr(os, "write", full)
+        error = make().refused()
+        assert error.reason is EndReason.LISTEN_FAILED
+        assert error.detail == f"The session root {log.parent} cannot be used: No space left on device."
+        assert error.hint is not None
+        assert "not full" in error.hint
 
     def test_a_log_that_is_a_pipe_is_refused_also_where_somebody_reads_it(
         self, make: Callable[..., Trial], tmp_path: Path
