@@ -33,6 +33,11 @@ docs: $(READY)
 mutation: $(READY)
 	$(BIN)/python -m tests.mutation proxy_fsm/lifecycle.py proxy_fsm/engine.py
 
+# Minutes, as root: docs/faults.md is made of what it measures.
+.PHONY: faults
+faults: $(READY) system
+	$(BIN)/python -m tests.e2e.fault_table --measure
+
 system:
 	@tests/install-system-packages
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
-from proxy_fsm import Evidence, NX3Backend, Proxy, State
+from proxy_fsm import CommandBackend, Evidence, NX3Backend, Proxy, State
 
 from .procs import eventually
 from .sshd import transport_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Self
 
     import paramiko
@@ -38,6 +38,20 @@ class WatchedNX3(NX3Backend):
     def __init__(self, executable: str | None = None) -> None:
         """Take the program, as the real one does."""
         super().__init__(executable)
+        self.evidence = Evidence()
+
+    def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
+        """Keep the evidence, and judge as ever."""
+        self.evidence = evidence
+        return super().diagnose(evidence)
+
+
+class WatchedViewer(CommandBackend):
+    """The same for a viewer that a command starts."""
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        """Take the command, as the real one does."""
+        super().__init__(command, **options)
         self.evidence = Evidence()
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
@@ -72,6 +86,7 @@ class Attempt:
         self.backend = WatchedNX3() if backend is None else backend
         self.session = session
         self.root = root
+        self.transport = transport_of(client)
         self.events: list[dict[str, Any]] = []
         self.records: list[TransitionRecord] = []
         self.entered: dict[State, float] = {}
@@ -83,7 +98,7 @@ class Attempt:
         )
         self.proxy = Proxy(
             session,
-            transport_of(client),
+            self.transport,
             backend=self.backend,
             sessions_root=root,
             environ=environ,
@@ -121,12 +136,12 @@ class Attempt:
         return next(at for state, at in self.entered.items() if state.is_final)
 
     def sign_at(self, sign: type[Observation] | str) -> float:
-        """Tell when something was first observed, or a line with this text first read, by a `WatchedNX3`.
+        """Tell when something was first observed, or a line with this text first read, by a watched backend.
 
         Raises:
             LookupError: it never was.
         """
-        if not isinstance(self.backend, WatchedNX3):
+        if not isinstance(self.backend, WatchedNX3 | WatchedViewer):
             raise TypeError("Only a watched backend keeps evidence.")
         evidence = self.backend.evidence
         if isinstance(sign, str):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from .attempt import Holdings, nothing_gained_since
+from .procs import alive, established
+from .scene import Scene, WaitingAgents, opened_scene
 from .x2go import Display, X2GoServer, missing_programs
 
 if TYPE_CHECKING:
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from .x2go import AgentSession
 
 REQUIRE = "PROXY_FSM_REQUIRE_REAL"
+ACCEPTED_LINE = "Accepted connection"  # of an agent that a proxy has reached
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,3 +76,63 @@ def agent(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient) -> Iterator[A
     session = x2go_server.start_agent(ssh_client)
     yield session
     x2go_server.end(session)
+
+
+@pytest.fixture
+def nothing_left(x2go_server: X2GoServer) -> Iterator[None]:
+    """After each test, and all that it set up, nothing of it is left in this process."""
+    del x2go_server  # it stays
+    before = Holdings.now()
+    yield
+    nothing_gained_since(before)
+
+
+@pytest.fixture
+def runtime() -> Iterator[Path]:
+    """A directory whose ``run`` is for sockets; all of them are gone in the end."""
+    directory = Path(tempfile.mkdtemp(prefix="pfsm-run-"))  # of a path short enough for sockets
+    (directory / "run").mkdir()
+    yield directory
+    left = list((directory / "run").iterdir())
+    shutil.rmtree(directory)
+    assert left == []
+
+
+@pytest.fixture
+def scene(
+    x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, agent: AgentSession, display: Display, runtime: Path
+) -> Iterator[Scene]:
+    """A fresh session, in its first attempt."""
+    with opened_scene(x2go_server, ssh_client, agent, display, runtime) as scene:
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def waiting_agents(x2go_server: X2GoServer) -> Iterator[WaitingAgents]:
+    """None before the first one is asked for."""
+    agents = WaitingAgents(x2go_server)
+    yield agents
+    for _, session in agents.used:
+        x2go_server.end(session)
+
+
+@pytest.fixture
+def untouched(
+    x2go_server: X2GoServer,
+    ssh_client: paramiko.SSHClient,
+    waiting_agents: WaitingAgents,
+    display: Display,
+    runtime: Path,
+) -> Iterator[Scene]:
+    """A session that nobody may touch: it lives, and no connection ever reached it."""
+    agent = waiting_agents.current()
+    with opened_scene(x2go_server, ssh_client, agent, display, runtime) as scene:
+        yield scene
+    check_untouched(x2go_server, agent)
+
+
+def check_untouched(server: X2GoServer, agent: AgentSession) -> None:
+    """Make sure that an agent lives, and that no connection ever reached it."""
+    assert alive(agent.pid)
+    assert established(agent.graphics_port) == 0
+    assert ACCEPTED_LINE not in server.agent_log(agent)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +29,22 @@ STOP_S = 5.0
 XWD_FIELDS = 25  # CARD32s of the fixed header, big-endian (X11/XWDFile.h)
 Z_PIXMAP = 2
 COLOUR_BYTES = 12  # one entry of the colour map
+# a ClientMessage WM_DELETE_WINDOW (ICCCM 4.2.8.1), by Xlib, in a program of its own
+CLOSE_WINDOW = """
+import ctypes, sys
+x11 = ctypes.CDLL("libX11.so.6")
+x11.XOpenDisplay.restype = ctypes.c_void_p
+x11.XInternAtom.restype = ctypes.c_ulong
+display, window = ctypes.c_void_p(x11.XOpenDisplay(None)), int(sys.argv[1], 16)
+atom = lambda name: x11.XInternAtom(display, name, 0)
+class Event(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("serial", ctypes.c_ulong), ("send_event", ctypes.c_int),
+        ("display", ctypes.c_void_p), ("window", ctypes.c_ulong), ("message", ctypes.c_ulong),
+        ("format", ctypes.c_int), ("data", ctypes.c_long * 5), ("rest", ctypes.c_long * 24)]
+event = Event(33, 0, 1, display, window, atom(b"WM_PROTOCOLS"), 32, (atom(b"WM_DELETE_WINDOW"), 0))
+sys.exit(not x11.XSendEvent(display, ctypes.c_ulong(window), 0, ctypes.c_long(0), ctypes.byref(event))
+    or x11.XCloseDisplay(display))
+"""
 
 
 class Display:
@@ -175,6 +192,15 @@ class Display:
         """List the names of all windows that have one."""
         tree = self._ask("xwininfo", "-root", "-tree").decode(errors="replace")
         return re.findall(r'^\s+0x[0-9a-f]+ "(.*)": \(', tree, re.MULTILINE)
+
+    def close_window(self, name: str) -> None:
+        """Close a window as a window manager does when its user clicks on the cross: it asks the window to go."""
+        found = re.search(r"Window id: (0x[0-9a-f]+)", self._ask("xwininfo", "-name", name).decode())
+        if found is None:
+            raise LookupError(f"There is no window {name}.")
+        environment = {"PATH": SYSTEM_PATH, **self.env}
+        command = [sys.executable, "-c", CLOSE_WINDOW, found[1]]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=10)
 
 
 def picture_of_dump(dump: bytes) -> Image.Image:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm import SessionInfo
 
+    from .relay import Relay
     from .x2go import AgentSession, Display, X2GoServer
 
 PAINT_S = 20.0
@@ -48,6 +49,8 @@ class Scene:
     display: Display
     runtime: Path
     stack: contextlib.ExitStack = field(repr=False)
+    repairs: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)  # put a fault right
+    relay: Relay | None = None  # what the connection goes through
 
     @property
     def root(self) -> Path:
@@ -87,6 +90,12 @@ class Scene:
         self.stack.callback(attempt.close)
         return attempt
 
+    def put_right(self) -> None:
+        """Take away whatever was done to the scene, and connect again where the connection has ended."""
+        self.repairs.close()
+        if not transport_of(self.client).is_active():
+            self.client = self.stack.enter_context(contextlib.closing(self.server.connect()))
+
     def resumed(self) -> SessionInfo:
         """Resume the session on the server; its ports are others then."""
         ports = self.server.resume(self.admin, self.agent.name)
@@ -110,7 +119,9 @@ def opened_scene(
         transports = [transport_of(client), transport_of(admin)]
         before = Holdings.now(transports)
         with contextlib.ExitStack() as stack:
-            yield Scene(server, client, admin, agent, display, runtime, stack)
+            scene = Scene(server, client, admin, agent, display, runtime, stack)
+            stack.callback(scene.put_right)
+            yield scene
         nothing_gained_since(before, transports)
 
 

@@ -171,15 +171,16 @@ class SshServer:
 
         return eventually(settled, START_S)  # just after the login a helper without rights is on its way out
 
-    def connect(self, user: str = "root", *, timeout_s: float = START_S) -> paramiko.SSHClient:
-        """Open a fresh connection for `user`; the host key is checked."""
+    def connect(self, user: str = "root", *, timeout_s: float = START_S, port: int | None = None) -> paramiko.SSHClient:
+        """Open a fresh connection for `user`, through another port where one is given; the host key is checked."""
+        port = port or self.port
         client = paramiko.SSHClient()
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
-        client.get_host_keys().add(f"[{LOOPBACK}]:{self.port}", self.host_key.get_name(), self.host_key)
+        client.get_host_keys().add(f"[{LOOPBACK}]:{port}", self.host_key.get_name(), self.host_key)
         try:
             client.connect(
                 LOOPBACK,
-                self.port,
+                port,
                 user,
                 pkey=self.client_key,
                 timeout=timeout_s,

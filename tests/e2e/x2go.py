@@ -156,9 +156,11 @@ class X2GoServer(SshServer):
             self._lock.close()
             self._lock = None
 
-    def connect(self, user: str | None = None, *, timeout_s: float = 10.0) -> paramiko.SSHClient:
+    def connect(
+        self, user: str | None = None, *, timeout_s: float = 10.0, port: int | None = None
+    ) -> paramiko.SSHClient:
         """Open a fresh connection, for the test user when no other is named."""
-        return super().connect(user or self.user, timeout_s=timeout_s)
+        return super().connect(user or self.user, timeout_s=timeout_s, port=port)
 
     def start_agent(
         self,

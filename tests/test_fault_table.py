@@ -1,0 +1,74 @@
+"""docs/faults.md is what the fault matrix says, and what was measured of it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm import EndReason
+
+from .e2e.fault_table import JSON, MARKDOWN, merged, rendered
+from .e2e.faults import CAUSES, FAULTS, When
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(JSON.read_text())
+    return document
+
+
+def test_document_is_what_is_generated(measured: dict[str, Any]) -> None:
+    assert MARKDOWN.read_text() == rendered(measured), "run python -m tests.e2e.fault_table"
+
+
+def test_every_row_was_measured_and_no_other(measured: dict[str, Any]) -> None:
+    assert [row["cause"] for row in measured["rows"]] == list(CAUSES)
+    assert len(set(CAUSES)) == len(CAUSES)
+
+
+def test_what_was_measured_agrees_with_the_table(measured: dict[str, Any]) -> None:
+    rows = {row["cause"]: row for row in measured["rows"]}
+    for fault in FAULTS:
+        row = rows[fault.cause]
+        assert (row["reason"], row["retryable"], row["again"]) == (str(fault.reason), fault.retryable, fault.again)
+        assert fault.says in row["detail"]
+        assert row["hint"] or fault.reason.clean
+
+
+def test_rows_agree_with_themselves() -> None:
+    for fault in FAULTS:
+        assert fault.retryable in {None, fault.again}
+        assert (fault.when is When.RUNNING) <= (fault.strike is not None)
+
+
+def test_reasons_that_the_matrix_leaves_out_are_these() -> None:
+    """They have no cause outside of this package that could be brought about at will."""
+    left = set(EndReason) - {fault.reason for fault in FAULTS}
+    assert left == {EndReason.STOP_TIMEOUT, EndReason.INTERNAL_ERROR}
+
+
+ROWS: list[dict[str, Any]] = [{"cause": cause, "reason": "a", "cause_to_final_s": 0.25} for cause in CAUSES]
+
+
+def test_runs_are_merged_by_their_median() -> None:
+    slower = [{**row, "cause_to_final_s": 1.0} for row in ROWS]
+    assert merged([ROWS, slower, ROWS])[0]["cause_to_final_ms"] == {"median": 250, "max": 1000}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda rows: rows[1:], "1 rows in 2 runs"),
+        (lambda rows: [{**row, "reason": "b"} for row in rows], "reason differs"),
+    ],
+)
+def test_runs_that_differ_are_refused(
+    spoil: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        merged([ROWS, spoil(ROWS)])
