@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .agent import PlainAgent
 from .attempt import Holdings, nothing_gained_since
 from .procs import alive, established
 from .scene import Scene, WaitingAgents, opened_scene
@@ -104,6 +105,15 @@ def scene(
 ) -> Iterator[Scene]:
     """A fresh session, in its first attempt."""
     with opened_scene(x2go_server, ssh_client, agent, display, runtime) as scene:
+        yield scene
+
+
+@pytest.fixture
+def plain_scene(
+    x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display, runtime: Path
+) -> Iterator[Scene]:
+    """The same with an agent that x2goserver does not know, for what it has no part in."""
+    with PlainAgent() as agent, opened_scene(x2go_server, ssh_client, agent.session, display, runtime) as scene:
         yield scene
 
 

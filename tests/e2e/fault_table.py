@@ -1,7 +1,7 @@
 """Makes docs/faults.md of the fault matrix and of what was measured of it.
 
 ``python -m tests.e2e.fault_table`` writes it anew from docs/faults.json; with ``--measure`` the matrix is run first,
-three times, and docs/faults.json is written anew too.
+three times, and docs/faults.json is written anew too; ``--merge`` does that from runs that were recorded before.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ INTRO = """\
 <!-- Made by tests/e2e/fault_table.py of tests/e2e/faults.py and docs/faults.json: do not edit. -->
 
 Each fault below is caused for real, against sshd, x2goserver with nxagent, nxproxy and Xvfb, by
-`tests/e2e/test_faults.py`. It holds each row to its reason, detail and hint, to the times of the design (50 ms from the
-first sign to `stopping`; to the final state 100 ms where the proxy is dead or the transport gone, else 20 ms from the
-proxy's exit; 400 ms more are allowed to a busy machine), and to this: afterwards nothing is left in the process
+`tests/e2e/test_faults.py`. It holds each row to its reason, detail and hint, to the times of the design (50 ms from
+the first sign to `stopping`; to the final state 100 ms where the proxy is dead or the transport gone, else 20 ms from
+the proxy's exit; 400 ms more are allowed to a busy machine), and to this: afterwards nothing is left in the process
 (threads, descriptors, children, zombies, channels), of the proxy program (its process session) and on disk (sockets;
-in the session root all but `session.log` and nxproxy's own `stats` and `errors`). Then the cause is put right, a suspended session
-is resumed, and a second attempt is made: `retryable` is true only where that runs, false only where it cannot, and `–`
-where only the server knows.
+in the session root all but `session.log` and nxproxy's own `stats` and `errors`). Then the cause is put right, a
+suspended session is resumed, and a second attempt is made: `retryable` is true only where that runs, false only where
+it cannot, and `–` where only the server knows.
 
 Times are the median of {runs} runs, with the longest in brackets. *Stopping* counts from the first sign of the fault
 on this side, *final* from the cause itself: it holds the time that nxproxy takes to exit, or the server to notice.
 The column python-x2go says what python-x2go 0.6.1.3 reported of the same fault, and after how long, measured by hand on
 a machine of the same kind.
 
-Measured on {date} at commit {commit}: {machine}; {versions}. Other work went on at the same time, so the longest times
+Measured on {date} with `proxy_fsm/` as of tree `{tree}` (`git rev-parse HEAD:proxy_fsm`): {machine}; {versions}. Other work went on at the same time, so the longest times
 are those of a busy machine. To repeat it, as root on Debian: `make faults` (some minutes).
 """
 HEAD = """\
@@ -128,14 +128,25 @@ def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return result
 
 
-def run_once() -> list[dict[str, Any]]:
-    """Run the matrix, and give its rows."""
-    with tempfile.TemporaryDirectory() as directory:
-        record = Path(directory, "rows.jsonl")
-        environ = {**os.environ, "PROXY_FSM_RECORD_FAULTS": str(record), "PROXY_FSM_REQUIRE_REAL": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "tests/e2e/test_faults.py"]
-        subprocess.run(command, cwd=ROOT, env=environ, check=True)
-        return [json.loads(line) for line in record.read_text().splitlines()]
+def run_once(record: Path) -> None:
+    """Run the matrix, and keep its rows."""
+    environ = {**os.environ, "PROXY_FSM_RECORD_FAULTS": str(record), "PROXY_FSM_REQUIRE_REAL": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "tests/e2e/test_faults.py"]
+    subprocess.run(command, cwd=ROOT, env=environ, check=True)
+
+
+def recorded(record: Path) -> list[dict[str, Any]]:
+    """Read the rows of a run."""
+    return [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def merge(records: list[Path]) -> None:
+    """Write docs/faults.json."""
+    measured = {
+        "measured": {**surroundings(), "runs": len(records)},
+        "rows": merged([recorded(record) for record in records]),
+    }
+    JSON.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
 
 
 def surroundings() -> dict[str, Any]:
@@ -147,10 +158,9 @@ def surroundings() -> dict[str, Any]:
     ]
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "commit": _asked("git", "rev-parse", "--short", "HEAD"),
+        "tree": _asked("git", "rev-parse", "--short", "HEAD:proxy_fsm"),
         "machine": f"{os.cpu_count()} cores, {platform.freedesktop_os_release()['PRETTY_NAME']}",
         "versions": ", ".join(shown),
-        "runs": RUNS,
     }
 
 
@@ -162,9 +172,16 @@ def main() -> None:
     """Measure where that is asked for, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run the matrix first")
-    if parser.parse_args().measure:
-        measured = {"measured": surroundings(), "rows": merged([run_once() for _ in range(RUNS)])}
-        JSON.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="take these records of runs instead")
+    wanted = parser.parse_args()
+    if wanted.merge:
+        merge(wanted.merge)
+    elif wanted.measure:
+        with tempfile.TemporaryDirectory() as directory:
+            records = [Path(directory, f"{number}.jsonl") for number in range(RUNS)]
+            for record in records:
+                run_once(record)
+            merge(records)
     MARKDOWN.write_text(rendered(json.loads(JSON.read_text())))
 
 

@@ -97,6 +97,11 @@ class Fault:
     note: str = ""
 
     @property
+    def asks_server(self) -> bool:
+        """Whether the server's list of sessions, or a resume, has a part in it."""
+        return self.when is When.RUNNING and self.touched
+
+    @property
     def final_s(self) -> float:
         """How long it may take from `end` to the final state."""
         return DEAD_S if self.end is None else AFTER_EXIT_S
@@ -208,13 +213,15 @@ def display_refuses(scene: Scene) -> Attempt:
     return scene.attempt(environ=scene.environ(XAUTHORITY=str(scene.runtime / "none")))
 
 
-def kill_display(scene: Scene, _attempt: Attempt) -> None:
-    def restart() -> None:
-        scene.display.stop()
-        scene.display.start()
+def on_another_display(scene: Scene) -> Attempt:
+    other = scene.stack.enter_context(Display())
+    scene.breaker = other.kill
+    return scene.attempt(environ=scene.environ(**other.env))
 
-    scene.repairs.callback(restart)
-    scene.display.kill()
+
+def break_it(scene: Scene, _attempt: Attempt) -> None:
+    assert scene.breaker is not None
+    scene.breaker()
 
 
 # ---- what is on this side ----
@@ -360,13 +367,8 @@ def close_connection(scene: Scene, _attempt: Attempt) -> None:
 def through_relay(scene: Scene) -> Attempt:
     relay = scene.stack.enter_context(Relay(scene.server.port))
     scene.client = scene.stack.enter_context(contextlib.closing(scene.server.connect(port=relay.port)))
-    scene.relay = relay
+    scene.breaker = relay.reset
     return scene.attempt()
-
-
-def cut_connection(scene: Scene, _attempt: Attempt) -> None:
-    assert scene.relay is not None
-    scene.relay.reset()
 
 
 def impatient(scene: Scene) -> Attempt:
@@ -452,7 +454,7 @@ FAULTS: tuple[Fault, ...] = (
     START("socket's path unfit for nxproxy", E.LISTEN_FAILED, "a,b", YES, RUNS, make=comma_in_path),
     START("no free TCP port", E.LISTEN_FAILED, "Address already in use", YES, RUNS,
           make=viewer, start=start_without_free_port),
-    START("SSH connection closed before", E.TRANSPORT_LOST, "had ended", YES, RUNS, make=transport_closed),
+    START("SSH connection closed before", E.TRANSPORT_LOST, "The SSH connection", YES, RUNS, make=transport_closed),
     START("forwarding denied", E.FORWARDING_DENIED, "does not allow forwarding", YES, RUNS,
           make=forwarding_denied, sign=WorkerRefused, end=EXIT),
     START("graphics port refused", E.AGENT_UNREACHABLE, "nothing listens there", OPEN, RUNS, REFUSED_X2GO,
@@ -479,7 +481,7 @@ FAULTS: tuple[Fault, ...] = (
     RUNNING("session terminated, server asked", E.SESSION_TERMINATED, "was terminated", NO, CANNOT, LEFT_X2GO,
             make=asking, strike=terminate, listed="-", sign=ServerAnswered),
     RUNNING("X server killed", E.DISPLAY_LOST, "The X server has gone", YES, RUNS,
-            strike=kill_display, listed="S", end=EXIT),
+            make=on_another_display, strike=break_it, listed="S", end=EXIT),
     RUNNING("proxy killed (SIGKILL)", E.PROXY_KILLED, "SIGKILL", YES, RUNS, KILLED_X2GO,
             strike=kill_proxy, listed="S"),
     RUNNING("proxy crashes (SIGSEGV)", E.PROXY_KILLED, "SIGSEGV", YES, RUNS, KILLED_X2GO,
@@ -498,7 +500,7 @@ FAULTS: tuple[Fault, ...] = (
     RUNNING("SSH connection closed by the client", E.TRANSPORT_LOST, "SSH connection ended", YES, RUNS,
             strike=close_connection, listed="S"),
     RUNNING("SSH connection cut (reset)", E.TRANSPORT_LOST, "SSH connection ended", YES, RUNS, DROPPED_X2GO,
-            make=through_relay, strike=cut_connection, listed="S"),
+            make=through_relay, strike=break_it, listed="S"),
     RUNNING("SSH server silent for good", E.TRANSPORT_SILENT, "has not been heard", YES, RUNS, SILENT_X2GO,
             make=impatient, strike=stop_server, listed="S", sign=LinkDead, within_s=LINK_DEAD_S + DEAD_S,
             note=SHORT_DEAD),

@@ -17,18 +17,18 @@ from .procs import send_signal
 from .x2go import eventually, run, transport_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     import paramiko
 
     from proxy_fsm import SessionInfo
 
-    from .relay import Relay
     from .x2go import AgentSession, Display, X2GoServer
 
 PAINT_S = 20.0
 FRESH_S = 30.0
+SUSPENDED_LINE = "Session: Session suspended at"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 SHARE = 0.1  # of the screen: an xterm covers about an eighth
 
@@ -50,7 +50,7 @@ class Scene:
     runtime: Path
     stack: contextlib.ExitStack = field(repr=False)
     repairs: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)  # put a fault right
-    relay: Relay | None = None  # what the connection goes through
+    breaker: Callable[[], object] | None = None  # ends something that was put into this scene
 
     @property
     def root(self) -> Path:
@@ -100,6 +100,10 @@ class Scene:
         """Resume the session on the server; its ports are others then."""
         ports = self.server.resume(self.admin, self.agent.name)
         return dataclasses.replace(self.session, graphics_port=ports.graphics_port)
+
+    def suspended(self) -> None:
+        """Wait until the agent says so: the server lists it before, and in between it cannot be resumed."""
+        eventually(lambda: SUSPENDED_LINE in self.server.agent_log(self.agent), PAINT_S)
 
     def settled(self) -> None:
         """Wait until the agent serves programs: before that, it does not survive the loss of its proxy."""

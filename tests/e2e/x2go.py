@@ -69,6 +69,7 @@ class AgentSession:
     fs_port: int
     kind: Kind
     raw: str = field(repr=False)
+    log: Path | None = None  # where it is not x2goserver's agent
 
     @classmethod
     def parse(cls, raw: str, kind: Kind) -> AgentSession:
@@ -243,6 +244,8 @@ class X2GoServer(SshServer):
 
     def agent_log(self, session: AgentSession) -> str:
         """Give what the agent of a session has logged so far."""
+        if session.log is not None:
+            return session.log.read_text(errors="replace")
         home = Path(pwd.getpwnam(self.user).pw_dir)
         return (home / ".x2go" / f"C-{session.name}" / "session.log").read_text(errors="replace")
 
