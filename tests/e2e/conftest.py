@@ -39,9 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def real_programs() -> None:
     """Skip where programs are missing, or fail where they were promised."""
-    missing = missing_programs()
-    if not missing:
-        return
+    if missing := missing_programs():
+        lack(missing)
+
+
+def lack(missing: list[str]) -> None:
+    """Skip, or fail where nothing may be missing."""
     message = f"missing for tests against the real programs: {', '.join(missing)}"
     if os.environ.get(REQUIRE) == "1":
         pytest.fail(f"{message} ({REQUIRE} is 1)", pytrace=False)

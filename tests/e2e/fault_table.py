@@ -46,8 +46,10 @@ on this side, *final* from the cause itself: it holds the time that nxproxy take
 The column python-x2go says what python-x2go 0.6.1.3 reported of the same fault, and after how long, measured by hand on
 a machine of the same kind.
 
-Measured on {date} with `proxy_fsm/` as of tree `{tree}` (`git rev-parse HEAD:proxy_fsm`): {machine}; {versions}. Other work went on at the same time, so the longest times
-are those of a busy machine. To repeat it, as root on Debian: `make faults` (some minutes).
+Measured on {date} with `proxy_fsm/` as of tree `{tree}` (`git rev-parse HEAD:proxy_fsm`): {machine}; {versions}.
+Other work kept the machine busy meanwhile, which the longest times show. To repeat it, as root on Debian: `make
+faults` (some minutes). What two engines on one transport do when one of them fails, and any viewer, is in
+`tests/e2e/test_session.py`.
 """
 HEAD = """\
 | cause | reason | what its user reads | stopping | final | retryable → a second attempt | python-x2go |

@@ -74,6 +74,7 @@ class Fault:
         end: From when on the time to the final state counts: from the proxy's exit; None for the first sign.
         within_s: How long it may take from the cause to the final state, where something of ours decides that.
         touched: Whether the agent was reached, so that it may be gone.
+        mounts: Whether it takes mounts, or a network, of its own.
         note: What was other than usual when it was measured.
     """
 
@@ -94,6 +95,7 @@ class Fault:
     end: type[Observation] | None = None
     within_s: float | None = None
     touched: bool = True
+    mounts: bool = False
     note: str = ""
 
     @property
@@ -117,6 +119,7 @@ class Mishap:
         told: The event that tells of it.
         then: The event that tells that it is over; empty where there is none.
         make: Sets the scene and makes the proxy.
+        mounts: Whether it takes mounts of its own.
         python_x2go: What python-x2go reports.
     """
 
@@ -125,6 +128,7 @@ class Mishap:
     told: str
     then: str = ""
     make: Callable[[Scene], Attempt] = lambda scene: scene.attempt()
+    mounts: bool = False
     python_x2go: str = ""
 
 
@@ -448,12 +452,12 @@ FAULTS: tuple[Fault, ...] = (
     START("X server dead", E.DISPLAY_UNAVAILABLE, "X server", YES, RUNS, NO_DISPLAY_X2GO, make=display_dead),
     START("X server refuses", E.DISPLAY_UNAVAILABLE, "X server", YES, RUNS, NO_DISPLAY_X2GO, make=display_refuses),
     START("sessions root is no directory", E.LISTEN_FAILED, "taken", YES, RUNS, make=root_no_directory),
-    START("disk full", E.LISTEN_FAILED, "No space left on device", YES, RUNS, make=disk_full),
+    START("disk full", E.LISTEN_FAILED, "No space left on device", YES, RUNS, make=disk_full, mounts=True),
     START("no directory for the socket", E.LISTEN_FAILED, "no temporary directory is writable", YES, RUNS,
-          start=start_without_writable_directory),
+          start=start_without_writable_directory, mounts=True),
     START("socket's path unfit for nxproxy", E.LISTEN_FAILED, "a,b", YES, RUNS, make=comma_in_path),
     START("no free TCP port", E.LISTEN_FAILED, "Address already in use", YES, RUNS,
-          make=viewer, start=start_without_free_port),
+          make=viewer, start=start_without_free_port, mounts=True),
     START("SSH connection closed before", E.TRANSPORT_LOST, "The SSH connection", YES, RUNS, make=transport_closed),
     START("forwarding denied", E.FORWARDING_DENIED, "does not allow forwarding", YES, RUNS,
           make=forwarding_denied, sign=WorkerRefused, end=EXIT),
@@ -512,7 +516,7 @@ FAULTS: tuple[Fault, ...] = (
 MISHAPS: tuple[Mishap, ...] = (
     Mishap("SSH server silent for a while", stop_server_for_a_while, "link.silent", "link.restored", patient,
            python_x2go=SILENT_X2GO),
-    Mishap("disk fills up", fill_disk, "process.log_failed", make=disk_fills_up),
+    Mishap("disk fills up", fill_disk, "process.log_failed", make=disk_fills_up, mounts=True),
 )
 # fmt: on
 

@@ -15,11 +15,20 @@ MOUNTS, NETWORK = 0x20000, 0x40000000  # CLONE_NEWNS, CLONE_NEWNET of sched.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def is_allowed() -> bool:
+    """Tell whether this kernel, or this sandbox, lets us have mounts and a network of our own."""
+    try:
+        apart(MOUNTS | NETWORK, lambda: None, [["mount", "--make-rprivate", "/"]])
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
 def apart(kind: int, function: Callable[[], object], commands: Sequence[Sequence[str]] = ()) -> None:
     """Call `function` on a thread with mounts, or a network, of its own; what it starts sees them too.
 
     Args:
-        kind: `MOUNTS` or `NETWORK`; in a new network not even the loopback is up.
+        kind: `MOUNTS`, `NETWORK` or both; in a new network not even the loopback is up.
         function: what to call.
         commands: run before that, in the same place.
 
@@ -32,7 +41,7 @@ def apart(kind: int, function: Callable[[], object], commands: Sequence[Sequence
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         for command in commands:
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, capture_output=True)
         function()
 
     with ThreadPoolExecutor(1) as pool:

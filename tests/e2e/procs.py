@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 PROGRAMS = (
     *("sshd", "x2gostartagent", "x2golistsessions", "nxagent", "nxproxy"),
-    *("Xvfb", "xauth", "xterm", "xwd", "xwininfo", "useradd", "usermod"),
+    *("Xvfb", "xauth", "xterm", "xwd", "xwininfo", "useradd", "usermod", "ip", "mount"),
 )
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ESTABLISHED, LISTENING = "01", "0A"  # states of a socket in /proc/net/tcp

@@ -19,8 +19,9 @@ import pytest
 from proxy_fsm import Link, ProxyStatus, State, Timeouts
 
 from .attempt import FINAL_S, RUNNING_S, Attempt, Holdings, WatchedViewer, nothing_gained_since
-from .conftest import check_untouched
+from .conftest import check_untouched, lack
 from .faults import AGENT_CONNECT_S, FAULTS, MISHAPS, Fault, Mishap, When, viewer
+from .namespace import is_allowed
 from .procs import alive
 from .x2go import eventually, transport_of
 
@@ -36,8 +37,17 @@ SETTLED_S = 0.6  # after so long a session certainly survives; before, `retryabl
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
+@pytest.fixture(scope="module")
+def own_mounts() -> None:
+    """Skip, or fail, where this machine does not let even root have them."""
+    if not is_allowed():
+        lack(["the right to mount, and to have a network of one's own (CAP_SYS_ADMIN)"])
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.cause.replace(" ", "-"))
 def test_fault(request: pytest.FixtureRequest, fault: Fault) -> None:
+    if fault.mounts:
+        request.getfixturevalue("own_mounts")
     scene: Scene = request.getfixturevalue("scene" if fault.asks_server else "plain_scene")
     attempt = fault.make(scene)
     transports = [attempt.transport, transport_of(scene.admin)]
@@ -164,8 +174,11 @@ def second_attempt(scene: Scene, fault: Fault, first: Attempt) -> bool:
 
 
 @pytest.mark.parametrize("mishap", MISHAPS, ids=lambda mishap: mishap.cause.replace(" ", "-"))
-def test_mishap(scene: Scene, mishap: Mishap) -> None:
+def test_mishap(request: pytest.FixtureRequest, mishap: Mishap) -> None:
     """It is told, and the session goes on: it paints, and is stopped in order."""
+    if mishap.mounts:
+        request.getfixturevalue("own_mounts")
+    scene: Scene = request.getfixturevalue("scene")
     attempt = mishap.make(scene).run()
     stood_long_enough(scene, attempt)
     cause_at = time.monotonic()
