@@ -44,6 +44,9 @@ __all__ = ["Launch", "Preparation"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
 _DISPLAY_SHARE = 0.8
+_NO_PORT_HINT = (
+    "Make sure that 127.0.0.1 has a free TCP port, and that the temporary directory is yours, writable and not full."
+)
 #: Before what each attempt writes into the session's log.
 _START_LINE = b"--- a new attempt\n"
 
@@ -201,6 +204,7 @@ class Preparation:
             raise BackendError(
                 EndReason.LISTEN_FAILED,
                 f"The local end of the tunnel cannot be bound: {error.strerror or error}.",
+                _NO_PORT_HINT if self._backend.listen_kind == "tcp" else None,
             ) from error
         self._keep(self._forwarder.close)
         return address

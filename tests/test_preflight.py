@@ -560,6 +560,22 @@ class TestRefusals:
         error = trial.refused()
         assert error.reason is EndReason.LISTEN_FAILED
         assert error.detail == "The local end of the tunnel cannot be bound: Too many open files."
+        assert error.hint is None  # the reason's own will do
+
+    def test_a_port_that_cannot_be_bound(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its user is told of ports, not only of directories."""
+
+        def refuse(kind: str, directory: Path) -> str:
+            raise OSError(98, "Address already in use", f"{kind} {directory}")
+
+        backend = FakeBackend()
+        backend.listen_kind = "tcp"
+        trial = make(backend)
+        monkeypatch.setattr(trial.forwarder, "bind", refuse)
+        error = trial.refused()
+        assert error.reason is EndReason.LISTEN_FAILED
+        assert error.hint is not None
+        assert "free TCP port" in error.hint
 
     def test_without_a_thread_its_last_word_is_said_all_the_same(
         self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
