@@ -392,7 +392,7 @@ def stop_server(scene: Scene, _attempt: Attempt) -> None:
 def stop_server_for_a_while(scene: Scene, attempt: Attempt) -> None:
     stop_server(scene, attempt)
     eventually(lambda: attempt.named("link.silent"), WAIT_S)
-    scene.put_right()
+    scene.repairs.close()
     eventually(lambda: attempt.named("link.restored"), WAIT_S)
 
 
@@ -436,6 +436,7 @@ SILENT_X2GO = "`ok()` still true at 40 s"
 LEFT_X2GO = "`ok()` false, cannot tell which; 1.2–1.5 s"
 
 SHORT_CONNECT = f"`agent_connect_s` is {AGENT_CONNECT_S:g} s here, by default {Timeouts().agent_connect_s:g} s"
+CALLED = "from the call of the server's script"
 SHORT_READY = f"`ready_s` is {READY_S:g} s here, by default {Timeouts().ready_s:g} s"
 SHORT_GRACE = f"`stop_grace_s` is {STOP_GRACE_S:g} s here, by default {Timeouts().stop_grace_s:g} s"
 SHORT_DEAD = f"`link_dead_s` is {LINK_DEAD_S:g} s here, by default {Timeouts().link_dead_s:g} s"
@@ -477,13 +478,13 @@ FAULTS: tuple[Fault, ...] = (
     RUNNING("agent killed", E.PEER_LOST, "lost the agent", OPEN, CANNOT,
             strike=kill_agent, sign=BROKEN, end=EXIT),
     RUNNING("session suspended", E.SESSION_ENDED, "suspended or terminated", OPEN, RUNS, LEFT_X2GO,
-            strike=suspend, listed="S", sign=EXIT),
+            strike=suspend, listed="S", sign=EXIT, note=CALLED),
     RUNNING("session terminated", E.SESSION_ENDED, "suspended or terminated", OPEN, CANNOT, LEFT_X2GO,
-            strike=terminate, listed="-", sign=EXIT),
+            strike=terminate, listed="-", sign=EXIT, note=CALLED),
     RUNNING("session suspended, server asked", E.SESSION_SUSPENDED, "was suspended", YES, RUNS, LEFT_X2GO,
-            make=asking, strike=suspend, listed="S", sign=ServerAnswered),
+            make=asking, strike=suspend, listed="S", sign=ServerAnswered, note=CALLED),
     RUNNING("session terminated, server asked", E.SESSION_TERMINATED, "was terminated", NO, CANNOT, LEFT_X2GO,
-            make=asking, strike=terminate, listed="-", sign=ServerAnswered),
+            make=asking, strike=terminate, listed="-", sign=ServerAnswered, note=CALLED),
     RUNNING("X server killed", E.DISPLAY_LOST, "The X server has gone", YES, RUNS,
             make=on_another_display, strike=break_it, listed="S", end=EXIT),
     RUNNING("proxy killed (SIGKILL)", E.PROXY_KILLED, "SIGKILL", YES, RUNS, KILLED_X2GO,

@@ -90,9 +90,8 @@ class Scene:
         self.stack.callback(attempt.close)
         return attempt
 
-    def put_right(self) -> None:
-        """Take away whatever was done to the scene, and connect again where the connection has ended."""
-        self.repairs.close()
+    def reconnect(self) -> None:
+        """Connect again where the connection has ended."""
         if not transport_of(self.client).is_active():
             self.client = self.stack.enter_context(contextlib.closing(self.server.connect()))
 
@@ -124,7 +123,7 @@ def opened_scene(
         before = Holdings.now(transports)
         with contextlib.ExitStack() as stack:
             scene = Scene(server, client, admin, agent, display, runtime, stack)
-            stack.callback(scene.put_right)
+            stack.callback(scene.repairs.close)
             yield scene
         nothing_gained_since(before, transports)
 

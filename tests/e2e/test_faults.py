@@ -61,7 +61,7 @@ def test_fault(request: pytest.FixtureRequest, fault: Fault) -> None:
     times = check_times(attempt, fault, cause_at)
 
     check_nothing_left_on_disk(scene, attempt)
-    scene.put_right()
+    scene.repairs.close()
     nothing_gained_since(before, transports)
     check_no_process_left(status)
     if not fault.touched:
@@ -154,6 +154,7 @@ def session_of(pid: int) -> int | None:
 
 def second_attempt(scene: Scene, fault: Fault, first: Attempt) -> bool:
     """Do what a user would do next, now that the cause is put right; tell whether the session runs then."""
+    scene.reconnect()
     if isinstance(first.backend, WatchedViewer):
         second = viewer(scene)
     else:
