@@ -252,7 +252,7 @@ def disk_full(scene: Scene) -> Attempt:
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    scene.repairs.callback(filler.unlink)
+    scene.repairs.callback(filler.unlink, missing_ok=True)
     return scene.attempt(root=disk)
 
 
@@ -464,7 +464,7 @@ FAULTS: tuple[Fault, ...] = (
           make=forwarding_denied, sign=WorkerRefused, end=EXIT),
     START("graphics port refused", E.AGENT_UNREACHABLE, "nothing listens there", OPEN, RUNS, REFUSED_X2GO,
           make=port_refused, sign=WorkerRefused, end=EXIT, within_s=AGENT_CONNECT_S + DEAD_S, note=SHORT_CONNECT),
-    START("agent killed before", E.AGENT_UNREACHABLE, "nothing listens there", OPEN, CANNOT, REFUSED_X2GO,
+    START("agent killed before", E.AGENT_UNREACHABLE, "nothing listens there", OPEN, CANNOT,
           make=agent_dead, touched=True, sign=WorkerRefused, end=EXIT, within_s=AGENT_CONNECT_S + DEAD_S,
           note=SHORT_CONNECT),
 
@@ -489,9 +489,9 @@ FAULTS: tuple[Fault, ...] = (
             make=on_another_display, strike=break_it, listed="S", end=EXIT),
     RUNNING("proxy killed (SIGKILL)", E.PROXY_KILLED, "SIGKILL", YES, RUNS, KILLED_X2GO,
             strike=kill_proxy, listed="S"),
-    RUNNING("proxy crashes (SIGSEGV)", E.PROXY_KILLED, "SIGSEGV", YES, RUNS, KILLED_X2GO,
+    RUNNING("proxy crashes (SIGSEGV)", E.PROXY_KILLED, "SIGSEGV", YES, RUNS,
             strike=crash_proxy, listed="S"),
-    RUNNING("proxy told to end (SIGTERM)", E.PROXY_KILLED, "TERM, INT or HUP", YES, RUNS, KILLED_X2GO,
+    RUNNING("proxy told to end (SIGTERM)", E.PROXY_KILLED, "TERM, INT or HUP", YES, RUNS,
             strike=terminate_proxy, listed="S", sign=CAUGHT, end=EXIT),
     RUNNING("proxy leaves a child", E.PROXY_KILLED, "SIGKILL", YES, RUNS,
             make=program_leaves_child, strike=kill_proxy, listed="S"),
@@ -504,7 +504,7 @@ FAULTS: tuple[Fault, ...] = (
             strike=end_connection, listed="S", sign=TransportEnded),
     RUNNING("SSH connection closed by the client", E.TRANSPORT_LOST, "SSH connection ended", YES, RUNS,
             strike=close_connection, listed="S"),
-    RUNNING("SSH connection cut (reset)", E.TRANSPORT_LOST, "SSH connection ended", YES, RUNS, DROPPED_X2GO,
+    RUNNING("SSH connection cut (reset)", E.TRANSPORT_LOST, "SSH connection ended", YES, RUNS,
             make=through_relay, strike=break_it, listed="S"),
     RUNNING("SSH server silent for good", E.TRANSPORT_SILENT, "has not been heard", YES, RUNS, SILENT_X2GO,
             make=impatient, strike=stop_server, listed="S", sign=LinkDead, within_s=LINK_DEAD_S + DEAD_S,
@@ -515,8 +515,7 @@ FAULTS: tuple[Fault, ...] = (
 
 # cause, how, what is told of it, and of its end
 MISHAPS: tuple[Mishap, ...] = (
-    Mishap("SSH server silent for a while", stop_server_for_a_while, "link.silent", "link.restored", patient,
-           python_x2go=SILENT_X2GO),
+    Mishap("SSH server silent for a while", stop_server_for_a_while, "link.silent", "link.restored", patient),
     Mishap("disk fills up", fill_disk, "process.log_failed", make=disk_fills_up, mounts=True),
 )
 # fmt: on

@@ -92,7 +92,8 @@ class Scene:
 
     def reconnect(self) -> None:
         """Connect again where the connection has ended."""
-        if not transport_of(self.client).is_active():
+        transport = self.client.get_transport()
+        if transport is None or not transport.is_active():
             self.client = self.stack.enter_context(contextlib.closing(self.server.connect()))
 
     def resumed(self) -> SessionInfo:
