@@ -34,7 +34,8 @@ STOPPING_S = 0.05  # from a fault's first sign
 KILLED_S = 0.5  # until a killed process is gone
 SETTLED_S = 0.6  # after so long a session certainly survives; before, `retryable` is None
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+# x2goserver's scripts take seconds each, many of them on a busy machine
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
