@@ -921,12 +921,15 @@ def test_a_ctrl_c_at_any_moment_of_start_leaves_one_owner_or_none(make: Maker) -
         for number in range(40):
             proxy = make()
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.00002 * (number + 1))
-                proxy.start()
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.00002 * (number + 1))
+                    proxy.start()
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)  # it may come here, too
             except KeyboardInterrupt:
                 pass
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            except RuntimeError as error:  # CPython's own locks, where it hits them in the middle
+                assert isinstance(error.__context__, KeyboardInterrupt)  # noqa: PT017
             proxy.close(timeout=5)
             assert proxy.state is State.STOPPED
             assert make.log.path()[-1] == "stopped"
