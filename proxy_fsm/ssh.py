@@ -4,7 +4,8 @@ This is the only module that knows paramiko's insides. What it touches beyond th
 by `tests/test_ssh.py` so that a paramiko that changes it fails there with its name:
 
 * ``Transport``: ``lock``, ``_channels`` (``put``, ``delete``), ``_next_channel``, ``channel_events``,
-  ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``clear_to_send``, ``packetizer``
+  ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``_send_message``, ``clear_to_send``,
+  ``clear_to_send_lock``, ``packetizer``, ``run``
 * ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``
 * ``Packetizer``: ``__sequence_number_in``
 * ``transport``: ``_active_threads``
@@ -19,12 +20,21 @@ Three things are done differently from ``Transport.open_channel`` and ``Channel.
   (paramiko issues 1115 and 1705), and the transport's own thread never waits for a key exchange that only
   itself can finish (issue 822).
 * The end of a transport is told by the transport: it unlinks its channels, and one of them is ours.
+
+One thing is changed in the caller's transport, when the first channel is opened here, and stays: what its own thread
+has to send while keys are exchanged is sent when they are. In paramiko that thread waits for itself, for 30 s, and
+the transport is dead: an answer to the CLOSE of any channel is enough, the caller's own commands too, and so is a
+keepalive. Without a tunnel hardly any transport carries the 512 MiB after which paramiko wants fresh keys; with one
+it takes seconds. When keys are exchanged, and which, stays as it was. Our own channels wait for the keys as long as
+it takes: after paramiko's 30 s, which a slow link needs to bring what was under way, bytes would be lost.
 """
 
 from __future__ import annotations
 
 import socket
 import threading
+import weakref
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,6 +98,89 @@ class OpenAbandoned(NotOpened):
     """The open was abandoned before the server answered."""
 
 
+class _LateSender:
+    """Sends for a transport: what its own thread sends never waits for keys, but is sent later, by another thread."""
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        self._transport: weakref.ref[Any] = weakref.ref(transport)
+        self._lock = threading.Lock()
+        self._late: deque[Message] = deque()
+        self._at_work = False
+
+    @classmethod
+    def put_into(cls, transport: paramiko.Transport) -> None:
+        """Have all that users of a transport send go through one of these; call it under the transport's lock."""
+        if "_send_user_message" not in vars(transport):
+            cast("Any", transport)._send_user_message = cls(transport)  # noqa: SLF001
+
+    def __call__(self, message: Message) -> None:
+        """Send as ``Transport._send_user_message`` does."""
+        transport: Any = self._transport()
+        if threading.current_thread() is not transport:
+            type(transport)._send_user_message(transport, message)  # noqa: SLF001
+        elif not self._send_now(transport, message):
+            self._send_later(transport, message)
+
+    def _send_now(self, transport: Any, message: Message) -> bool:
+        with self._lock:
+            if self._late:  # it has to go first
+                return False
+        with transport.clear_to_send_lock:
+            if not transport.clear_to_send.is_set():
+                return False
+            transport._send_message(message)  # noqa: SLF001
+            return True
+
+    def _send_later(self, transport: Any, message: Message) -> None:
+        with self._lock:
+            self._late.append(message)
+            if self._at_work:
+                return
+            self._at_work = True
+        try:
+            threading.Thread(target=self._send_late, args=(transport,), name="proxy_fsm-late", daemon=True).start()
+        except RuntimeError:  # no thread can be started: it goes with the next
+            with self._lock:
+                self._at_work = False
+
+    def _send_late(self, transport: Any) -> None:
+        while True:
+            with self._lock:
+                if not self._late:
+                    self._at_work = False
+                    return
+                message = self._late[0]
+            with suppress(paramiko.SSHException, OSError, EOFError):  # the transport is gone, and takes nothing more
+                _send_patiently(transport, message)
+            with self._lock:
+                self._late.popleft()
+
+
+def _send_patiently(transport: Any, message: Message) -> None:
+    """Send, however long keys are exchanged; it raises, or drops the message, where the transport is gone."""
+    while True:
+        try:
+            transport._send_user_message(message)  # noqa: SLF001
+        except paramiko.SSHException:  # keys were not exchanged in time, and nothing was sent
+            if not transport.is_active():
+                raise
+        else:
+            return
+
+
+class _Patient:
+    """A transport as our channels see it: it gives up no message because keys are exchanged slowly."""
+
+    def __init__(self, transport: paramiko.Transport) -> None:
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _send_user_message(self, message: Message) -> None:
+        _send_patiently(self._transport, message)
+
+
 class SafeChannel(paramiko.Channel):
     """A channel whose CLOSE is sent once, by `send_close`, after its user has stopped sending.
 
@@ -119,6 +212,9 @@ class SafeChannel(paramiko.Channel):
         # A transport that is gone, or goes meanwhile, has no use for a CLOSE.
         with suppress(paramiko.SSHException, OSError, EOFError):
             cast("Any", self.transport)._send_user_message(message)  # noqa: SLF001
+
+    def _set_transport(self, transport: paramiko.Transport) -> None:
+        super()._set_transport(_Patient(transport))  # type: ignore[misc]
 
     def _close_internal(self) -> tuple[None, None]:
         if self.active and not self.closed:
@@ -162,10 +258,11 @@ class ChannelOpening:
         transport = cast("Any", self._transport)
         message = Message()
         with transport.lock:
+            _LateSender.put_into(transport)
             number = transport._next_channel()  # noqa: SLF001
             channel = self._channel = SafeChannel(number)
             channel.opening = self
-            channel._set_transport(transport)  # type: ignore[attr-defined]  # noqa: SLF001
+            channel._set_transport(transport)  # noqa: SLF001
             channel._set_window(WINDOW_BYTES, PACKET_BYTES)  # type: ignore[attr-defined]  # noqa: SLF001
             transport._channels.put(number, channel)  # noqa: SLF001
             # The transport calls set() on this when the answer has come, or when it ends.

@@ -251,6 +251,56 @@ def rely_on_send_user_message(transport: Any, _: Agent) -> None:
     transport._send_user_message(message)
     assert packets_sent(transport) == before + 1, "a transport that is closed drops it without a word"
 
+    sent: list[tuple[int, threading.Thread]] = []
+
+    def note(message: paramiko.Message) -> None:
+        sent.append((message.asbytes()[0], threading.current_thread()))
+
+    transport._send_user_message = note
+    channel: Any = paramiko.Channel(1)
+    channel._set_transport(transport)
+    channel._set_remote_channel(1, 1 << 20, 1 << 15)
+    channel.send(b"x")
+    channel._handle_close(paramiko.Message())
+    assert [number for number, _ in sent] == [94, 96, 97], "channels send by what was put into the transport itself"
+
+
+def rely_on_own_thread(transport: Any, agent: Agent) -> None:
+    """The thread that runs a transport is the transport, and answers a CLOSE by what was put into it."""
+    closers: list[threading.Thread] = []
+    probe = open_probe(transport, agent.port)
+    probe.shutdown_write()
+    transport._send_user_message = lambda _: closers.append(threading.current_thread())
+    agent.accept().close()
+    eventually(lambda: closers, WAIT_S)
+    assert closers == [transport]
+
+
+def rely_on_send_message(transport: Any, _: Agent) -> None:
+    transport.clear_to_send.clear()
+    before = packets_sent(transport)
+    transport._send_message(paramiko.Message(b"\x02\x00\x00\x00\x00"))  # SSH_MSG_IGNORE
+    assert packets_sent(transport) == before + 1, "it sends, whatever is going on"
+
+
+def rely_on_clear_to_send_lock(transport: Any, _: Agent) -> None:
+    held: list[bool] = []
+    send = transport._send_message
+
+    def note(message: paramiko.Message) -> None:
+        held.append(transport.clear_to_send_lock.locked())
+        send(message)
+
+    transport._send_message = note
+    transport._send_user_message(paramiko.Message(b"\x02\x00\x00\x00\x00"))
+    assert held == [True], "what is sent for users is sent under this lock"
+    transport.clear_to_send_lock.acquire()
+    exchange = Task(transport._send_kex_init)
+    assert transport.clear_to_send.is_set(), "an exchange of keys begins under this lock"
+    transport.clear_to_send_lock.release()
+    exchange.result()
+    assert transport.clear_to_send.wait(WAIT_S), "and ends with this event"
+
 
 def rely_on_clear_to_send(transport: Any, _: Agent) -> None:
     assert transport.clear_to_send.is_set()
@@ -335,7 +385,10 @@ RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
     "Transport.channels_seen": rely_on_channels_seen,
     "Transport.saved_exception": rely_on_saved_exception,
     "Transport._send_user_message": rely_on_send_user_message,
+    "Transport._send_message": rely_on_send_message,
     "Transport.clear_to_send": rely_on_clear_to_send,
+    "Transport.clear_to_send_lock": rely_on_clear_to_send_lock,
+    "Transport.run": rely_on_own_thread,
     "Transport.packetizer": rely_on_packetizer,
     "Channel._set_transport": rely_on_set_transport,
     "Channel._set_window": rely_on_set_window,
@@ -510,19 +563,174 @@ def keys_exchanged(transport: Any) -> Iterator[None]:
         transport.clear_to_send_timeout = patience_s
 
 
+class TestKeysAreExchanged:
+    """Neither a transport nor a byte is lost, and no thread waits for itself (paramiko issue 822)."""
+
+    @staticmethod
+    def closed_by_server(transport: paramiko.Transport, agent: Agent) -> paramiko.Channel:
+        """A channel of paramiko's own, as the caller's are, that the server will close when the agent does."""
+        channel = transport.open_channel("direct-tcpip", (LOOPBACK, agent.port), (LOOPBACK, 1), timeout=WAIT_S)
+        channel.shutdown_write()
+        return channel
+
+    def test_the_transports_own_thread_goes_on_and_answers_afterwards(
+        self, server: LoopbackSSHServer, transport: Any, agent: Agent
+    ) -> None:
+        ours = open_to(transport, agent.port)
+        peer = agent.accept()
+        theirs = [self.closed_by_server(transport, agent) for _ in range(3)]
+        before = packets_sent(transport)
+        transport.clear_to_send.clear()
+        for _ in theirs:
+            agent.accept().close()
+        for channel in theirs:
+            eventually(lambda channel=channel: channel.closed, WAIT_S)  # type: ignore[misc]
+        peer.sendall(b"it reads on")
+        assert ours.recv(99) == b"it reads on"
+        assert packets_sent(transport) == before, "nothing is sent while keys are exchanged"
+        transport.clear_to_send.set()
+        eventually(lambda: packets_sent(transport) == before + len(theirs), WAIT_S)
+        ours.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+        eventually(lambda: not own_threads(), WAIT_S)
+
+    def test_what_its_own_thread_sends_keeps_its_order(self, transport: Any, agent: Agent) -> None:
+        sent: list[int] = []
+
+        class SendsAll:
+            """Called by the transport's own thread, as the answer to an open."""
+
+            def set(self) -> None:
+                transport._send_message = lambda message: sent.append(message.asbytes()[0])
+                transport.clear_to_send.clear()
+                for number in range(100):
+                    if number == 50:
+                        transport.clear_to_send.set()
+                    transport._send_user_message(paramiko.Message(bytes([number])))
+
+        open_to(transport, agent.port).send_close()
+        probe = open_probe(transport, agent.port, SendsAll())
+        eventually(lambda: len(sent) == 100, WAIT_S)
+        assert sent == list(range(100))
+        probe.close()
+
+    def test_a_keepalive_does_not_wait_either(self, server: LoopbackSSHServer, transport: Any, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        transport.clear_to_send.clear()
+        transport.set_keepalive(1)
+        before = time.monotonic()
+        eventually(own_threads, WAIT_S)
+        assert own_threads("proxy_fsm-late")
+        assert since(before) < 5
+        agent.accept().sendall(b"it reads on")
+        assert channel.recv(99) == b"it reads on"
+        transport.set_keepalive(0)
+        transport.clear_to_send.set()
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_our_channels_wait_longer_than_paramiko_and_lose_nothing(
+        self, server: LoopbackSSHServer, transport: Any, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        peer = agent.accept()
+        down = bytes(range(256)) * (ssh.WINDOW_BYTES >> 9)  # so much that reading it makes room for more
+        peer.sendall(down)
+        eventually(lambda: len(channel.in_buffer) == len(down), WAIT_S)
+        with keys_exchanged(transport):
+            calls: list[float] = []
+            beneath = type(transport)._send_user_message
+
+            def note(self: Any, message: paramiko.Message) -> None:
+                calls.append(time.monotonic())
+                beneath(self, message)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(transport), "_send_user_message", note)
+                uploader, reader = Task(channel.send, b"up"), Task(channel.recv, len(down))
+                eventually(lambda: len(calls) > 6, WAIT_S)
+                assert uploader.running
+                assert reader.running
+        assert uploader.result() == 2
+        assert peer.recv(9) == b"up"
+        assert reader.result() == down
+        with keys_exchanged(transport):
+            closer = Task(channel.send_close)
+            closer._thread.join(0.3)
+            assert closer.running
+        closer.result()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_a_transport_that_ends_meanwhile_lets_all_go(
+        self, server: LoopbackSSHServer, transport: Any, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        agent.accept()
+        theirs = self.closed_by_server(transport, agent)
+        with keys_exchanged(transport):
+            agent.accept().close()
+            eventually(lambda: theirs.closed, WAIT_S)
+            uploader = Task(channel.send, b"up")
+            server.drop()
+            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+                uploader.result()
+            eventually(lambda: not own_threads(), WAIT_S)
+
+    def test_the_transport_is_changed_once_and_not_kept_alive(self, server: LoopbackSSHServer, agent: Agent) -> None:
+        transport: Any = server.connect_transport()
+        open_to(transport, agent.port).send_close()
+        sender = transport._send_user_message
+        open_to(transport, agent.port).send_close()
+        assert transport._send_user_message is sender
+        transport.close()
+        transport.join(WAIT_S)
+        gone = weakref.ref(transport)
+        del transport
+        gc.collect()
+        assert gone() is None
+        assert sender._transport() is None
+
+    def test_what_others_have_put_there_stays(self, transport: Any, agent: Agent) -> None:
+        def foreign(message: paramiko.Message) -> None:
+            type(transport)._send_user_message(transport, message)
+
+        transport._send_user_message = foreign
+        open_to(transport, agent.port).send_close()
+        assert transport._send_user_message is foreign
+
+
 class TestNoThreads:
     """A channel that opens late is closed also where no thread can be started for it."""
 
     @pytest.fixture(autouse=True)
-    def no_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+        """The names of threads that cannot be started."""
+        names = {"proxy_fsm-discard", "proxy_fsm-late"}
         start = threading.Thread.start
 
         def start_unless_named(thread: threading.Thread) -> None:
-            if thread.name == "proxy_fsm-discard":
+            if thread.name in names:
                 raise RuntimeError("can't start new thread")
             start(thread)
 
         monkeypatch.setattr(threading.Thread, "start", start_unless_named)
+        return names
+
+    def test_what_the_transports_own_thread_has_to_send_goes_with_the_next(
+        self, server: LoopbackSSHServer, transport: Any, agent: Agent, refused: set[str]
+    ) -> None:
+        open_to(transport, agent.port).send_close()
+        agent.accept()
+        server.wait_for(lambda: server.channels_open == 0)
+        first, second = (TestKeysAreExchanged.closed_by_server(transport, agent) for _ in range(2))
+        before = packets_sent(transport)
+        with keys_exchanged(transport):
+            agent.accept().close()
+            eventually(lambda: first.closed, WAIT_S)
+        refused.clear()
+        agent.accept().close()
+        eventually(lambda: second.closed, WAIT_S)
+        eventually(lambda: packets_sent(transport) == before + 2, WAIT_S)
 
     def test_it_is_closed_by_whoever_takes_the_answer(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
