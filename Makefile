@@ -38,6 +38,11 @@ mutation: $(READY)
 faults: $(READY) system
 	$(BIN)/python -m tests.e2e.fault_table --measure
 
+# Many minutes: what the tests do for seconds, at length; it prints what it did.
+.PHONY: soak
+soak: $(READY) system
+	$(BIN)/python -m tests.soak
+
 system:
 	@tests/install-system-packages
 

@@ -1,0 +1,444 @@
+"""The runs: each takes its length as arguments, fails where something was lost, and returns figures."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import paramiko
+import pytest
+
+from proxy_fsm import monitor
+from proxy_fsm.evidence import TransportEnded, TunnelClosed
+from proxy_fsm.forwarder import Forwarder
+from proxy_fsm.ssh import ChannelOpening, ChannelRefused, fast_transport
+from proxy_fsm.status import Timeouts
+from tests.e2e.procs import eventually
+from tests.e2e.sshd import SshServer
+from tests.soak.delay import SlowLine
+from tests.tunnel_helpers import LOOPBACK, WAIT_S, Agent, Inbox, Task, dead_port, own_threads, reset, since
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Self
+
+__all__ = ["Figures", "carry", "close_under_upload", "probe_under_requests"]
+
+#: An address that the server is told to prohibit (RFC 5737).
+FOREIGN = ("192.0.2.1", 9)
+#: How long the transport may stand still under full load on a slow machine, seconds.
+PATIENCE_S = 120.0
+_UPLOADS = 4
+#: A prime number of bytes that do not repeat: what is lost, doubled or moved is seen.
+_PATTERN_BYTES = 1_048_573
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run did."""
+
+    name: str
+    seconds: float = 0.0
+    connections: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    rekeys_by_client: int = 0
+    rekeys_by_server: int = 0
+    rekeys_in_server_log: int = 0
+    commands: int = 0
+    slowest_command_s: float = 0.0
+    requests: int = 0
+    probes: int = 0
+
+
+class KeyExchanges(logging.Handler):
+    """Counts, from what paramiko logs, how often keys were exchanged, and how often the client began it."""
+
+    LOGGER = logging.getLogger("paramiko.transport")
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.all = 0
+        self.by_client = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        self.all += message.startswith("Switch to new keys")
+        self.by_client += message.startswith("Rekeying (hit")
+
+    def __enter__(self) -> Self:
+        self._before = self.LOGGER.level, self.LOGGER.propagate
+        self.LOGGER.setLevel(logging.DEBUG)
+        self.LOGGER.propagate = False
+        self.LOGGER.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.LOGGER.removeHandler(self)
+        level, self.LOGGER.propagate = self._before
+        self.LOGGER.setLevel(level)
+
+
+class Commands:
+    """The caller's own commands, one after the other, for as long as the run takes; each answer is looked at."""
+
+    def __init__(self, transport: paramiko.Transport, every_s: float) -> None:
+        self.count = 0
+        self.slowest_s = 0.0
+        self._transport = transport
+        self._every_s = every_s
+        self._enough = threading.Event()
+        self._task = Task(self._run)
+
+    def _run(self) -> None:
+        while not self._enough.wait(self._every_s):
+            began = time.monotonic()
+            run_command(self._transport, self.count)
+            self.slowest_s = max(self.slowest_s, since(began))
+            self.count += 1
+
+    def end(self) -> None:
+        """Run the last one; raises what went wrong with any."""
+        self._enough.set()
+        self._task.result(PATIENCE_S)
+        run_command(self._transport, self.count)
+        self.count += 1
+
+
+def run_command(transport: paramiko.Transport, number: int) -> None:
+    """Run a command by paramiko alone, as the caller does, and see that its answer is true."""
+    with contextlib.closing(transport.open_session(timeout=PATIENCE_S)) as channel:
+        channel.settimeout(PATIENCE_S)
+        channel.exec_command(f"echo answer {number}; exit {number % 100}")
+        answer = channel.makefile("rb").read()
+        status = channel.recv_exit_status()
+    assert (answer, status) == (f"answer {number}\n".encode(), number % 100)
+
+
+class Scene:
+    """sshd, one transport to it that also runs a command every so often, an agent, and our tunnel there."""
+
+    def __init__(self, name: str, config: str, every_s: float, progress: Callable[[str], None]) -> None:
+        self.name = name
+        self.agent = Agent()
+        self.path = ""
+        self._sshd = SshServer(extra_config=config, log_level="DEBUG1")
+        self._every_s = every_s
+        self._progress = progress
+        self._said_at = time.monotonic()
+        self._inbox = Inbox()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.agent)
+            stack.enter_context(self._sshd)
+            self._keys = stack.enter_context(KeyExchanges())
+            self.transport = stack.enter_context(contextlib.closing(connect(self._sshd, self._sshd.port)))
+            self._forwarder = Forwarder(
+                self.transport,
+                (LOOPBACK, self.agent.port),
+                max_connections=None,
+                agent_connect_s=PATIENCE_S,
+                post=self._inbox.post,
+            )
+            self.path = self._forwarder.bind("unix", Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            self._forwarder.start()
+            self._commands = Commands(self.transport, self._every_s)
+            self._began = time.monotonic()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def connect(self) -> socket.socket:
+        """Come as the proxy does."""
+        local = socket.socket(socket.AF_UNIX)
+        local.connect(self.path)
+        return local
+
+    def say(self, text: str, *, every_s: float = 10.0) -> None:
+        """Tell how far it is, now and then."""
+        if since(self._said_at) >= every_s:
+            self._said_at = time.monotonic()
+            self._progress(f"{self.name}: {text}, {since(self._began):.0f} s, {self._commands.count} commands")
+
+    def end(self) -> Figures:
+        """See that all are alive, and that nothing stays; return the figures."""
+        seconds = since(self._began)
+        assert self.transport.is_active(), f"the transport is dead: {self._sshd.log[-5:]}"
+        self._commands.end()
+        opening = ChannelOpening(self.transport, "direct-tcpip", (LOOPBACK, dead_port()))
+        opening.send()
+        with pytest.raises(ChannelRefused):
+            opening.wait()
+        self._forwarder.close()
+        self._forwarder.cut()
+        self._inbox.wait(TunnelClosed)
+        stats = self._forwarder.stats()
+        eventually(lambda: self._rekeys_in_log() == self._keys.all - 1, WAIT_S)
+        return Figures(
+            self.name,
+            seconds=seconds,
+            connections=stats.connections,
+            bytes_up=stats.bytes_to_agent,
+            bytes_down=stats.bytes_from_agent,
+            rekeys_by_client=self._keys.by_client,
+            rekeys_by_server=self._keys.all - 1 - self._keys.by_client,
+            rekeys_in_server_log=self._rekeys_in_log(),
+            commands=self._commands.count,
+            slowest_command_s=self._commands.slowest_s,
+        )
+
+    def _rekeys_in_log(self) -> int:
+        return sum("SSH2_MSG_NEWKEYS received" in line for line in self._sshd.log) - 1
+
+
+def connect(sshd: SshServer, port: int) -> paramiko.Transport:
+    """Log in, through a port that may be a slow line's."""
+    transport = fast_transport(socket.create_connection((LOOPBACK, port)))
+    transport.start_client(timeout=PATIENCE_S)
+    assert transport.get_remote_server_key() == sshd.host_key
+    transport.auth_publickey("root", sshd.client_key)
+    return transport
+
+
+def say_nothing(_: str) -> None:
+    """Tell no progress."""
+
+
+# ---- closing ----
+
+
+class RudeAgent:
+    """Takes connections; reads and writes as fast as it can, or reads some bytes and resets."""
+
+    def __init__(self, agent: Agent, *, reset_after_bytes: int | None) -> None:
+        self.resets = 0
+        self._lock = threading.Lock()
+        self._listener = agent.listener
+        self._listener.settimeout(None)
+        self._reset_after_bytes = reset_after_bytes
+        self._task = Task(self._serve)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = self._listener.accept()
+                if self._reset_after_bytes is None:
+                    Task(self._write, peer)
+                Task(self._read, peer)
+
+    def _read(self, peer: socket.socket) -> None:
+        count = 0
+        with contextlib.suppress(OSError):
+            while data := peer.recv(1 << 16):
+                count += len(data)
+                if self._reset_after_bytes is not None and count >= self._reset_after_bytes:
+                    with self._lock:
+                        self.resets += 1
+                    reset(peer)
+                    return
+        peer.close()
+
+    @staticmethod
+    def _write(peer: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer.sendall(bytes(1 << 12))
+
+    def stop(self) -> None:
+        """Take no more."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._task.result()
+
+
+def close_under_upload(
+    count: int, *, by_agent: bool, every_s: float = 1.0, progress: Callable[[str], None] = say_nothing
+) -> Figures:
+    """Let connections end while several upload, each closed by the proxy, or reset by the agent.
+
+    Data or EOF after CLOSE makes OpenSSH disconnect everything: paramiko's own channels are dead after a few.
+    """
+    name = f"{'reset by the agent' if by_agent else 'closed by the proxy'} under upload"
+    with Scene(name, "", every_s, progress) as scene:
+        rude = RudeAgent(scene.agent, reset_after_bytes=100_000 if by_agent else None)
+        done = [0] * _UPLOADS
+
+        def upload(which: int) -> None:
+            while done[which] < count // _UPLOADS and scene.transport.is_active():
+                with scene.connect() as local, contextlib.suppress(OSError):
+                    # Closed with the agent's bytes unread, so that both relays fail, each in its own moment.
+                    for turn in range(10_000 if by_agent else 8):
+                        local.sendall(bytes(1 << 15))
+                        if turn == 7 and done[which] % 8 == 0:
+                            local.shutdown(socket.SHUT_WR)  # now and then EOF goes before
+                            break
+                done[which] += 1
+                scene.say(f"{sum(done)} of {count} connections")
+
+        tasks = [Task(upload, which) for which in range(_UPLOADS)]
+        for task in tasks:
+            task.result(PATIENCE_S + count)
+        figures = scene.end()
+        rude.stop()
+        assert figures.connections >= count // _UPLOADS * _UPLOADS * 0.9, "most came so far that a channel was opened"
+        if by_agent:
+            assert rude.resets > count // 2
+    eventually(lambda: not own_threads(), WAIT_S)
+    return figures
+
+
+# ---- carrying ----
+
+
+def carry(
+    size_bytes: int,
+    *,
+    config: str = "",
+    rekey_bytes: int | None = None,
+    every_s: float = 1.0,
+    progress: Callable[[str], None] = say_nothing,
+) -> Figures:
+    """Carry so many bytes each way at once through one channel, compare each, and let keys be exchanged meanwhile.
+
+    Args:
+        size_bytes: How much goes each way.
+        config: Lines for sshd, such as ``RekeyLimit 64M``: then the server begins.
+        rekey_bytes: After how much the client begins; None leaves paramiko's 512 MiB.
+        every_s: The pause between two commands of the caller, in seconds.
+        progress: Takes a line now and then.
+    """
+    pattern = os.urandom(_PATTERN_BYTES)
+    name = f"{size_bytes >> 20} MiB each way, {config or 'OpenSSH defaults'}"
+    if rekey_bytes:
+        name += f", client after {rekey_bytes >> 20} MiB"
+    with Scene(name, config, every_s, progress) as scene:
+        if rekey_bytes:
+            scene.transport.packetizer.REKEY_BYTES = rekey_bytes
+        local, peer = scene.connect(), scene.agent.accept()
+        peer.settimeout(None)
+        with local, peer:
+            senders = [Task(send_pattern, pattern, sock, size_bytes) for sock in (local, peer)]
+            readers = [Task(read_pattern, pattern, sock, scene) for sock in (local, peer)]
+            for task in senders:
+                task.result(PATIENCE_S + size_bytes / 1e6)
+            assert [task.result(PATIENCE_S) for task in readers] == [size_bytes, size_bytes]
+        figures = scene.end()
+        assert (figures.bytes_up, figures.bytes_down) == (size_bytes, size_bytes)
+    eventually(lambda: not own_threads(), WAIT_S)
+    return figures
+
+
+def send_pattern(pattern: bytes, sock: socket.socket, size_bytes: int) -> None:
+    """Send so much of a pattern that starts again and again, then EOF."""
+    sent = 0
+    while sent < size_bytes:
+        at = sent % len(pattern)
+        piece = memoryview(pattern)[at : at + min(1 << 18, size_bytes - sent)]
+        sock.sendall(piece)
+        sent += len(piece)
+    sock.shutdown(socket.SHUT_WR)
+
+
+def read_pattern(pattern: bytes, sock: socket.socket, scene: Scene) -> int:
+    """Read to the end, compare each byte, return how many came."""
+    twice = pattern + pattern[: 1 << 18]
+    count = 0
+    while data := sock.recv(1 << 18):
+        at = count % len(pattern)
+        assert data == twice[at : at + len(data)], f"wrong bytes from {count} on"
+        count += len(data)
+        scene.say(f"{count >> 20} MiB one way")
+    return count
+
+
+# ---- probing ----
+
+
+@contextlib.contextmanager
+def probed_without_pause(transport: paramiko.Transport) -> Iterator[Callable[[], int]]:
+    """Have the monitor probe as fast as it ever can, though the link is busy; gives how many were answered."""
+    answered = 0
+
+    class Counted(ChannelOpening):
+        def wait(self) -> Any:
+            nonlocal answered
+            channel = super().wait()
+            answered += 1
+            return channel
+
+    inbox = Inbox()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "packets_received", lambda _: 0)
+        patch.setattr(monitor, "ChannelOpening", Counted)
+        attachment = monitor.attach(transport, Timeouts(link_probe_s=0.001, link_dead_s=3600), inbox.post)
+        try:
+            yield lambda: answered
+        finally:
+            attachment.detach()
+    assert TransportEnded not in inbox.kinds()
+
+
+def probe_under_requests(
+    count: int, *, one_way_s: float = 0.03, progress: Callable[[str], None] = say_nothing
+) -> Figures:
+    """Send the caller's own requests over a slow line that is probed without a pause; each gets its true answer.
+
+    A third are port forwards, granted or denied; a third commands; a third opens that are refused, for two reasons.
+    Each kind has a thread of its own: paramiko itself confuses answers of the same kind that are due together.
+    """
+    name = f"{count} requests while probed, {2000 * one_way_s:.0f} ms"
+    began = said_at = time.monotonic()
+    with (
+        SshServer(extra_config=f"PermitOpen {LOOPBACK}:*") as sshd,
+        SlowLine(sshd.port, one_way_s) as line,
+        contextlib.closing(connect(sshd, line.port)) as transport,
+        Agent() as taken,
+    ):
+        dead = dead_port()
+
+        def forward(number: int) -> None:
+            if number % 2:
+                with pytest.raises(paramiko.SSHException, match="TCP forwarding request denied"):
+                    transport.request_port_forward(LOOPBACK, taken.port)
+                return
+            port = transport.request_port_forward(LOOPBACK, 0)
+            assert port > 0
+            transport.cancel_port_forward(LOOPBACK, port)
+
+        def refuse(number: int) -> None:
+            destination, code = ((LOOPBACK, dead), 2) if number % 2 else (FOREIGN, 1)
+            with pytest.raises(paramiko.ChannelException) as refused:
+                transport.open_channel("direct-tcpip", destination, (LOOPBACK, 1), timeout=PATIENCE_S)
+            assert refused.value.code == code
+
+        def repeat(function: Callable[[int], None], times: int) -> int:
+            nonlocal said_at
+            for number in range(times):
+                function(number)
+                if since(said_at) > 10:
+                    said_at = time.monotonic()
+                    progress(f"{name}: {3 * number} requests, {since(began):.0f} s")
+            return times
+
+        with probed_without_pause(transport) as probes:
+            kinds: list[Callable[[int], None]] = [forward, lambda number: run_command(transport, number), refuse]
+            times = [count - 2 * (count // 3), count // 3, count // 3]
+            tasks = [Task(repeat, kind, each) for kind, each in zip(kinds, times, strict=True)]
+            requests = sum(task.result(PATIENCE_S + count) for task in tasks)
+            answered = probes()
+        assert transport.is_active()
+        assert answered > requests // 10, "it was probed all the time"
+    eventually(lambda: not own_threads(), WAIT_S)
+    return Figures(name, seconds=since(began), requests=requests, probes=answered, commands=times[1])
