@@ -16,8 +16,6 @@ import paramiko
 import pytest
 
 from proxy_fsm import ssh
-from proxy_fsm.evidence import TunnelClosed
-from proxy_fsm.forwarder import Forwarder
 from proxy_fsm.ssh import (
     ChannelOpening,
     ChannelRefused,
@@ -38,20 +36,17 @@ from .tunnel_helpers import (
     SOON_S,
     WAIT_S,
     Agent,
-    Inbox,
     Task,
     dead_port,
     median_s,
     needs_sshd,
     own_threads,
     read_all,
-    reset,
     since,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     End: TypeAlias = Callable[[LoopbackSSHServer, paramiko.Transport], None]
 
@@ -1244,84 +1239,3 @@ def test_openssh_takes_gcm_from_a_fast_transport(sshd: SshServer) -> None:
         assert ciphers_in_use(transport) == {GCM}
         _, output, _ = client.exec_command("echo works")
         assert output.read() == b"works\n"
-
-
-class RudeAgent:
-    """Takes connections; reads and writes as fast as it can, or reads some bytes and resets."""
-
-    def __init__(self, agent: Agent, *, reset_after_bytes: int | None) -> None:
-        self.resets = 0
-        self._agent = agent
-        self._reset_after_bytes = reset_after_bytes
-        self._task = Task(self._serve)
-
-    def _serve(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                peer = self._agent.accept()
-                if self._reset_after_bytes is None:
-                    Task(self._write, peer)
-                Task(self._read, peer)
-
-    def _read(self, peer: socket.socket) -> None:
-        count = 0
-        with contextlib.suppress(OSError):
-            while data := peer.recv(1 << 16):
-                count += len(data)
-                if self._reset_after_bytes is not None and count >= self._reset_after_bytes:
-                    self.resets += 1
-                    reset(peer)
-                    return
-            peer.close()
-
-    def _write(self, peer: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                peer.sendall(bytes(1 << 12))
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._agent.listener.shutdown(socket.SHUT_RDWR)
-        self._task.result()
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("who", ["the proxy", "the agent"])
-def test_closing_under_upload_does_not_kill_the_transport_of_openssh(sshd: SshServer, tmp_path: Path, who: str) -> None:
-    """Data after CLOSE makes OpenSSH disconnect everything: stock paramiko is dead after a few such closes."""
-    count, limit_s = 300, 7.0
-    inbox = Inbox()
-    with connect_fast(sshd) as client, Agent() as agent:
-        transport = client.get_transport()
-        assert transport is not None
-        rude = RudeAgent(agent, reset_after_bytes=100_000 if who == "the agent" else None)
-        forwarder = Forwarder(
-            transport, (LOOPBACK, agent.port), max_connections=None, agent_connect_s=5, post=inbox.post
-        )
-        path = forwarder.bind("unix", tmp_path)
-        forwarder.start()
-        began = time.monotonic()
-
-        def upload(turns: int) -> int:
-            done = 0
-            while done < turns and since(began) < limit_s and transport.is_active():
-                with socket.socket(socket.AF_UNIX) as local, contextlib.suppress(OSError):
-                    local.connect(path)
-                    # Closed with the agent's bytes unread, so that both relays fail, each in its own moment.
-                    for _ in range(8 if who == "the proxy" else 10_000):
-                        local.sendall(bytes(1 << 15))
-                done += 1
-            return done
-
-        tasks = [Task(upload, count // 4) for _ in range(4)]
-        done = sum(task.result(limit_s + WAIT_S) for task in tasks)
-        assert transport.is_active(), f"dead after {done} connections: {sshd.log[-3:]}"
-        forwarder.close()
-        forwarder.cut()
-        inbox.wait(TunnelClosed)
-        assert done >= 50
-        assert (rude.resets > done // 2) == (who == "the agent")
-        with pytest.raises(ChannelRefused):
-            open_to(transport, dead_port())
-        rude.stop()
-    eventually(lambda: not own_threads(), WAIT_S)

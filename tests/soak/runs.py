@@ -400,11 +400,13 @@ def probe_under_requests(
     """
     name = f"{count} requests while probed, {2000 * one_way_s:.0f} ms"
     began = said_at = time.monotonic()
+    answers, counting = 0, threading.Lock()
     with (
         SshServer(extra_config=f"PermitOpen {LOOPBACK}:*") as sshd,
         SlowLine(sshd.port, one_way_s) as line,
         contextlib.closing(connect(sshd, line.port)) as transport,
         Agent() as taken,
+        KeyExchanges(),  # which also keeps the many refusals out of the log
     ):
         dead = dead_port()
 
@@ -424,12 +426,14 @@ def probe_under_requests(
             assert refused.value.code == code
 
         def repeat(function: Callable[[int], None], times: int) -> int:
-            nonlocal said_at
+            nonlocal said_at, answers
             for number in range(times):
                 function(number)
-                if since(said_at) > 10:
-                    said_at = time.monotonic()
-                    progress(f"{name}: {3 * number} requests, {since(began):.0f} s")
+                with counting:
+                    answers += 1
+                    if since(said_at) > 10:
+                        said_at = time.monotonic()
+                        progress(f"{name}: {answers} requests, {since(began):.0f} s")
             return times
 
         with probed_without_pause(transport) as probes:
