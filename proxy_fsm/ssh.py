@@ -5,7 +5,7 @@ by `tests/test_ssh.py` so that a paramiko that changes it fails there with its n
 
 * ``Transport``: ``lock``, ``_channels`` (``put``, ``delete``), ``_next_channel``, ``channel_events``,
   ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``_send_message``, ``clear_to_send``,
-  ``clear_to_send_lock``, ``packetizer``, ``run``
+  ``clear_to_send_lock``, ``packetizer``, ``run``, ``_handler_table``
 * ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``
 * ``Packetizer``: ``__sequence_number_in``
 * ``transport``: ``_active_threads``
@@ -13,34 +13,36 @@ by `tests/test_ssh.py` so that a paramiko that changes it fails there with its n
 Three things are done differently from ``Transport.open_channel`` and ``Channel.close``, for these reasons:
 
 * An open is a message and, later, its answer; nothing has to wait in between, an open that nobody wants any
-  more closes itself when it succeeds late, and each refusal is told to the open that it answers (paramiko has one
-  place for the last refusal, which two opens at once overwrite).
+  more closes itself when it succeeds late, and each refusal is told to the open that it answers.
 * A channel's CLOSE is sent by the thread that used the channel, when it is done, and not by whichever thread
   notices first. So data can never follow it, which OpenSSH answers by disconnecting everything
   (paramiko issues 1115 and 1705), and the transport's own thread never waits for a key exchange that only
   itself can finish (issue 822).
 * The end of a transport is told by the transport: it unlinks its channels, and one of them is ours.
 
-One thing is changed in the caller's transport, when the first channel is opened here, and stays: what its own thread
-has to send while keys are exchanged is sent when they are. In paramiko that thread waits for itself, for 30 s, and
-the transport is dead: an answer to the CLOSE of any channel is enough, the caller's own commands too, and so is a
-keepalive. Without a tunnel hardly any transport carries the 512 MiB after which paramiko wants fresh keys; with one
-it takes seconds. When keys are exchanged, and which, stays as it was. Our own channels wait for the keys as long as
-it takes: after paramiko's 30 s, which a slow link needs to bring what was under way, bytes would be lost.
+Two things are changed in the caller's transport, when the first channel is opened here, and stay:
+
+* What its own thread has to send while keys are exchanged is sent when they are. In paramiko that thread waits for
+  itself, for 30 s, and the transport is dead: an answer to the CLOSE of any channel is enough, the caller's own
+  commands too, and so is a keepalive. Without a tunnel hardly any transport carries the 512 MiB after which paramiko
+  wants fresh keys; with one it takes seconds. When keys are exchanged, and which, stays as it was. Our own channels
+  wait for the keys as long as it takes: after paramiko's 30 s, which a slow link may need to bring what was under
+  way, bytes would be lost.
+* A refusal of an open of ours is kept from paramiko, which has one place for the last refusal: ours, a probe's too,
+  would take the place of one that the caller is about to read.
 """
 
 from __future__ import annotations
 
 import socket
 import threading
-import weakref
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import paramiko
 import paramiko.transport
-from paramiko.common import cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_OPEN
+from paramiko.common import CONNECTION_FAILED_CODE, MSG_CHANNEL_OPEN_FAILURE, cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_OPEN
 from paramiko.message import Message
 
 if TYPE_CHECKING:
@@ -101,27 +103,22 @@ class OpenAbandoned(NotOpened):
 class _LateSender:
     """Sends for a transport: what its own thread sends never waits for keys, but is sent later, by another thread."""
 
-    def __init__(self, transport: paramiko.Transport) -> None:
-        self._transport: weakref.ref[Any] = weakref.ref(transport)
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._beneath = transport._send_user_message  # noqa: SLF001
         self._lock = threading.Lock()
         self._late: deque[Message] = deque()
         self._at_work = False
 
-    @classmethod
-    def put_into(cls, transport: paramiko.Transport) -> None:
-        """Have all that users of a transport send go through one of these; call it under the transport's lock."""
-        if "_send_user_message" not in vars(transport):
-            cast("Any", transport)._send_user_message = cls(transport)  # noqa: SLF001
-
     def __call__(self, message: Message) -> None:
         """Send as ``Transport._send_user_message`` does."""
-        transport: Any = self._transport()
-        if threading.current_thread() is not transport:
-            type(transport)._send_user_message(transport, message)  # noqa: SLF001
-        elif not self._send_now(transport, message):
-            self._send_later(transport, message)
+        if threading.current_thread() is not self._transport:
+            self._beneath(message)
+        elif not self._send_now(message):
+            self._send_later(message)
 
-    def _send_now(self, transport: Any, message: Message) -> bool:
+    def _send_now(self, message: Message) -> bool:
+        transport = self._transport
         with self._lock:
             if self._late:  # it has to go first
                 return False
@@ -131,19 +128,19 @@ class _LateSender:
             transport._send_message(message)  # noqa: SLF001
             return True
 
-    def _send_later(self, transport: Any, message: Message) -> None:
+    def _send_later(self, message: Message) -> None:
         with self._lock:
             self._late.append(message)
             if self._at_work:
                 return
             self._at_work = True
         try:
-            threading.Thread(target=self._send_late, args=(transport,), name="proxy_fsm-late", daemon=True).start()
+            threading.Thread(target=self._send_late, name="proxy_fsm-late", daemon=True).start()
         except RuntimeError:  # no thread can be started: it goes with the next
             with self._lock:
                 self._at_work = False
 
-    def _send_late(self, transport: Any) -> None:
+    def _send_late(self) -> None:
         while True:
             with self._lock:
                 if not self._late:
@@ -151,7 +148,7 @@ class _LateSender:
                     return
                 message = self._late[0]
             with suppress(paramiko.SSHException, OSError, EOFError):  # the transport is gone, and takes nothing more
-                _send_patiently(transport, message)
+                _send_patiently(self._transport, message)
             with self._lock:
                 self._late.popleft()
 
@@ -166,6 +163,35 @@ def _send_patiently(transport: Any, message: Message) -> None:
                 raise
         else:
             return
+
+
+class _Refusals:
+    """Takes the refusals of opens: ours are told to them alone, the others go where they always went."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._beneath = transport._handler_table[MSG_CHANNEL_OPEN_FAILURE]  # noqa: SLF001
+
+    def __call__(self, message: Message) -> None:
+        number = message.get_int()
+        with self._transport.lock:
+            opening = self._transport.channel_events.get(number)
+            if isinstance(opening, ChannelOpening):
+                del self._transport.channel_events[number]
+                self._transport._channels.delete(number)  # noqa: SLF001
+        if isinstance(opening, ChannelOpening):
+            opening.refuse(message.get_int())
+        else:
+            message.rewind()
+            self._beneath(message)
+
+
+def _prepare(transport: Any) -> None:
+    """Change what has to be changed in a transport, once; call it under the transport's lock."""
+    if not isinstance(transport._send_user_message, _LateSender):  # noqa: SLF001
+        transport._send_user_message = _LateSender(transport)  # noqa: SLF001
+    if not isinstance(transport._handler_table[MSG_CHANNEL_OPEN_FAILURE], _Refusals):  # noqa: SLF001
+        transport._handler_table[MSG_CHANNEL_OPEN_FAILURE] = _Refusals(transport)  # noqa: SLF001
 
 
 class _Patient:
@@ -258,7 +284,7 @@ class ChannelOpening:
         transport = cast("Any", self._transport)
         message = Message()
         with transport.lock:
-            _LateSender.put_into(transport)
+            _prepare(transport)
             number = transport._next_channel()  # noqa: SLF001
             channel = self._channel = SafeChannel(number)
             channel.opening = self
@@ -319,14 +345,12 @@ class ChannelOpening:
             return
         if channel.active and not channel.transport_ended:
             self._settle(channel)
-        elif channel.transport_ended or not self._transport.is_active():
-            self._settle(TransportGone("The SSH transport ended."))
         else:
-            # Saved just before, by this thread and under its lock, for this very refusal; taken as open_channel does.
-            transport = cast("Any", self._transport)
-            refusal, transport.saved_exception = transport.saved_exception, None
-            code, text = (refusal.code, refusal.text) if isinstance(refusal, paramiko.ChannelException) else (0, "")
-            self._settle(ChannelRefused(code, text or "The server refused the channel."))
+            self._settle(TransportGone("The SSH transport ended."))
+
+    def refuse(self, code: int) -> None:
+        """Take a refusal, on the transport's thread."""
+        self._settle(ChannelRefused(code, CONNECTION_FAILED_CODE.get(code, "The server refused the channel.")))
 
     def _withdraw(self, channel: SafeChannel) -> None:
         """Take back what was registered for an answer that cannot come."""

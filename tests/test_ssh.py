@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import paramiko
 import pytest
+from paramiko.common import CONNECTION_FAILED_CODE
 
 from proxy_fsm import ssh
 from proxy_fsm.ssh import (
@@ -160,12 +161,10 @@ class Answer:
         self.called = threading.Event()
         self.locked = False
         self.thread: threading.Thread | None = None
-        self.saved: Exception | None = None
 
     def set(self) -> None:
         self.locked = self.transport.lock.locked()
         self.thread = threading.current_thread()
-        self.saved = self.transport.saved_exception
         self.called.set()
 
 
@@ -225,14 +224,30 @@ def rely_on_channels_seen(transport: Any, agent: Agent) -> None:
 
 
 def rely_on_saved_exception(transport: Any, _: Agent) -> None:
-    answer = Answer(transport)
-    probe = open_probe(transport, dead_port(), answer)
-    assert answer.called.wait(WAIT_S)
-    assert not probe.active
-    assert isinstance(answer.saved, paramiko.ChannelException), "it is saved before set() is called"
-    assert answer.saved.code == ChannelRefused.CONNECT_FAILED
-    assert transport.get_exception() is answer.saved
-    assert transport.saved_exception is None
+    """The monitor tells why a transport ended."""
+    saved: list[Any] = []
+    watch = EndWatch(transport, lambda: saved.append(transport.saved_exception))
+    transport.sock.shutdown(socket.SHUT_RDWR)
+    transport.join(WAIT_S)
+    watch.cancel()
+    assert isinstance(saved[0], EOFError)
+
+
+def rely_on_handler_table(transport: Any, _: Agent) -> None:
+    seen: list[tuple[int, bool, threading.Thread]] = []
+    beneath = transport._handler_table[92]  # SSH_MSG_CHANNEL_OPEN_FAILURE
+
+    def note(message: paramiko.Message) -> None:
+        seen.append((message.get_int(), transport.lock.locked(), threading.current_thread()))
+        message.rewind()
+        beneath(message)
+
+    transport._handler_table[92] = note
+    with pytest.raises(paramiko.ChannelException) as refused:
+        transport.open_channel("direct-tcpip", (LOOPBACK, dead_port()), (LOOPBACK, 1), timeout=WAIT_S)
+    assert refused.value.code == ChannelRefused.CONNECT_FAILED
+    assert [each[1:] for each in seen] == [(False, transport)], "called once, without the lock"
+    assert refused.value.text == CONNECTION_FAILED_CODE[ChannelRefused.CONNECT_FAILED]
 
 
 def rely_on_send_user_message(transport: Any, _: Agent) -> None:
@@ -384,6 +399,7 @@ RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
     "Transport.clear_to_send": rely_on_clear_to_send,
     "Transport.clear_to_send_lock": rely_on_clear_to_send_lock,
     "Transport.run": rely_on_own_thread,
+    "Transport._handler_table": rely_on_handler_table,
     "Transport.packetizer": rely_on_packetizer,
     "Channel._set_transport": rely_on_set_transport,
     "Channel._set_window": rely_on_set_window,
@@ -459,6 +475,14 @@ class TestOpening:
             open_to(transport, dead_port())
         assert transport.saved_exception is None
         assert transport.get_exception() is None
+
+    def test_a_refusal_does_not_take_the_place_of_one_that_the_caller_is_about_to_read(
+        self, transport: paramiko.Transport
+    ) -> None:
+        callers = transport.saved_exception = paramiko.ChannelException(1, "the caller's")
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())
+        assert transport.get_exception() is callers
 
     def test_a_refused_open_leaves_no_entry(self, transport: Any) -> None:
         with pytest.raises(ChannelRefused):
@@ -634,14 +658,14 @@ class TestKeysAreExchanged:
         eventually(lambda: len(channel.in_buffer) == len(down), WAIT_S)
         with keys_exchanged(transport):
             calls: list[float] = []
-            beneath = type(transport)._send_user_message
+            beneath = transport._send_user_message
 
-            def note(self: Any, message: paramiko.Message) -> None:
+            def note(message: paramiko.Message) -> None:
                 calls.append(time.monotonic())
-                beneath(self, message)
+                beneath(message)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(type(transport), "_send_user_message", note)
+                patch.setattr(transport, "_send_user_message", note)
                 uploader, reader = Task(channel.send, b"up"), Task(channel.recv, len(down))
                 eventually(lambda: len(calls) > 6, WAIT_S)
                 assert uploader.running
@@ -674,24 +698,27 @@ class TestKeysAreExchanged:
     def test_the_transport_is_changed_once_and_not_kept_alive(self, server: LoopbackSSHServer, agent: Agent) -> None:
         transport: Any = server.connect_transport()
         open_to(transport, agent.port).send_close()
-        sender = transport._send_user_message
+        changed = transport._send_user_message, dict(transport._handler_table)
         open_to(transport, agent.port).send_close()
-        assert transport._send_user_message is sender
+        assert (transport._send_user_message, transport._handler_table) == changed
         transport.close()
         transport.join(WAIT_S)
         gone = weakref.ref(transport)
-        del transport
+        del transport, changed
         gc.collect()
         assert gone() is None
-        assert sender._transport() is None
 
-    def test_what_others_have_put_there_stays(self, transport: Any, agent: Agent) -> None:
+    def test_what_others_have_put_there_stays_in_use(self, transport: Any, agent: Agent) -> None:
+        calls: list[int] = []
+        beneath = transport._send_user_message
+
         def foreign(message: paramiko.Message) -> None:
-            type(transport)._send_user_message(transport, message)
+            calls.append(message.asbytes()[0])
+            beneath(message)
 
         transport._send_user_message = foreign
         open_to(transport, agent.port).send_close()
-        assert transport._send_user_message is foreign
+        assert calls == [90, 97]
 
 
 class TestNoThreads:

@@ -58,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=main.__doc__)
     parser.add_argument("--closes", type=int, default=10_000, help="connections closed, and as many reset")
     parser.add_argument("--mib", type=int, default=2048, help="MiB each way")
-    parser.add_argument("--requests", type=int, default=1000, help="requests of the caller while it is probed")
+    parser.add_argument("--requests", type=int, default=1002, help="requests of the caller while it is probed")
     wanted = parser.parse_args()
     size = wanted.mib << 20
     runs: dict[str, Callable[[], Figures]] = {
@@ -68,6 +68,7 @@ def main() -> int:
         "carried, the server begins": lambda: carry(size, config="RekeyLimit 64M", progress=say),
         "carried, commands without a pause": lambda: carry(size, rekey_bytes=16 << 20, every_s=0, progress=say),
         "probed": lambda: probe_under_requests(wanted.requests, progress=say),
+        "probes refused": lambda: probe_under_requests(wanted.requests, probes_refused=True, progress=say),
     }
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("paramiko", "cryptography")]
     sshd = subprocess.run([program("sshd") or "sshd", "-V"], capture_output=True, text=True, check=False).stderr

@@ -374,9 +374,10 @@ def probed_without_pause(transport: paramiko.Transport) -> Iterator[Callable[[],
     class Counted(ChannelOpening):
         def wait(self) -> Any:
             nonlocal answered
-            channel = super().wait()
-            answered += 1
-            return channel
+            try:
+                return super().wait()
+            finally:
+                answered += 1
 
     inbox = Inbox()
     with pytest.MonkeyPatch.context() as patch:
@@ -391,18 +392,28 @@ def probed_without_pause(transport: paramiko.Transport) -> Iterator[Callable[[],
 
 
 def probe_under_requests(
-    count: int, *, one_way_s: float = 0.03, progress: Callable[[str], None] = say_nothing
+    count: int,
+    *,
+    probes_refused: bool = False,
+    one_way_s: float = 0.03,
+    progress: Callable[[str], None] = say_nothing,
 ) -> Figures:
     """Send the caller's own requests over a slow line that is probed without a pause; each gets its true answer.
 
-    A third are port forwards, granted or denied; a third commands; a third opens that are refused, for two reasons.
-    Each kind has a thread of its own: paramiko itself confuses answers of the same kind that are due together.
+    They are port forwards, granted or denied, commands, and opens that are refused, for two reasons. Each kind has
+    a thread of its own: paramiko itself confuses answers of the same kind that are due together.
+
+    Args:
+        count: How many requests in all.
+        probes_refused: Whether the server refuses sessions, so that each probe is refused, and no command can run.
+        one_way_s: How long a byte is under way, in seconds.
+        progress: Takes a line now and then.
     """
-    name = f"{count} requests while probed, {2000 * one_way_s:.0f} ms"
+    name = f"{count} requests while probed{' and probes refused' if probes_refused else ''}, {2000 * one_way_s:.0f} ms"
     began = said_at = time.monotonic()
     answers, counting = 0, threading.Lock()
     with (
-        SshServer(extra_config=f"PermitOpen {LOOPBACK}:*") as sshd,
+        SshServer(extra_config=f"PermitOpen {LOOPBACK}:*\n{'MaxSessions 0' if probes_refused else ''}") as sshd,
         SlowLine(sshd.port, one_way_s) as line,
         contextlib.closing(connect(sshd, line.port)) as transport,
         Agent() as taken,
@@ -437,12 +448,14 @@ def probe_under_requests(
             return times
 
         with probed_without_pause(transport) as probes:
-            kinds: list[Callable[[int], None]] = [forward, lambda number: run_command(transport, number), refuse]
-            times = [count - 2 * (count // 3), count // 3, count // 3]
-            tasks = [Task(repeat, kind, each) for kind, each in zip(kinds, times, strict=True)]
+            kinds: list[Callable[[int], None]] = [forward, refuse]
+            if not probes_refused:
+                kinds.append(lambda number: run_command(transport, number))
+            tasks = [Task(repeat, kind, count // len(kinds)) for kind in kinds]
             requests = sum(task.result(PATIENCE_S + count) for task in tasks)
             answered = probes()
         assert transport.is_active()
         assert answered > requests // 10, "it was probed all the time"
     eventually(lambda: not own_threads(), WAIT_S)
-    return Figures(name, seconds=since(began), requests=requests, probes=answered, commands=times[1])
+    commands = 0 if probes_refused else requests // len(kinds)
+    return Figures(name, seconds=since(began), requests=requests, probes=answered, commands=commands)

@@ -29,12 +29,13 @@ def test_keys_that_the_client_wants_fresh_kill_nothing() -> None:
 
 
 def test_keys_that_the_server_wants_fresh_kill_nothing() -> None:
-    figures = carry(96 << 20, config="RekeyLimit 4M", every_s=0)
+    figures = carry(64 << 20, config="RekeyLimit 4M", every_s=0)
     assert figures.rekeys_by_server > 10
     assert figures.rekeys_by_client == 0
     assert figures.commands > 3
 
 
-def test_probes_do_not_disturb_the_caller() -> None:
-    figures = probe_under_requests(36)
+@pytest.mark.parametrize("probes_refused", [False, True], ids=["probes granted", "probes refused"])
+def test_probes_do_not_disturb_the_caller(*, probes_refused: bool) -> None:
+    figures = probe_under_requests(36, probes_refused=probes_refused)
     assert figures.requests == 36
