@@ -101,56 +101,54 @@ class OpenAbandoned(NotOpened):
 
 
 class _LateSender:
-    """Sends for a transport: what its own thread sends never waits for keys, but is sent later, by another thread."""
+    """Sends for a transport: what its own thread sends never waits for keys, but is sent later, by another thread.
+
+    No lock is waited for: the garbage collector may close a channel, and so come here, while this thread holds it.
+    """
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
         self._beneath = transport._send_user_message  # noqa: SLF001
-        self._lock = threading.Lock()
         self._late: deque[Message] = deque()
-        self._at_work = False
+        self._at_work = threading.Lock()  # held by the thread that sends, or is about to start
 
     def __call__(self, message: Message) -> None:
         """Send as ``Transport._send_user_message`` does."""
         if threading.current_thread() is not self._transport:
             self._beneath(message)
         elif not self._send_now(message):
-            self._send_later(message)
+            self._late.append(message)
+            self._see_to_it()
 
     def _send_now(self, message: Message) -> bool:
         transport = self._transport
-        with self._lock:
-            if self._late:  # it has to go first
-                return False
-        with transport.clear_to_send_lock:
+        if not transport.is_active():
+            return True  # dropped, as ever
+        if self._late or not transport.clear_to_send_lock.acquire(blocking=False):  # what is late goes first
+            return False
+        try:
             if not transport.clear_to_send.is_set():
                 return False
             transport._send_message(message)  # noqa: SLF001
             return True
+        finally:
+            transport.clear_to_send_lock.release()
 
-    def _send_later(self, message: Message) -> None:
-        with self._lock:
-            self._late.append(message)
-            if self._at_work:
-                return
-            self._at_work = True
-        try:
-            threading.Thread(target=self._send_late, name="proxy_fsm-late", daemon=True).start()
-        except RuntimeError:  # no thread can be started: it goes with the next
-            with self._lock:
-                self._at_work = False
+    def _see_to_it(self) -> None:
+        if self._at_work.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._send_late, name="proxy_fsm-late", daemon=True).start()
+            except RuntimeError:  # no thread can be started: it goes with the next
+                self._at_work.release()
 
     def _send_late(self) -> None:
-        while True:
-            with self._lock:
-                if not self._late:
-                    self._at_work = False
-                    return
-                message = self._late[0]
+        while self._late:
             with suppress(paramiko.SSHException, OSError, EOFError):  # the transport is gone, and takes nothing more
-                _send_patiently(self._transport, message)
-            with self._lock:
-                self._late.popleft()
+                _send_patiently(self._transport, self._late[0])
+            self._late.popleft()  # only now: until it is sent, nothing overtakes it
+        self._at_work.release()
+        if self._late:  # it came in this very moment
+            self._see_to_it()
 
 
 def _send_patiently(transport: Any, message: Message) -> None:

@@ -613,6 +613,19 @@ class TestKeysAreExchanged:
         server.wait_for(lambda: server.channels_open == 0)
         eventually(lambda: not own_threads(), WAIT_S)
 
+    def test_it_goes_on_also_while_another_thread_is_writing(self, transport: Any, agent: Agent) -> None:
+        ours = open_to(transport, agent.port)
+        peer = agent.accept()
+        theirs = self.closed_by_server(transport, agent)
+        before = packets_sent(transport)
+        with transport.clear_to_send_lock:
+            agent.accept().close()
+            eventually(lambda: theirs.closed, WAIT_S)
+            peer.sendall(b"it reads on")
+            assert ours.recv(99) == b"it reads on"
+        eventually(lambda: packets_sent(transport) == before + 1, WAIT_S)
+        ours.send_close()
+
     def test_what_its_own_thread_sends_keeps_its_order(self, transport: Any, agent: Agent) -> None:
         sent: list[int] = []
 
