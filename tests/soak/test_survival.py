@@ -24,15 +24,15 @@ def test_closing_under_upload_does_not_kill_the_transport(*, by_agent: bool) -> 
 def test_keys_that_the_client_wants_fresh_kill_nothing() -> None:
     """The caller's own channels would, by themselves: a command that ends meanwhile is enough."""
     figures = carry(96 << 20, rekey_bytes=1 << 20, every_s=0)
-    assert figures.rekeys_by_client > 30
-    assert figures.commands > 3
+    assert figures.rekeys_by_client > 20
+    assert figures.commands > 1
 
 
 def test_keys_that_the_server_wants_fresh_kill_nothing() -> None:
-    figures = carry(64 << 20, config="RekeyLimit 4M", every_s=0)
-    assert figures.rekeys_by_server > 10
+    figures = carry(32 << 20, config="RekeyLimit 4M", every_s=0)
+    assert figures.rekeys_by_server > 5
     assert figures.rekeys_by_client == 0
-    assert figures.commands > 3
+    assert figures.commands > 1
 
 
 @pytest.mark.parametrize("probes_refused", [False, True], ids=["probes granted", "probes refused"])
