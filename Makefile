@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # What does no I/O has no excuse.
-PURE := proxy_fsm/lifecycle.py,proxy_fsm/status.py,proxy_fsm/session.py,proxy_fsm/diagram.py,proxy_fsm/evidence.py
+PURE := proxy_fsm/lifecycle.py,proxy_fsm/status.py,proxy_fsm/session.py,proxy_fsm/diagram/chart.py,proxy_fsm/diagram/text.py,proxy_fsm/evidence.py
 
 .PHONY: demo test lint diagrams system clean
 
@@ -21,7 +21,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 diagrams: $(READY)
-	$(BIN)/python -m proxy_fsm.diagram diagrams
+	$(BIN)/python -m tests.pictures
 
 .PHONY: docs
 docs: $(READY)

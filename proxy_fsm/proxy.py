@@ -8,12 +8,13 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import paramiko
 
-from proxy_fsm import monitor
+from proxy_fsm import diagram, monitor
 from proxy_fsm.backends import Backend, NX3Backend
 from proxy_fsm.engine import LIVE, Engine, Workers
 from proxy_fsm.errors import ProxyFailed, ProxyStopped
@@ -53,6 +54,9 @@ class Proxy:
         TypeError: An argument is not of the kind it has to be.
         InvalidSession: The session lacks what the backend needs.
     """
+
+    #: What `proxy_fsm.diagram` draws of it.
+    __chart__: ClassVar[diagram.Chart] = diagram.LIFECYCLE
 
     def __init__(
         self,
@@ -112,6 +116,23 @@ class Proxy:
     def status(self) -> ProxyStatus:
         """Return a snapshot of everything that is known."""
         return self._engine.status()
+
+    def diagram(self, picture: diagram.Format = "mermaid", *, theme: diagram.Theme | None = None) -> str | bytes:
+        """Draw the lifecycle with the present state and the way there; each arrow on it says after how long.
+
+        Args:
+            picture: The format; see `proxy_fsm.diagram.draw`.
+            theme: ``light`` or ``dark``; see there.
+
+        Returns:
+            The picture: bytes for ``png``, else text.
+
+        Raises:
+            DiagramError: There is no such format, or it needs the extra ``diagram``.
+        """
+        status = self.status()
+        chart = replace(diagram.chart_of(self), title=f"{type(self).__name__} {status.id} of {status.session}")
+        return diagram.draw(chart, picture, highlight=status.state, way=diagram.way_of(status.history), theme=theme)
 
     def start(self) -> None:
         """Start it; returns as soon as it is under way.

@@ -8,7 +8,9 @@ from cyclopts import App, CycloptsError, Parameter
 
 from proxy_fsm import EndReason, __version__
 from proxy_fsm.cli.demo import demo
+from proxy_fsm.cli.diagram import diagram
 from proxy_fsm.cli.run import run
+from proxy_fsm.cli.timeline import timeline
 from proxy_fsm.cli.verb import ExitStatus
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def make_app() -> App:
     )
     app.command(run)
     app.command(demo)
+    app.command(diagram)
+    app.command(timeline)
     return app
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from proxy_fsm import Proxy, ProxyStatus, State, TransitionRecord, fast_transport
 from proxy_fsm.cli import stage
 from proxy_fsm.cli.output import LogFormat, Output
+from proxy_fsm.cli.sampling import sampled
 from proxy_fsm.cli.verb import UsageError, conclude
 from proxy_fsm.testing import LoopbackSSHServer
 
@@ -100,7 +101,7 @@ class _Performance:
                 logger=self._output.log,
             )
             stack.callback(proxy.close)
-            with self._shown(proxy):
+            with self._shown(proxy), sampled(proxy, self._output):
                 outcome = self._play(proxy, scene, interrupts)
         return self._tell(outcome)
 

@@ -70,6 +70,11 @@ class Output:
         self._record = path.open("w", encoding="utf-8")
         self._sinks.append(_Sink(self._record, _JSON))
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether events are written as JSON, to be worked on later."""
+        return self.is_json or self._record is not None
+
     def hide(self, secret: str) -> None:
         """Keep a secret out of everything that is written from now on, wherever it should turn up."""
         self._secrets.append(re.compile(re.escape(secret), re.IGNORECASE))

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from proxy_fsm import Backend, CommandBackend, NX3Backend, Proxy, SessionInfo, Timeouts
 from proxy_fsm.cli.connecting import SSHOptions, connected
 from proxy_fsm.cli.output import LogFormat, Output
+from proxy_fsm.cli.sampling import sampled
 from proxy_fsm.cli.verb import UsageError, conclude
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def run(
                 ask_server=attach_options.ask_server,
                 resumed=resumed,
             )
-            return attach(proxy, interrupts)
+            with sampled(proxy, output):
+                return attach(proxy, interrupts)
 
     return conclude(output, body)
 

@@ -1,0 +1,79 @@
+"""``proxy-fsm diagram``: draw a state machine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path  # noqa: TC003 - the command line's parser reads the annotations
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from proxy_fsm import diagram as drawing
+from proxy_fsm.cli.output import LogFormat, Output
+from proxy_fsm.cli.verb import ExitStatus, UsageError, conclude
+
+if TYPE_CHECKING:
+    from proxy_fsm.cli.interrupts import Interrupts
+
+__all__ = ["deliver", "diagram"]
+
+
+def diagram(
+    target: str | None = None,
+    /,
+    *,
+    picture: Annotated[drawing.Format, Parameter(name=("--format", "-f"))] = "mermaid",
+    highlight: str | None = None,
+    theme: drawing.Theme | None = None,
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    log_format: LogFormat = LogFormat.CONSOLE,
+) -> int:
+    """Draw the lifecycle, or a state machine of your own.
+
+    Args:
+        target: ``package.module:Class``: a subclass of Proxy, Lifecycle or Backend, or what holds a
+            ``transitions.Machine``. It is imported, from the working directory too. By default the lifecycle.
+        picture: The format; SVG and PNG need the extra ``diagram``.
+        highlight: The name of a state to point at.
+        theme: By default SVG and Mermaid follow whoever looks; DOT and PNG are light.
+        output: The file to write; by default standard output.
+        log_format: ``json`` writes events on standard output, and nothing else; then ``--output`` is needed.
+    """
+    events = Output(log_format, console_level=logging.ERROR)
+
+    def body(_interrupts: Interrupts) -> int:
+        try:
+            chart = drawing.LIFECYCLE if target is None else drawing.load(target)
+            drawn = drawing.draw(chart, picture, highlight=highlight, theme=theme)
+        except drawing.DiagramError as error:
+            raise UsageError(str(error)) from error
+        return deliver(drawn, output, events)
+
+    return conclude(events, body)
+
+
+def deliver(drawn: str | bytes, path: Path | None, events: Output) -> int:
+    """Write a picture to a file, or to standard output.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: It cannot go there.
+    """
+    data = drawn.encode() if isinstance(drawn, str) else drawn
+    if path is None and (events.is_json or (isinstance(drawn, bytes) and sys.stdout.isatty())):
+        raise UsageError("Standard output is not for this picture: say with --output where it is to go.")
+    try:
+        if path is None:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            path.write_bytes(data)
+    except OSError as error:
+        name = "Standard output" if path is None else path
+        raise UsageError(f"{name} cannot be written to: {error.strerror or error}.") from error
+    if path is not None:
+        events.log.info("picture.drawn", path=str(path), size_bytes=len(data))
+    return ExitStatus.CLEAN

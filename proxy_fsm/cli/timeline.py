@@ -1,0 +1,59 @@
+"""``proxy-fsm timeline``: draw what happened in a run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path  # noqa: TC003 - the command line's parser reads the annotations
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from proxy_fsm import timeline as drawing
+from proxy_fsm.cli.diagram import deliver
+from proxy_fsm.cli.output import LogFormat, Output
+from proxy_fsm.cli.verb import UsageError, conclude
+from proxy_fsm.diagram import DiagramError, Theme
+
+if TYPE_CHECKING:
+    from proxy_fsm.cli.interrupts import Interrupts
+
+__all__ = ["timeline"]
+
+_FORMATS: dict[str, drawing.Format] = {".svg": "svg", ".png": "png", ".html": "html", ".mmd": "mermaid"}
+
+
+def timeline(
+    file: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=("--output", "-o"))],
+    theme: Theme | None = None,
+    log_format: LogFormat = LogFormat.CONSOLE,
+) -> int:
+    """Draw what happened in a run: states over time, events, bytes a second both ways, and how it ended.
+
+    Args:
+        file: What ``run`` or ``demo`` wrote on standard output with ``--log-format json``, or a demo's events.jsonl.
+            Several proxies in it are drawn one below the other.
+        output: Where the picture goes; its ending says what it is: ``.svg``, ``.png`` (needs the extra ``timeline``),
+            ``.html``: a page that replays the run, or ``.mmd``: a sequence diagram in Mermaid's language.
+        theme: By default SVG and the page follow whoever looks; PNG is light.
+        log_format: ``json`` writes events on standard output, and nothing else.
+    """
+    events = Output(log_format, console_level=logging.ERROR)
+
+    def body(_interrupts: Interrupts) -> int:
+        picture = _FORMATS.get(output.suffix.lower())
+        if picture is None:
+            raise UsageError(f"{output} ends in none of {', '.join(_FORMATS)}, which say what to draw.")
+        try:
+            with file.open("rb") as lines:
+                run = drawing.read(lines, str(file))
+            drawn = drawing.draw(run, picture, theme=theme)
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
+        except (drawing.TimelineError, DiagramError) as error:
+            raise UsageError(str(error)) from error
+        return deliver(drawn, output, events)
+
+    return conclude(events, body)

@@ -1,0 +1,91 @@
+"""Draws state machines from the code: the lifecycle, a client's own subclass or backend, any ``transitions.Machine``.
+
+::
+
+    from proxy_fsm import diagram
+
+    print(diagram.draw(diagram.LIFECYCLE, "mermaid"))
+    svg = diagram.draw(MyLifecycle, "svg", highlight="running")
+
+The same input gives the same bytes, on every machine with the same versions of the extra's packages. Mermaid, DOT, the
+table and JSON need nothing else; SVG and PNG need the extra ``diagram``. On the command line it is
+``proxy-fsm diagram``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from proxy_fsm.diagram import scene
+from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, DiagramError, Step, chart_of, lifecycle_chart, way_of
+from proxy_fsm.diagram.drawing import chart_scene
+from proxy_fsm.diagram.target import load
+from proxy_fsm.diagram.text import as_json, dot, markdown_table, mermaid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "FORMATS",
+    "LIFECYCLE",
+    "Arrow",
+    "Chart",
+    "DiagramError",
+    "Format",
+    "Step",
+    "Theme",
+    "as_json",
+    "chart_of",
+    "dot",
+    "draw",
+    "lifecycle_chart",
+    "load",
+    "markdown_table",
+    "mermaid",
+    "way_of",
+]
+
+Format = Literal["mermaid", "dot", "svg", "png", "table", "json"]
+Theme = scene.Theme
+#: All formats that `draw` knows.
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+def draw(
+    thing: object = LIFECYCLE,
+    picture: Format = "mermaid",
+    *,
+    highlight: str | None = None,
+    way: Sequence[Step] = (),
+    theme: Theme | None = None,
+) -> str | bytes:
+    """Draw a state machine.
+
+    Args:
+        thing: What to draw; see `chart_of` for what that may be.
+        picture: The format.
+        highlight: A state to point at.
+        way: The changes that a running machine has made (see `way_of`); the table does not show them.
+        theme: ``light`` or ``dark``. By default SVG and Mermaid follow whoever looks, and DOT and PNG are light.
+
+    Returns:
+        The picture: bytes for PNG, else text.
+
+    Raises:
+        DiagramError: It is no machine, has no such state, or the extra is missing; or there is no such format.
+    """
+    chart = chart_of(thing)
+    match picture:
+        case "mermaid":
+            return mermaid(chart, highlight=highlight, way=way, theme=theme)
+        case "dot":
+            return dot(chart, highlight=highlight, way=way, theme=theme or "light")
+        case "table":
+            return markdown_table(chart, highlight=highlight)
+        case "json":
+            return as_json(chart, highlight=highlight, way=way)
+        case "svg":
+            return scene.svg(chart_scene(chart, highlight=highlight, way=way), theme)
+        case "png":
+            return scene.png(chart_scene(chart, highlight=highlight, way=way), theme or "light")
+    raise DiagramError(f"There is no format {picture!r}; there are {', '.join(FORMATS)}.")

@@ -1,0 +1,288 @@
+"""What a state machine looks like, as data: read from proxy_fsm's own table, or from anybody's machine."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from transitions import Machine
+
+from proxy_fsm.backends import Backend
+from proxy_fsm.errors import ProxyFsmError
+from proxy_fsm.lifecycle import TRANSITIONS, State, Trigger
+from proxy_fsm.status import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import CodeType
+
+    from proxy_fsm.lifecycle import Transition
+    from proxy_fsm.status import TransitionRecord
+
+__all__ = ["LIFECYCLE", "Arrow", "Chart", "DiagramError", "Step", "chart_of", "way_of"]
+
+
+class DiagramError(ProxyFsmError, ValueError):
+    """A picture cannot be drawn; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrow:
+    """One transition: ``trigger`` in ``source`` leads to ``dest``, where ``condition`` holds (empty for always)."""
+
+    trigger: str
+    source: str
+    dest: str
+    condition: str = ""
+
+    @property
+    def label(self) -> str:
+        """The trigger, with its condition."""
+        return f"{self.trigger} [{self.condition}]" if self.condition else self.trigger
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change that a running machine has made.
+
+    Attributes:
+        source: The state that was left.
+        dest: The state that was entered.
+        elapsed_s: Time spent in ``source``, in seconds.
+        number: Which change it was, from 1.
+    """
+
+    source: str
+    dest: str
+    elapsed_s: float
+    number: int
+
+    @property
+    def label(self) -> str:
+        """Its number, and the time before it, for a person."""
+        return f"{self.number}. after {self.elapsed_s:.3f} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A state machine.
+
+    Attributes:
+        title: Its name.
+        states: Names of its states, in order.
+        initial: The state it begins in.
+        finals: The states that it ends in.
+        triggers: Names of its triggers, in order.
+        orders: Those of them that a caller gives; the others are observed.
+        arrows: Its transitions.
+        ignored: Pairs of trigger and state of which nothing comes.
+        notes: Remarks: a state, and lines about it.
+    """
+
+    title: str
+    states: tuple[str, ...]
+    initial: str
+    finals: frozenset[str]
+    triggers: tuple[str, ...]
+    orders: frozenset[str] = frozenset()
+    arrows: tuple[Arrow, ...] = ()
+    ignored: frozenset[tuple[str, str]] = frozenset()
+    notes: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def check_state(self, state: str | None) -> str | None:
+        """Return the state's name.
+
+        Raises:
+            DiagramError: There is no such state.
+        """
+        if state is not None and str(state) not in self.states:
+            raise DiagramError(f"{self.title} has no state {state!r}; it has {', '.join(self.states)}.")
+        return None if state is None else str(state)
+
+    def bundles(self) -> list[tuple[str, str, list[Arrow]]]:
+        """Return source, destination and the arrows between them, for each two states that have any, in order."""
+        bundles: dict[tuple[str, str], list[Arrow]] = {}
+        for arrow in self.arrows:
+            bundles.setdefault((arrow.source, arrow.dest), []).append(arrow)
+        place = {state: at for at, state in enumerate(self.states)}
+        ordered = sorted(bundles, key=lambda pair: (place[pair[0]], place[pair[1]]))
+        return [(source, dest, bundles[source, dest]) for source, dest in ordered]
+
+
+def lifecycle_chart(transitions: Sequence[Transition] = TRANSITIONS, title: str = "Lifecycle") -> Chart:
+    """Return the chart of proxy_fsm's own table, or of rows like its."""
+    return Chart(
+        title=title,
+        states=tuple(map(str, State)),
+        initial=str(State.IDLE),
+        finals=frozenset(str(state) for state in State if state.is_final),
+        triggers=tuple(map(str, Trigger)),
+        orders=frozenset(str(trigger) for trigger in Trigger if trigger.is_order),
+        arrows=tuple(
+            Arrow(str(row.trigger), str(row.source), str(row.dest)) for row in transitions if row.dest is not None
+        ),
+        ignored=frozenset((str(row.trigger), str(row.source)) for row in transitions if row.dest is None),
+    )
+
+
+#: The package's own triggers in their order, which says more than that of their first use.
+_OWN = [str(trigger) for trigger in Trigger]
+#: The lifecycle of every proxy.
+LIFECYCLE = lifecycle_chart()
+
+
+def way_of(history: Iterable[TransitionRecord]) -> tuple[Step, ...]:
+    """Return the steps that a proxy has made, from the records of its history."""
+    return tuple(Step(str(record.source), str(record.dest), record.elapsed_s, record.sequence) for record in history)
+
+
+def chart_of(thing: object) -> Chart:
+    """Return the chart of a class or an object.
+
+    Args:
+        thing: One of these, a class or an object of it: a `Chart` itself; what has one as ``__chart__``, as `Proxy` and
+            its subclasses have; a `Backend`: the lifecycle, with what is the backend's own; a ``transitions.Machine``,
+            or anything that holds one in an attribute, as `Lifecycle` and its subclasses do. A class of the last two
+            kinds is called without arguments to have its machine made. Its attribute ``orders`` may name the triggers
+            that are orders of a caller; without it those named as in `proxy_fsm.Trigger` are told apart.
+
+    Raises:
+        DiagramError: It is nothing of that kind.
+    """
+    if isinstance(thing, Chart):
+        return thing
+    if isinstance(own := getattr(thing, "__chart__", None), Chart):
+        return replace(own, title=_name_of(thing))
+    if isinstance(thing, Backend) or (isinstance(thing, type) and issubclass(thing, Backend)):
+        return _backend_chart(thing)
+    machine = _machine_of(_made(thing), _name_of(thing))
+    return _machine_chart(machine, _name_of(thing), getattr(thing, "orders", None))
+
+
+def _name_of(thing: object) -> str:
+    return thing.__name__ if isinstance(thing, type) else type(thing).__name__
+
+
+def _made(thing: object) -> object:
+    if not isinstance(thing, type):
+        return thing
+    try:
+        return thing()
+    except Exception as error:
+        raise DiagramError(
+            f"{thing.__name__} cannot be made without arguments, as drawing it needs: {type(error).__name__}: {error}. "
+            "Give it a __chart__, or name a machine that is made already."
+        ) from error
+
+
+def _machine_of(thing: object, name: str) -> Machine:
+    if isinstance(thing, Machine):
+        return thing
+    for value in getattr(thing, "__dict__", {}).values():
+        if isinstance(value, Machine):
+            return value
+    raise DiagramError(
+        f"{name} is no state machine: neither a Proxy, a Backend, a Lifecycle nor a transitions.Machine, "
+        "nor does it hold one in an attribute."
+    )
+
+
+def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -> Chart:
+    states = {key: str(state.value if isinstance(state.value, str) else key) for key, state in machine.states.items()}
+    if any(getattr(state, "states", None) for state in machine.states.values()):
+        raise DiagramError(f"{title} has states within states, which are not drawn. GraphMachine of transitions can.")
+    triggers = [
+        name for name in machine.events if not (machine.auto_transitions and name.removeprefix("to_") in machine.states)
+    ]
+    rows = [
+        (trigger, source, transition)
+        for trigger in triggers
+        for source, found in machine.events[trigger].transitions.items()
+        for transition in found
+    ]
+    arrows = [
+        Arrow(trigger, states[source], states[row.dest], _conditions(row))
+        for trigger, source, row in rows
+        if row.dest is not None
+    ]
+    left = {arrow.source for arrow in arrows}
+    return Chart(
+        title=title,
+        states=tuple(states.values()),
+        initial=states[_key(machine.initial)],
+        finals=frozenset(
+            name for key, name in states.items() if getattr(machine.states[key], "final", False) or name not in left
+        ),
+        triggers=tuple(sorted(triggers, key=_OWN.index) if set(triggers) <= set(_OWN) else triggers),
+        orders=frozenset(
+            {str(trigger) for trigger in Trigger if trigger.is_order} if orders is None else map(str, orders)
+        )
+        & frozenset(triggers),
+        arrows=tuple(arrows),
+        ignored=frozenset((trigger, states[source]) for trigger, source, row in rows if row.dest is None),
+    )
+
+
+def _key(state: Any) -> str:
+    """Return the name by which transitions knows a state."""
+    return state.name if isinstance(state, Enum) else str(state)
+
+
+def _conditions(transition: Any) -> str:
+    def name(condition: Any) -> str:
+        words = condition.func if isinstance(condition.func, str) else getattr(condition.func, "__name__", "…")
+        return words if condition.target else f"not {words}"
+
+    return ", ".join(name(condition) for condition in transition.conditions)
+
+
+def _backend_chart(backend: Backend | type[Backend]) -> Chart:
+    count = backend.max_connections
+    connections = "any number of connections" if count is None else f"{count} connection{'s' * (count != 1)}"
+    preparing = [f"listens on {'a unix socket' if backend.listen_kind == 'unix' else 'TCP'}, for {connections}"]
+    if backend.needs_display:
+        preparing.append("needs an X server")
+    notes = [(str(State.TUNNELLING), tuple(preparing))]
+    if readiness := (inspect.getdoc(backend.ready) or "").partition("\n")[0]:
+        notes.append((str(State.SPAWNING), (f"readiness: {readiness}",)))
+    if reasons := sorted(_reasons_of(backend)):
+        notes.append((str(State.STOPPING), ("finds out:", *reasons)))
+    return replace(LIFECYCLE, title=f"{_name_of(backend)} ({backend.name})", notes=tuple(notes))
+
+
+def _reasons_of(backend: Backend | type[Backend]) -> set[str]:
+    """Return the reasons that a backend's `diagnose` names, itself or in what it uses."""
+    found: set[str] = set()
+    pending: list[Any] = [inspect.unwrap(backend.diagnose)]
+    seen: set[int] = set()
+    while pending:
+        thing = pending.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, EndReason):
+            found.add(str(thing))
+        elif isinstance(thing, tuple | list | set | frozenset):
+            pending += thing
+        elif isinstance(thing, dict):
+            pending += [*thing, *thing.values()]
+        elif code := getattr(thing, "__code__", None):
+            pending += _used(code, thing.__globals__, backend)
+        elif hasattr(thing, "__dataclass_fields__") and not isinstance(thing, type):
+            pending += [getattr(thing, name) for name in thing.__dataclass_fields__]
+    return found
+
+
+def _used(code: CodeType, names: dict[str, Any], backend: object) -> Iterator[Any]:
+    for name in code.co_names:
+        if name in EndReason.__members__ and "EndReason" in code.co_names:
+            yield EndReason[name]
+        value = names.get(name, getattr(backend, name, None))
+        # Functions of other modules judge for others.
+        if not inspect.isroutine(value) or getattr(value, "__module__", None) == names.get("__name__"):
+            yield value
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from _used(constant, names, backend)

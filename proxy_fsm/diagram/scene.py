@@ -1,0 +1,313 @@
+"""Shapes and words on a page, and how they become SVG or PNG: light, dark, and the same bytes on every machine.
+
+No font of the machine is asked how wide a word is: widths are estimated, generously. SVG names fonts by family alone;
+PNG is drawn with matplotlib's own font.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+from xml.sax.saxutils import escape, quoteattr
+
+from proxy_fsm.diagram.chart import DiagramError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from matplotlib.axes import Axes
+
+__all__ = ["STATE_COLOURS", "Box", "Group", "Line", "Scene", "Text", "Theme", "legal", "png", "svg", "width_of"]
+
+Theme = Literal["light", "dark"]
+Point = tuple[float, float]
+
+#: Widths of letters as a share of the font's size, of a wide font (DejaVu Sans, Verdana); others are 0.63.
+_NARROW = dict.fromkeys(" iIjl.,:;'|!()[]ftr", 0.34) | dict.fromkeys("mwMW%@—→", 0.92)
+_LETTER = 0.63
+_BOLD = 1.1
+#: What matplotlib can draw, each way.
+_PNG_PIXELS = 1 << 16
+_FAMILY = "DejaVu Sans, Verdana, Arial, sans-serif"
+
+#: The ground of each state in pictures of a run: light, dark.
+STATE_COLOURS = {
+    "idle": ("#d0d7de", "#484f58"),
+    "tunnelling": ("#a5d6ff", "#1f4b7a"),
+    "spawning": ("#d8c4ff", "#553098"),
+    "running": ("#aceebb", "#196c2e"),
+    "stopping": ("#ffd8a8", "#8a4b00"),
+    "stopped": ("#b6d3e0", "#2f5566"),
+    "failed": ("#ffb8b2", "#a1260d"),
+}
+
+Style = dict[str, str]
+_Rules = dict[tuple[str, str], Style]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle by its upper left corner."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str = "box"
+    radius: float = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Points joined by straight lines, or by cubic Bézier curves (the first point, then three for each piece).
+
+    ``tip`` is where its arrow head ends; None for none.
+    """
+
+    points: tuple[Point, ...]
+    kind: str = "line"
+    curved: bool = False
+    tip: Point | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A line of words: its middle (or, anchored at the start, its left end) and its base line."""
+
+    x: float
+    y: float
+    words: str
+    kind: str = "name"
+    size: float = 13.0
+    anchor: Literal["middle", "start"] = "middle"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What belongs together and is styled together; ``data`` becomes ``data-`` attributes of SVG."""
+
+    items: tuple[Box | Line | Text, ...]
+    classes: tuple[str, ...] = ()
+    data: tuple[tuple[str, str], ...] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A whole picture; ``title`` says what it shows to those who do not see it."""
+
+    width: float
+    height: float
+    title: str
+    groups: list[Group] = field(default_factory=list)
+
+
+def width_of(words: str, size: float, *, bold: bool = False) -> float:
+    """Return how much room a line of words takes, estimated."""
+    share = sum(_NARROW.get(char, _LETTER if ord(char) < 0x1100 else 1.05) for char in words)  # noqa: PLR2004 - wide ones
+    return share * size * (_BOLD if bold else 1.0)
+
+
+def _rules(theme: Theme) -> _Rules:
+    dark = theme == "dark"
+    ink, paper, faint = ("#e6edf3", "#0d1117", "#9198a1") if dark else ("#1f2328", "#ffffff", "#59636e")
+    accent = "#79c0ff" if dark else "#0550ae"
+    box, here, here_line = ("#161b22", "#9e6a03", "#f2cc60") if dark else ("#f6f8fa", "#ffd33d", "#7d4e00")
+    been = "#0c2d6b" if dark else "#ddf4ff"
+    line = "#8b949e" if dark else "#59636e"
+    rules = {
+        ("", "paper"): {"fill": paper},
+        ("", "box"): {"fill": box, "stroke": line, "stroke-width": "1.2"},
+        ("", "frame"): {"fill": "none", "stroke": line, "stroke-width": "1.2"},
+        ("", "note"): {"fill": "#2d2a16" if dark else "#fff8c5", "stroke": line, "stroke-width": "0.8"},
+        ("", "dot"): {"fill": ink},
+        ("", "line"): {"fill": "none", "stroke": line, "stroke-width": "1.3"},
+        ("", "aside"): {"fill": "none", "stroke": line, "stroke-width": "0.9", "stroke-dasharray": "4 3"},
+        ("", "head"): {"fill": line},
+        ("", "name"): {"fill": ink, "font-weight": "bold"},
+        ("", "plain"): {"fill": ink},
+        ("", "order"): {"fill": accent, "font-weight": "bold"},
+        ("", "observation"): {"fill": ink, "font-style": "italic"},
+        ("", "time"): {"fill": accent, "font-weight": "bold"},
+        ("", "caption"): {"fill": faint},
+        ("", "fault"): {"fill": "#ff7b72" if dark else "#b32b25", "font-weight": "bold"},
+        ("been", "box"): {"fill": been, "stroke": accent},
+        ("been", "frame"): {"stroke": accent},
+        ("taken", "line"): {"stroke": accent, "stroke-width": "2.6"},
+        ("taken", "head"): {"fill": accent},
+        ("here", "box"): {"fill": here, "stroke": here_line, "stroke-width": "3"},
+        ("here", "frame"): {"stroke": here_line},
+        ("here", "name"): {"fill": "#ffffff" if dark else "#1f2328"},
+        ("", "dashes"): {"fill": "none", "stroke": line, "stroke-width": "1.3", "stroke-dasharray": "5 3"},
+        ("", "grid"): {"fill": "none", "stroke": "#30363d" if dark else "#d8dee4", "stroke-width": "0.8"},
+        ("", "tick"): {"fill": "none", "stroke": line, "stroke-width": "0.9"},
+        ("", "tick-change"): {"fill": "none", "stroke": accent, "stroke-width": "1.6"},
+        ("", "tick-warning"): {"fill": "none", "stroke": "#d29922" if dark else "#9a6700", "stroke-width": "2"},
+        ("", "tick-error"): {"fill": "none", "stroke": "#ff7b72" if dark else "#cf222e", "stroke-width": "2.4"},
+        ("", "flow-to"): {"fill": "#388bfd" if dark else "#54aeff", "stroke": "none"},
+        ("", "flow-from"): {"fill": "#a371f7" if dark else "#c297ff", "stroke": "none"},
+    }
+    for state, (bright, deep) in STATE_COLOURS.items():
+        rules["", f"is-{state}"] = {"fill": deep if dark else bright, "stroke": line, "stroke-width": "0.6"}
+    return rules
+
+
+def svg(scene: Scene, theme: Theme | None = None) -> str:
+    """Return the picture as SVG.
+
+    Args:
+        scene: The picture.
+        theme: ``light`` or ``dark``; by default it follows whoever looks (``prefers-color-scheme``).
+    """
+    width, height = _number(scene.width), _number(scene.height)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="proxy-fsm" role="img" aria-label={_attribute(scene.title)}',
+        f'  width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="{_FAMILY}">',
+        f"<title>{escape(legal(scene.title))}</title>",
+        "<style>",
+        *_css(_rules(theme or "light")),
+    ]
+    if theme is None:
+        light, dark = _rules("light"), _rules("dark")
+        changed = {key: style for key, style in dark.items() if style != light[key]}
+        lines += ["@media (prefers-color-scheme: dark) {", *_css(changed), "}"]
+    lines += ["</style>", f'<rect class="paper" width="{width}" height="{height}"/>']
+    for group in scene.groups:
+        data = "".join(f" data-{name}={_attribute(value)}" for name, value in group.data)
+        kind = f' class="{" ".join(group.classes)}"' if group.classes else ""
+        lines.append(f"<g{kind}{data}>" + (f"<title>{escape(legal(group.title))}</title>" if group.title else ""))
+        lines += [element for item in group.items for element in _elements(item)]
+        lines.append("</g>")
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _css(rules: _Rules) -> list[str]:
+    return [
+        f".proxy-fsm {f'.{owner} ' if owner else ''}.{kind} "
+        "{ " + "; ".join(f"{name}: {value}" for name, value in style.items()) + " }"
+        for (owner, kind), style in rules.items()
+    ]
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")
+
+
+def _at(point: Point) -> str:
+    return f"{_number(point[0])},{_number(point[1])}"
+
+
+def _elements(item: Box | Line | Text) -> list[str]:
+    match item:
+        case Box():
+            place = f'x="{_number(item.x)}" y="{_number(item.y)}"'
+            size = f'width="{_number(item.width)}" height="{_number(item.height)}" rx="{_number(item.radius)}"'
+            return [f'<rect class="{item.kind}" {place} {size}/>']
+        case Line():
+            rest = " ".join(map(_at, item.points[1:]))
+            path = f'<path class="{item.kind}" d="M{_at(item.points[0])} {"C" if item.curved else "L"}{rest}"/>'
+            corners = " ".join(map(_at, _head(item)))
+            return [path, *([f'<polygon class="head" points="{corners}"/>'] if corners else [])]
+        case Text():
+            place = f'x="{_number(item.x)}" y="{_number(item.y)}" font-size="{_number(item.size)}"'
+            return [f'<text class="{item.kind}" {place} text-anchor="{item.anchor}">{escape(legal(item.words))}</text>']
+
+
+def _attribute(words: str) -> str:
+    return quoteattr(legal(words))
+
+
+def legal(words: str) -> str:
+    """Replace what XML cannot hold."""
+    return "".join(char if char.isprintable() else "�" for char in words)
+
+
+def _head(line: Line) -> tuple[Point, ...]:
+    if line.tip is None:
+        return ()
+    (x, y), (end_x, end_y) = line.points[-1], line.tip
+    angle = math.atan2(end_y - y, end_x - x)
+    wide, long = 3.8, max(math.hypot(end_x - x, end_y - y), 8.0)
+    back = (end_x - long * math.cos(angle), end_y - long * math.sin(angle))
+    side = (wide * math.sin(angle), -wide * math.cos(angle))
+    return ((back[0] + side[0], back[1] + side[1]), line.tip, (back[0] - side[0], back[1] - side[1]))
+
+
+def png(scene: Scene, theme: Theme = "light") -> bytes:
+    """Return the picture as PNG, at two pixels a unit.
+
+    Raises:
+        DiagramError: matplotlib is not installed, or the picture is too large for it.
+    """
+    try:
+        import matplotlib as mpl  # noqa: PLC0415 - of the extra
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError as error:
+        raise DiagramError('PNG needs matplotlib: pip install "proxy_fsm[diagram,timeline]".') from error
+    if 2 * max(scene.width, scene.height) >= _PNG_PIXELS:
+        raise DiagramError("This picture is too large for PNG: draw SVG.")
+    rules = _rules(theme)
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        mpl.rcdefaults()
+        figure = Figure(figsize=(scene.width / 72, scene.height / 72), dpi=144, facecolor=rules["", "paper"]["fill"])
+        axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        axes.set(xlim=(0, scene.width), ylim=(scene.height, 0))
+        axes.set_axis_off()
+        everything = [(group, item) for group in scene.groups for item in group.items]
+        for at, (group, item) in enumerate(everything):
+            _paint(axes, item, partial(_style, rules, group.classes), at)
+        target = io.BytesIO()
+        figure.savefig(target, format="png", metadata={"Software": None})
+    return target.getvalue()
+
+
+def _style(rules: _Rules, owners: Iterable[str], kind: str) -> Style:
+    style = dict(rules["", kind])
+    for owner in owners:
+        style |= rules.get((owner, kind), {})
+    return style
+
+
+def _paint(axes: Axes, item: Box | Line | Text, style_of: Callable[[str], Style], order: int) -> None:
+    from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Polygon  # noqa: PLC0415 - of the extra
+    from matplotlib.path import Path  # noqa: PLC0415
+
+    style = style_of(item.kind)
+    looks: dict[str, Any] = {
+        "facecolor": style.get("fill", "none"),
+        "edgecolor": style.get("stroke", "none"),
+        "linewidth": float(style.get("stroke-width", 0)),
+        "linestyle": (0, tuple(map(float, style["stroke-dasharray"].split()))) if "stroke-dasharray" in style else "-",
+        "zorder": order + 1,
+    }
+    match item:
+        case Box(kind="dot"):
+            middle = (item.x + item.width / 2, item.y + item.height / 2)
+            axes.add_patch(Circle(middle, item.width / 2, **looks))
+        case Box():
+            corners = f"round,pad=0,rounding_size={min(item.radius, item.width / 2, item.height / 2)}"
+            axes.add_patch(FancyBboxPatch((item.x, item.y), item.width, item.height, boxstyle=corners, **looks))
+        case Line():
+            step = Path.CURVE4 if item.curved else Path.LINETO
+            codes = [Path.MOVETO, *[step] * (len(item.points) - 1)]
+            axes.add_patch(PathPatch(Path(item.points, codes), **looks))
+            if head := _head(item):
+                axes.add_patch(Polygon(head, facecolor=style_of("head")["fill"], linewidth=0, zorder=order + 1))
+        case Text():
+            axes.text(
+                item.x,
+                item.y,
+                item.words.replace("$", r"\$"),
+                fontsize=item.size,
+                color=style["fill"],
+                fontweight=style.get("font-weight", "normal"),
+                fontstyle=style.get("font-style", "normal"),
+                horizontalalignment="center" if item.anchor == "middle" else "left",
+                verticalalignment="baseline",
+                zorder=order + 1,
+            )

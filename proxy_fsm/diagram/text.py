@@ -1,0 +1,216 @@
+"""Charts as text: Mermaid, DOT, a Markdown table, JSON. They need nothing but Python."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from proxy_fsm.diagram.chart import LIFECYCLE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from proxy_fsm.diagram.chart import Arrow, Chart, Step
+
+__all__ = ["as_json", "dot", "markdown_table", "mermaid"]
+
+_PLAIN = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+#: Words that mean something to Mermaid where a state's name is expected.
+_RESERVED = frozenset({"class", "classDef", "direction", "end", "note", "state", "stateDiagram", "style"})
+#: The colours of a state that is pointed at; black text on yellow reads well on any ground.
+_HIGHLIGHT = "fill:#ffd33d,stroke:#9a6700,stroke-width:3px,color:#1f2328"
+_TAKEN = "fill:#b6e3ff,stroke:#0969da,color:#1f2328"
+
+
+def mermaid(
+    chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = (), theme: str | None = None
+) -> str:
+    """Return the state diagram in Mermaid's language: one arrow for each two states, orders in capitals.
+
+    Args:
+        chart: What to draw; what is ignored is left out.
+        highlight: A state to point at.
+        way: The changes that were made; each adds its number and time to its arrow.
+        theme: ``light`` or ``dark``; by default whatever shows it decides.
+
+    Raises:
+        DiagramError: There is no such state.
+    """
+    highlight = chart.check_state(highlight)
+    names = {state: _mermaid_name(state, at) for at, state in enumerate(chart.states)}
+    lines = [] if theme is None else [f'%%{{init: {{"theme": "{"dark" if theme == "dark" else "default"}"}}}}%%']
+    lines.append("stateDiagram-v2")
+    lines += [f'    state "{_entities(state)}" as {name}' for state, name in names.items() if name != state]
+    lines.append(f"    [*] --> {names[chart.initial]}")
+    for source, dest, arrows in chart.bundles():
+        labels = [_entities(_shown(chart, arrow)) for arrow in arrows] + _times(way, source, dest)
+        lines.append(f"    {names[source]} --> {names[dest]}: {', '.join(labels)}")
+    lines += [f"    {names[state]} --> [*]" for state in chart.states if state in chart.finals]
+    for state, remarks in chart.notes:
+        words = "<br/>".join(map(_entities, remarks))
+        lines += [f"    note right of {names[state]}", f"        {words}", "    end note"]
+    been = {state for step in way for state in (step.source, step.dest)} - {highlight}
+    if been:
+        lines += [
+            f"    classDef been {_TAKEN}",
+            f"    class {','.join(names[s] for s in chart.states if s in been)} been",
+        ]
+    if highlight is not None:
+        lines += [f"    classDef here {_HIGHLIGHT}", f"    class {names[highlight]} here"]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(chart: Chart, arrow: Arrow) -> str:
+    return (
+        arrow.label.replace(arrow.trigger, arrow.trigger.upper(), 1) if arrow.trigger in chart.orders else arrow.label
+    )
+
+
+def _times(way: Sequence[Step], source: str, dest: str) -> list[str]:
+    return [step.label for step in way if (step.source, step.dest) == (source, dest)]
+
+
+def _mermaid_name(state: str, at: int) -> str:
+    return state if _PLAIN.fullmatch(state) and state not in _RESERVED else f"state_{at}"
+
+
+def _entities(text: str) -> str:
+    """Spell out what would mean something to Mermaid, or to the page that shows it."""
+    return "".join(
+        char if char.isalnum() or char in " _-.,?!()[]{}'/+=…–·*" else f"#{ord(char)};"
+        for char in " ".join(text.split())
+    )
+
+
+def dot(
+    chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = (), theme: str = "light"
+) -> str:
+    """Return the state diagram in Graphviz' language: orders in bold capitals, final states with a double line.
+
+    Args:
+        chart: What to draw.
+        highlight: A state to point at.
+        way: The changes that were made.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        DiagramError: There is no such state.
+    """
+    highlight = chart.check_state(highlight)
+    ink, paper, accent, here = (
+        ("#e6edf3", "#0d1117", "#79c0ff", "#9e6a03")
+        if theme == "dark"
+        else ("#1f2328", "#ffffff", "#0550ae", "#ffd33d")
+    )
+    been = {state for step in way for state in (step.source, step.dest)}
+    lines = [
+        f"digraph {_quoted(chart.title)} {{",
+        f'    graph [bgcolor="{paper}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5]',
+        f'    node [color="{ink}" fontcolor="{ink}" fontname="sans-serif" shape=box style=rounded]',
+        f'    edge [color="{ink}" fontcolor="{ink}" fontname="sans-serif" fontsize=11]',
+        '    "[*]" [label="" shape=circle style=filled width=0.15 fillcolor="' + ink + '"]',
+        f'    "[*]" -> {_quoted(chart.initial)}',
+    ]
+    for state in chart.states:
+        looks = [] if state not in chart.finals else ["peripheries=2"]
+        if state == highlight:
+            looks += ['style="rounded,filled"', f'fillcolor="{here}"', "penwidth=3"]
+        elif state in been:
+            looks.append(f'color="{accent}"')
+        lines.append(f"    {_quoted(state)}{' [' + ' '.join(looks) + ']' if looks else ''}")
+    for source, dest, arrows in chart.bundles():
+        times = _times(way, source, dest)
+        looks = [f"label={_quoted(chr(10).join([_shown(chart, arrow) for arrow in arrows] + times))}"]
+        if any(arrow.trigger in chart.orders for arrow in arrows):
+            looks.append('fontname="sans-serif bold"')
+        if times:
+            looks += [f'color="{accent}"', "penwidth=2.5"]
+        lines.append(f"    {_quoted(source)} -> {_quoted(dest)} [{' '.join(looks)}]")
+    for at, (state, remarks) in enumerate(chart.notes):
+        words = _quoted("\n".join(remarks))
+        lines.append(f'    "note {at}" [label={words} shape=note style="" fontsize=10]')
+        lines.append(f'    "note {at}" -> {_quoted(state)} [arrowhead=none style=dashed]')
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) -> str:
+    """Return the whole table in Markdown: every trigger with every state; ``–`` is ignored, ``·`` is refused.
+
+    Args:
+        chart: What to draw.
+        highlight: A state whose column is to be bold.
+
+    Raises:
+        DiagramError: There is no such state.
+    """
+    highlight = chart.check_state(highlight)
+    cells = dict.fromkeys(chart.ignored, "–")
+    for arrow in chart.arrows:
+        there = cells.get((arrow.trigger, arrow.source), "–")
+        words = _cell(arrow.dest + (f" [{arrow.condition}]" if arrow.condition else ""))
+        cells[arrow.trigger, arrow.source] = words if there == "–" else f"{there}, {words}"
+
+    def shown(state: str, words: str) -> str:
+        return f"**{words}**" if state == highlight else words
+
+    lines = ["| trigger | " + " | ".join(shown(state, _cell(state)) for state in chart.states) + " |"]
+    lines.append("|---" * (len(chart.states) + 1) + "|")
+    lines += [
+        f"| `{_cell(trigger)}` | "
+        + " | ".join(shown(state, cells.get((trigger, state), "·")) for state in chart.states)
+        + " |"
+        for trigger in chart.triggers
+    ]
+    lines += [f"\n{_cell(state)}: {_cell('; '.join(remarks))}" for state, remarks in chart.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+
+
+def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = ()) -> str:
+    """Return all of it as JSON; a transition's ``dest`` is null where the trigger is ignored.
+
+    Args:
+        chart: What to write.
+        highlight: A state to point at.
+        way: The changes that were made.
+
+    Raises:
+        DiagramError: There is no such state.
+    """
+    highlight = chart.check_state(highlight)
+    rows: list[dict[str, str | None]] = [
+        {"trigger": arrow.trigger, "source": arrow.source, "dest": arrow.dest, "condition": arrow.condition or None}
+        for arrow in chart.arrows
+    ]
+    rows += [
+        {"trigger": trigger, "source": state, "dest": None, "condition": None}
+        for trigger in chart.triggers
+        for state in chart.states
+        if (trigger, state) in chart.ignored
+    ]
+    whole = {
+        "title": chart.title,
+        "states": [
+            {"name": state, "initial": state == chart.initial, "final": state in chart.finals} for state in chart.states
+        ],
+        "triggers": [
+            {"name": trigger, "kind": "order" if trigger in chart.orders else "observation"}
+            for trigger in chart.triggers
+        ],
+        "transitions": rows,
+        "notes": {state: list(remarks) for state, remarks in chart.notes},
+        "highlight": highlight,
+        "way": [
+            {"source": step.source, "dest": step.dest, "elapsed_s": round(step.elapsed_s, 6), "number": step.number}
+            for step in way
+        ],
+    }
+    return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"

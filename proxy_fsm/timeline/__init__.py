@@ -1,0 +1,71 @@
+"""Draws what happened in a run, from the events that it left.
+
+::
+
+    from proxy_fsm import timeline
+
+    with open("events.jsonl", "rb") as file:
+        run = timeline.read(file, "events.jsonl")
+    page = timeline.draw(run, "html")
+
+``proxy-fsm run`` and ``demo`` print such events with ``--log-format json``; so does any program whose structlog renders
+JSON with ``event``, ``level`` and ``timestamp``. SVG, the HTML page and the sequence diagram need nothing else; PNG
+needs the extra ``timeline``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from proxy_fsm.diagram import scene
+from proxy_fsm.timeline.page import page
+from proxy_fsm.timeline.picture import run_scene
+from proxy_fsm.timeline.run import Event, Flow, Run, Stay, TimelineError, Track, read
+from proxy_fsm.timeline.sequence import sequence_mermaid, sequence_scene
+
+__all__ = [
+    "FORMATS",
+    "Event",
+    "Flow",
+    "Format",
+    "Run",
+    "Stay",
+    "TimelineError",
+    "Track",
+    "draw",
+    "read",
+    "sequence_mermaid",
+    "sequence_scene",
+]
+
+Format = Literal["svg", "png", "html", "mermaid"]
+#: All formats that `draw` knows.
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+def draw(run: Run, picture: Format, *, theme: scene.Theme | None = None) -> str | bytes:
+    """Draw a run.
+
+    Args:
+        run: The run.
+        picture: ``svg``, ``png``: states, events and bytes a second over time, proxies one below the other; ``html``: a
+            page of its own that replays it; ``mermaid``: who told whom what, as a sequence diagram.
+        theme: ``light`` or ``dark``. By default SVG and the page follow whoever looks, and PNG is light.
+
+    Returns:
+        The picture: bytes for PNG, else text.
+
+    Raises:
+        DiagramError: The extra is missing.
+        TimelineError: There is no such format.
+    """
+    match picture:
+        case "svg":
+            return scene.svg(run_scene(run), theme)
+        case "png":
+            return scene.png(run_scene(run), theme or "light")
+        case "html":
+            return page(run)
+        case "mermaid":
+            return sequence_mermaid(run)
+    raise TimelineError(f"There is no format {picture!r}; there are {', '.join(FORMATS)}.")

@@ -1,0 +1,295 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const el = (id) => document.getElementById(id);
+  const make = (tag, kind, text) => {
+    const made = document.createElement(tag);
+    if (kind) made.className = kind;
+    if (text !== undefined) made.textContent = text;
+    return made;
+  };
+  const { tracks, events } = data;
+  const duration = Math.max(data.duration, 1e-3);
+  const ROW = 26, BAND = 26, TICKS = 16, FLOW = 26, HEAD = 30, FINAL = 64;
+  const compact = tracks.length > 12;
+  const LANE = HEAD + BAND + (compact ? 8 : 10 + TICKS + 6 + 2 * FLOW + 14);
+  const AXIS = 26;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const seconds = (s) => (duration < 100 ? s.toFixed(3) : s.toFixed(1)) + " s";
+  const rate = (value) => {
+    for (const unit of ["B/s", "kB/s", "MB/s"]) {
+      if (value < 1000) return Number(value.toPrecision(3)) + " " + unit;
+      value /= 1000;
+    }
+    return Number(value.toPrecision(3)) + " GB/s";
+  };
+
+  // ---- where things stand at an event ----
+  const changes = tracks.map(() => []);
+  events.forEach((event, index) => { if (event[5]) changes[event[1]].push(index); });
+  /** The number of values in a sorted list that are not above a limit. */
+  const countUpTo = (list, limit, value) => {
+    let low = 0, high = list.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (value(list[middle]) <= limit) low = middle + 1; else high = middle;
+    }
+    return low;
+  };
+  let position = 0, chosen = 0;
+  const stateOf = (track, index) => {
+    const made = countUpTo(changes[track], index, (at) => at);
+    return { state: tracks[track].stays[made][0], made };
+  };
+
+  // ---- the diagram ----
+  const states = new Map(), arrows = new Map();
+  for (const group of document.querySelectorAll("#machine [data-state]")) states.set(group.dataset.state, group);
+  for (const group of document.querySelectorAll("#machine .arrow")) {
+    arrows.set(group.dataset.from + " " + group.dataset.to, group);
+  }
+  const mark = (group, kind, on) => { if (group && group.classList.contains(kind) !== on) group.classList.toggle(kind, on); };
+  const showDiagram = () => {
+    const { state, made } = stateOf(chosen, position);
+    const been = new Set(), taken = new Set();
+    for (const at of changes[chosen].slice(0, made)) {
+      const [source, dest] = events[at][5];
+      been.add(source).add(dest);
+      taken.add(source + " " + dest);
+    }
+    for (const [name, group] of states) {
+      mark(group, "here", name === state);
+      mark(group, "been", been.has(name));
+      if (name === state) group.setAttribute("aria-current", "step"); else group.removeAttribute("aria-current");
+    }
+    for (const [name, group] of arrows) mark(group, "taken", taken.has(name));
+    const since = tracks[chosen].stays[made][1];
+    const words = tracks[chosen].session + ": " + state + " since " + seconds(since);
+    if (el("where").textContent !== words) el("where").textContent = words;
+  };
+
+  // ---- the list of events, of which only those in sight exist ----
+  const list = el("events"), rows = el("rows"), lines = [];
+  el("filler").style.height = events.length * ROW + "px";
+  const inSight = Math.ceil(312 / ROW) + 2;
+  for (let at = 0; at < Math.min(inSight, events.length); at += 1) {
+    const line = make("li");
+    line.append(make("span", "at"), make("span", "name"), make("span", "words"));
+    line.addEventListener("click", () => move(Number(line.dataset.index)));
+    rows.append(line);
+    lines.push(line);
+  }
+  let shownFrom = -1, shownMark = -1;
+  const showList = () => {
+    const from = Math.max(0, Math.min(Math.floor(list.scrollTop / ROW), events.length - lines.length));
+    if (from === shownFrom && shownMark === position) return;
+    if (from !== shownFrom) rows.style.transform = "translateY(" + from * ROW + "px)";
+    lines.forEach((line, at) => {
+      const index = from + at, event = events[index];
+      if (from !== shownFrom) {
+        line.dataset.index = index;
+        const cells = line.children;
+        cells[0].textContent = seconds(event[0]);
+        cells[1].textContent = event[2];
+        cells[2].textContent = (tracks.length > 1 && event[1] >= 0 ? tracks[event[1]].session + ": " : "") + event[4];
+        line.title = event[4];
+      }
+      const kind = (index === position ? "current " : "") + (event[3] === "critical" ? "error" : event[3]);
+      if (line.className !== kind) line.className = kind;
+    });
+    shownFrom = from;
+    shownMark = position;
+  };
+  list.addEventListener("scroll", () => showList());
+  const follow = () => {
+    const top = position * ROW, height = list.clientHeight;
+    if (top < list.scrollTop + ROW || top + 2 * ROW > list.scrollTop + height) list.scrollTop = top - height / 2;
+  };
+
+  // ---- the lanes ----
+  const canvas = el("canvas"), playhead = el("playhead");
+  let width = 0;
+  const x = (at) => Math.min(Math.max(at / duration, 0), 1) * (width - FINAL);
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const drawLanes = () => {
+    width = canvas.clientWidth;
+    const height = tracks.length * LANE + AXIS, ratio = Math.min(window.devicePixelRatio || 1, 16000 / height);
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+    canvas.style.height = height + "px";
+    const pen = canvas.getContext("2d");
+    pen.scale(ratio, ratio);
+    pen.font = "12px 'DejaVu Sans', Verdana, Arial, sans-serif";
+    const ink = colour("--ink"), faint = colour("--faint"), line = colour("--line");
+    drawAxis(pen, height, faint, line);
+    tracks.forEach((track, at) => {
+      let y = at * LANE + HEAD;
+      for (const [state, begin, end] of track.stays) {
+        const final = state === "stopped" || state === "failed";
+        const left = x(begin), wide = final ? FINAL : Math.max(x(end) - left, 2);
+        pen.fillStyle = data.colours[state][dark.matches ? 1 : 0];
+        pen.fillRect(left, y, wide, BAND);
+        pen.strokeStyle = faint;
+        pen.lineWidth = 0.6;
+        pen.strokeRect(left, y, wide, BAND);
+        if (pen.measureText(state).width + 6 < wide) {
+          pen.fillStyle = ink;
+          pen.textAlign = "center";
+          pen.fillText(state, left + wide / 2, y + BAND / 2 + 4);
+        }
+      }
+      if (compact) return;
+      y += BAND + 10;
+      drawTicks(pen, at, y);
+      drawFlows(pen, track.flows, y + TICKS + 6 + FLOW, faint, line);
+    });
+  };
+  const drawAxis = (pen, height, faint, line) => {
+    const rough = duration / 8, power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map((factor) => factor * power).find((value) => value >= rough);
+    const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+    for (let at = 0; at * step <= duration * 1.000001; at += 1) {
+      const left = x(at * step);
+      pen.fillStyle = line;
+      pen.fillRect(left, 0, 1, height - AXIS + 4);
+      pen.fillStyle = faint;
+      pen.textAlign = at === 0 ? "left" : "center";
+      pen.fillText((at * step).toFixed(digits) + " s", left, height - 6);
+    }
+  };
+  const drawTicks = (pen, track, y) => {
+    const kinds = { info: "--faint", debug: "--line", warning: "--warning", error: "--fault", critical: "--fault" };
+    const drawn = new Set();
+    for (const event of events) {
+      if (event[1] !== track) continue;
+      const kind = event[5] ? "--accent" : kinds[event[3]] || "--faint", left = Math.round(x(event[0]));
+      if (drawn.has(kind + left)) continue;
+      drawn.add(kind + left);
+      pen.fillStyle = colour(kind);
+      const tall = event[5] || kind === "--fault" || kind === "--warning";
+      pen.fillRect(left, tall ? y : y + 6, tall ? 2 : 1, tall ? TICKS : TICKS - 6);
+    }
+  };
+  const drawFlows = (pen, flows, middle, faint, line) => {
+    const most = Math.max(1, ...flows.map((flow) => Math.max(flow[2], flow[3])));
+    for (const [begin, end, to, from] of flows) {
+      const left = x(begin), wide = Math.max(x(end) - left, 1);
+      pen.fillStyle = colour("--to");
+      pen.fillRect(left, middle - to / most * FLOW, wide, to / most * FLOW);
+      pen.fillStyle = colour("--from");
+      pen.fillRect(left, middle, wide, from / most * FLOW);
+    }
+    pen.fillStyle = line;
+    pen.fillRect(0, middle, width - FINAL, 1);
+    if (flows.length) {
+      pen.fillStyle = faint;
+      pen.textAlign = "right";
+      pen.fillText("max " + rate(most), width - 2, middle - 6);
+    }
+  };
+
+  // ---- moving ----
+  const scrubber = el("scrubber");
+  scrubber.max = Math.max(events.length - 1, 0);
+  const placeHead = (at) => { playhead.style.transform = "translateX(" + x(at) + "px)"; };
+  const move = (index) => {
+    position = Math.min(Math.max(index, 0), events.length - 1);
+    const event = events[position];
+    if (Number(scrubber.value) !== position) scrubber.value = position;
+    if (event[1] >= 0 && event[1] !== chosen) choose(event[1]);
+    const who = tracks.length > 1 && event[1] >= 0 ? tracks[event[1]].session + ", " : "";
+    const words = seconds(event[0]) + ", " + who + event[2] + (event[4] ? ": " + event[4] : "");
+    scrubber.setAttribute("aria-valuetext", (position + 1) + " of " + events.length + ": " + words);
+    el("now").textContent = (position + 1) + "/" + events.length + " · " + words;
+    placeHead(event[0]);
+    showDiagram();
+    follow();
+    showList();
+  };
+  const radios = [];
+  const choose = (track) => {
+    chosen = track;
+    radios[track].checked = true;
+    showDiagram();
+  };
+  tracks.forEach((track, at) => {
+    const label = make("label", track.failed ? "failed" : ""), radio = make("input");
+    radio.type = "radio";
+    radio.name = "proxy";
+    radio.hidden = tracks.length === 1;
+    radio.addEventListener("change", () => choose(at));
+    label.append(radio, make("b", "", track.session + " (" + track.id + ")"), make("span", "ending", track.ending));
+    label.style.top = at * LANE + 2 + "px";
+    label.title = track.hint ? track.ending + " " + track.hint : track.ending;
+    el("choices").append(label);
+    radios.push(radio);
+  });
+
+  let playing = 0, clock = 0, before = 0;
+  const playButton = el("play"), speed = el("speed");
+  for (const factor of [0.1, 0.25, 0.5, 1, 2, 5, 10, 60, 600, 3600]) {
+    const option = make("option", "", factor + "×");
+    option.value = factor;
+    speed.append(option);
+  }
+  // So that the whole run takes between some seconds and a quarter of a minute.
+  speed.value = [0.1, 0.25, 0.5, 1, 2, 5, 10, 60, 600, 3600].find((factor) => duration / factor <= 15) || 3600;
+  const pause = () => {
+    cancelAnimationFrame(playing);
+    playing = 0;
+    playButton.textContent = "Play";
+    playButton.setAttribute("aria-pressed", "false");
+  };
+  const tick = (now) => {
+    clock += (now - before) / 1000 * Number(speed.value);
+    before = now;
+    const reached = countUpTo(events, clock, (event) => event[0]) - 1;
+    if (reached > position) move(reached);
+    placeHead(Math.min(clock, duration));
+    if (position >= events.length - 1) pause(); else playing = requestAnimationFrame(tick);
+  };
+  const play = () => {
+    if (position >= events.length - 1) move(0);
+    clock = events[position][0];
+    before = performance.now();
+    playButton.textContent = "Pause";
+    playButton.setAttribute("aria-pressed", "true");
+    playing = requestAnimationFrame(tick);
+  };
+  const go = (index) => { if (playing) pause(); move(index); };
+  const toggle = () => { if (playing) pause(); else play(); };
+  playButton.addEventListener("click", toggle);
+  el("first").addEventListener("click", () => go(0));
+  el("last").addEventListener("click", () => go(events.length - 1));
+  el("back").addEventListener("click", () => go(position - 1));
+  el("next").addEventListener("click", () => go(position + 1));
+  scrubber.addEventListener("input", () => go(Number(scrubber.value)));
+  canvas.addEventListener("click", (click) => {
+    const at = (click.clientX - canvas.getBoundingClientRect().left) / (width - FINAL) * duration;
+    go(Math.max(countUpTo(events, at, (event) => event[0]) - 1, 0));
+  });
+  const tenth = () => Math.max(1, Math.round(events.length / 10));
+  const keys = {
+    ArrowLeft: () => go(position - 1), ArrowRight: () => go(position + 1), Home: () => go(0),
+    End: () => go(events.length - 1), PageUp: () => go(position - tenth()), PageDown: () => go(position + tenth()),
+    " ": toggle,
+  };
+  document.addEventListener("keydown", (press) => {
+    if (press.ctrlKey || press.altKey || press.metaKey || !(press.key in keys)) return;
+    const kind = press.target.tagName;
+    if (kind === "SELECT" || press.target.type === "radio" || (kind === "BUTTON" && press.key === " ")) return;
+    press.preventDefault();
+    keys[press.key]();
+  });
+
+  el("summary").textContent = "began " + data.began + ", took " + seconds(data.duration) + ", " + events.length + " events";
+  el("legend").append("Bytes a second:", make("i", "to"), "to the agent", make("i", "from"), "from the agent");
+  el("legend").hidden = compact;
+  const redraw = () => { drawLanes(); placeHead(events[position][0]); };
+  new ResizeObserver(() => { if (canvas.clientWidth !== width) redraw(); }).observe(canvas);
+  dark.addEventListener("change", redraw);
+  chosen = 0;
+  radios[0].checked = true;
+  redraw();
+  move(0);
+})();

@@ -1,0 +1,87 @@
+"""A run as one page that replays it: opened from disk, without a network, with keyboard or pointer."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from proxy_fsm.diagram.scene import STATE_COLOURS
+
+if TYPE_CHECKING:
+    from proxy_fsm.timeline.run import Event, Run
+
+__all__ = ["page"]
+
+#: What would end a script element, or means something to HTML: spelled out, it is the same JSON.
+_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
+
+
+def page(run: Run) -> str:
+    """Return the page.
+
+    What was recorded is data in it, never HTML and never a script: its one script is named by its hash, and nothing
+    else may run or be loaded.
+    """
+    here = files("proxy_fsm.timeline")
+    script = (here / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {
+        "TITLE": escape(run.title),
+        "POLICY": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:",
+        "STYLE": (here / "page.css").read_text(encoding="utf-8"),
+        "DIAGRAM": (here / "lifecycle.svg").read_text(encoding="utf-8"),
+        "DATA": json.dumps(_data(run), ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES),
+        "SCRIPT": script,
+    }
+    # Piece by piece, so that nothing that was filled in is looked at again.
+    template = (here / "page.html").read_text(encoding="utf-8")
+    pieces = []
+    for at, piece in enumerate(template.split("%%")):
+        pieces.append(parts[piece] if at % 2 else piece)
+    return "".join(pieces)
+
+
+def _data(run: Run) -> dict[str, Any]:
+    events: list[tuple[Event, int]] = [(event, -1) for event in run.events]
+    for at, track in enumerate(run.tracks):
+        events += [(event, at) for event in track.events]
+    events.sort(key=lambda pair: (pair[0].at_s, pair[0].line))
+    return {
+        "began": run.began.isoformat(sep=" ", timespec="seconds"),
+        "duration": _rounded(run.duration_s),
+        "colours": STATE_COLOURS,
+        "tracks": [
+            {
+                "id": track.proxy_id,
+                "session": track.session,
+                "ending": track.ending,
+                "hint": track.hint,
+                "failed": track.reason is not None and not track.reason.clean,
+                "stays": [[str(stay.state), _rounded(stay.begin_s), _rounded(stay.end_s)] for stay in track.stays],
+                "flows": [
+                    [_rounded(flow.begin_s), _rounded(flow.end_s), round(flow.to_agent), round(flow.from_agent)]
+                    for flow in track.flows
+                ],
+            }
+            for track in run.tracks
+        ],
+        "events": [
+            [
+                _rounded(event.at_s),
+                at,
+                event.name,
+                event.level,
+                event.words,
+                [event.fields["source"], event.fields["dest"]] if at >= 0 and event.name == "proxy.transition" else 0,
+            ]
+            for event, at in events
+        ],
+    }
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds, 6)

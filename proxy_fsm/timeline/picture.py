@@ -1,0 +1,187 @@
+"""A run over time: states, events, and bytes a second, proxies one below the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, width_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from proxy_fsm.timeline.run import Event, Flow, Run, Stay, Track
+
+__all__ = ["run_scene"]
+
+_WIDTH, _LEFT, _RIGHT = 1000.0, 92.0, 92.0
+_TOP, _BOTTOM = 66.0, 44.0
+_BAND, _EVENTS, _FLOW = 26.0, 18.0, 34.0
+_FINAL_WIDTH = 72.0
+#: More proxies than this are drawn without their events and bytes.
+_IN_FULL = 12
+_SMALL, _NORMAL = 11.0, 13.0
+
+
+def run_scene(run: Run) -> Scene:
+    """Return the picture of a run."""
+    in_full = len(run.tracks) <= _IN_FULL
+    each = 2 * _NORMAL + _BAND + 22 + (_EVENTS + 2 * _FLOW + 26 if in_full else 0)
+    scene = Scene(_WIDTH, _TOP + each * len(run.tracks) + _BOTTOM, f"{run.title}: {_endings(run)}")
+    began = run.began.isoformat(sep=" ", timespec="seconds")
+    scene.groups.append(
+        Group(
+            (
+                Text(_WIDTH / 2, 26, run.title, "name", 15),
+                Text(_WIDTH / 2, 45, f"began {began}, took {_seconds(run.duration_s)}", "caption", _SMALL),
+            )
+        )
+    )
+    scale = _Scale(run)
+    scene.groups.append(Group(tuple(_grid(scale, scene.height - _BOTTOM))))
+    for at, track in enumerate(run.tracks):
+        scene.groups.extend(_track_groups(track, scale, _TOP + at * each, in_full=in_full))
+    return scene
+
+
+def _endings(run: Run) -> str:
+    return "; ".join(track.ending for track in run.tracks)
+
+
+class _Scale:
+    """Where times are, and how often they are written."""
+
+    def __init__(self, run: Run) -> None:
+        self.duration_s = max(run.duration_s, 1e-3)
+        rough = self.duration_s / 8
+        power = 10.0 ** _floor_log10(rough)
+        self.step_s = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+
+    def x(self, at_s: float) -> float:
+        share = min(max(at_s / self.duration_s, 0.0), 1.0)
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def marks(self) -> Iterator[tuple[float, str]]:
+        digits = max(0, -_floor_log10(self.step_s))
+        for at in range(int(self.duration_s / self.step_s + 1e-9) + 1):
+            yield self.x(at * self.step_s), f"{at * self.step_s:.{digits}f} s"
+
+
+def _floor_log10(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])
+
+
+def _grid(scale: _Scale, bottom: float) -> Iterator[Line | Text]:
+    for x, words in scale.marks():
+        yield Line(((x, _TOP - 6), (x, bottom)), "grid")
+        yield Text(x, bottom + 18, words, "caption", _SMALL)
+
+
+def _track_groups(track: Track, scale: _Scale, top: float, *, in_full: bool) -> Iterator[Group]:
+    failed = track.reason is not None and not track.reason.clean
+    heading = f"{track.session} ({track.proxy_id})"
+    size = _NORMAL
+    ending_x = _LEFT + width_of(heading, size, bold=True) + 14
+    ending = _shortened(track.ending, _WIDTH - ending_x - 8, size)
+    yield Group(
+        (
+            Text(_LEFT, top + size, heading, "name", size, "start"),
+            Text(ending_x, top + size, ending, "fault" if failed else "plain", size, "start"),
+        )
+    )
+    y = top + 1.6 * size
+    yield Group((_row_name("states", y + _BAND / 2),))
+    for stay in track.stays:
+        yield _stay_group(stay, scale, y)
+    y += _BAND + 14
+    times = " · ".join(
+        f"{stay.state} {_seconds(stay.end_s - stay.begin_s)}" for stay in track.stays if not stay.state.is_final
+    )
+    yield Group((Text(_LEFT, y, times, "caption", _SMALL, "start"),))
+    if in_full:
+        y += 8
+        yield Group((_row_name("events", y + _EVENTS / 2), *_ticks(track.events, scale, y)))
+        yield from _flow_groups(track.flows, scale, y + _EVENTS + 8)
+
+
+def _row_name(words: str, y: float) -> Text:
+    return Text(12, y + 4, words, "caption", _SMALL, "start")
+
+
+def _stay_group(stay: Stay, scale: _Scale, y: float) -> Group:
+    begin, end = scale.x(stay.begin_s), scale.x(stay.end_s)
+    if stay.state.is_final:
+        end = begin + _FINAL_WIDTH
+    end = max(end, begin + 2)
+    items: list[Box | Line | Text] = [Box(begin, y, end - begin, _BAND, f"is-{stay.state}", 2)]
+    if width_of(str(stay.state), _SMALL, bold=True) + 6 <= end - begin:
+        items.append(Text((begin + end) / 2, y + _BAND / 2 + 4, str(stay.state), "name", _SMALL))
+    return Group(tuple(items), title=f"{stay.state}: {_seconds(stay.end_s - stay.begin_s)}")
+
+
+_LEVELS = {"warning": "tick-warning", "error": "tick-error", "critical": "tick-error"}
+
+
+def _ticks(events: tuple[Event, ...], scale: _Scale, y: float) -> Iterator[Line]:
+    """Draw at most one line for a unit of width: the one that says most."""
+    loudest: dict[int, str] = {}
+    kinds = ["tick", "tick-change", "tick-warning", "tick-error"]
+    for event in events:
+        x = round(scale.x(event.at_s))
+        kind = _LEVELS.get(event.level, "tick-change" if event.name == "proxy.transition" else "tick")
+        loudest[x] = max(kind, loudest.get(x, "tick"), key=kinds.index)
+    for x, kind in sorted(loudest.items()):
+        yield Line(((x, y + (6 if kind == "tick" else 0)), (x, y + _EVENTS)), kind)
+
+
+def _flow_groups(flows: tuple[Flow, ...], scale: _Scale, y: float) -> Iterator[Group]:
+    middle = y + _FLOW
+    most = max((max(flow.to_agent, flow.from_agent) for flow in flows), default=0.0)
+    items: list[Line | Text | Box] = [
+        _row_name("to agent", middle - _FLOW / 2),
+        _row_name("from agent", middle + _FLOW / 2),
+    ]
+    for steps, kind, sign in (
+        (_steps([(flow.begin_s, flow.end_s, flow.to_agent) for flow in flows]), "flow-to", -1),
+        (_steps([(flow.begin_s, flow.end_s, flow.from_agent) for flow in flows]), "flow-from", 1),
+    ):
+        if most > 0 and steps:
+            points = [(scale.x(at_s), middle + sign * rate / most * _FLOW) for at_s, rate in steps]
+            items.append(Line(((points[0][0], middle), *points, (points[-1][0], middle)), kind))
+    items.append(Line(((_LEFT, middle), (_WIDTH - _RIGHT, middle)), "grid"))
+    words = f"max {_rate(most)}" if most > 0 else "nothing was carried"
+    items.append(Text(_WIDTH - _RIGHT + 6, middle + 4, words, "caption", 10, "start"))
+    yield Group(tuple(items))
+
+
+def _steps(spans: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
+    """Return the corners of the sum of rectangles, which may overlap."""
+    changes: dict[float, float] = {}
+    for begin_s, end_s, rate in spans:
+        changes[begin_s] = changes.get(begin_s, 0.0) + rate
+        changes[end_s] = changes.get(end_s, 0.0) - rate
+    corners, rate = [], 0.0
+    for at_s in sorted(changes):
+        corners.append((at_s, rate))
+        rate = max(rate + changes[at_s], 0.0)
+        corners.append((at_s, rate))
+    return corners
+
+
+def _rate(value: float) -> str:
+    for unit in ("B/s", "kB/s", "MB/s"):
+        if value < 1000:  # noqa: PLR2004 - the next unit
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} GB/s"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value < 100 else f"{value:,.0f} s"  # noqa: PLR2004 - thousandths say nothing then
+
+
+def _shortened(words: str, room: float, size: float) -> str:
+    if width_of(words, size) <= room:
+        return words
+    while words and width_of(words + "…", size) > room:
+        words = words[:-1]
+    return words + "…"

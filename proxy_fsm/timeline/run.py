@@ -1,0 +1,356 @@
+"""Reads what ``proxy-fsm run`` and ``demo`` print with ``--log-format json``: one event a line."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from proxy_fsm.errors import ProxyFsmError
+from proxy_fsm.lifecycle import State
+from proxy_fsm.status import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Event", "Flow", "Run", "Stay", "TimelineError", "Track", "read"]
+
+#: Fields of every event, which are shown elsewhere or say nothing.
+_COMMON = frozenset({"event", "level", "timestamp", "proxy_id", "session"})
+_REASONS = {str(reason): reason for reason in EndReason}
+_TOTALS = ("bytes_to_agent", "bytes_from_agent")
+
+
+class TimelineError(ProxyFsmError, ValueError):
+    """What was recorded cannot be read; the message is a sentence with the number of the line.
+
+    Attributes:
+        line: The number of the line, from 1; None where it is about all of them.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        self.line = line
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[TimelineError], tuple[str, int | None]]:
+        return type(self), (str(self), self.line)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the record.
+
+    Attributes:
+        at_s: When, in seconds since the run's beginning.
+        name: The event's name.
+        level: Its level.
+        fields: Its other fields.
+        line: The number of its line.
+    """
+
+    at_s: float
+    name: str
+    level: str
+    fields: dict[str, Any]
+    line: int
+
+    @property
+    def words(self) -> str:
+        """What it says, for a person, on one line, its control characters spelled out."""
+        fields = self.fields
+        if self.name == "proxy.transition":
+            words = f"{fields['source']} → {fields['dest']} ({fields['trigger']})"
+            detail = fields.get("detail")
+            return _printable(f"{words}: {detail}" if detail else words)
+        said = {
+            name: value for name, value in fields.items() if name not in _COMMON and value not in (None, "", [], {})
+        }
+        return _printable(", ".join(f"{name} {value}" for name, value in said.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A state, from its beginning to its end.
+
+    Attributes:
+        state: The state.
+        begin_s: When it was entered, in seconds since the run's beginning.
+        end_s: When it was left; for the last one, the end of the run.
+    """
+
+    state: State
+    begin_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What the tunnel carried for a while: an average between two looks, never more exact than those.
+
+    Attributes:
+        begin_s: The earlier look, in seconds since the run's beginning.
+        end_s: The later one.
+        to_agent: Bytes a second to the agent.
+        from_agent: Bytes a second from it.
+    """
+
+    begin_s: float
+    end_s: float
+    to_agent: float
+    from_agent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One proxy of a run.
+
+    Attributes:
+        proxy_id: Its id.
+        session: Its session's name.
+        stays: Its states, in order.
+        events: Its events, in order.
+        flows: What its tunnel carried, in order.
+        reason: Why it ended; None where the record ends before.
+        detail: One sentence about that.
+        hint: What to do about it.
+    """
+
+    proxy_id: str
+    session: str
+    stays: tuple[Stay, ...]
+    events: tuple[Event, ...]
+    flows: tuple[Flow, ...]
+    reason: EndReason | None
+    detail: str
+    hint: str
+
+    @property
+    def state(self) -> State:
+        """The last one."""
+        return self.stays[-1].state
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in words."""
+        if self.reason is None:
+            return f"still {self.state} where the record ends"
+        return f"{self.state}: {self.reason}" + (f" – {self.detail}" if self.detail else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that a record holds.
+
+    Attributes:
+        began: When it began.
+        duration_s: How long it took, in seconds.
+        tracks: The proxies in it, by their first change of state.
+        events: Those events that belong to none.
+    """
+
+    began: datetime
+    duration_s: float
+    tracks: tuple[Track, ...]
+    events: tuple[Event, ...]
+
+    @property
+    def title(self) -> str:
+        """The names of its sessions."""
+        names = list(dict.fromkeys(_printable(track.session) for track in self.tracks))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""  # noqa: PLR2004
+        return f"Session{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+
+
+@dataclass(slots=True)
+class _Line:
+    """A line that is an event."""
+
+    number: int
+    at: datetime
+    whole: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A proxy, while its lines are read."""
+
+    lines: list[_Line] = field(default_factory=list)
+    transitions: list[_Line] = field(default_factory=list)
+
+
+def read(lines: Iterable[bytes], name: str = "The record") -> Run:
+    """Read a run.
+
+    Args:
+        lines: Its lines, as they are in the file; empty ones are passed over.
+        name: What to call it in messages: the file's name.
+
+    Raises:
+        TimelineError: A line is no event, is cut short, or does not follow from those before it; or no line tells of a
+            change of state.
+    """
+    parsed = _monotonic([_parsed(number, raw, name) for number, raw in enumerate(lines, 1) if raw.strip()])
+    drafts: dict[str, _Draft] = {}
+    others = []
+    for line in parsed:
+        proxy_id = line.whole.get("proxy_id")
+        if not isinstance(proxy_id, str):
+            others.append(line)
+            continue
+        draft = drafts.setdefault(proxy_id, _Draft())
+        draft.lines.append(line)
+        if line.whole["event"] == "proxy.transition":
+            _check_transition(line, draft.transitions, proxy_id, name)
+            draft.transitions.append(line)
+    drafts = {proxy_id: draft for proxy_id, draft in drafts.items() if draft.transitions}
+    if not drafts:
+        raise TimelineError(
+            f"{name} tells of no change of state: record a run with proxy-fsm run --log-format json, "
+            "and keep its standard output."
+        )
+    first = {proxy_id: draft.transitions[0] for proxy_id, draft in drafts.items()}
+    origin = min(
+        [parsed[0].at.timestamp(), *(line.at.timestamp() - line.whole["elapsed_s"] for line in first.values())]
+    )
+    end_s = parsed[-1].at.timestamp() - origin
+    tracks = [
+        _track(proxy_id, drafts[proxy_id], origin, end_s, name)
+        for proxy_id in sorted(drafts, key=lambda proxy_id: first[proxy_id].number)
+    ]
+    return Run(
+        datetime.fromtimestamp(origin, parsed[0].at.tzinfo),
+        end_s,
+        tuple(tracks),
+        tuple(_event(line, origin) for line in others),
+    )
+
+
+def _parsed(number: int, raw: bytes, name: str) -> _Line:
+    where = f"{name}, line {number}"
+    try:
+        whole = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise TimelineError(f"{where} is not UTF-8: the file is damaged, or is no record of events.", number) from error
+    except (ValueError, RecursionError) as error:
+        if not raw.endswith(b"\n"):
+            raise TimelineError(
+                f"{where} is cut short: remove that line, and what came before it can be drawn.", number
+            ) from error
+        raise TimelineError(f"{where} is no JSON: {error}.", number) from error
+    if not isinstance(whole, dict) or not isinstance(whole.get("event"), str):
+        raise TimelineError(f"{where} is no event: it must be a JSON object with an 'event'.", number)
+    try:
+        at = datetime.fromisoformat(whole["timestamp"])
+        at.timestamp()
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise TimelineError(f"{where} has no 'timestamp' in ISO 8601.", number) from error
+    if at.tzinfo is None:
+        raise TimelineError(f"{where} has a 'timestamp' without a time zone.", number)
+    return _Line(number, at, whole)
+
+
+def _monotonic(lines: list[_Line]) -> list[_Line]:
+    """Let a clock that was set back stand still instead."""
+    for before, line in pairwise(lines):
+        line.at = max(line.at, before.at)
+    return lines
+
+
+def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str) -> None:
+    whole, where = line.whole, f"{name}, line {line.number}"
+    for key in ("source", "dest"):
+        if not isinstance(whole.get(key), str) or whole[key] not in set(State):
+            raise TimelineError(f"{where} has no state as '{key}': {whole.get(key)!r}.", line.number)
+    if not isinstance(whole.get("trigger"), str):
+        raise TimelineError(f"{where} has no 'trigger'.", line.number)
+    _count(line, "elapsed_s", name)
+    expected = before[-1].whole["sequence"] + 1 if before else 1
+    if whole.get("sequence") != expected:
+        raise TimelineError(
+            f"{where} has change {whole.get('sequence')!r:.40} of proxy {_printable(proxy_id)} where change {expected} "
+            "is due: lines are missing before it.",
+            line.number,
+        )
+    if before and before[-1].whole["dest"] != whole["source"]:
+        raise TimelineError(
+            f"{where} leaves state {whole['source']}, and proxy {_printable(proxy_id)} was {before[-1].whole['dest']}.",
+            line.number,
+        )
+
+
+def _count(line: _Line, key: str, name: str) -> float:
+    """Return a number of a line that cannot be negative."""
+    value = line.whole.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18 or math.isnan(value):  # noqa: PLR2004
+        raise TimelineError(
+            f"{name}, line {line.number} has no number of 0 or more as '{key}': {value!r:.40}.", line.number
+        )
+    return value
+
+
+def _event(line: _Line, origin: float) -> Event:
+    whole = line.whole
+    fields = {key: value for key, value in whole.items() if key not in {"event", "level", "timestamp"}}
+    return Event(line.at.timestamp() - origin, whole["event"], str(whole.get("level", "info")), fields, line.number)
+
+
+def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str) -> Track:
+    first, last = draft.transitions[0], draft.transitions[-1]
+    begin_s = first.at.timestamp() - origin - first.whole["elapsed_s"]
+    stays = []
+    for line in draft.transitions:
+        at_s = line.at.timestamp() - origin
+        stays.append(Stay(State(line.whole["source"]), begin_s, at_s))
+        begin_s = at_s
+    stays.append(Stay(State(last.whole["dest"]), begin_s, end_s))
+    reason = last.whole.get("reason") if stays[-1].state.is_final else None
+    if reason is not None and (not isinstance(reason, str) or reason not in _REASONS):
+        raise TimelineError(f"{name}, line {last.number} has no reason as 'reason': {reason!r:.40}.", last.number)
+    return Track(
+        proxy_id=_printable(proxy_id),
+        session=_printable(str(first.whole.get("session", ""))),
+        stays=tuple(stays),
+        events=tuple(_event(line, origin) for line in draft.lines),
+        flows=_flows(draft.lines, origin, name),
+        reason=None if reason is None else _REASONS[reason],
+        detail=_printable(str(last.whole.get("detail") or "")),
+        hint=_printable(str(last.whole.get("hint") or "")),
+    )
+
+
+def _flows(lines: list[_Line], origin: float, name: str) -> tuple[Flow, ...]:
+    """Return the averages between looks (``tunnel.stats``), and what the ends of connections add to them."""
+    flows: list[Flow] = []
+    seen, closed, looked_s = (0.0, 0.0), (0.0, 0.0), None
+    apart: list[Flow] = []
+    for line in lines:
+        at_s = line.at.timestamp() - origin
+        if line.whole["event"] == "tunnel.stats":
+            now = (_count(line, _TOTALS[0], name), _count(line, _TOTALS[1], name))
+            if now[0] < seen[0] or now[1] < seen[1]:
+                raise TimelineError(f"{name}, line {line.number} has totals below those before it.", line.number)
+            begin_s = max(at_s - _count(line, "interval_s", name), looked_s or 0.0)
+            flows.append(_flow(begin_s, at_s, now[0] - seen[0], now[1] - seen[1]))
+            seen, looked_s = now, at_s
+        elif line.whole["event"] == "tunnel.closed":
+            carried = (_count(line, _TOTALS[0], name), _count(line, _TOTALS[1], name))
+            closed = (closed[0] + carried[0], closed[1] + carried[1])
+            apart.append(_flow(max(at_s - _count(line, "duration_s", name), 0.0), at_s, *carried))
+    if looked_s is None:
+        return tuple(apart)
+    rest = (closed[0] - seen[0], closed[1] - seen[1])
+    if apart and min(rest) >= 0 and max(rest) > 0 and apart[-1].end_s > looked_s:
+        flows.append(_flow(looked_s, apart[-1].end_s, *rest))
+    return tuple(flows)
+
+
+def _flow(begin_s: float, end_s: float, to_agent: float, from_agent: float) -> Flow:
+    took_s = max(end_s - begin_s, 1e-3)  # nothing is timed better
+    return Flow(begin_s, end_s, to_agent / took_s, from_agent / took_s)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

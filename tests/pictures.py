@@ -1,0 +1,181 @@
+"""Makes what is committed in ``diagrams/``, all of it from the code and from recorded runs.
+
+``python -m tests.pictures`` writes it; with ``--check`` it only tells what is out of date, by its exit status too.
+The runs in ``diagrams/runs`` were recorded with ``proxy-fsm demo --log-format json`` and the real programs; in the one
+with a fault, the agent was killed with SIGKILL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+import proxy_fsm
+from proxy_fsm import diagram, timeline
+from proxy_fsm.diagram.drawing import Link, Node, graph_scene
+from proxy_fsm.diagram.scene import svg
+
+from .imports import imports_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(proxy_fsm.__file__).parent
+RUNS = ("healthy", "fault")
+
+
+def module_map() -> dict[str, set[str]]:
+    """Return which module imports which when it runs; a package counts as one, ``proxy_fsm`` for its public names."""
+    found: dict[str, set[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        module = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        name = {"__init__": "proxy_fsm"}.get(module, module)
+        used = {imported.partition(".")[0] for imported in imports_of(file)}
+        found.setdefault(name, set()).update(used)
+    del found["__main__"]
+    for name, used in found.items():
+        public = {each for each in used if each not in found}
+        found[name] = (used - public | ({"proxy_fsm"} if public else set())) - {name}
+    return found
+
+
+def reduced(graph: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Leave out what follows from the rest."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        pending = list(graph[start])
+        while pending:
+            name = pending.pop()
+            if name not in seen:
+                seen.add(name)
+                pending += graph[name]
+        return seen
+
+    return {
+        name: sorted(each for each in used if not any(each in reached(other) for other in used - {each}))
+        for name, used in graph.items()
+    }
+
+
+def module_svg() -> str:
+    graph = reduced(module_map())
+    nodes = {name: Node(((name, "name"),)) for name in graph}
+    links = [Link(name, each) for name, used in graph.items() for each in used]
+    caption = ["An arrow: imports. What follows from other arrows is left out."]
+    return svg(graph_scene("Modules of proxy_fsm", nodes, links, caption=caption, node_gap=18, rank_gap=26))
+
+
+def module_mermaid() -> str:
+    graph = reduced(module_map())
+    return "flowchart TD\n" + "".join(f"    {name} --> {each}\n" for name, used in graph.items() for each in used)
+
+
+def run(name: str) -> timeline.Run:
+    file = ROOT / "diagrams" / "runs" / f"{name}.jsonl"
+    with file.open("rb") as lines:
+        return timeline.read(lines, file.name)
+
+
+def overview() -> str:
+    """Return what a reader of the directory sees first."""
+    return "\n".join(
+        [
+            "# Pictures",
+            "",
+            "`make diagrams` draws all of these from the code and from the recorded runs in `runs/`; `make test` fails",
+            "where one is out of date.",
+            "",
+            "## The lifecycle",
+            "",
+            "![The state diagram](lifecycle.svg)",
+            "",
+            "Every trigger with every state; `–` is ignored, `·` is refused:",
+            "",
+            diagram.markdown_table(),
+            "In Mermaid's language:",
+            "",
+            f"```mermaid\n{diagram.mermaid()}```",
+            "",
+            "## A healthy start, and its end",
+            "",
+            f"```mermaid\n{timeline.sequence_mermaid(run('healthy'))}```",
+            "",
+            "![The run over time](run-healthy.svg)",
+            "",
+            "## A fault: the agent was killed",
+            "",
+            f"```mermaid\n{timeline.sequence_mermaid(run('fault'))}```",
+            "",
+            "![The run over time](run-fault.svg)",
+            "",
+            "## The modules",
+            "",
+            "![Which module imports which](modules.svg)",
+            "",
+        ]
+    )
+
+
+#: What is committed, by its path.
+PICTURES: dict[str, Callable[[], str | bytes]] = {
+    "diagrams/README.md": overview,
+    "diagrams/lifecycle.mmd": diagram.mermaid,
+    "diagrams/lifecycle.md": diagram.markdown_table,
+    "diagrams/lifecycle.svg": partial(diagram.draw, picture="svg"),
+    "diagrams/lifecycle.png": partial(diagram.draw, picture="png"),
+    "diagrams/modules.mmd": module_mermaid,
+    "diagrams/modules.svg": module_svg,
+    "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, picture="svg"),
+}
+for _name in RUNS:
+    PICTURES |= {
+        f"diagrams/sequence-{_name}.mmd": lambda name=_name: timeline.sequence_mermaid(run(name)),  # type: ignore[misc]
+        f"diagrams/sequence-{_name}.svg": lambda name=_name: svg(timeline.sequence_scene(run(name))),  # type: ignore[misc]
+        f"diagrams/run-{_name}.svg": lambda name=_name: timeline.draw(run(name), "svg"),  # type: ignore[misc]
+    }
+
+
+def is_same(committed: bytes, drawn: str | bytes) -> bool:
+    """Tell whether a picture is what is committed: text to the byte, PNG by what it shows.
+
+    How PNG is compressed depends on the processor, and so may the last bit of a blended pixel.
+    """
+    if isinstance(drawn, str):
+        return committed == drawn.encode()
+    try:
+        seen = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int) for data in (committed, drawn)]
+    except OSError:
+        return False
+    return seen[0].shape == seen[1].shape and float((abs(seen[0] - seen[1]) > 8).mean()) < 1e-4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the pictures, or check them; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.pictures", description="Draw what is committed.")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where the repository is")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where one is out of date")
+    options = parser.parse_args(arguments)
+    stale = []
+    for name, draw in PICTURES.items():
+        file, drawn = options.root / name, draw()
+        if file.is_file() and is_same(file.read_bytes(), drawn):
+            continue
+        stale.append(name)
+        sys.stdout.write(f"{'out of date' if options.check else 'drawn'}: {name}\n")
+        if not options.check:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
