@@ -21,7 +21,7 @@ from pygraphviz import AGraph  # type: ignore[import-untyped]
 from transitions import Machine
 from transitions.extensions import HierarchicalMachine
 
-from proxy_fsm import CommandBackend, EndReason, Lifecycle, NX3Backend, Proxy, State, Trigger, diagram
+from proxy_fsm import Backend, CommandBackend, EndReason, Lifecycle, NX3Backend, Proxy, State, Trigger, diagram
 from proxy_fsm.diagram import Arrow, Chart, DiagramError, Step
 from proxy_fsm.diagram.drawing import chart_scene
 from proxy_fsm.diagram.scene import Box, Text, width_of
@@ -68,7 +68,11 @@ class TestWhatIsCommitted:
         """``make diagrams`` brings it up to date."""
         assert pictures.is_same((ROOT / name).read_bytes(), pictures.PICTURES[name]()), f"{name}: make diagrams"
 
-    def test_is_written_and_checked(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_is_written_and_checked(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        few = ("diagrams/lifecycle.mmd", "diagrams/lifecycle.md", "diagrams/lifecycle.png")
+        monkeypatch.setattr(pictures, "PICTURES", {name: pictures.PICTURES[name] for name in few})
         target = ["--root", str(tmp_path)]
         assert pictures.main([*target, "--check"]) == 1
         assert not list(tmp_path.iterdir())
@@ -389,8 +393,10 @@ class OwnBackend(CommandBackend):
             return EndReason.NEGOTIATION_FAILED, "It was the wrong password."
         return self._else(evidence)
 
-    def _else(self, _evidence: Evidence) -> tuple[EndReason, str] | None:
-        return next(((reason, "") for reason in SOME_REASONS), None)
+    def _else(self, evidence: Evidence) -> tuple[EndReason, str] | None:
+        if not evidence.lines:
+            return next(((reason, self.name) for reason in EndReason if reason is EndReason.PROXY_EXITED), None)
+        return self._else(evidence) if SOME_REASONS else None
 
 
 SOME_REASONS = {EndReason.VIEWER_CLOSED: [(EndReason.PEER_LOST,)]}
@@ -453,9 +459,10 @@ class TestMachinesOfClients:
         assert {"negotiation_failed", "peer_lost", "session_ended", "proxy_killed"} <= set(notes["stopping"])
         own = dict(diagram.chart_of(OwnBackend).notes)
         assert own["tunnelling"] == ("listens on TCP, for any number of connections", "needs an X server")
-        assert own["stopping"] == ("finds out:", "negotiation_failed", "peer_lost", "viewer_closed")
+        assert own["stopping"] == ("finds out:", "negotiation_failed", "peer_lost", "proxy_exited", "viewer_closed")
         viewer = CommandBackend(["x", "{path}"], max_connections=2)
         assert dict(diagram.chart_of(viewer).notes)["tunnelling"] == ("listens on a unix socket, for 2 connections",)
+        assert "stopping" not in dict(diagram.chart_of(Backend).notes)
         assert "note right of stopping" in str(diagram.draw(OwnBackend))
         assert "finds out:; negotiation_failed" in str(diagram.draw(OwnBackend, "table"))
         assert "negotiation_failed" in words(svg_of(OwnBackend))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, replace
 from enum import Enum
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from transitions import Machine
@@ -255,23 +256,22 @@ def _backend_chart(backend: Backend | type[Backend]) -> Chart:
 def _reasons_of(backend: Backend | type[Backend]) -> set[str]:
     """Return the reasons that a backend's `diagnose` names, itself or in what it uses."""
     found: set[str] = set()
-    pending: list[Any] = [inspect.unwrap(backend.diagnose)]
-    seen: set[int] = set()
+    pending: list[Any] = [backend.diagnose]
+    seen: dict[int, Any] = {}  # they are kept, so that no number is given out twice
     while pending:
-        thing = pending.pop()
+        thing = inspect.unwrap(pending.pop())
+        thing = getattr(thing, "__func__", thing)  # a method is made anew each time it is asked for
         if id(thing) in seen:
             continue
-        seen.add(id(thing))
+        seen[id(thing)] = thing
         if isinstance(thing, EndReason):
             found.add(str(thing))
         elif isinstance(thing, tuple | list | set | frozenset):
             pending += thing
         elif isinstance(thing, dict):
             pending += [*thing, *thing.values()]
-        elif code := getattr(thing, "__code__", None):
-            pending += _used(code, thing.__globals__, backend)
-        elif hasattr(thing, "__dataclass_fields__") and not isinstance(thing, type):
-            pending += [getattr(thing, name) for name in thing.__dataclass_fields__]
+        elif isinstance(thing, FunctionType):
+            pending += _used(thing.__code__, thing.__globals__, backend)
     return found
 
 

@@ -212,7 +212,7 @@ def _elements(item: Box | Line | Text) -> list[str]:
             path = f'<path class="{item.kind}" d="M{_at(item.points[0])} {"C" if item.curved else "L"}{rest}"/>'
             corners = " ".join(map(_at, _head(item)))
             return [path, *([f'<polygon class="head" points="{corners}"/>'] if corners else [])]
-        case Text():
+        case _:
             place = f'x="{_number(item.x)}" y="{_number(item.y)}" font-size="{_number(item.size)}"'
             return [f'<text class="{item.kind}" {place} text-anchor="{item.anchor}">{escape(legal(item.words))}</text>']
 
@@ -298,7 +298,7 @@ def _paint(axes: Axes, item: Box | Line | Text, style_of: Callable[[str], Style]
             axes.add_patch(PathPatch(Path(item.points, codes), **looks))
             if head := _head(item):
                 axes.add_patch(Polygon(head, facecolor=style_of("head")["fill"], linewidth=0, zorder=order + 1))
-        case Text():
+        case _:
             axes.text(
                 item.x,
                 item.y,

@@ -1,0 +1,290 @@
+"""The page that replays a run, in a real browser: it renders, follows the scrubber, and stays fluid."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from proxy_fsm import State, diagram, timeline
+from tests.test_timeline import HOSTILE, event, in_order, life, recorded, tunnel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from selenium.webdriver import Chrome
+
+WAIT_S = 30
+
+#: Sets the scrubber as a pointer would.
+SCRUB = "const s = document.getElementById('scrubber'); s.value = arguments[0]; s.dispatchEvent(new Event('input'));"
+
+
+class Page:
+    """What a person sees and does."""
+
+    def __init__(self, browser: Chrome) -> None:
+        self.browser = browser
+
+    def script(self, code: str, *arguments: object) -> Any:
+        return self.browser.execute_script(code, *arguments)
+
+    def scrub(self, index: int) -> None:
+        self.script(SCRUB, index)
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            ActionChains(self.browser).send_keys(key).perform()
+
+    @property
+    def here(self) -> list[str]:
+        """The states that are highlighted."""
+        return list(self.script("return [...document.querySelectorAll('#machine .here')].map(g => g.dataset.state)"))
+
+    @property
+    def taken(self) -> set[str]:
+        found = "[...document.querySelectorAll('#machine .taken')].map(g => g.dataset.from + ' ' + g.dataset.to)"
+        return set(self.script(f"return {found}"))
+
+    @property
+    def position(self) -> int:
+        return int(self.script("return document.getElementById('scrubber').value"))
+
+    def text(self, name: str) -> str:
+        return self.browser.find_element(By.ID, name).text
+
+
+def console(browser: Chrome) -> list[Any]:
+    """Return what was written to it since the last time."""
+    return list(browser.get_log("browser"))  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def opened(browser: Chrome, tmp_path: Path) -> Iterator[Callable[[timeline.Run], Page]]:
+    """Opens a run from disk; at the end nothing may stand in the browser's console."""
+    browser.get("about:blank")
+    console(browser)
+
+    def open_page(run: timeline.Run) -> Page:
+        file = tmp_path / "run.html"
+        file.write_text(str(timeline.draw(run, "html")), encoding="utf-8")
+        browser.get(file.as_uri())
+        return Page(browser)
+
+    yield open_page
+    assert console(browser) == []
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+
+
+def transitions(name: str) -> list[tuple[int, str]]:
+    """Return the numbers of the events that change the state, and the state."""
+    lines = (Path(__file__).parents[2] / "diagrams/runs" / f"{name}.jsonl").read_text().splitlines()
+    return [(at, e["dest"]) for at, e in enumerate(map(json.loads, lines)) if e["event"] == "proxy.transition"]
+
+
+@pytest.mark.parametrize("name", ["healthy", "fault"])
+def test_the_scrubber_moves_the_highlighted_state(opened: Callable[[timeline.Run], Page], name: str) -> None:
+    page = opened(recorded(name))
+    assert page.here == ["idle"]
+    assert page.taken == set()
+    way = set()
+    before = "idle"
+    for at, state in transitions(name):
+        page.scrub(at - 1)
+        assert page.here == [before]
+        page.scrub(at)
+        way.add(f"{before} {state}")
+        assert page.here == [state]
+        assert page.taken == way
+        assert f"desk: {state}".replace("desk", "demo") in page.text("where")
+        before = state
+    page.scrub(0)
+    assert page.here == ["idle"]
+
+
+def test_the_keyboard_does_all_of_it(opened: Callable[[timeline.Run], Page]) -> None:
+    page = opened(recorded("healthy"))
+    last = int(page.script("return document.getElementById('scrubber').max"))
+    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert page.position == 2
+    page.press(Keys.ARROW_LEFT)
+    assert page.position == 1
+    assert page.here == ["tunnelling"]
+    page.press(Keys.END)
+    assert (page.position, page.here) == (last, ["stopped"])
+    page.press(Keys.ARROW_RIGHT)
+    assert page.position == last
+    page.press(Keys.HOME)
+    assert (page.position, page.here) == (0, ["idle"])
+    page.press(Keys.PAGE_DOWN)
+    assert 0 < page.position < last
+    page.press(Keys.PAGE_UP)
+    assert page.position == 0
+    page.script("document.getElementById('scrubber').focus()")
+    page.press(Keys.ARROW_RIGHT)
+    assert page.position == 1  # once, and not once more by the slider itself
+
+
+def test_space_plays_to_the_end_and_pauses(opened: Callable[[timeline.Run], Page]) -> None:
+    page = opened(recorded("fault"))
+    page.press(Keys.SPACE)
+    assert page.text("play") == "Pause"
+    page.press(Keys.SPACE)
+    assert page.text("play") == "Play"
+    paused = page.position
+    page.script("document.getElementById('speed').value = 10")
+    page.press(Keys.SPACE)
+    WebDriverWait(page.browser, WAIT_S).until(lambda _: page.here == ["failed"])
+    WebDriverWait(page.browser, WAIT_S).until(lambda _: page.text("play") == "Play")
+    assert page.position > paused
+
+
+def test_buttons_have_names_and_the_focus_is_seen(opened: Callable[[timeline.Run], Page]) -> None:
+    page = opened(recorded("healthy"))
+    for control in page.browser.find_elements(
+        By.CSS_SELECTOR, "button, input:not([hidden]), select, canvas, svg, #events"
+    ):
+        assert control.accessible_name, control.get_attribute("outerHTML")
+    seen = []
+    for _ in range(9):
+        page.press(Keys.TAB)
+        seen.append(page.script("return document.activeElement.id"))
+        style = page.script(
+            "const s = getComputedStyle(document.activeElement); return s.outlineStyle + s.outlineWidth"
+        )
+        assert style == "solid3px"
+        if seen[-1] == "events":
+            break
+    assert {"play", "next", "speed", "scrubber", "events"} <= set(seen)
+    page.scrub(6)
+    told = page.browser.find_element(By.ID, "scrubber").get_attribute("aria-valuetext")
+    assert "7 of" in str(told)
+    assert "spawning → running" in str(told)
+
+
+def test_several_proxies_are_stacked_and_one_is_in_the_diagram(opened: Callable[[timeline.Run], Page]) -> None:
+    run = timeline.read(in_order(*life("aa", 1, session="one"), *life("bb", 1.5, session="two", upto=3)))
+    page = opened(run)
+    radios = page.browser.find_elements(By.CSS_SELECTOR, "#choices input")
+    assert len(radios) == 2
+    tops = [radio.location["y"] for radio in radios]
+    assert tops[1] > tops[0] + 60
+    page.press(Keys.END)
+    assert page.here == ["stopped"]
+    radios[1].click()
+    assert page.here == ["running"]
+    assert page.text("where").startswith("two: running")
+    page.scrub(1)  # an event of the other one
+    assert page.text("where").startswith("two: tunnelling")
+
+
+def painted(page: Page, x: float, y: float) -> tuple[int, ...]:
+    """Return the colour at a place of the lanes, in pixels of the page."""
+    code = """
+    const c = document.getElementById('canvas'), r = c.width / c.clientWidth;
+    const pen = new OffscreenCanvas(c.width, c.height).getContext('2d', { willReadFrequently: true });
+    pen.drawImage(c, 0, 0);
+    return [...pen.getImageData(arguments[0] * r, arguments[1] * r, 1, 1).data].slice(0, 3);
+    """
+    return tuple(page.script(code, x, y))
+
+
+def painted_so(page: Page, x: float, y: float, wanted: tuple[int, ...], _browser: Chrome) -> bool:
+    return painted(page, x, y) == wanted
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_is_painted_in_light_and_in_dark(opened: Callable[[timeline.Run], Page], theme: str) -> None:
+    try:
+        page = opened(timeline.read(in_order(*life(), tunnel(4.4, "stats", 10, 99, interval_s=1.9))))
+        emulated = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
+        width = page.script("return document.getElementById('canvas').clientWidth") - 64
+        for at, state in enumerate(list(State)[:5]):
+            colour = diagram.scene.STATE_COLOURS[state][theme == "dark"]
+            wanted = tuple(bytes.fromhex(colour[1:]))
+            is_painted = partial(painted_so, page, (at + 0.1) / 5 * width, 35, wanted)
+            WebDriverWait(page.browser, WAIT_S).until(is_painted)
+        ground = page.script("return getComputedStyle(document.body).backgroundColor")
+        assert ground == ("rgb(13, 17, 23)" if theme == "dark" else "rgb(255, 255, 255)")
+        page.scrub(2)
+        head = page.browser.find_element(By.ID, "playhead").rect["x"]
+        left = page.browser.find_element(By.ID, "canvas").rect["x"]
+        assert head - left == pytest.approx(3 / 5 * width, abs=2)
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_what_was_recorded_is_shown_and_never_run(opened: Callable[[timeline.Run], Page]) -> None:
+    lines = life("aa", session=HOSTILE)
+    lines.append(event(9, HOSTILE, detail=HOSTILE, level="error", proxy_id="aa"))
+    page = opened(timeline.read(lines))
+    page.press(Keys.END)
+    assert "<img src=x onerror=alert(2)>" in page.text("now")
+    assert "</script><script>alert(1)" in page.browser.title
+    assert page.script("return document.images.length") == 0
+    assert page.script("return document.scripts.length") == 2
+
+
+def test_ten_thousand_events_stay_fluid(opened: Callable[[timeline.Run], Page]) -> None:
+    """The work of a step does not grow with the run: few elements exist, and a step changes few of them."""
+    noise = [event(1 + at * 4 / 10_000, "process.output", proxy_id="aa", line=f"line {at}") for at in range(10_000)]
+    page = opened(timeline.read(in_order(*life(), *noise)))
+    assert page.script("return document.querySelectorAll('*').length") < 400
+    measured = page.script(
+        SCRUB.replace("arguments[0]", "0")
+        + """
+        let changes = 0;
+        const watch = new MutationObserver((list) => { changes += list.length; });
+        watch.observe(document.body, { attributes: true, childList: true, characterData: true, subtree: true });
+        const pen = CanvasRenderingContext2D.prototype, fill = pen.fillRect;
+        let fills = 0;
+        pen.fillRect = function (...a) { fills += 1; return fill.apply(this, a); };
+        const began = performance.now();
+        for (let step = 1; step <= 100; step += 1) {
+          s.value = step * 99;
+          s.dispatchEvent(new Event("input"));
+          document.body.getBoundingClientRect();
+        }
+        const took = performance.now() - began;
+        changes += watch.takeRecords().length;
+        pen.fillRect = fill;
+        return { changes, fills, took };
+        """
+    )
+    assert measured["changes"] / 100 < 150
+    assert measured["fills"] == 0
+    assert measured["took"] < 10_000
+    assert page.position == 9900
+    assert page.script("return document.querySelectorAll('*').length") < 400
+    shown = page.script("return document.querySelector('#rows .current').textContent")
+    assert page.text("now").split("· ")[1].split(",")[0] in shown
+
+
+def test_the_list_shows_what_is_in_sight_and_takes_clicks(opened: Callable[[timeline.Run], Page]) -> None:
+    noise = [event(1 + at * 4 / 500, "process.output", proxy_id="aa", line=f"line {at}") for at in range(500)]
+    page = opened(timeline.read(in_order(*life(), *noise)))
+    page.script("document.getElementById('events').scrollTop = 26 * 300")
+    WebDriverWait(page.browser, WAIT_S).until(
+        lambda _: page.script("return document.querySelector('#rows li').dataset.index") == "300"
+    )
+    page.script("document.querySelectorAll('#rows li')[2].click()")
+    assert page.position == 302
+
+
+def test_time_of_writing_the_page_is_bounded() -> None:
+    """A run of 10,000 events is read and written in well under the time that one would mind."""
+    noise = [event(1 + at * 4 / 10_000, "process.output", proxy_id="aa", line="x") for at in range(10_000)]
+    lines = in_order(*life(), *noise)
+    began = time.monotonic()
+    timeline.draw(timeline.read(lines), "html")
+    assert time.monotonic() - began < 20

@@ -1,0 +1,391 @@
+"""A run is drawn as it was, and a broken record is told by the number of its line."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import sys
+import xml.etree.ElementTree as ET
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from proxy_fsm import EndReason, State, timeline
+from proxy_fsm.diagram import DiagramError, scene
+from proxy_fsm.timeline import Flow, TimelineError
+
+RUNS = Path(__file__).parent.parent / "diagrams" / "runs"
+SVG = "{http://www.w3.org/2000/svg}"
+BEGAN = datetime(2026, 11, 22, 12, tzinfo=UTC)
+LIFE = [
+    ("start", "idle", "tunnelling"),
+    ("tunnel_opened", "tunnelling", "spawning"),
+    ("proxy_ready", "spawning", "running"),
+    ("stop", "running", "stopping"),
+    ("closed_cleanly", "stopping", "stopped"),
+]
+
+
+def event(at_s: float, name: str, **fields: Any) -> bytes:
+    stamp = (BEGAN + timedelta(seconds=at_s)).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return json.dumps({"event": name, "level": "info", "timestamp": stamp} | fields).encode() + b"\n"
+
+
+def life(proxy_id: str = "aa", begin_s: float = 1.0, *, upto: int = 5, session: str = "desk") -> list[bytes]:
+    """Return the changes of a healthy proxy, a second apart, the first after a second of idling."""
+    return [
+        event(
+            begin_s + at,
+            "proxy.transition",
+            proxy_id=proxy_id,
+            session=session,
+            trigger=trigger,
+            source=source,
+            dest=dest,
+            reason="stop_requested" if at >= 3 else None,
+            detail="It was asked to stop." if at >= 3 else "",
+            elapsed_s=1.0,
+            sequence=at + 1,
+        )
+        for at, (trigger, source, dest) in enumerate(LIFE[:upto])
+    ]
+
+
+def tunnel(at_s: float, name: str, to_agent: object, from_agent: int, **fields: Any) -> bytes:
+    return event(
+        at_s,
+        f"tunnel.{name}",
+        proxy_id="aa",
+        session="desk",
+        bytes_to_agent=to_agent,
+        bytes_from_agent=from_agent,
+        **fields,
+    )
+
+
+def in_order(*lines: bytes) -> list[bytes]:
+    return sorted(lines, key=lambda line: json.loads(line)["timestamp"])
+
+
+def recorded(name: str) -> timeline.Run:
+    with (RUNS / f"{name}.jsonl").open("rb") as lines:
+        return timeline.read(lines, name)
+
+
+def drawn(run: timeline.Run) -> ET.Element:
+    return ET.fromstring(str(timeline.draw(run, "svg")))  # noqa: S314 - we have written it
+
+
+def words(root: ET.Element) -> list[str]:
+    return [text.text or "" for text in root.iter(f"{SVG}text")]
+
+
+class TestReading:
+    def test_states_have_their_times(self) -> None:
+        (track,) = timeline.read(life()).tracks
+        assert [(str(stay.state), stay.begin_s, stay.end_s) for stay in track.stays] == [
+            ("idle", 0, 1),
+            ("tunnelling", 1, 2),
+            ("spawning", 2, 3),
+            ("running", 3, 4),
+            ("stopping", 4, 5),
+            ("stopped", 5, 5),
+        ]
+        assert (track.reason, track.detail) == (EndReason.STOP_REQUESTED, "It was asked to stop.")
+
+    def test_a_record_that_ends_early_is_drawn_so_far(self) -> None:
+        run = timeline.read([*life(upto=3), event(9, "demo.note")])
+        assert run.tracks[0].state is State.RUNNING
+        assert run.tracks[0].stays[-1].end_s == 9
+        assert run.tracks[0].reason is None
+        assert run.tracks[0].ending == "still running where the record ends"
+
+    def test_several_proxies_are_kept_apart_and_events_of_none_too(self) -> None:
+        lines = in_order(*life("aa"), *life("bb", 1.5, session="other"), event(0.5, "demo.began", programs="real"))
+        run = timeline.read([*lines, event(9, "tunnel.listening", proxy_id="cc")])
+        assert [track.proxy_id for track in run.tracks] == ["aa", "bb"]
+        assert [len(track.events) for track in run.tracks] == [5, 5]
+        assert [each.words for each in run.events] == ["programs real"]
+        assert run.title == "Sessions desk, other"
+        assert timeline.read([line for at in range(5) for line in life(f"{at}", 1, session=f"s{at}")]).title == (
+            "Sessions s0, s1, s2 and 2 more"
+        )
+
+    def test_a_clock_that_is_set_back_stands_still(self) -> None:
+        lines = life()
+        lines[2] = lines[2].replace(b"T12:00:03", b"T11:00:03")
+        (track,) = timeline.read(lines).tracks
+        assert [stay.begin_s for stay in track.stays] == [0, 1, 2, 2, 4, 5]
+
+    def test_empty_lines_are_passed_over_and_counted(self) -> None:
+        with pytest.raises(TimelineError, match="line 7"):
+            timeline.read([b"\n", *life(), b"{}\n"])
+        assert timeline.read([b"\n", *life(), b"  \n"]).tracks[0].events[0].line == 2
+
+    def test_recorded_runs_end_as_they_ended(self) -> None:
+        assert recorded("healthy").tracks[0].reason is EndReason.STOP_REQUESTED
+        (fault,) = recorded("fault").tracks
+        assert (fault.reason, fault.state) == (EndReason.PEER_LOST, State.FAILED)
+        assert fault.hint.startswith("Ask the server")
+        assert "cookie" not in (RUNS / "fault.jsonl").read_text() + (RUNS / "healthy.jsonl").read_text()
+
+
+class TestBytesASecond:
+    def test_are_averages_between_looks_and_the_rest_comes_with_the_end(self) -> None:
+        run = timeline.read(
+            in_order(
+                *life(),
+                tunnel(3, "stats", 100, 0, interval_s=1.0),
+                tunnel(3.5, "stats", 300, 1000, interval_s=0.5),
+                tunnel(4.5, "closed", 310, 1000, duration_s=2.4),
+            )
+        )
+        assert run.tracks[0].flows == (Flow(2, 3, 100, 0), Flow(3, 3.5, 400, 2000), Flow(3.5, 4.5, 10, 0))
+
+    def test_without_looks_are_the_averages_of_connections(self) -> None:
+        closed = [tunnel(4, "closed", 200, 50, duration_s=2.0), tunnel(4.5, "closed", 10, 0, duration_s=0.5)]
+        run = timeline.read(in_order(*life(), *closed))
+        assert run.tracks[0].flows == (Flow(2, 4, 100, 25), Flow(4, 4.5, 20, 0))
+
+    def test_of_connections_at_the_same_time_are_added(self) -> None:
+        assert timeline.picture._steps([(0, 2, 10), (1, 3, 5)]) == [
+            (0, 0), (0, 10), (1, 10), (1, 15), (2, 15), (2, 5), (3, 5), (3, 0)
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("carried", "said"), [(700, "700 B/s"), (2_500, "2.5 kB/s"), (31_400_000, "31.4 MB/s"), (4 * 10**9, "4 GB/s")]
+    )
+    def test_are_said_in_a_fitting_unit(self, carried: int, said: str) -> None:
+        run = timeline.read(in_order(*life(), tunnel(3, "stats", 0, carried, interval_s=1.0)))
+        assert f"max {said}" in words(drawn(run))
+
+    def test_are_none_where_nothing_was_carried(self) -> None:
+        run = timeline.read(life())
+        assert run.tracks[0].flows == ()
+        assert "nothing was carried" in words(drawn(run))
+
+
+def changed(at: int, **fields: Any) -> list[bytes]:
+    lines = life()
+    lines[at] = json.dumps(json.loads(lines[at]) | fields).encode() + b"\n"
+    return lines
+
+
+BROKEN = [
+    ("no JSON", [*life()[:2], b"{'event': 1}\n"], 3, "line 3 is no JSON: Expecting property name"),
+    ("cut short", [*life()[:2], life()[2][:40]], 3, "line 3 is cut short: remove that line"),
+    ("deep", [b"[" * 100_000 + b"\n"], 1, "line 1 is no JSON"),
+    ("long number", [b'{"event": ' + b"1" * 5000 + b"}\n"], 1, "line 1 is no JSON"),
+    ("not UTF-8", [*life(), b'{"event": "\xff"}\n'], 6, "line 6 is not UTF-8"),
+    ("binary", [b"\x89PNG\r\n", b"\x1a\n"], 1, "line 1 is not UTF-8"),
+    ("no object", [b"[1]\n"], 1, "line 1 is no event"),
+    ("no event", [b'{"timestamp": "2026-11-22T12:00:00Z"}\n'], 1, "line 1 is no event"),
+    ("event no text", [b'{"event": 3}\n'], 1, "line 1 is no event"),
+    ("no timestamp", [b'{"event": "x"}\n'], 1, "line 1 has no 'timestamp'"),
+    ("odd timestamp", changed(1, timestamp="yesterday"), 2, "line 2 has no 'timestamp' in ISO 8601"),
+    ("timestamp no text", changed(1, timestamp=3), 2, "line 2 has no 'timestamp'"),
+    ("no zone", changed(1, timestamp="2026-11-22T12:00:02"), 2, "line 2 has a 'timestamp' without a time zone"),
+    ("odd state", changed(1, dest="flying"), 2, "line 2 has no state as 'dest': 'flying'"),
+    ("state no text", changed(1, source=["idle"]), 2, "line 2 has no state as 'source'"),
+    ("no trigger", changed(0, trigger=None), 1, "line 1 has no 'trigger'"),
+    ("time below 0", changed(0, elapsed_s=-1), 1, "line 1 has no number of 0 or more as 'elapsed_s': -1"),
+    ("time no number", changed(0, elapsed_s=True), 1, "line 1 has no number"),
+    ("time NaN", changed(0, elapsed_s=float("nan")), 1, "line 1 has no number"),
+    ("time too large", changed(0, elapsed_s=1e300), 1, "line 1 has no number"),
+    ("first missing", life()[1:], 1, "line 1 has change 2 of proxy aa where change 1 is due: lines are missing"),
+    ("one missing", [*life()[:2], *life()[3:]], 3, "line 3 has change 4 of proxy aa where change 3 is due"),
+    ("twice", [life()[0], life()[0]], 2, "line 2 has change 1 of proxy aa where change 2 is due"),
+    ("gap", changed(1, source="running"), 2, "line 2 leaves state running, and proxy aa was tunnelling"),
+    ("odd reason", changed(4, reason="tired"), 5, "line 5 has no reason as 'reason': 'tired'"),
+    ("reason no text", changed(4, reason=["x"]), 5, "line 5 has no reason"),
+    (
+        "bytes no number",
+        [*life(), tunnel(9, "closed", "x", 1, duration_s=1)],
+        6,
+        "line 6 has no number.*bytes_to_agent",
+    ),
+    (
+        "fewer bytes",
+        [*life(), tunnel(9, "stats", 9, 9, interval_s=1), tunnel(9, "stats", 8, 9, interval_s=1)],
+        7,
+        "line 7 has totals below those before it",
+    ),
+    ("empty", [], None, "tells of no change of state: record a run with proxy-fsm run --log-format json"),
+    ("nothing of it", [event(0, "demo.began")], None, "tells of no change of state"),
+]
+
+
+class TestBrokenRecords:
+    @pytest.mark.parametrize(
+        ("lines", "number", "message"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN]
+    )
+    def test_are_told_in_a_sentence_with_the_line(self, lines: list[bytes], number: int | None, message: str) -> None:
+        with pytest.raises(TimelineError, match=message) as caught:
+            timeline.read(lines, "events.jsonl")
+        assert caught.value.line == number
+        told = str(caught.value)
+        assert told.startswith("events.jsonl")
+        assert told.endswith(".")
+        assert len(told) < 250
+        again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+        assert (str(again), again.line) == (told, number)
+
+    @given(st.integers(0, 10_000), st.binary(max_size=8))
+    def test_of_any_kind_are_told_or_drawn(self, at: int, put: bytes) -> None:
+        """What is cut out of a record, and put into it, never ends in anything else than a sentence."""
+        whole = b"".join(in_order(*life(), tunnel(3, "stats", 100, 0, interval_s=1.0)))
+        at %= len(whole)
+        damaged = io.BytesIO(whole[:at] + put + whole[at + len(put) + 1 :])
+        try:
+            run = timeline.read(damaged, "x")
+        except TimelineError as error:
+            assert error.line is None or error.line >= 1  # noqa: PT017 - it may come or not
+        else:
+            for picture in ("svg", "html", "mermaid"):
+                assert timeline.draw(run, picture)
+
+
+class TestThePicture:
+    def test_shows_each_state_in_its_time(self) -> None:
+        root = drawn(timeline.read(life()))
+        bands = [
+            (each.get("class", "")[3:], float(each.get("x", 0)), float(each.get("width", 0)))
+            for each in root.iter(f"{SVG}rect")
+            if each.get("class", "").startswith("is-")
+        ]
+        assert [name for name, _, _ in bands] == [str(stay.state) for stay in timeline.read(life()).tracks[0].stays]
+        wide = {name: width for name, _, width in bands}
+        assert wide["idle"] == pytest.approx(wide["running"], abs=0.02)
+        assert all(one[1] + one[2] == pytest.approx(other[1], abs=0.02) for one, other in pairwise(bands))
+
+    def test_says_how_it_ended_and_how_long_each_state_took(self) -> None:
+        shown = words(drawn(recorded("fault")))
+        assert "failed: peer_lost – nxproxy lost the agent, while the SSH connection lives." in shown
+        assert any(re.fullmatch(r"idle 0\.\d+ s · tunnelling .* · stopping 0\.\d+ s", line) for line in shown)
+        assert any(line.startswith("max 85.2 kB/s") for line in shown)
+
+    def test_stacks_proxies_and_leaves_details_out_where_there_are_many(self) -> None:
+        few, many = (
+            timeline.read([line for at in range(count) for line in life(f"p{at}", session=f"s{at}")])
+            for count in (3, 40)
+        )
+        tops = [
+            float(t.get("y", 0)) for t in drawn(few).iter(f"{SVG}text") if re.fullmatch(r"s\d \(p\d\)", t.text or "")
+        ]
+        assert len(tops) == 3
+        assert tops == sorted(tops)
+        assert min(b - a for a, b in pairwise(tops)) > 100
+        assert "events" in words(drawn(few))
+        assert "events" not in words(drawn(many))
+        assert sum(line == "states" for line in words(drawn(many))) == 40
+
+    def test_of_very_many_events_stays_small(self) -> None:
+        noise = [event(1 + at * 4 / 10_000, "process.output", proxy_id="aa", line="x") for at in range(10_000)]
+        run = timeline.read(in_order(*life(), *noise))
+        assert len(str(timeline.draw(run, "svg"))) < 200_000
+
+    def test_is_png_too_light_and_dark(self) -> None:
+        for theme, ground in (("light", (255, 255, 255)), ("dark", (13, 17, 23))):
+            picture = Image.open(io.BytesIO(timeline.draw(recorded("fault"), "png", theme=theme)))  # type: ignore[arg-type]
+            assert picture.convert("RGB").getpixel((2, 2)) == ground
+            assert picture.width == 2000
+
+    def test_that_is_too_large_for_png_is_told(self) -> None:
+        run = timeline.read([line for at in range(800) for line in life(f"p{at}")])
+        with pytest.raises(DiagramError, match="too large for PNG: draw SVG"):
+            timeline.draw(run, "png")
+
+    def test_needs_the_extra_for_png_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("matplotlib", "pygraphviz"):
+            monkeypatch.setitem(sys.modules, name, None)
+        for picture in timeline.FORMATS:
+            if picture != "png":
+                assert timeline.draw(recorded("fault"), picture)
+        with pytest.raises(DiagramError, match="pip install"):
+            timeline.draw(recorded("fault"), "png")
+
+    def test_of_a_format_that_is_not_there_is_told(self) -> None:
+        with pytest.raises(TimelineError, match="no format 'gif'; there are svg"):
+            timeline.draw(recorded("fault"), "gif")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("duration_s", [0.0, 1e-6, 0.02, 7.0, 95.0, 3600.0, 1e6])
+    def test_writes_times_at_round_places(self, duration_s: float) -> None:
+        run = timeline.read([*life(upto=1), event(1 + duration_s, "end")])
+        marks = [line for line in words(drawn(run)) if re.fullmatch(r"[\d.]+ s", line)]
+        assert 2 <= len(marks) <= 11
+        assert len(set(marks)) == len(marks)
+        assert marks[0] in {"0 s", "0.0 s", "0.00 s", "0.000 s"}
+
+
+class TestTheSequence:
+    def test_of_a_healthy_run(self) -> None:
+        lines = [line.strip() for line in timeline.sequence_mermaid(recorded("healthy")).splitlines()]
+        assert lines[0] == "sequenceDiagram"
+        told = [re.sub(r" \([\d.]+ s\)$", "", line) for line in lines if not line.startswith("participant")]
+        assert told[1:3] == ["client->>engine: start()", "Note over engine: tunnelling"]
+        for wanted in ("engine->>proxy: spawn nxproxy", "tunnel->>agent: open channel", "proxy-->>engine: proxy_ready"):
+            assert wanted in told
+        assert told[-2:] == ["Note over engine: stopped (stop_requested)", "engine-->>client: stopped"]
+        assert told.index("proxy-->>engine: proxy_ready") < told.index("client->>engine: stop()")
+
+    def test_of_a_fault_says_who_found_it(self) -> None:
+        shown = timeline.sequence_mermaid(recorded("fault"))
+        assert "proxy-->>engine: fault_found: peer_lost" in shown
+        assert "Note over engine: failed (peer_lost)" in shown
+
+    def test_has_what_the_engine_finds_itself_as_a_note_alone(self) -> None:
+        lines = changed(3, trigger="fault_found", reason="display_lost")
+        lines.insert(3, event(3.5, "link.silent", proxy_id="aa", silent_s=15))
+        shown = timeline.sequence_mermaid(timeline.read(lines))
+        assert "fault_found" not in shown
+        assert "tunnel-->>engine: link.silent" in shown
+
+    def test_is_a_picture_with_the_same_words(self) -> None:
+        run = recorded("fault")
+        root = ET.fromstring(scene.svg(timeline.sequence_scene(run)))  # noqa: S314
+        shown = set(words(root))
+        told = re.findall(r": (.*?)(?: \([\d.]+ s\))?$", timeline.sequence_mermaid(run), re.MULTILINE)
+        assert len(told) > 15
+        assert {line.replace("#95;", "_") for line in told} <= shown
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> %%DATA%% \u2028 \x1b[2J"
+
+
+class TestThePage:
+    def test_is_one_file_that_loads_nothing(self) -> None:
+        page = str(timeline.draw(recorded("healthy"), "html"))
+        assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:,)""", page)
+        assert not re.findall(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(", page)
+        assert re.findall(r"https?://[^\"' ]*", page) == ["http://www.w3.org/2000/svg"]
+        assert "default-src 'none'" in page
+
+    def test_holds_what_was_recorded_as_data_and_never_as_html(self) -> None:
+        lines = [line for at in ("aa", HOSTILE) for line in life(at, session=HOSTILE)]
+        lines.append(event(9, HOSTILE, detail=HOSTILE, level=HOSTILE, proxy_id="aa", **{HOSTILE: HOSTILE}))
+        page = str(timeline.draw(timeline.read(lines), "html"))
+        assert page.count("<script") == 2
+        assert page.count("</script") == 2
+        assert "<img" not in page
+        assert "\u2028" not in page
+        data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+        assert "</script><script>alert(1)" in data["tracks"][0]["session"]
+        assert any("onerror=alert(2)" in each[2] for each in data["events"])
+        root = ET.fromstring(str(timeline.draw(timeline.read(lines), "svg")))  # noqa: S314
+        assert not list(root.iter(f"{SVG}script"))
+        assert any("<script>alert(1)" in line for line in words(root))
+
+    def test_has_each_event_once_in_order(self) -> None:
+        page = str(timeline.draw(recorded("fault"), "html"))
+        data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+        names = [json.loads(line)["event"] for line in (RUNS / "fault.jsonl").read_text().splitlines()]
+        assert [each[2] for each in data["events"]] == names
+        assert [each[0] for each in data["events"]] == sorted(each[0] for each in data["events"])
