@@ -43,6 +43,8 @@ def diagram(
     events = Output(log_format, console_level=logging.ERROR)
 
     def body(_interrupts: Interrupts) -> int:
+        if output is None and (events.is_json or (picture == "png" and sys.stdout.isatty())):
+            raise UsageError("Standard output is not for this picture: say with --output where it is to go.")
         try:
             chart = drawing.LIFECYCLE if target is None else drawing.load(target)
             drawn = drawing.draw(chart, picture, highlight=highlight, theme=theme)
@@ -63,8 +65,6 @@ def deliver(drawn: str | bytes, path: Path | None, events: Output) -> int:
         UsageError: It cannot go there.
     """
     data = drawn.encode() if isinstance(drawn, str) else drawn
-    if path is None and (events.is_json or (isinstance(drawn, bytes) and sys.stdout.isatty())):
-        raise UsageError("Standard output is not for this picture: say with --output where it is to go.")
     try:
         if path is None:
             sys.stdout.buffer.write(data)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def sampled(proxy: Proxy, output: Output) -> Iterator[None]:
     if not output.is_recorded:
         yield
         return
-    ended = threading.Event()
-    sampler = threading.Thread(target=_sample, args=(proxy, output, ended), name="sampling", daemon=True)
+    ended = Event()
+    sampler = Thread(target=_sample, args=(proxy, output, ended), name="sampling", daemon=True)
     sampler.start()
     try:
         yield
@@ -44,7 +44,7 @@ def sampled(proxy: Proxy, output: Output) -> Iterator[None]:
         sampler.join()
 
 
-def _sample(proxy: Proxy, output: Output, ended: threading.Event) -> None:
+def _sample(proxy: Proxy, output: Output, ended: Event) -> None:
     carried, looked, pause_s = (0, 0), time.monotonic(), _BUSY_S
     while not ended.wait(pause_s):
         stats = proxy.status().tunnel

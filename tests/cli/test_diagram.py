@@ -1,0 +1,94 @@
+"""``proxy-fsm diagram``: all formats, a client's own machine, and sentences where it cannot be drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm import diagram
+
+from .program import WAIT_S, command, run
+
+if TYPE_CHECKING:
+    from .program import Home, Running
+
+
+def shown(program: Running) -> str:
+    return program.process.stdout.read()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("picture", [name for name in diagram.FORMATS if name != "png"])
+def test_writes_what_the_library_draws(home: Home, picture: diagram.Format) -> None:
+    program = run(home, "diagram", f"--format={picture}", "--highlight", "running", "--theme", "dark")
+    assert program.errors == ""
+    assert program.process.returncode == 0
+    assert shown(program) == diagram.draw(picture=picture, highlight="running", theme="dark")
+
+
+def test_is_mermaid_of_the_lifecycle_by_default(home: Home) -> None:
+    assert shown(run(home, "diagram")) == diagram.mermaid()
+
+
+def test_png_goes_to_a_pipe_and_never_to_a_terminal(home: Home) -> None:
+    arguments: dict[str, Any] = {"env": home.environ, "timeout": WAIT_S, "stderr": subprocess.PIPE}
+    piped = subprocess.run(command("diagram", "-f", "png"), stdout=subprocess.PIPE, check=False, **arguments)
+    assert piped.returncode == 0
+    assert b"Traceback" not in piped.stderr  # matplotlib may tell there that it looks for fonts
+    assert piped.stdout == diagram.draw(picture="png")
+    ours, theirs = os.openpty()
+    try:
+        refused = subprocess.run(command("diagram", "-f", "png"), stdout=theirs, check=False, **arguments)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert refused.returncode == 2
+    assert b"say with --output where it is to go" in refused.stderr
+
+
+def test_with_json_events_go_to_standard_output_and_the_picture_elsewhere(home: Home) -> None:
+    program = run(home, "diagram", "--log-format", "json", "-o", "life.mmd")
+    assert program.process.returncode == 0
+    assert [(each["event"], each["path"]) for each in program.events] == [("picture.drawn", "life.mmd")]
+    assert (home.path / "life.mmd").read_text() == diagram.mermaid()
+    program = run(home, "diagram", "--log-format", "json")
+    assert program.process.returncode == 2
+    assert [each["event"] for each in program.events] == ["usage.wrong"]
+
+
+def test_draws_a_machine_of_the_working_directory(home: Home) -> None:
+    package = home.path / "client"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "sessions.py").write_text(
+        "from proxy_fsm import CommandBackend, Proxy\n"
+        "class MyProxy(Proxy): pass\n"
+        "class MyBackend(CommandBackend):\n"
+        "    name = 'mine'\n"
+    )
+    whole = json.loads(shown(run(home, "diagram", "client.sessions:MyProxy", "--format=json")))
+    assert whole["title"] == "MyProxy"
+    assert "MyBackend (mine)" in shown(run(home, "diagram", "client.sessions:MyBackend", "-f", "svg"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--highlight", "gone"], "Lifecycle has no state 'gone'"),
+        (["client"], "write it as package.module:Class"),
+        (["not_there:X"], "There is no module not_there"),
+        (["broken:X"], "broken cannot be imported: SyntaxError"),
+        (["json:JSONDecoder"], "JSONDecoder is no state machine"),
+        (["-o", "no/where.mmd"], "no/where.mmd cannot be written to: No such file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_wrong_usage_in_a_sentence(home: Home, arguments: list[str], message: str) -> None:
+    (home.path / "broken.py").write_text("class")
+    program = run(home, "diagram", *arguments)
+    assert program.process.returncode == 2
+    assert message in program.errors.replace("\\'", "'")
+    assert "Traceback" not in program.errors
+    assert shown(program) == ""

@@ -1,0 +1,67 @@
+"""``proxy-fsm timeline``: draws what ``demo`` and ``run`` leave, and tells where a record is broken."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from proxy_fsm import timeline
+
+from .program import run
+
+if TYPE_CHECKING:
+    from .program import Home
+
+RECORDED = Path(__file__).parents[2] / "diagrams" / "runs" / "fault.jsonl"
+
+
+@pytest.mark.parametrize("ending", ["svg", "html", "mmd", "png"])
+def test_writes_what_the_ending_says(home: Home, ending: str) -> None:
+    shutil.copy(RECORDED, home.path / "run.jsonl")
+    program = run(home, "timeline", "run.jsonl", "-o", f"run.{ending}", "--log-format", "json")
+    assert program.process.returncode == 0
+    assert program.errors == ""
+    drawn = (home.path / f"run.{ending}").read_bytes()
+    assert [(each["event"], each["size_bytes"]) for each in program.events] == [("picture.drawn", len(drawn))]
+    with RECORDED.open("rb") as lines:
+        if ending != "png":
+            picture: timeline.Format = "mermaid" if ending == "mmd" else ending  # type: ignore[assignment]
+            assert drawn.decode() == timeline.draw(timeline.read(lines), picture)
+        else:
+            assert drawn.startswith(b"\x89PNG")
+
+
+def test_draws_what_a_demo_leaves(home: Home) -> None:
+    assert run(home, "demo", "--stand-ins", "--seconds", "1.2", "--log-format", "json").process.returncode == 0
+    program = run(home, "timeline", "demo-output/events.jsonl", "-o", "run.svg")
+    assert program.errors == ""
+    assert program.process.returncode == 0
+    drawn = (home.path / "run.svg").read_text()
+    assert "stopped: stop_requested" in drawn
+    assert 'class="flow-from"' in drawn
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "message"),
+    [
+        (RECORDED.read_bytes()[:700], "x.svg", "run.jsonl, line 4 is cut short: remove that line"),
+        (b"nonsense\n", "x.html", "run.jsonl, line 1 is no JSON"),
+        (b"", "x.png", "run.jsonl tells of no change of state"),
+        (RECORDED.read_bytes(), "x.gif", "x.gif ends in none of .svg, .png, .html, .mmd"),
+        (RECORDED.read_bytes(), "no/x.svg", "no/x.svg cannot be written to: No such file"),
+        (None, "x.svg", "run.jsonl cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_wrong_usage_in_a_sentence(
+    home: Home, content: bytes | None, output: str, message: str
+) -> None:
+    if content is not None:
+        (home.path / "run.jsonl").write_bytes(content)
+    program = run(home, "timeline", "run.jsonl", "-o", output)
+    assert program.process.returncode == 2
+    assert message in program.errors
+    assert "Traceback" not in program.errors
+    assert not (home.path / output).exists()

@@ -1,0 +1,82 @@
+"""The directive draws a client's machine when its documentation is built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CLIENT = """
+from proxy_fsm import Proxy
+
+class MyProxy(Proxy):
+    pass
+"""
+
+
+def build(source: Path, text: str, builder: str = "html") -> subprocess.CompletedProcess[str]:
+    (source / "below").mkdir(parents=True, exist_ok=True)
+    (source / "conf.py").write_text("extensions = ['proxy_fsm.sphinx']\nproject = 'client'\nauthor = 'somebody'\n")
+    (source / "client_docs.py").write_text(CLIENT)
+    (source / "index.rst").write_text("Client\n======\n\n.. toctree::\n\n   below/page\n")
+    (source / "below" / "page.rst").write_text(f"Page\n====\n\n{text}\n")
+    return subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "-b", builder, ".", f"_build/{builder}"],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{source}", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_html_gets_svg_that_follows_the_reader(tmp_path: Path) -> None:
+    built = build(tmp_path, ".. proxy-fsm-diagram:: client_docs:MyProxy\n   :highlight: running\n   :width: 300px\n")
+    assert (built.returncode, built.stderr) == (0, "")
+    page = (tmp_path / "_build/html/below/page.html").read_text()
+    assert 'alt="State diagram of MyProxy"' in page
+    assert "width: 300px" in page
+    (picture,) = (tmp_path / "_build/html/_images").iterdir()
+    assert picture.suffix == ".svg"
+    assert f"../_images/{picture.name}" in page
+    root = ET.fromstring(picture.read_text())  # noqa: S314 - we have written it
+    assert root.get("aria-label") == "MyProxy"
+    assert "prefers-color-scheme: dark" in picture.read_text()
+    assert [g.get("data-state") for g in root.iter() if "here" in g.get("class", "").split()] == ["running"]
+
+
+def test_latex_gets_png(tmp_path: Path) -> None:
+    built = build(tmp_path, ".. proxy-fsm-diagram::\n", "latex")
+    assert (built.returncode, built.stderr) == (0, "")
+    (picture,) = (tmp_path / "_build/latex").glob("proxy-fsm-*")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_is_one_of_sphinx(tmp_path: Path) -> None:
+    built = build(tmp_path, ".. proxy-fsm-diagram::\n   :table:\n")
+    assert (built.returncode, built.stderr) == (0, "")
+    page = (tmp_path / "_build/html/below/page.html").read_text()
+    assert page.count("<tr") == 9
+    assert "closed_after_fault</span>" in page
+    assert "<table" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (".. proxy-fsm-diagram:: client_docs:Gone", "The module client_docs has no Gone"),
+        (".. proxy-fsm-diagram::\n   :highlight: gone", "Lifecycle has no state 'gone'"),
+        (".. proxy-fsm-diagram::\n   :theme: pink", '"pink" unknown'),
+    ],
+)
+def test_what_cannot_be_drawn_fails_the_build_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    built = build(tmp_path, text)
+    assert built.returncode != 0
+    assert message in built.stderr
+    assert "page.rst:4" in built.stderr
