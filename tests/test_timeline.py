@@ -170,7 +170,7 @@ class TestBytesASecond:
     def test_are_none_where_nothing_was_carried(self) -> None:
         run = timeline.read(life())
         assert run.tracks[0].flows == ()
-        assert "nothing was carried" in words(drawn(run))
+        assert "no bytes" in words(drawn(run))
 
 
 def changed(at: int, **fields: Any) -> list[bytes]:
@@ -286,6 +286,18 @@ class TestThePicture:
         assert "events" in words(drawn(few))
         assert "events" not in words(drawn(many))
         assert sum(line == "states" for line in words(drawn(many))) == 40
+
+    def test_has_no_words_beyond_its_edges(self) -> None:
+        """Judged by the estimated widths, which are those of a wide font."""
+        lines = in_order(*life("aa", session="a session of a very long name " * 9), *life("bb", 1.5, upto=2))
+        lines.append(event(3, "process.spawned", proxy_id="aa", executable="/bin/" + "w" * 250))
+        for run in (recorded("fault"), timeline.read(lines)):
+            for whole in (timeline.picture.run_scene(run), timeline.sequence_scene(run)):
+                for text in (each for group in whole.groups for each in group.items if isinstance(each, scene.Text)):
+                    wide = scene.width_of(text.words, text.size, bold=text.kind in {"name", "fault"})
+                    left = text.x - wide / 2 if text.anchor == "middle" else text.x
+                    assert left >= 0, text
+                    assert left + wide <= whole.width, text
 
     def test_of_very_many_events_stays_small(self) -> None:
         noise = [event(1 + at * 4 / 10_000, "process.output", proxy_id="aa", line="x") for at in range(10_000)]

@@ -21,7 +21,20 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["STATE_COLOURS", "Box", "Group", "Line", "Scene", "Text", "Theme", "legal", "png", "svg", "width_of"]
+__all__ = [
+    "STATE_COLOURS",
+    "Box",
+    "Group",
+    "Line",
+    "Scene",
+    "Text",
+    "Theme",
+    "legal",
+    "png",
+    "shortened",
+    "svg",
+    "width_of",
+]
 
 Theme = Literal["light", "dark"]
 Point = tuple[float, float]
@@ -110,6 +123,15 @@ def width_of(words: str, size: float, *, bold: bool = False) -> float:
     """Return how much room a line of words takes, estimated."""
     share = sum(_NARROW.get(char, _LETTER if ord(char) < 0x1100 else 1.05) for char in words)  # noqa: PLR2004 - wide ones
     return share * size * (_BOLD if bold else 1.0)
+
+
+def shortened(words: str, room: float, size: float, *, bold: bool = False) -> str:
+    """Return words that fit into some room, by the estimate of `width_of`."""
+    if width_of(words, size, bold=bold) <= room:
+        return words
+    while words and width_of(words + "…", size, bold=bold) > room:
+        words = words[:-1]
+    return words + "…"
 
 
 def _rules(theme: Theme) -> _Rules:

@@ -189,6 +189,8 @@
   };
 
   // ---- moving ----
+  const following = el("following");
+  following.hidden = following.parentElement.hidden = tracks.length === 1;
   const scrubber = el("scrubber");
   scrubber.max = Math.max(events.length - 1, 0);
   const placeHead = (at) => { playhead.style.transform = "translateX(" + x(at) + "px)"; };
@@ -196,7 +198,7 @@
     position = Math.min(Math.max(index, 0), events.length - 1);
     const event = events[position];
     if (Number(scrubber.value) !== position) scrubber.value = position;
-    if (event[1] >= 0 && event[1] !== chosen) choose(event[1]);
+    if (following.checked && event[1] >= 0 && event[1] !== chosen) choose(event[1]);
     const who = tracks.length > 1 && event[1] >= 0 ? tracks[event[1]].session + ", " : "";
     const words = seconds(event[0]) + ", " + who + event[2] + (event[4] ? ": " + event[4] : "");
     scrubber.setAttribute("aria-valuetext", (position + 1) + " of " + events.length + ": " + words);
@@ -217,7 +219,7 @@
     radio.type = "radio";
     radio.name = "proxy";
     radio.hidden = tracks.length === 1;
-    radio.addEventListener("change", () => choose(at));
+    radio.addEventListener("change", () => { following.checked = false; choose(at); });
     label.append(radio, make("b", "", track.session + " (" + track.id + ")"), make("span", "ending", track.ending));
     label.style.top = at * LANE + 2 + "px";
     label.title = track.hint ? track.ending + " " + track.hint : track.ending;
@@ -276,8 +278,10 @@
   };
   document.addEventListener("keydown", (press) => {
     if (press.ctrlKey || press.altKey || press.metaKey || !(press.key in keys)) return;
-    const kind = press.target.tagName;
-    if (kind === "SELECT" || press.target.type === "radio" || (kind === "BUTTON" && press.key === " ")) return;
+    // What has the focus may have a use for the key itself.
+    const { tagName, type } = press.target, isSpace = press.key === " ";
+    if (tagName === "SELECT" || (isSpace && (tagName === "BUTTON" || type === "checkbox" || type === "radio"))) return;
+    if (type === "radio" && press.key.startsWith("Arrow")) return;
     press.preventDefault();
     keys[press.key]();
   });

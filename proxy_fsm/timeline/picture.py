@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, width_of
+from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, shortened, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ def run_scene(run: Run) -> Scene:
     scene.groups.append(
         Group(
             (
-                Text(_WIDTH / 2, 26, run.title, "name", 15),
+                Text(_WIDTH / 2, 26, shortened(run.title, _WIDTH - 40, 15, bold=True), "name", 15),
                 Text(_WIDTH / 2, 45, f"began {began}, took {_seconds(run.duration_s)}", "caption", _SMALL),
             )
         )
@@ -78,10 +78,10 @@ def _grid(scale: _Scale, bottom: float) -> Iterator[Line | Text]:
 
 def _track_groups(track: Track, scale: _Scale, top: float, *, in_full: bool) -> Iterator[Group]:
     failed = track.reason is not None and not track.reason.clean
-    heading = f"{track.session} ({track.proxy_id})"
     size = _NORMAL
+    heading = shortened(f"{track.session} ({track.proxy_id})", _WIDTH / 3, size, bold=True)
     ending_x = _LEFT + width_of(heading, size, bold=True) + 14
-    ending = _shortened(track.ending, _WIDTH - ending_x - 8, size)
+    ending = shortened(track.ending, _WIDTH - ending_x - 8, size, bold=failed)
     yield Group(
         (
             Text(_LEFT, top + size, heading, "name", size, "start"),
@@ -148,7 +148,7 @@ def _flow_groups(flows: tuple[Flow, ...], scale: _Scale, y: float) -> Iterator[G
             points = [(scale.x(at_s), middle + sign * rate / most * _FLOW) for at_s, rate in steps]
             items.append(Line(((points[0][0], middle), *points, (points[-1][0], middle)), kind))
     items.append(Line(((_LEFT, middle), (_WIDTH - _RIGHT, middle)), "grid"))
-    words = f"max {_rate(most)}" if most > 0 else "nothing was carried"
+    words = f"max {_rate(most)}" if most > 0 else "no bytes"
     items.append(Text(_WIDTH - _RIGHT + 6, middle + 4, words, "caption", 10, "start"))
     yield Group(tuple(items))
 
@@ -177,11 +177,3 @@ def _rate(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.3f} s" if value < 100 else f"{value:,.0f} s"  # noqa: PLR2004 - thousandths say nothing then
-
-
-def _shortened(words: str, room: float, size: float) -> str:
-    if width_of(words, size) <= room:
-        return words
-    while words and width_of(words + "…", size) > room:
-        words = words[:-1]
-    return words + "…"

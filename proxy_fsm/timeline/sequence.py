@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, width_of
+from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, shortened, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +83,7 @@ def _told_by(event: Event) -> Iterator[_Message]:
             yield _Message(at_s, "engine", "tunnel", "listen")
         case "process.spawned":
             program = str(fields.get("executable", "")).rpartition("/")[2]
-            yield _Message(at_s, "engine", "proxy", f"spawn {program}".strip())
+            yield _Message(at_s, "engine", "proxy", shortened(f"spawn {program}".strip(), 1.8 * _COLUMN, _SIZE))
         case "tunnel.connected":
             yield _Message(at_s, "proxy", "tunnel", "connect")
             yield _Message(at_s, "tunnel", "agent", "open channel")
@@ -134,7 +134,7 @@ def sequence_scene(run: Run) -> Scene:
     columns = {name: _TIME_WIDTH + _COLUMN * (at + 0.5) for at, name in enumerate(_ACTORS)}
     height = _TOP + _ROW * (len(messages) + 1)
     scene = Scene(_TIME_WIDTH + _COLUMN * len(_ACTORS), height, f"{run.title} – {track.ending}")
-    scene.groups.append(Group((Text(scene.width / 2, 26, scene.title, "plain", 14),)))
+    scene.groups.append(Group((Text(scene.width / 2, 26, shortened(scene.title, scene.width - 20, 14), "plain", 14),)))
     for name, words in _ACTORS.items():
         x, wide = columns[name], width_of(words, _SIZE, bold=True) + 20
         scene.groups.append(
