@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import paramiko
 
-from proxy_fsm import diagram, monitor
+from proxy_fsm import diagram as drawing
+from proxy_fsm import monitor
 from proxy_fsm.backends import Backend, NX3Backend
 from proxy_fsm.engine import LIVE, Engine, Workers
 from proxy_fsm.errors import ProxyFailed, ProxyStopped
@@ -56,7 +57,7 @@ class Proxy:
     """
 
     #: What `proxy_fsm.diagram` draws of it.
-    __chart__: ClassVar[diagram.Chart] = diagram.LIFECYCLE
+    __chart__: ClassVar[drawing.Chart] = drawing.LIFECYCLE
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Proxy:
         """Return a snapshot of everything that is known."""
         return self._engine.status()
 
-    def diagram(self, picture: diagram.Format = "mermaid", *, theme: diagram.Theme | None = None) -> str | bytes:
+    def diagram(self, picture: drawing.Format = "mermaid", *, theme: drawing.Theme | None = None) -> str | bytes:
         """Draw the lifecycle with the present state and the way there; each arrow on it says after how long.
 
         Args:
@@ -131,8 +132,8 @@ class Proxy:
             DiagramError: There is no such format, or it needs the extra ``diagram``.
         """
         status = self.status()
-        chart = replace(diagram.chart_of(self), title=f"{type(self).__name__} {status.id} of {status.session}")
-        return diagram.draw(chart, picture, highlight=status.state, way=diagram.way_of(status.history), theme=theme)
+        chart = replace(drawing.chart_of(self), title=f"{type(self).__name__} {status.id} of {status.session}")
+        return drawing.draw(chart, picture, highlight=status.state, way=drawing.way_of(status.history), theme=theme)
 
     def start(self) -> None:
         """Start it; returns as soon as it is under way.

@@ -11,7 +11,7 @@ import sys
 import xml.etree.ElementTree as ET
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -522,6 +522,9 @@ class TestLoading:
 
 
 class TestALivePicture:
+    def test_its_name_hides_nothing_from_tools_that_read_annotations(self) -> None:
+        assert get_type_hints(Proxy)["__chart__"] == ClassVar[Chart]
+
     def test_shows_where_a_proxy_stands_and_how_it_came_there(self) -> None:
         proxy = FakedProxy()
         assert "class idle here" in str(proxy.diagram())

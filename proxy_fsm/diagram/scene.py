@@ -11,8 +11,8 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
-from xml.sax.saxutils import escape, quoteattr
 
 from proxy_fsm.diagram.chart import DiagramError
 
@@ -189,7 +189,7 @@ def svg(scene: Scene, theme: Theme | None = None) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="proxy-fsm" role="img" aria-label={_attribute(scene.title)}',
         f'  width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="{_FAMILY}">',
-        f"<title>{escape(legal(scene.title))}</title>",
+        f"<title>{_content(scene.title)}</title>",
         "<style>",
         *_css(_rules(theme or "light")),
     ]
@@ -201,7 +201,7 @@ def svg(scene: Scene, theme: Theme | None = None) -> str:
     for group in scene.groups:
         data = "".join(f" data-{name}={_attribute(value)}" for name, value in group.data)
         kind = f' class="{" ".join(group.classes)}"' if group.classes else ""
-        lines.append(f"<g{kind}{data}>" + (f"<title>{escape(legal(group.title))}</title>" if group.title else ""))
+        lines.append(f"<g{kind}{data}>" + (f"<title>{_content(group.title)}</title>" if group.title else ""))
         lines += [element for item in group.items for element in _elements(item)]
         lines.append("</g>")
     return "\n".join([*lines, "</svg>"]) + "\n"
@@ -236,11 +236,15 @@ def _elements(item: Box | Line | Text) -> list[str]:
             return [path, *([f'<polygon class="head" points="{corners}"/>'] if corners else [])]
         case _:
             place = f'x="{_number(item.x)}" y="{_number(item.y)}" font-size="{_number(item.size)}"'
-            return [f'<text class="{item.kind}" {place} text-anchor="{item.anchor}">{escape(legal(item.words))}</text>']
+            return [f'<text class="{item.kind}" {place} text-anchor="{item.anchor}">{_content(item.words)}</text>']
 
 
 def _attribute(words: str) -> str:
-    return quoteattr(legal(words))
+    return f'"{escape(legal(words))}"'
+
+
+def _content(words: str) -> str:
+    return escape(legal(words), quote=False)
 
 
 def legal(words: str) -> str:
