@@ -328,7 +328,8 @@ def _paint(axes: Axes, item: Box | Line | Text, style_of: Callable[[str], Style]
             axes.text(
                 item.x,
                 item.y,
-                item.words.replace("$", r"\$"),
+                item.words,
+                parse_math=False,
                 fontsize=item.size,
                 color=style["fill"],
                 fontweight=style.get("font-weight", "normal"),

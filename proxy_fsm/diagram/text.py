@@ -38,7 +38,7 @@ def mermaid(
         DiagramError: There is no such state.
     """
     highlight = chart.check_state(highlight)
-    names = {state: _mermaid_name(state, at) for at, state in enumerate(chart.states)}
+    names = {state: _mermaid_name(chart, at) for at, state in enumerate(chart.states)}
     lines = [] if theme is None else [f'%%{{init: {{"theme": "{"dark" if theme == "dark" else "default"}"}}}}%%']
     lines.append("stateDiagram-v2")
     lines += [f'    state "{_entities(state)}" as {name}' for state, name in names.items() if name != state]
@@ -71,8 +71,16 @@ def _times(way: Sequence[Step], source: str, dest: str) -> list[str]:
     return [step.label for step in way if (step.source, step.dest) == (source, dest)]
 
 
-def _mermaid_name(state: str, at: int) -> str:
-    return state if _PLAIN.fullmatch(state) and state not in _RESERVED else f"state_{at}"
+def _mermaid_name(chart: Chart, at: int) -> str:
+    state = chart.states[at]
+    return state if _PLAIN.fullmatch(state) and state not in _RESERVED else _unused(f"state_{at}", chart)
+
+
+def _unused(name: str, chart: Chart) -> str:
+    """Return a name that no state has."""
+    while name in chart.states:
+        name += "_"
+    return name
 
 
 def _entities(text: str) -> str:
@@ -86,7 +94,7 @@ def _entities(text: str) -> str:
 def dot(
     chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = (), theme: str = "light"
 ) -> str:
-    """Return the state diagram in Graphviz' language: orders in bold capitals, final states with a double line.
+    """Return the state diagram in Graphviz' language: orders in capitals, final states with a double line.
 
     Args:
         chart: What to draw.
@@ -104,33 +112,39 @@ def dot(
         else ("#1f2328", "#ffffff", "#0550ae", "#ffd33d")
     )
     been = {state for step in way for state in (step.source, step.dest)}
+    begin = _quoted(_unused("[*]", chart))
+    # Graphviz takes a name that begins with a percent sign for none.
+    names = {
+        state: _quoted(_unused(f"state {at}", chart) if state.startswith("%") else state)
+        for at, state in enumerate(chart.states)
+    }
     lines = [
         f"digraph {_quoted(chart.title)} {{",
         f'    graph [bgcolor="{paper}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5]',
         f'    node [color="{ink}" fontcolor="{ink}" fontname="sans-serif" shape=box style=rounded]',
         f'    edge [color="{ink}" fontcolor="{ink}" fontname="sans-serif" fontsize=11]',
-        '    "[*]" [label="" shape=circle style=filled width=0.15 fillcolor="' + ink + '"]',
-        f'    "[*]" -> {_quoted(chart.initial)}',
+        f'    {begin} [label="" shape=circle style=filled width=0.15 fillcolor="{ink}"]',
+        f"    {begin} -> {names[chart.initial]}",
     ]
     for state in chart.states:
-        looks = [] if state not in chart.finals else ["peripheries=2"]
+        looks = [f"label={_quoted(state)}"] if state.startswith("%") else []
+        looks += ["peripheries=2"] if state in chart.finals else []
         if state == highlight:
             looks += ['style="rounded,filled"', f'fillcolor="{here}"', "penwidth=3"]
         elif state in been:
             looks.append(f'color="{accent}"')
-        lines.append(f"    {_quoted(state)}{' [' + ' '.join(looks) + ']' if looks else ''}")
+        lines.append(f"    {names[state]}{' [' + ' '.join(looks) + ']' if looks else ''}")
     for source, dest, arrows in chart.bundles():
         times = _times(way, source, dest)
-        looks = [f"label={_quoted(chr(10).join([_shown(chart, arrow) for arrow in arrows] + times))}"]
-        if any(arrow.trigger in chart.orders for arrow in arrows):
-            looks.append('fontname="sans-serif bold"')
+        labels = [f" {words} " for words in [*(_shown(chart, arrow) for arrow in arrows), *times]]
+        looks = [f"label={_quoted(chr(10).join(labels))}"]
         if times:
             looks += [f'color="{accent}"', "penwidth=2.5"]
-        lines.append(f"    {_quoted(source)} -> {_quoted(dest)} [{' '.join(looks)}]")
+        lines.append(f"    {names[source]} -> {names[dest]} [{' '.join(looks)}]")
     for at, (state, remarks) in enumerate(chart.notes):
-        words = _quoted("\n".join(remarks))
-        lines.append(f'    "note {at}" [label={words} shape=note style="" fontsize=10]')
-        lines.append(f'    "note {at}" -> {_quoted(state)} [arrowhead=none style=dashed]')
+        name, words = _quoted(_unused(f"note {at}", chart)), _quoted("\n".join(remarks))
+        lines.append(f'    {name} [label={words} shape=note style="" fontsize=10]')
+        lines.append(f"    {name} -> {names[state]} [arrowhead=none style=dashed]")
     return "\n".join([*lines, "}"]) + "\n"
 
 
