@@ -126,7 +126,7 @@ class Proxy:
             theme: ``light`` or ``dark``; see there.
 
         Returns:
-            The picture: bytes for ``png``, else text.
+            The picture, as bytes for ``png`` and else as text.
 
         Raises:
             DiagramError: There is no such format, or it needs the extra ``diagram``.

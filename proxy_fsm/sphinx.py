@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
-from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
 from proxy_fsm import diagram
@@ -65,7 +64,7 @@ class ProxyFsmDiagram(SphinxDirective):
         try:
             chart = diagram.load(self.arguments[0]) if self.arguments else diagram.LIFECYCLE
             self._depend()
-            return self._table(chart) if "table" in self.options else [self._image(chart)]
+            return [self._table(chart) if "table" in self.options else self._image(chart)]
         except diagram.DiagramError as error:
             raise self.error(str(error)) from error
 
@@ -95,18 +94,30 @@ class ProxyFsmDiagram(SphinxDirective):
         self.set_source_info(image)
         return image
 
-    def _table(self, chart: diagram.Chart) -> list[nodes.Node]:
-        rows = [
-            [cell.strip().replace("`", "``") for cell in line.strip("|").split("|")]
+    def _table(self, chart: diagram.Chart) -> nodes.table:
+        """Build it of nodes: text would have to be of the markup of the document, which may be Markdown."""
+        head, _, *body = (
+            [cell.strip() for cell in line.strip("|").split("|")]
             for line in diagram.markdown_table(chart, highlight=self.options.get("highlight")).splitlines()
-            if line.startswith("|") and not line.startswith("|---")
-        ]
-        lines = [".. list-table::", "   :header-rows: 1", ""]
-        for row in rows:
-            lines += [f"   {'* -' if at == 0 else '  -'} {cell}" for at, cell in enumerate(row)]
-        holder = nodes.Element()
-        self.state.nested_parse(StringList(lines, source=self.get_location()), self.content_offset, holder)
-        return holder.children
+            if line.startswith("|")
+        )
+        group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
+        group += nodes.thead("", _row(head))
+        group += nodes.tbody("", *map(_row, body))
+        table = nodes.table("", group, classes=["proxy-fsm-diagram"])
+        self.set_source_info(table)
+        return table
+
+
+def _row(cells: list[str]) -> nodes.row:
+    return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", _inline(cell))) for cell in cells))
+
+
+def _inline(cell: str) -> nodes.Node:
+    text = cell.strip("*`")
+    if cell.startswith("**"):
+        return nodes.strong("", text)
+    return nodes.literal("", text) if cell.startswith("`") else nodes.Text(text)
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

@@ -19,12 +19,13 @@ class MyProxy(Proxy):
 """
 
 
-def build(source: Path, text: str, builder: str = "html") -> subprocess.CompletedProcess[str]:
+def build(source: Path, text: str, builder: str = "html", suffix: str = "rst") -> subprocess.CompletedProcess[str]:
     (source / "below").mkdir(parents=True, exist_ok=True)
-    (source / "conf.py").write_text("extensions = ['proxy_fsm.sphinx']\nproject = 'client'\nauthor = 'somebody'\n")
+    extensions = ["proxy_fsm.sphinx", *(["myst_parser"] if suffix == "md" else [])]
+    (source / "conf.py").write_text(f"extensions = {extensions}\nproject = 'client'\nauthor = 'somebody'\n")
     (source / "client_docs.py").write_text(CLIENT)
     (source / "index.rst").write_text("Client\n======\n\n.. toctree::\n\n   below/page\n")
-    (source / "below" / "page.rst").write_text(f"Page\n====\n\n{text}\n")
+    (source / "below" / f"page.{suffix}").write_text(f"Page\n====\n\n{text}\n")
     return subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "-b", builder, ".", f"_build/{builder}"],
         cwd=source,
@@ -58,13 +59,21 @@ def test_latex_gets_png(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_is_one_of_sphinx(tmp_path: Path) -> None:
-    built = build(tmp_path, ".. proxy-fsm-diagram::\n   :table:\n")
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("rst", ".. proxy-fsm-diagram::\n   :table:\n   :highlight: running"),
+        ("md", "```{proxy-fsm-diagram}\n:table:\n:highlight: running\n```"),
+    ],
+    ids=["reStructuredText", "Markdown"],
+)
+def test_the_table_is_one_of_sphinx(tmp_path: Path, suffix: str, text: str) -> None:
+    built = build(tmp_path, text, suffix=suffix)
     assert (built.returncode, built.stderr) == (0, "")
     page = (tmp_path / "_build/html/below/page.html").read_text()
-    assert page.count("<tr") == 9
+    assert (page.count("<table"), page.count("<tr"), page.count("<th ")) == (1, 9, 8)
     assert "closed_after_fault</span>" in page
-    assert "<table" in page
+    assert "<strong>running</strong>" in page
 
 
 @pytest.mark.parametrize(

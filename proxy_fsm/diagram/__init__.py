@@ -69,7 +69,7 @@ def draw(
         theme: ``light`` or ``dark``. By default SVG and Mermaid follow whoever looks, and DOT and PNG are light.
 
     Returns:
-        The picture: bytes for PNG, else text.
+        The picture, as bytes for PNG and else as text.
 
     Raises:
         DiagramError: It is no machine, has no such state, or the extra is missing; or there is no such format.

@@ -147,7 +147,7 @@ def chart_of(thing: object) -> Chart:
             its subclasses have; a `Backend`: the lifecycle, with what is the backend's own; a ``transitions.Machine``,
             or anything that holds one in an attribute, as `Lifecycle` and its subclasses do. A class of the last two
             kinds is called without arguments to have its machine made. Its attribute ``orders`` may name the triggers
-            that are orders of a caller; without it those named as in `proxy_fsm.Trigger` are told apart.
+            that are orders of a caller; without it those named as in `Trigger` are told apart.
 
     Raises:
         DiagramError: It is nothing of that kind.

@@ -53,7 +53,7 @@ def draw(run: Run, picture: Format, *, theme: scene.Theme | None = None) -> str 
         theme: ``light`` or ``dark``. By default SVG and the page follow whoever looks, and PNG is light.
 
     Returns:
-        The picture: bytes for PNG, else text.
+        The picture, as bytes for PNG and else as text.
 
     Raises:
         DiagramError: The extra is missing.
