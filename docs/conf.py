@@ -37,29 +37,25 @@ autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"members": True, "show-inheritance": True}
-napoleon_google_docstring = True
-napoleon_numpy_docstring = False
+autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
+napoleon_use_ivar = True
 default_role = "py:obj"
 
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-myst_fence_as_directive = ["mermaid"]
 
 html_theme = "furo"
 html_title = "proxy_fsm"
 html_copy_source = False
-html_last_updated_fmt = None
 
 
-def find_by_short_name(_app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
+def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
     """Resolve `Proxy` from any module's docstring, as its reader does: by the one public object of that name."""
     domain = env.domains.python_domain
     found = [name for name in domain.objects if name.endswith(f".{node.get('reftarget')}")]
     if node.get("refdomain") != "py" or len(found) != 1:
         return None
     node["reftarget"] = found[0]
-    return domain.resolve_xref(env, node["refdoc"], _app.builder, "obj", found[0], node, content)
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -38,8 +38,6 @@ async def transitions(proxy: Proxy, *, replay: bool = True) -> AsyncGenerator[Tr
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[TransitionRecord] = asyncio.Queue()
     passed = 0 if replay else len(proxy.status().history)
-    if passed and proxy.state.is_final:
-        return
     unsubscribe = proxy.subscribe(told.put_nowait, via=loop.call_soon_threadsafe, replay=True)
     try:
         while True:

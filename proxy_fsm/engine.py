@@ -62,6 +62,7 @@ from proxy_fsm.process import ProxyProcess
 from proxy_fsm.redaction import Hidden, Redactor
 from proxy_fsm.server import ServerQuestion
 from proxy_fsm.session import SessionInfo, SessionStatus
+from proxy_fsm.ssh import why_ended
 from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, hint_for, is_retryable
 
 if TYPE_CHECKING:
@@ -514,7 +515,7 @@ class Engine:
                 self._settle(*self._likely)
             return
         if reason in _TRANSPORT_FIRST and not self._transport.is_active():
-            reason, detail = EndReason.TRANSPORT_LOST, "The SSH connection ended."
+            reason, detail = EndReason.TRANSPORT_LOST, why_ended(self._transport)
         if reason is EndReason.SESSION_ENDED:
             self._likely = _Cause(reason, detail)
             self._set_timer(self._timeouts.ask_server_s, self._confirmed_by_time)

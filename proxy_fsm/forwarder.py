@@ -440,8 +440,8 @@ class _Connection:
             self._leave()
 
     def _tell_if_lost(self, channel: SafeChannel) -> None:
-        """Where the transport ended, tell it before the proxy can notice, and go: the first cause is told first."""
-        with self._lock:  # also while it is posted: neither relay may go on before
+        """Tell once that the transport ended, before the proxy can notice it: the first cause counts."""
+        with self._lock:  # held while it is posted, so that the other relay cannot shut the socket before
             if channel.transport_ended and not self._told_lost:
                 self._told_lost = True
                 self._forwarder.post(TransportEnded(why_ended(self._forwarder.transport)))

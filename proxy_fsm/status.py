@@ -111,7 +111,7 @@ class EndReason(StrEnum):
 
     @property
     def clean(self) -> bool:
-        """Whether this is an orderly end, state ``stopped``, not ``failed``."""
+        """Whether this ends in ``stopped``, not in ``failed``."""
         return self.cli_status == 0
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Agents:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
-        self._listed: list[str] = []
+        self._listed: list[tuple[subprocess.Popen[bytes], str]] = []
 
     def start(self, _command: str) -> tuple[int, bytes, bytes]:
         """Answer ``x2gostartagent``."""
@@ -46,16 +47,14 @@ class Agents:
         self._stack.callback(ended, agent)
         threading.Thread(target=log_out, args=[agent], daemon=True).start()
         name = f"alice-{number}-1795334442_stDxterm_dp24"
-        self._listed.append(
-            f"{agent.pid}|{name}|{number}|server|R|2026-11-22T10:00:00|{cookie}|10.0.0.1|{port}|30002|"
-            f"2026-11-22T10:00:00|alice|10|30003|-1|-1"
-        )
+        row = f"{agent.pid}|{name}|{number}|server|R|2026-11-22T10:00:00|{cookie}|10.0.0.1|{port}|30002|"
+        self._listed.append((agent, f"{row}2026-11-22T10:00:00|alice|10|30003|-1|-1\n"))
         answer = f"{number}\n{cookie}\n{agent.pid}\n{name}\n{port}\n30002\n30003\n"
         return 0, answer.encode(), b""
 
     def listed(self, _command: str) -> tuple[int, bytes, bytes]:
         """Answer ``x2golistsessions``."""
-        return 0, "".join(f"{line}\n" for line in self._listed).encode(), b""
+        return 0, "".join(row for agent, row in self._listed if agent.poll() is None).encode(), b""
 
 
 def started(role: str, **environ: str) -> tuple[subprocess.Popen[bytes], str]:
@@ -69,7 +68,7 @@ def log_out(agent: subprocess.Popen[bytes]) -> None:
     """Once a session stands, end it a moment later."""
     assert agent.stdout is not None
     if agent.stdout.readline() == b"RUNNING\n":
-        threading.Event().wait(STANDS_S)
+        time.sleep(STANDS_S)
         agent.send_signal(signal.SIGTERM)
 
 

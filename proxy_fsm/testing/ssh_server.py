@@ -160,7 +160,7 @@ class LoopbackSSHServer:
         """Return a client that is connected and logged in; the host key is pinned.
 
         Args:
-            kwargs: For `paramiko.SSHClient.connect`; by default `username`, `client_key`, no agent.
+            kwargs: For `paramiko.SSHClient.connect`; by default ``username``, ``client_key``, no agent.
 
         Returns:
             The client. It is the caller's to close.
