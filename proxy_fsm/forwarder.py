@@ -22,7 +22,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import paramiko
 
@@ -277,7 +277,6 @@ class _Connection:
     def __init__(self, forwarder: Forwarder, local: socket.socket, number: int) -> None:
         self.number = number
         self.bytes_to_agent = 0
-        self.bytes_from_agent = 0
         self.opened_at: float | None = None
         self.threads: list[threading.Thread] = []
         self._forwarder = forwarder
@@ -291,6 +290,11 @@ class _Connection:
         self._told_lost = False
         if local.family == socket.AF_INET:
             local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def bytes_from_agent(self) -> int:
+        """How much the local socket has taken."""
+        return 0 if self._channel is None else self._channel.delivered_bytes
 
     def start(self) -> None:
         """Serve it on a thread of its own."""
@@ -390,7 +394,8 @@ class _Connection:
 
     def _up(self, channel: SafeChannel) -> None:
         try:
-            while data := self._local.recv(_READ_BYTES):
+            while received := self._local.recv(_READ_BYTES):
+                data: Any = memoryview(received)  # the server takes it in pieces: what is left is not copied each time
                 while data:
                     sent = channel.send(data)
                     if sent == 0:
@@ -421,11 +426,7 @@ class _Connection:
     def _down(self, channel: SafeChannel) -> None:
         forwarder = self._forwarder
         try:
-            while data := channel.recv(_READ_BYTES):
-                if self.bytes_from_agent == 0:
-                    forwarder.post(AgentSpoke(self.number))
-                self._local.sendall(data)
-                self.bytes_from_agent += len(data)
+            channel.deliver(self._local, lambda: forwarder.post(AgentSpoke(self.number)))
             self._tell_if_lost(channel)
             if not (channel.transport_ended or self._ended_here or forwarder.closing.is_set()):
                 forwarder.post(AgentClosed(self.number))

@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 import weakref
+from array import array
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import paramiko
 import pytest
+from paramiko.buffered_pipe import BufferedPipe
 from paramiko.common import CONNECTION_FAILED_CODE
+from paramiko.packet import NeedRekeyException, Packetizer
 
 from proxy_fsm import ssh
 from proxy_fsm.ssh import (
@@ -386,6 +389,64 @@ def rely_on_sequence_number(transport: Any, agent: Agent) -> None:
     assert transport.packetizer._Packetizer__sequence_number_in > before
 
 
+def rely_on_check_add_window(transport: Any, agent: Agent) -> None:
+    probe: Any = open_probe(transport, agent.port)
+    probe.in_window_threshold = 100
+    assert probe._check_add_window(100) == 0
+    assert probe._check_add_window(1) == 101, "more than the threshold is given back at once"
+    probe.close()
+    assert probe._check_add_window(1000) == 0, "a channel that is closed gives nothing back"
+
+
+def rely_on_in_buffer(transport: Any, agent: Agent) -> None:
+    fed: list[bytes] = []
+
+    class Pipe(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub alone
+        def feed(self, data: bytes) -> None:
+            fed.append(data)
+
+    probe = open_probe(transport, agent.port)
+    probe.in_buffer = Pipe()
+    agent.accept().sendall(b"for the one who was put in its place")
+    eventually(lambda: b"".join(fed) == b"for the one who was put in its place", WAIT_S)
+    probe.close()
+    assert probe.in_buffer.read(1) == b"", "it is closed with the channel"
+
+
+def rely_on_pipe(_: Any, __: Agent) -> None:
+    pipe: Any = BufferedPipe()
+    pipe.feed(b"data")
+    assert pipe._buffer == array("B", b"data")
+    with pipe._lock:
+        pipe._cv.notify_all()
+        assert not pipe._closed
+    pipe.close()
+    assert pipe._closed
+
+
+def rely_on_remainder(_: Any, __: Agent) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        packetizer: Any = Packetizer(near)
+        far.sendall(b"banner\nrest")
+        assert packetizer.readline(1) == "banner"
+        assert packetizer._Packetizer__remainder == b"rest"
+        assert packetizer.read_all(4) == b"rest"
+        assert packetizer._Packetizer__remainder == b""
+
+
+def rely_on_check_keepalive(_: Any, __: Agent) -> None:
+    calls: list[object] = []
+    near, far = socket.socketpair()
+    with near, far:
+        packetizer: Any = Packetizer(near)
+        packetizer.set_outbound_cipher(object(), 8, None, 0, b"")
+        packetizer.set_keepalive(0.001, lambda: calls.append(None))
+        time.sleep(0.01)
+        packetizer._check_keepalive()
+    assert calls
+
+
 RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
     "Transport.lock": rely_on_lock,
     "Transport._channels.put": rely_on_channels_put,
@@ -406,7 +467,13 @@ RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
     "Channel._close_internal": rely_on_close_internal,
     "Channel._set_closed": rely_on_set_closed,
     "Channel._unlink": rely_on_unlink,
+    "Channel._check_add_window": rely_on_check_add_window,
+    "Channel.in_buffer": rely_on_in_buffer,
+    **dict.fromkeys(("BufferedPipe._lock", "BufferedPipe._cv", "BufferedPipe._buffer"), rely_on_pipe),
+    "BufferedPipe._closed": rely_on_pipe,
     "Packetizer.__sequence_number_in": rely_on_sequence_number,
+    "Packetizer.__remainder": rely_on_remainder,
+    "Packetizer._check_keepalive": rely_on_check_keepalive,
     "transport._active_threads": rely_on_active_threads,
 }
 
@@ -1279,3 +1346,227 @@ def test_openssh_takes_gcm_from_a_fast_transport(sshd: SshServer) -> None:
         assert ciphers_in_use(transport) == {GCM}
         _, output, _ = client.exec_command("echo works")
         assert output.read() == b"works\n"
+
+
+# ---- speed ----
+
+
+class Delivery:
+    """A channel whose data are delivered to one end of a pair of sockets."""
+
+    def __init__(self, transport: paramiko.Transport, agent: Agent) -> None:
+        self.channel = open_to(transport, agent.port)
+        self.peer = agent.accept()
+        self.near, self.far = socket.socketpair()
+        self.far.settimeout(WAIT_S)
+        self.began: list[threading.Thread] = []
+        self.task = Task(self.channel.deliver, self.near, lambda: self.began.append(threading.current_thread()))
+
+    def exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            data += self.far.recv(count - len(data))
+        return bytes(data)
+
+    def fed_directly(self) -> None:
+        """Wait until what comes next goes straight on."""
+        self.peer.sendall(b"first")
+        assert self.exactly(5) == b"first"
+        passage: Any = self.channel.in_buffer
+        eventually(lambda: passage._sink, WAIT_S)
+
+    def end(self) -> None:
+        self.far.close()
+        self.channel.send_close()
+        with contextlib.suppress(OSError):
+            self.task.result()
+        self.near.close()
+
+
+@pytest.fixture
+def delivery(transport: paramiko.Transport, agent: Agent) -> Iterator[Delivery]:
+    made = Delivery(transport, agent)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def small_switch_interval() -> Iterator[None]:
+    """Have threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class TestDelivering:
+    def test_what_the_socket_takes_goes_there_on_the_transports_thread(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        passage: Any = delivery.channel.in_buffer
+        delivery.peer.sendall(b"second")
+        assert delivery.exactly(6) == b"second"
+        eventually(lambda: passage._passed == 6, WAIT_S)  # the deliverer is not woken for so little
+        assert delivery.channel.delivered_bytes == 11
+        assert len(delivery.began) == 1
+
+    def test_what_it_does_not_take_is_kept_in_order(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        data = bytes(range(256)) * (3 << 12)  # 3 MiB: more than the pair holds, less than the window
+        delivery.peer.sendall(data)
+        eventually(lambda: len(delivery.channel.in_buffer) > 1 << 20, WAIT_S)
+        delivery.peer.sendall(b"last")
+        assert delivery.exactly(len(data) + 4) == data + b"last"
+        eventually(lambda: delivery.channel.delivered_bytes == len(data) + 9, WAIT_S)
+
+    def test_nothing_goes_straight_on_while_something_is_kept(self) -> None:
+        near, far = socket.socketpair()
+        with near, far:
+            passage = ssh._Passage()
+            passage.delivered, passage._sink = 1, near
+            passage.feed(bytes(8 << 20))
+            taken = passage.delivered - 1
+            assert 0 < taken < 8 << 20
+            far.recv(1 << 20)  # there is room again
+            passage.feed(b"behind")
+            kept, passed = passage.take(near)
+            assert (passed, len(kept), bytes(kept[-6:])) == (taken, (8 << 20) + 6 - taken, b"behind")
+            passage.feed(b"later")  # what was taken may not be sent yet
+            assert bytes(passage.take(near)[0]) == b"later"
+
+    def test_the_order_stays_whichever_thread_hands_it_on(self, small_switch_interval: None) -> None:
+        del small_switch_interval
+        count, channel = 20_000, SafeChannel(1)
+        near, far = socket.socketpair()
+        with near, far:
+            channel.in_buffer.feed(b"first")
+            deliverer = Task(channel.deliver, near, do_nothing)
+            reader = Task(read_all, far)
+            for number in range(count):
+                channel.in_buffer.feed(number.to_bytes(4))
+            channel.in_buffer.close()
+            deliverer.result()
+            near.shutdown(socket.SHUT_WR)
+            assert reader.result() == b"first" + b"".join(number.to_bytes(4) for number in range(count))
+
+    def test_the_window_is_given_back_for_what_was_delivered_and_for_nothing_else(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        reader = Task(lambda: sum(len(delivery.exactly(1 << 20)) for _ in range(32)))
+        delivery.peer.sendall(bytes(32 << 20))  # five windows
+        assert reader.result() == 32 << 20
+        delivery.peer.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            delivery.peer.sendall(bytes(256 << 20))
+        held = len(delivery.channel.in_buffer)
+        assert held <= ssh.WINDOW_BYTES, "no more than the window is kept for one who reads nothing"
+
+    def test_it_ends_with_the_servers_direction_when_all_is_delivered(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        delivery.peer.sendall(bytes(3 << 20))
+        delivery.peer.shutdown(socket.SHUT_WR)
+        assert len(delivery.exactly(3 << 20)) == 3 << 20
+        delivery.task.result()
+        assert delivery.channel.delivered_bytes == (3 << 20) + 5
+
+    def test_it_ends_when_the_channel_is_closed(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        delivery.channel.close()
+        delivery.task.result()
+
+    def test_a_socket_that_was_closed_is_an_error_of_the_deliverer_and_of_nobody_else(
+        self, transport: paramiko.Transport, delivery: Delivery, agent: Agent
+    ) -> None:
+        delivery.fed_directly()
+        delivery.far.close()
+        delivery.peer.sendall(b"for nobody")
+        with pytest.raises(OSError, match="Broken pipe"):
+            delivery.task.result()
+        open_to(transport, agent.port).send_close()
+
+    def test_nothing_is_handed_on_any_more_once_it_has_ended(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        delivery.channel.close()
+        delivery.task.result()
+        delivery.channel.in_buffer.feed(b"late")
+        delivery.far.setblocking(False)  # noqa: FBT003 - the socket module's signature
+        with pytest.raises(BlockingIOError):
+            delivery.far.recv(9)
+
+
+class TestReadingAhead:
+    @pytest.fixture
+    def pair(self) -> Iterator[tuple[Any, socket.socket]]:
+        near, far = socket.socketpair()
+        near.settimeout(0.02)
+        with near, far:
+            yield ssh._ReadingAhead(near), far
+
+    def test_it_reads_what_is_there_at_once_and_returns_what_is_asked_for(
+        self, pair: tuple[Any, socket.socket]
+    ) -> None:
+        packetizer, far = pair
+        far.sendall(b"headerbo")
+        assert packetizer.read_all(6) == b"header"
+        far.sendall(b"dynext")
+        assert [packetizer.read_all(4), packetizer.read_all(4)] == [b"body", b"next"]
+
+    def test_it_waits_for_what_comes_late(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        far.sendall(b"he")
+        task = Task(packetizer.read_all, 6, True)  # noqa: FBT003 - paramiko's signature
+        assert task.running
+        far.sendall(b"ader")
+        assert task.result() == b"header"
+
+    def test_what_was_left_of_the_banner_comes_first(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        far.sendall(b"SSH-2.0-Test\r\nhea")
+        assert packetizer.readline(1) == "SSH-2.0-Test"
+        far.sendall(b"derbody")
+        assert [packetizer.read_all(6), packetizer.read_all(4)] == [b"header", b"body"]
+
+    def test_a_packet_longer_than_the_buffer_comes_whole(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        data = bytes(range(256)) * 8192
+        task = Task(lambda: [packetizer.read_all(6), packetizer.read_all(len(data)), packetizer.read_all(3)])
+        far.sendall(b"header" + data + b"end")
+        assert task.result() == [b"header", data, b"end"]
+
+    def test_the_end_is_the_end(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        far.sendall(b"hea")
+        far.close()
+        with pytest.raises(EOFError):
+            packetizer.read_all(6)
+
+    def test_closed_while_it_waits_it_ends(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, _ = pair
+        task = Task(packetizer.read_all, 6)
+        packetizer.close()
+        with pytest.raises(EOFError):
+            task.result()
+
+    def test_keys_that_are_due_are_exchanged_between_packets_only(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        packetizer._trigger_rekey()
+        with pytest.raises(NeedRekeyException):
+            packetizer.read_all(6, True)  # noqa: FBT003 - paramiko's signature
+        waited = threading.Event()
+        packetizer._check_keepalive = waited.set
+        far.sendall(b"hea")
+        task = Task(packetizer.read_all, 6, True)  # noqa: FBT003 - paramiko's signature
+        assert waited.wait(WAIT_S)
+        far.sendall(b"der")
+        assert task.result() == b"header"
+
+    def test_a_handshake_that_takes_too_long_ends(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, _ = pair
+        packetizer.start_handshake(0.01)
+        with pytest.raises(EOFError):
+            packetizer.read_all(6)
+
+    def test_a_transport_over_something_else_than_a_socket_reads_as_ever(
+        self, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        over: Any = fast_transport(open_to(transport, agent.port))
+        assert type(over.packetizer) is Packetizer
+        over.close()
