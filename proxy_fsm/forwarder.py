@@ -22,7 +22,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import paramiko
 
@@ -395,7 +395,7 @@ class _Connection:
     def _up(self, channel: SafeChannel) -> None:
         try:
             while received := self._local.recv(_READ_BYTES):
-                data: Any = memoryview(received)  # the server takes it in pieces: what is left is not copied each time
+                data = memoryview(received)  # the server takes it in pieces: what is left is not copied each time
                 while data:
                     sent = channel.send(data)
                     if sent == 0:

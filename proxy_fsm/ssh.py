@@ -7,7 +7,7 @@ by `tests/test_ssh.py` so that a paramiko that changes it fails there with its n
   ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``_send_message``, ``clear_to_send``,
   ``clear_to_send_lock``, ``packetizer``, ``run``, ``_handler_table``
 * ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``,
-  ``_check_add_window``, ``in_buffer``
+  ``_check_add_window``, ``_wait_for_send_window``, ``in_buffer``
 * ``BufferedPipe``: ``_lock``, ``_cv``, ``_buffer``, ``_closed``
 * ``Packetizer``: ``__sequence_number_in``, ``__remainder``, ``_check_keepalive``
 * ``transport``: ``_active_threads``
@@ -43,6 +43,7 @@ transport's thread (`SafeChannel.deliver`), and a transport that `fast_transport
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from array import array
 from collections import deque
@@ -56,6 +57,7 @@ from paramiko.common import (
     CONNECTION_FAILED_CODE,
     MSG_CHANNEL_OPEN_FAILURE,
     cMSG_CHANNEL_CLOSE,
+    cMSG_CHANNEL_DATA,
     cMSG_CHANNEL_OPEN,
     cMSG_CHANNEL_WINDOW_ADJUST,
 )
@@ -251,6 +253,27 @@ class SafeChannel(paramiko.Channel):
     def delivered_bytes(self) -> int:
         """How much `deliver` has handed on so far."""
         return cast("_Passage", self.in_buffer).delivered
+
+    def send(self, s: bytes | bytearray | memoryview) -> int:
+        """Send as much as one message may hold, and return how much; 0 where this side has ended its direction.
+
+        As ``Channel.send``, with one copy instead of four.
+
+        Raises:
+            OSError: The channel is closed.
+            EOFError: The transport is gone.
+            paramiko.SSHException: Keys were not exchanged in time.
+        """
+        with self.lock:
+            if self.closed:
+                raise OSError("The channel is closed.")
+            size = cast("int", self._wait_for_send_window(len(s)))  # type: ignore[attr-defined]
+            if size == 0:
+                return 0
+            head = struct.pack(">cII", cMSG_CHANNEL_DATA, self.remote_chanid, size)
+        # As in Channel.send the lock is not held meanwhile: while keys are exchanged this waits.
+        cast("Any", self.transport)._send_user_message(Message(b"".join((head, s[:size]))))  # noqa: SLF001
+        return size
 
     def deliver(self, sock: socket.socket, before_first: Callable[[], None]) -> None:
         """Hand on to a socket everything that comes, until the server ends its direction or the channel is closed.

@@ -398,6 +398,17 @@ def rely_on_check_add_window(transport: Any, agent: Agent) -> None:
     assert probe._check_add_window(1000) == 0, "a channel that is closed gives nothing back"
 
 
+def rely_on_wait_for_send_window(transport: Any, agent: Agent) -> None:
+    probe: Any = open_probe(transport, agent.port)
+    with probe.lock:
+        probe.out_window_size, probe.out_max_packet_size = 5000, 4096
+        assert probe._wait_for_send_window(10_000) == 4096 - 64, "no more than one message holds"
+        assert probe._wait_for_send_window(10_000) == 5000 - 4032, "no more than the window"
+        assert probe.out_window_size == 0
+        probe.eof_sent = True
+        assert probe._wait_for_send_window(1) == 0
+
+
 def rely_on_in_buffer(transport: Any, agent: Agent) -> None:
     fed: list[bytes] = []
 
@@ -468,6 +479,7 @@ RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
     "Channel._set_closed": rely_on_set_closed,
     "Channel._unlink": rely_on_unlink,
     "Channel._check_add_window": rely_on_check_add_window,
+    "Channel._wait_for_send_window": rely_on_wait_for_send_window,
     "Channel.in_buffer": rely_on_in_buffer,
     **dict.fromkeys(("BufferedPipe._lock", "BufferedPipe._cv", "BufferedPipe._buffer"), rely_on_pipe),
     "BufferedPipe._closed": rely_on_pipe,
@@ -1349,6 +1361,27 @@ def test_openssh_takes_gcm_from_a_fast_transport(sshd: SshServer) -> None:
 
 
 # ---- speed ----
+
+
+class TestSending:
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    def test_what_is_sent_arrives_piece_by_piece(
+        self, transport: paramiko.Transport, agent: Agent, kind: Callable[[bytes], Any]
+    ) -> None:
+        channel, peer = open_to(transport, agent.port), agent.accept()
+        data = bytes(range(256)) * 4096
+        reader = Task(read_all, peer)
+        left, sizes = kind(data), []
+        while left:
+            sizes.append(channel.send(left))
+            left = left[sizes[-1] :]
+        channel.shutdown_write()
+        assert reader.result() == data
+        assert max(sizes) <= channel.out_max_packet_size
+        assert channel.send(b"after the end") == 0
+        channel.send_close()
+        with pytest.raises(OSError, match="closed"):
+            channel.send(b"after the close")
 
 
 class Delivery:
