@@ -43,6 +43,12 @@ faults: $(READY) system
 soak: $(READY) system
 	$(BIN)/python -m tests.soak
 
+# Half an hour, on a machine that does nothing else: benchmarks/README.md. `make bench BENCH_ARGS=--quick` is a smoke test.
+.PHONY: bench
+bench: $(READY) system
+	$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
 system:
 	@tests/install-system-packages
 

@@ -1,0 +1,141 @@
+"""What one running proxy costs in a process that has 1, 10, 50 or 200 of them, on one transport, all idle.
+
+Each is an engine as ever, over a real sshd, with a small program in the place of a viewer. That program sends a MiB
+and takes it back first, so that the relay's buffers have been used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks import load
+from benchmarks.contenders import Server, connect
+from benchmarks.tunnels import server_at, ssh_server
+
+MIB = 1 << 20
+RUNNING_S = 60.0
+#: Less than ``Timeouts.link_probe_s``: idle means without the probes of the link.
+IDLE_S = 5.0
+_SETTLE_S = 1.0
+
+_VIEWER = f"""
+import os, socket, struct, sys, threading
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+connection.sendall(struct.pack("!cQ", b"E", 0))
+threading.Thread(target=connection.sendall, args=(bytes({MIB}),), daemon=True).start()
+left = {MIB}
+while left:
+    left -= len(connection.recv(left))
+sys.stdout.write("all is back\\n")
+sys.stdout.flush()
+connection.recv(1)
+"""
+
+
+def measure(count: int) -> dict[str, float]:
+    """Measure in a process of its own, and return what one proxy costs, by name.
+
+    Raises:
+        RuntimeError: It did not come to an end; the message has what it said.
+    """
+    with ssh_server() as sshd, load.targets(1, workers=count + 1) as targets:
+        server = server_at(sshd, sshd.port, targets)
+        command = [sys.executable, "-m", "benchmarks.costs", str(count), json.dumps(server.__dict__)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-400:])
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def _now() -> dict[str, float]:
+    resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return {
+        "threads": threading.active_count(),
+        "kib": int(resident.split()[1]),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+    }
+
+
+def _wake_ups(but: set[int]) -> int:
+    """Count how often threads of this process were woken so far, but for some of them."""
+    total = 0
+    for status in Path("/proc/self/task").glob("*/status"):
+        if int(status.parent.name) not in but:
+            lines = status.read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+    return total
+
+
+def _run(count: int, server: Server) -> dict[str, float]:
+    import re  # noqa: PLC0415 - what is loaded here is not counted as a proxy's cost
+
+    from proxy_fsm import CommandBackend, Proxy, SessionInfo, fast_transport  # noqa: PLC0415
+
+    transport = connect(server, transport_factory=fast_transport)
+    paramikos_own = transport.native_id  # it wakes by itself, ten times a second, whether there are proxies or not
+    with TemporaryDirectory() as directory:
+        viewer = Path(directory, "viewer.py")
+        viewer.write_text(_VIEWER)
+
+        def proxy(number: int) -> Any:
+            return Proxy(
+                SessionInfo(name=f"cost-{number}", graphics_port=server.targets[0]),
+                transport,
+                backend=CommandBackend(
+                    [sys.executable, "-S", "-E", str(viewer), "{path}"], ready_when=re.compile("all is back")
+                ),
+                sessions_root=Path(directory),
+            )
+
+        first = proxy(0)  # what proxies share is there then
+        first.start()
+        first.wait_running(RUNNING_S)
+        time.sleep(_SETTLE_S)
+        before, proxies = _now(), [proxy(number + 1) for number in range(count)]
+        began = time.perf_counter()
+        for each in proxies:
+            each.start()
+        for each in proxies:
+            each.wait_running(RUNNING_S)
+        started_s = time.perf_counter() - began
+        time.sleep(_SETTLE_S)
+        after, own = _now(), {paramikos_own, threading.get_native_id()}
+        wake_ups = _wake_ups(own)
+        time.sleep(IDLE_S)
+        wake_ups = _wake_ups(own) - wake_ups
+        began = time.perf_counter()
+        for each in proxies:
+            each.stop()
+        for each in [*proxies, first]:
+            each.close(RUNNING_S)
+        stopped_s = time.perf_counter() - began
+    transport.close()
+    return {
+        **{what: (after[what] - before[what]) / count for what in before},
+        "wake_ups_s": wake_ups / IDLE_S / count,
+        "start_ms": started_s * 1000 / count,
+        "stop_ms": stopped_s * 1000 / count,
+    }
+
+
+def main() -> None:
+    """Print the costs as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("count", type=int)
+    parser.add_argument("server", type=json.loads)
+    arguments = parser.parse_args()
+    print(json.dumps(_run(arguments.count, Server(**arguments.server))))  # noqa: T201 - whom it may concern
+
+
+if __name__ == "__main__":
+    main()

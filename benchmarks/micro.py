@@ -1,0 +1,43 @@
+"""What one transition costs, and one look at `ok()`."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+import timeit
+
+import structlog
+
+from proxy_fsm import Lifecycle
+from proxy_fsm.testing import FakedProxy
+
+#: Of every life that is measured: idle → tunnelling → spawning → running → stopping → stopped.
+_LIFE = ("start", "tunnel_opened", "proxy_ready", "stop", "closed_cleanly")
+
+
+def measure(lives: int) -> dict[str, float]:
+    """Return microseconds, medians: a bare transition, one with its event, record and status, and one `ok()`.
+
+    The event is filtered by its level, as in a program that logs warnings alone.
+    """
+    logger = structlog.wrap_logger(
+        structlog.PrintLogger(io.StringIO()), wrapper_class=structlog.make_filtering_bound_logger("warning")
+    )
+    bare = [_life_us(Lifecycle()) for _ in range(lives)]
+    whole = []
+    for _ in range(lives):
+        proxy = FakedProxy(logger=logger)
+        whole.append(_life_us(Lifecycle(on_change=proxy._engine._changed)))  # noqa: SLF001 - the setter itself
+    proxy = FakedProxy.in_state(FakedProxy().state, logger=logger)
+    ok_us = min(timeit.repeat(proxy.ok, number=100_000, repeat=5)) * 10
+    return {"transition_bare_us": statistics.median(bare), "transition_us": statistics.median(whole), "ok_us": ok_us}
+
+
+def _life_us(lifecycle: Lifecycle) -> float:
+    """Return microseconds a transition, over one life."""
+    triggers = [getattr(lifecycle, name) for name in _LIFE]
+    began = time.perf_counter()
+    for trigger in triggers:
+        trigger()
+    return (time.perf_counter() - began) * 1e6 / len(_LIFE)

@@ -1,0 +1,276 @@
+"""The results as a table, as JSON, and as plots."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.contenders import CONTENDERS, OURS, REFERENCE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Measure(NamedTuple):
+    """One row of a table: the key of its values, what it is called, its unit and whether more is better."""
+
+    key: str
+    title: str
+    unit: str
+    more_is_better: bool
+    digits: int = 0
+
+
+RELAY = (
+    Measure("down_mb_s", "down", "MB/s", more_is_better=True),
+    Measure("up_mb_s", "up", "MB/s", more_is_better=True),
+    Measure("both_mb_s", "both ways at once, sum", "MB/s", more_is_better=True),
+    Measure("rtt_p50_us", "64 bytes there and back, p50", "µs", more_is_better=False),
+    Measure("rtt_p99_us", "64 bytes there and back, p99", "µs", more_is_better=False),
+    Measure("rtt_bulk_p50_us", "the same beside a bulk download, p50", "µs", more_is_better=False),
+    Measure("rtt_bulk_p99_us", "the same beside a bulk download, p99", "µs", more_is_better=False),
+    Measure("connections_s", "connections opened one after another", "1/s", more_is_better=True),
+    Measure("down_cpu_s_gib", "processor time of the client, down", "s/GiB", more_is_better=False, digits=2),
+    Measure("up_cpu_s_gib", "processor time of the client, up", "s/GiB", more_is_better=False, digits=2),
+    Measure("slow_reader_mib", "memory gained by a reader of 1 MiB/s", "MiB", more_is_better=False, digits=1),
+    Measure("peak_mib", "peak memory with it", "MiB", more_is_better=False, digits=1),
+    *(
+        measure
+        for ms in (20, 100)
+        for measure in (
+            Measure(f"down_{ms}ms_mb_s", f"down at {ms} ms round trip", "MB/s", more_is_better=True, digits=1),
+            Measure(f"up_{ms}ms_mb_s", f"up at {ms} ms round trip", "MB/s", more_is_better=True, digits=1),
+            Measure(f"rtt_{ms}ms_p50_us", f"64 bytes at {ms} ms, p50", "µs", more_is_better=False),
+        )
+    ),
+)
+#: What is known of one proxy: the key, what it is called, and how many digits are told.
+COSTS = (
+    ("threads", "threads", 1),
+    ("kib", "resident memory, KiB", 0),
+    ("descriptors", "descriptors", 1),
+    ("wake_ups_s", "wake-ups a second, idle", 2),
+    ("start_ms", "start, all at once, ms", 1),
+    ("stop_ms", "stop, all at once, ms", 1),
+)
+
+
+@dataclass
+class Results:
+    """Everything that a run has found.
+
+    Attributes:
+        environment: Where and when, by name.
+        rounds: How many rounds of the relay's part.
+        values: By contender and measurement, one value a round; None where a round has none.
+        troubles: By contender and measurement, why there is none.
+        versions: Of the contenders.
+        sessions: Times of real sessions in milliseconds, or why there are none.
+        costs: By number of proxies, what each costs, or why that is not known.
+        micro: Microseconds of small things.
+    """
+
+    environment: dict[str, str] = field(default_factory=dict)
+    rounds: int = 0
+    values: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    troubles: dict[str, dict[str, str]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    sessions: dict[str, list[float]] | str = "not measured"
+    costs: dict[str, dict[str, float] | str] = field(default_factory=dict)
+    micro: dict[str, float] | str = "not measured"
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Read what `write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def median(self, name: str, key: str) -> float | None:
+        """Return the median over the rounds; None where there is no value."""
+        values = [value for value in self.values.get(name, {}).get(key, []) if value is not None]
+        return statistics.median(values) if values else None
+
+    def ratio(self, name: str, key: str, to: str = REFERENCE) -> float | None:
+        """Return the median of the ratios to another contender in the same round; None where there is none."""
+        own, other = (self.values.get(each, {}).get(key, []) for each in (name, to))
+        ratios = [mine / theirs for mine, theirs in zip(own, other, strict=False) if mine is not None and theirs]
+        return statistics.median(ratios) if ratios else None
+
+
+def write(results: Results, directory: Path) -> None:
+    """Write ``results.json``, ``table.md`` and the plots into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(results), indent=1, ensure_ascii=False)
+    (directory / "results.json").write_text(f"{text}\n", encoding="utf-8")
+    (directory / "table.md").write_text(table(results), encoding="utf-8")
+    plot(results, directory)
+
+
+def table(results: Results) -> str:
+    """Return the results as Markdown."""
+    parts = ["# Results\n", *(f"- {name}: {value}" for name, value in results.environment.items())]
+    parts += [f"- {name}: {version}" for name, version in results.versions.items() if version]
+    parts += ["", *_relay(results), "", *_goals(results), "", *_sessions(results), "", *_costs(results), ""]
+    if isinstance(results.micro, str):
+        parts += ["## Small things", "", f"Not measured: {results.micro}"]
+    else:
+        parts += ["## Small things", "", "| | µs |", "|---|---:|"]
+        parts += [
+            f"| a transition of the bare machine | {results.micro['transition_bare_us']:.1f} |",
+            f"| a transition with record, status and log event (filtered) | {results.micro['transition_us']:.1f} |",
+            f"| `ok()` | {results.micro['ok_us']:.2f} |",
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _relay(results: Results) -> list[str]:
+    names = [name for name in CONTENDERS if name in results.values or name in results.troubles]
+    lines = [
+        f"## Tunnels: medians of {results.rounds} rounds, and the median ratio to `{REFERENCE}` in the same round",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    for measure in RELAY:
+        if any(results.median(name, measure.key) is not None for name in names):
+            cells = [_cell(results, name, measure) for name in names]
+            lines.append(f"| {measure.title}, {measure.unit} | {' | '.join(cells)} |")
+    if troubles := [
+        f"- {name}, {what}: {' '.join(why.split())}"
+        for name, found in results.troubles.items()
+        for what, why in found.items()
+    ]:
+        lines += ["", "What could not be measured, or not in every round:", "", *troubles]
+    return lines
+
+
+def _cell(results: Results, name: str, measure: Measure) -> str:
+    median, ratio = results.median(name, measure.key), results.ratio(name, measure.key)
+    if median is None:
+        return "failed" if results.troubles.get(name) and CONTENDERS[name].tunnels else "–"
+    times = "" if ratio is None or name == REFERENCE else f" ({ratio:.2f}×)"
+    return f"{median:,.{measure.digits}f}{times}"
+
+
+class Goal(NamedTuple):
+    """A goal: what is compared to what, and how many times it must be, at least or at most."""
+
+    title: str
+    key: str
+    to: str
+    times: float
+    at_least: bool
+
+
+GOALS = (
+    Goal("down, to `ssh -L`", "down_mb_s", REFERENCE, 1.0, at_least=True),
+    Goal("up, to `ssh -L`", "up_mb_s", REFERENCE, 1.0, at_least=True),
+    Goal("both ways, to `ssh -L`", "both_mb_s", REFERENCE, 1.0, at_least=True),
+    Goal("round trip p50, to `ssh -L`", "rtt_p50_us", REFERENCE, 1.0, at_least=False),
+    Goal("round trip p99, to `ssh -L`", "rtt_p99_us", REFERENCE, 1.0, at_least=False),
+    Goal("down, to sshtunnel", "down_mb_s", "sshtunnel", 2.0, at_least=True),
+    Goal("up, to sshtunnel", "up_mb_s", "sshtunnel", 2.0, at_least=True),
+    Goal("down, to asyncssh", "down_mb_s", "asyncssh", 1.3, at_least=True),
+    Goal("up, to asyncssh", "up_mb_s", "asyncssh", 1.3, at_least=True),
+    Goal("down at 100 ms, to `ssh -L`", "down_100ms_mb_s", REFERENCE, 2.0, at_least=True),
+    Goal("up at 100 ms, to `ssh -L`", "up_100ms_mb_s", REFERENCE, 2.0, at_least=True),
+)
+
+
+def _goals(results: Results) -> list[str]:
+    lines = ["## The relay's goals", "", "| | wanted | found | |", "|---|---:|---:|---|"]
+    for goal in GOALS:
+        ratio = results.ratio(OURS, goal.key, goal.to)
+        wanted = f"{'≥' if goal.at_least else '≤'} {goal.times:.1f}×"
+        if ratio is None:
+            lines.append(f"| {goal.title} | {wanted} | – | not measured |")
+        else:
+            met = ratio >= goal.times if goal.at_least else ratio <= goal.times
+            lines.append(f"| {goal.title} | {wanted} | {ratio:.2f}× | {'met' if met else '**not met**'} |")
+    return lines
+
+
+def _sessions(results: Results) -> list[str]:
+    lines = ["## Real sessions: nxproxy by this package, and by hand through an open `ssh -L`", ""]
+    if isinstance(results.sessions, str):
+        return [*lines, f"Not measured: {results.sessions}"]
+    count = len(results.sessions["start_ours_ms"])
+    lines += [f"Medians of {count} each, in turns.", "", "| | proxy_fsm, ms | by hand, ms | more, ms |"]
+    lines += ["|---|---:|---:|---:|"]
+    for what, title in (("start", "start to running"), ("stop", "stop")):
+        ours, by_hand = (statistics.median(results.sessions[f"{what}_{who}_ms"]) for who in ("ours", "by_hand"))
+        lines.append(f"| {title} | {ours:.0f} | {by_hand:.0f} | {ours - by_hand:+.0f} |")
+    return lines
+
+
+def _costs(results: Results) -> list[str]:
+    lines = ["## One running proxy among so many in a process", ""]
+    if not results.costs:
+        return [*lines, "Not measured."]
+    lines += [f"| | {' | '.join(results.costs)} |", f"|---|{'---:|' * len(results.costs)}"]
+    for key, title, digits in COSTS:
+        cells = [
+            f"{found[key]:,.{digits}f}" if isinstance(found, dict) else "failed" for found in results.costs.values()
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += [f"\n{count} proxies: {found}" for count, found in results.costs.items() if isinstance(found, str)]
+    return lines
+
+
+_PLOTS = {
+    "throughput": ("Throughput on one machine, MB/s (more is better)", ("down_mb_s", "up_mb_s", "both_mb_s")),
+    "round-trip": (
+        "64 bytes there and back, µs (less is better)",
+        ("rtt_p50_us", "rtt_p99_us", "rtt_bulk_p50_us", "rtt_bulk_p99_us"),
+    ),
+    "long-line": (
+        "Throughput over a long line, MB/s (more is better)",
+        ("down_20ms_mb_s", "up_20ms_mb_s", "down_100ms_mb_s", "up_100ms_mb_s"),
+    ),
+    "cost": ("Processor time of the client, s/GiB (less is better)", ("down_cpu_s_gib", "up_cpu_s_gib")),
+    "memory": ("Memory gained by a reader of 1 MiB/s, MiB (less is better)", ("slow_reader_mib",)),
+}
+
+
+def plot(results: Results, directory: Path) -> None:
+    """Draw the relay's part; the same results give the same bytes."""
+    matplotlib: Any = importlib.import_module("matplotlib")
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "proxy_fsm", "svg.fonttype": "none", "font.size": 9})
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    titles = {measure.key: measure.title for measure in RELAY}
+    for name, (title, keys) in _PLOTS.items():
+        contenders = [each for each in CONTENDERS if each in results.values and CONTENDERS[each].tunnels]
+        figure, axes = pyplot.subplots(1, len(keys), figsize=(3.2 * len(keys) + 1.6, 3), sharey=True, squeeze=False)
+        for key, axis in zip(keys, axes[0], strict=True):
+            medians = [results.median(each, key) for each in contenders]
+            colours = ["#c44e52" if each.startswith(OURS) else "#4c72b0" for each in contenders]
+            bars = axis.barh(contenders, [median or 0 for median in medians], color=colours)
+            axis.bar_label(bars, ["–" if each is None else f"{each:,.3g}" for each in medians], padding=2)
+            axis.set_title(titles[key], fontsize=9)
+            axis.margins(x=0.25)
+            if not axis.yaxis_inverted():
+                axis.invert_yaxis()
+        figure.suptitle(title)
+        figure.tight_layout()
+        figure.savefig(directory / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    _plot_costs(results, directory, pyplot)
+
+
+def _plot_costs(results: Results, directory: Path, pyplot: Any) -> None:
+    known = {int(count): found for count, found in results.costs.items() if isinstance(found, dict)}
+    keys = COSTS[:3]
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(9, 2.6))
+    for (key, title, _), axis in zip(keys, axes, strict=True):
+        axis.plot(list(known), [found[key] for found in known.values()], marker="o", color="#c44e52")
+        axis.set_xscale("log")
+        axis.set_xticks(list(known), [str(count) for count in known])
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{title}, a proxy", fontsize=9)
+        axis.set_xlabel("proxies in the process")
+    figure.tight_layout()
+    figure.savefig(directory / "proxies.svg", metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)

@@ -1,0 +1,282 @@
+"""The benchmarks measure what they say; how fast anything is, is no matter here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks import load, micro, tunnels
+from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, free_ports, wait_listening
+from benchmarks.delay import DelayingRelay, delayed
+from benchmarks.report import RELAY, Results, table, write
+
+from .tunnel_helpers import LOOPBACK, WAIT_S, Agent, Task, needs_sshd, read_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from .e2e.sshd import SshServer
+
+KIB = 1 << 10
+#: Those that need a package, or another interpreter, which no test installs.
+PACKAGES = {"asyncssh": "asyncssh", "asyncssh, aes128-gcm": "asyncssh", "sshtunnel": "sshtunnel"}
+OUTSIDE = {"python-x2go"}
+
+
+@pytest.fixture(scope="module")
+def ports() -> Iterator[list[int]]:
+    with load.targets(2, workers=3) as listening:
+        yield listening
+
+
+@pytest.fixture(scope="module")
+def sshd() -> Iterator[SshServer]:
+    needs_sshd()
+    with tunnels.ssh_server() as running:
+        yield running
+
+
+class TestLoad:
+    def test_every_byte_that_was_asked_for_is_moved(self, ports: list[int]) -> None:
+        for transfer in (load.download, load.upload, load.both_ways):
+            assert transfer(ports[0], 300 * KIB + 7) > 0
+
+    def test_round_trips_come_back_and_are_in_order(self, ports: list[int]) -> None:
+        times = load.round_trips(ports[0], 20)
+        assert 0 < times.p50 <= times.p99
+
+    def test_they_do_beside_a_bulk_transfer(self, ports: list[int]) -> None:
+        with load.downloading(ports[1]):
+            load.round_trips(ports[0], 5)
+
+    def test_connections_are_counted_by_the_second(self, ports: list[int]) -> None:
+        assert load.connections(ports[0], 3) > 0
+
+    def test_a_slow_reader_reads_no_more_than_it_may(self, ports: list[int]) -> None:
+        began = time.monotonic()
+        assert load.read_slowly(ports[0], for_s=0.2, a_second=100_000) == 20_000
+        assert time.monotonic() - began >= 0.2
+
+    @pytest.mark.parametrize("transfer", [load.download, load.upload, load.both_ways])
+    def test_bytes_that_are_lost_are_told(self, transfer: object) -> None:
+        def forget() -> None:
+            with agent.accept() as peer:
+                peer.recv(100)
+                peer.shutdown(socket.SHUT_WR)
+                read_all(peer)
+
+        assert callable(transfer)
+        with Agent() as agent:
+            task = Task(forget)
+            with pytest.raises(load.Stalled, match="lost"):
+                transfer(agent.port, 1000)
+            task.result()
+
+    def test_a_port_where_nobody_listens_is_told(self) -> None:
+        with pytest.raises(load.Stalled, match="refused"):
+            load.download(free_ports(1)[0], 1)
+
+
+class TestDelayingRelay:
+    def test_it_loses_nothing_and_changes_nothing(self) -> None:
+        data = os.urandom(1 << 20)
+        with Agent() as agent, contextlib.closing(DelayingRelay(agent.port, 0.01)) as relay:
+            near = socket.create_connection((LOOPBACK, relay.port), WAIT_S)
+            far = agent.accept()
+            for sender, receiver in ((near, far), (far, near)):
+                task = Task(read_all, receiver)
+                sender.sendall(data)
+                sender.shutdown(socket.SHUT_WR)
+                assert task.result() == data
+            near.close()
+
+    def test_every_byte_is_held_back_both_ways(self) -> None:
+        with (
+            Agent() as agent,
+            contextlib.closing(DelayingRelay(agent.port, 0.05)) as relay,
+            socket.create_connection((LOOPBACK, relay.port), WAIT_S) as near,
+        ):
+            far = agent.accept()
+            began = time.monotonic()
+            near.sendall(b"there")
+            assert far.recv(9) == b"there"
+            assert time.monotonic() - began >= 0.05
+            far.sendall(b"back")
+            assert near.recv(9) == b"back"
+            assert time.monotonic() - began >= 0.1
+
+    def test_what_is_under_way_does_not_hold_back_what_follows(self) -> None:
+        with Agent() as agent, contextlib.closing(DelayingRelay(agent.port, 0.2)) as relay:
+            with socket.create_connection((LOOPBACK, relay.port), WAIT_S) as near:
+                far = agent.accept()
+                arrived: list[float] = []
+
+                def receive() -> None:
+                    while far.recv(1):
+                        arrived.append(time.monotonic())
+
+                task = Task(receive)
+                began = time.monotonic()
+                for _ in range(10):
+                    near.sendall(b"x")
+                    threading.Event().wait(0.02)
+                near.shutdown(socket.SHUT_WR)
+                task.result()
+            assert len(arrived) == 10
+            assert arrived[-1] - began < 10 * 0.2, "they wait together, not one after the other"
+
+    def test_it_runs_as_a_program(self, ports: list[int]) -> None:
+        with delayed(ports[0], 0.02) as port:
+            assert load.round_trips(port, 5).p50 >= 20_000
+
+
+class TestContenders:
+    @pytest.mark.parametrize("name", CONTENDERS)
+    def test_each_carries_a_little(self, name: str, ports: list[int], sshd: SshServer) -> None:
+        if name in OUTSIDE:
+            pytest.skip(f"{name} runs under another interpreter: make bench")
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+            pytest.skip(f"{PACKAGES[name]} is not installed: pip install --group bench")
+        server = tunnels.server_at(sshd, sshd.port, ports)
+        with tunnels.opened(name, server) as tunnel:
+            for transfer in (load.download, load.upload, load.both_ways):
+                transfer(tunnel.ports[0], 300 * KIB)
+            load.round_trips(tunnel.ports[1], 5)
+            assert tunnel.cpu_s() >= 0
+            assert 0 < tunnel.memory_bytes("VmRSS") <= tunnel.memory_bytes("VmHWM")
+
+    def test_one_that_cannot_start_says_so(self, sshd: SshServer, ports: list[int]) -> None:
+        server = tunnels.server_at(sshd, free_ports(1)[0], ports)
+        with pytest.raises(tunnels.Unavailable, match="did not come up"), tunnels.opened(OURS, server):
+            pass
+
+
+class TestRounds:
+    def test_what_cannot_be_measured_is_written_down_and_the_rest_is_measured(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        needs_sshd()
+
+        def no_upload(port: int, count: int) -> float:
+            raise load.Stalled(f"upload: {port and count} bytes were lost")
+
+        monkeypatch.setattr(load, "upload", no_upload)
+        sizes = tunnels.Sizes(100 * KIB, 100 * KIB, 8, 2, 0.1, (2,))
+        said: list[str] = []
+        found = tunnels.Rounds(sizes, [OURS, "no tunnel"], said.append).run(1)
+        assert found.troubles[OURS]["up"] == "upload: 102400 bytes were lost"
+        assert "up_mb_s" not in found.values[OURS]
+        assert len(found.values[OURS]["down_mb_s"]) == len(found.values["no tunnel"]["rtt_p99_us"]) == 1
+        assert {"down_2ms_mb_s", "slow_reader_mib", "connections_s", "down_cpu_s_gib"} <= set(found.values[OURS])
+        assert "slow_reader_mib" not in found.values["no tunnel"]
+        assert f"{OURS}: up: upload: 102400 bytes were lost" in said
+
+    def test_every_round_has_each_contender_once_and_another_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        needs_sshd()
+        measured: list[tuple[int, list[str]]] = []
+        monkeypatch.setattr(tunnels.Rounds, "_round", lambda _, number, names, *__: measured.append((number, names)))
+        tunnels.Rounds(tunnels.QUICK, ["ssh -L", OURS, "no tunnel"], lambda _: None).run(2)
+        assert measured == [(0, ["ssh -L", OURS, "no tunnel"]), (1, [OURS, "no tunnel", "ssh -L"])]
+
+
+def fixed() -> Results:
+    """Results that no machine has measured."""
+    return Results(
+        environment={"date": "2026-11-22"},
+        rounds=3,
+        values={
+            OURS: {"down_mb_s": [200.0, 300.0, 900.0], "rtt_p99_us": [110.0, None, 90.0], "up_mb_s": [50.0] * 3},
+            REFERENCE: {"down_mb_s": [100.0, 100.0, 1000.0], "rtt_p99_us": [100.0, 5.0, 100.0], "up_mb_s": [100.0] * 3},
+            "no tunnel": {"down_mb_s": [4000.0, 4000.0, 4000.0]},
+        },
+        troubles={"python-x2go": {"start": "not installed: apt-get install python3-x2go"}},
+        versions={REFERENCE: "OpenSSH_9.2p1", "no tunnel": ""},
+        sessions={
+            "start_ours_ms": [101.0, 103.0, 500.0],
+            "start_by_hand_ms": [90.0, 98.0, 99.0],
+            "stop_ours_ms": [915.0],
+            "stop_by_hand_ms": [920.0],
+        },
+        costs={
+            "1": {"threads": 4, "kib": 1024, "descriptors": 5, "wake_ups_s": 0, "start_ms": 50, "stop_ms": 10},
+            "200": "It did not come up.",
+        },
+        micro={"transition_bare_us": 20.0, "transition_us": 50.0, "ok_us": 0.1},
+    )
+
+
+class TestReport:
+    def test_ratios_are_of_the_same_round_and_their_median_is_told(self) -> None:
+        results = fixed()
+        assert results.ratio(OURS, "down_mb_s") == 2.0, "not 300 to 100"
+        assert results.median(OURS, "rtt_p99_us") == 100.0
+        assert results.ratio(OURS, "rtt_p99_us") == 1.0
+        assert results.ratio(OURS, "both_mb_s") is None
+
+    def test_the_table_has_every_contender_and_says_what_failed(self) -> None:
+        lines = table(fixed()).splitlines()
+        assert "| | proxy_fsm | ssh -L | python-x2go | no tunnel |" in lines
+        assert "| down, MB/s | 300 (2.00×) | 100 | failed | 4,000 (40.00×) |" in lines
+        assert "- python-x2go, start: not installed: apt-get install python3-x2go" in lines
+        assert "- ssh -L: OpenSSH_9.2p1" in lines
+        assert not [line for line in lines if line.startswith("| connections")], "nobody has a value"
+
+    def test_the_goals_are_judged_by_the_ratios(self) -> None:
+        lines = table(fixed()).splitlines()
+        assert "| down, to `ssh -L` | ≥ 1.0× | 2.00× | met |" in lines
+        assert "| up, to `ssh -L` | ≥ 1.0× | 0.50× | **not met** |" in lines
+        assert "| round trip p99, to `ssh -L` | ≤ 1.0× | 1.00× | met |" in lines
+        assert "| down, to sshtunnel | ≥ 2.0× | – | not measured |" in lines
+
+    def test_sessions_costs_and_small_things_are_told(self) -> None:
+        lines = table(fixed()).splitlines()
+        assert "| start to running | 103 | 98 | +5 |" in lines
+        assert "| stop | 915 | 920 | -5 |" in lines
+        assert "| resident memory, KiB | 1,024 | failed |" in lines
+        assert "200 proxies: It did not come up." in lines
+        assert "| a transition with record, status and log event (filtered) | 50.0 |" in lines
+
+    def test_what_was_not_measured_is_said(self) -> None:
+        text = table(Results(sessions="missing: nxagent"))
+        assert "Not measured: missing: nxagent" in text
+        assert text.count("Not measured") == 3
+
+    def test_what_is_written_is_read_again(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason="not installed: pip install --group bench")
+        write(fixed(), tmp_path)
+        assert Results.read(tmp_path / "results.json") == fixed()
+        assert (tmp_path / "table.md").read_text() == table(fixed())
+
+    def test_the_same_results_give_the_same_pictures(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason="not installed: pip install --group bench")
+        pictures = []
+        for name in ("one", "two"):
+            write(fixed(), tmp_path / name)
+            pictures.append({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.svg")})
+        assert pictures[0] == pictures[1]
+        assert set(pictures[0]) == {
+            *("throughput.svg", "round-trip.svg", "long-line.svg", "cost.svg", "memory.svg", "proxies.svg")
+        }
+
+    def test_every_row_has_another_key(self) -> None:
+        assert len({measure.key for measure in RELAY}) == len(RELAY)
+
+
+def test_small_things_take_some_time() -> None:
+    found = micro.measure(3)
+    assert set(found) == {"transition_bare_us", "transition_us", "ok_us"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_a_port_is_listened_on_or_not() -> None:
+    with Agent() as agent:
+        assert wait_listening([agent.port])
+        assert not wait_listening([agent.port, *free_ports(1)], timeout_s=0.05)
