@@ -20,10 +20,12 @@ from proxy_fsm.session import (
     SessionInfo,
     SessionStatus,
     parse_agent_output,
+    parse_resume_output,
     parse_session_list,
 )
 from proxy_fsm.ssh import fast_transport
 from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats
+from proxy_fsm.x11 import DisplayError, open_display
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,7 @@ __all__ = [
     "BackendContext",
     "BackendError",
     "CommandBackend",
+    "DisplayError",
     "EndReason",
     "Evidence",
     "InvalidSession",
@@ -56,6 +59,8 @@ __all__ = [
     "Trigger",
     "TunnelStats",
     "fast_transport",
+    "open_display",
     "parse_agent_output",
+    "parse_resume_output",
     "parse_session_list",
 ]

@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from proxy_fsm.errors import InvalidSession
 
-__all__ = ["ListedSession", "SessionInfo", "SessionStatus", "parse_agent_output", "parse_session_list"]
+__all__ = [
+    "ListedSession",
+    "SessionInfo",
+    "SessionStatus",
+    "parse_agent_output",
+    "parse_resume_output",
+    "parse_session_list",
+]
 
 _NAME_MAX = 200
 _HOST_MAX = 253
@@ -39,6 +46,8 @@ _REFUSALS = {
 }
 _AGENT_LINES = 7  # two more, Telekinesis' ports, where the server has it
 _LIST_COLUMNS = 14  # two more, as above
+
+_RESUMED_PORTS = ("gr_port", "sound_port", "fs_port")
 
 # Perl's complaint about an unknown LC_*: the server merges it into the list and takes the blanks out.
 _LOCALE_WARNING = re.compile(r"perl:warning:|(LANGUAGE|LANG|LC_[A-Z]+)=|aresupportedandinstalledonyoursystem\.$")
@@ -143,6 +152,41 @@ def parse_agent_output(text: str, *, agent_host: str = "127.0.0.1") -> SessionIn
     _optional_port("sound_port", sound_port)
     _optional_port("sshfs_port", sshfs_port)
     return _session_info(name, cookie, graphics_port, display, agent_host)
+
+
+def parse_resume_output(text: str, session: SessionInfo) -> SessionInfo:
+    """Read what ``x2goresume-session`` prints: the session has another graphics port than before.
+
+    It prints a port also where it could not resume the session and says so on standard error: look there too.
+
+    Args:
+        text: Its standard output: ``gr_port=30001``, ``sound_port=…`` and ``fs_port=…``, a line each; what else
+            is printed is not read.
+        session: The session as it was before.
+
+    Returns:
+        The session with its present graphics port.
+
+    Raises:
+        InvalidSession: A port does not fit or comes twice, or there is no ``gr_port`` at all.
+
+    Source: the end of ``x2goresume-session``, x2goserver 4.1.0.3.
+    """
+    lines = [line.strip() for line in text.strip().split("\n")]
+    ports: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition("=")
+        if key not in _RESUMED_PORTS:
+            continue
+        if key in ports:
+            raise InvalidSession("output", f"{key} came twice.")
+        ports[key] = value
+    if "gr_port" not in ports:
+        problem = "the server printed nothing" if lines == [""] else f"the first line is {_excerpt(lines[0])}"
+        raise InvalidSession("output", f"no line gr_port=… came, and {problem}. Its standard error may tell why.")
+    for key in _RESUMED_PORTS[1:]:
+        _optional_port(key, ports.get(key, ""))
+    return replace(session, graphics_port=_number("graphics_port", ports["gr_port"], 1, _PORT_MAX))
 
 
 def parse_session_list(text: str, *, agent_host: str = "127.0.0.1") -> tuple[ListedSession, ...]:

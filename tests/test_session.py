@@ -18,6 +18,7 @@ from proxy_fsm.session import (
     SessionInfo,
     SessionStatus,
     parse_agent_output,
+    parse_resume_output,
     parse_session_list,
 )
 
@@ -322,6 +323,46 @@ class TestParseAgentOutput:
             assert_no_cookie(error)
         else:
             assert COOKIE not in shown.lower()
+
+
+class TestParseResumeOutput:
+    SESSION = SessionInfo(name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_host="192.0.2.9")
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+    def test_gives_the_session_its_present_port_and_keeps_the_rest(self, end: str) -> None:
+        text = f"gr_port=30011{end or chr(10)}sound_port=30012{end or chr(10)}fs_port=30013{end}"
+        assert parse_resume_output(text, self.SESSION) == dataclasses.replace(self.SESSION, graphics_port=30011)
+
+    def test_what_else_is_printed_is_not_read(self) -> None:
+        """A server with Telekinesis prints two ports more, and one without file sharing none."""
+        text = "hello\ntekictrl_port=x\ngr_port=30011\nsound_port=-1\n"
+        assert parse_resume_output(text, self.SESSION).graphics_port == 30011
+
+    @pytest.mark.parametrize(
+        ("text", "field"),
+        [
+            ("", "output"),
+            ("sound_port=30012", "output"),
+            ("gr_port=30011\ngr_port=30012", "output"),
+            ("gr_port=", "graphics_port"),
+            ("gr_port=0", "graphics_port"),
+            ("gr_port=65536", "graphics_port"),
+            ("gr_port=30011; reboot", "graphics_port"),
+            ("gr_port=30011\nsound_port=x", "sound_port"),
+            ("gr_port=30011\nfs_port=0", "fs_port"),
+        ],
+    )
+    def test_names_the_field_that_does_not_fit(self, text: str, field: str) -> None:
+        assert refusal(lambda: parse_resume_output(text, self.SESSION)).field == field
+
+    @given(
+        st.text() | st.lists(st.sampled_from(["gr_port=1", "fs_port=2", f"gr_port={COOKIE}", COOKIE])).map("\n".join)
+    )
+    def test_any_text_gives_a_session_or_invalid_session_and_no_cookie(self, text: str) -> None:
+        try:
+            parse_resume_output(text, self.SESSION)
+        except InvalidSession as error:
+            assert COOKIE not in str(error)  # noqa: PT017 - it need not be raised
 
 
 class TestParseSessionList:
