@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from cyclopts import App, CycloptsError, Parameter
 
 from proxy_fsm import EndReason, __version__
+from proxy_fsm.cli.connect import connect
 from proxy_fsm.cli.demo import demo
 from proxy_fsm.cli.diagram import diagram
+from proxy_fsm.cli.doctor import doctor
 from proxy_fsm.cli.run import run
+from proxy_fsm.cli.sessions import sessions
 from proxy_fsm.cli.timeline import timeline
 from proxy_fsm.cli.verb import ExitStatus
 
@@ -37,10 +40,8 @@ def make_app() -> App:
         result_action="return_value",
         exit_on_error=False,
     )
-    app.command(run)
-    app.command(demo)
-    app.command(diagram)
-    app.command(timeline)
+    for verb in (demo, doctor, sessions, connect, run, diagram, timeline):
+        app.command(verb)
     return app
 
 

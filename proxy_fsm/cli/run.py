@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from proxy_fsm import Backend, CommandBackend, NX3Backend, Proxy, SessionInfo, Timeouts
+from proxy_fsm import Backend, CommandBackend, NX3Backend, Proxy, SessionInfo, State, Timeouts
 from proxy_fsm.cli.connecting import SSHOptions, connected
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.sampling import sampled
 from proxy_fsm.cli.verb import UsageError, conclude
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from proxy_fsm.cli.interrupts import Interrupts
 
 __all__ = ["AttachOptions", "attach", "run"]
@@ -141,14 +143,21 @@ def run(
     return conclude(output, body)
 
 
-def attach(proxy: Proxy, interrupts: Interrupts) -> int:
+def attach(proxy: Proxy, interrupts: Interrupts, *, once_running: Callable[[], object] | None = None) -> int:
     """Start a proxy and wait for its end, which a signal orders.
+
+    Args:
+        proxy: The proxy.
+        interrupts: Takes the signals.
+        once_running: Called when it runs; not where it ends before.
 
     Returns:
         The exit status of its reason.
     """
     proxy.start()
     interrupts.order(proxy.stop)
+    if once_running is not None and proxy.wait(State.RUNNING) is State.RUNNING:
+        once_running()
     proxy.wait()
     reason = proxy.status().reason
     assert reason is not None  # noqa: S101 - a final state has one

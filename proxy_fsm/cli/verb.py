@@ -30,7 +30,11 @@ class ExitStatus(IntEnum):
 
     CLEAN = 0, "a clean end: the session ended, the viewer was closed, or SIGINT, SIGTERM or SIGHUP came"
     USAGE = 2, "wrong usage: an option, the session or the cookie file cannot be used"
-    NOT_REACHED = 3, "no proxy was started: the server was not reached, or let nobody in, or the demo lacks something"
+    NOT_REACHED = (
+        3,
+        "no proxy was started: the server was not reached, let nobody in or gave no session, or the demo lacks things",
+    )
+    LACKING = 4, "this machine lacks something that is needed (doctor)"
 
 
 class UsageError(Exception):
