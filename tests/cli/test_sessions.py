@@ -1,0 +1,107 @@
+"""``proxy-fsm sessions``: what there is on a server, for people and for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .fake_x2go import COOKIE, NAME, FakeX2Go, row
+from .program import Running, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .program import Home
+
+
+@pytest.fixture
+def x2go() -> Iterator[FakeX2Go]:
+    with FakeX2Go() as x2go:
+        yield x2go
+
+
+def listed(home: Home, x2go: FakeX2Go, log_format: str = "json") -> Running:
+    server = x2go.ssh
+    access = ["--key", home.keep_key(server), "--known-hosts", home.know(server, "hosts")]
+    where = [f"{server.username}@{server.host}", "--port", str(server.port)]
+    return run(home, "sessions", *where, *access, "--log-format", log_format)
+
+
+def test_each_session_is_an_event(home: Home, x2go: FakeX2Go) -> None:
+    x2go.other_rows = [row(), row("bob-51", "R"), row("eve-52", "F")]
+    program = listed(home, x2go)
+    assert program.process.returncode == 0
+    assert program.errors == ""
+    events = program.named("session.listed")
+    assert [(event["session"], event["status"], event["resumable"]) for event in events] == [
+        (NAME, "suspended", True),
+        ("bob-51", "running", False),
+        ("eve-52", "finished", False),
+    ]
+    assert (events[0]["display"], events[0]["created"], events[0]["client"]) == (
+        50,
+        "2026-11-22T11:38:00",
+        "192.0.2.7",
+    )
+    assert COOKIE not in program.raw
+
+
+def test_people_get_a_table_on_standard_output(home: Home, x2go: FakeX2Go) -> None:
+    """In which a name is not folded, and what the server sends is no markup."""
+    long = "x" * 200
+    x2go.other_rows = [row(client="[red]here"), row(long, "R")]
+    program = listed(home, x2go, "console")
+    table = program.process.stdout.read()  # type: ignore[union-attr]  # it is there
+    for text in (NAME, long, "suspended", "running", ":50", "[red]here", "--take-over"):
+        assert text in table
+    assert COOKIE not in table + program.errors
+
+
+def test_no_session_is_fine(home: Home, x2go: FakeX2Go) -> None:
+    assert listed(home, x2go).named("session.listed") == []
+    program = listed(home, x2go, "console")
+    assert program.process.returncode == 0
+    assert program.process.stdout.read() == "There is no session.\n"  # type: ignore[union-attr]  # it is there
+
+
+def failure(program: Running) -> tuple[str, str]:
+    assert program.process.returncode == 3
+    event = program.events[-1]
+    assert (event["event"], event["level"]) == ("server.failed", "error")
+    assert COOKIE not in program.raw + program.errors
+    return event["reason"], f"{event['detail']} {event['hint']}"
+
+
+def test_a_server_without_x2go_is_told_with_its_package(home: Home, x2go: FakeX2Go) -> None:
+    x2go.without("x2golistsessions")
+    reason, words = failure(listed(home, x2go))
+    assert reason == "x2goserver_missing"
+    assert "package x2goserver" in words
+
+
+def test_a_command_that_fails_is_told_in_its_own_words_without_a_cookie(home: Home, x2go: FakeX2Go) -> None:
+    x2go.answer("x2golistsessions", 5, errors=f"oh\nno database\x1b[2J {COOKIE}\n\n")
+    reason, words = failure(listed(home, x2go))
+    assert reason == "command_failed"
+    assert "status 5" in words
+    assert "no database\\x1b[2J …" in words
+
+
+def test_a_list_that_cannot_be_read_is_told(home: Home, x2go: FakeX2Go) -> None:
+    x2go.answer("x2golistsessions", output=row().replace("|S|", "|X|"))
+    assert failure(listed(home, x2go))[0] == "answer_unreadable"
+
+
+def test_a_server_that_floods_is_left(home: Home, x2go: FakeX2Go) -> None:
+    x2go.answer("x2golistsessions", output="\n" * (1 << 21))
+    assert failure(listed(home, x2go))[0] == "connection_lost"
+
+
+def test_a_server_that_goes_is_told(home: Home, x2go: FakeX2Go) -> None:
+    def drop(_line: str) -> tuple[int, bytes, bytes]:
+        x2go.ssh.drop()
+        return 0, b"", b""
+
+    x2go.ssh.commands = {"x2golistsessions": drop}
+    assert failure(listed(home, x2go))[0] == "connection_lost"
