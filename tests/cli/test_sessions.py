@@ -11,6 +11,7 @@ from .program import Running, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from .program import Home
 
@@ -23,7 +24,7 @@ def x2go() -> Iterator[FakeX2Go]:
 
 def listed(home: Home, x2go: FakeX2Go, log_format: str = "json") -> Running:
     server = x2go.ssh
-    access = ["--key", home.keep_key(server), "--known-hosts", home.know(server, "hosts")]
+    access: list[str | Path] = ["--key", home.keep_key(server), "--known-hosts", home.know(server, "hosts")]
     where = [f"{server.username}@{server.host}", "--port", str(server.port)]
     return run(home, "sessions", *where, *access, "--log-format", log_format)
 

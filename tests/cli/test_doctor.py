@@ -1,0 +1,173 @@
+"""``proxy-fsm doctor``: what is there, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm.testing import standins
+from proxy_fsm.testing.scripted import install
+
+from .fake_x2go import COOKIE
+from .program import Running, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from .program import Home
+
+LACKING = 4
+
+
+@contextmanager
+def x_server(cookie: str = "") -> Iterator[str]:
+    environ = {standins.COOKIE_VARIABLE: cookie}
+    with subprocess.Popen(standins.command("display"), env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[1]
+        process.kill()
+
+
+@pytest.fixture
+def environ(home: Home) -> Iterator[dict[str, str]]:
+    """A machine with all that is needed, and nothing else; what is needed is in a directory of its own."""
+    directory = programs(home)
+    install(directory / "nxproxy", standins.command("proxy"))
+    (directory / "xauth").symlink_to("/bin/true")
+    with x_server() as display:
+        yield {"DISPLAY": display, "PATH": str(directory)}
+
+
+def programs(home: Home) -> Path:
+    directory = home.path / "bin"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def doctor(home: Home, environ: dict[str, str]) -> Running:
+    program = run(home, "doctor", "--log-format", "json", **environ)
+    assert program.errors == ""
+    assert {event["event"] for event in program.events} == {"doctor.check"}
+    return program
+
+
+def check(program: Running, name: str) -> dict[str, Any]:
+    (event,) = [event for event in program.events if event["check"] == name]
+    levels = {"ok": "info", "missing": "error", "missing_optional": "warning"}
+    assert event["level"] == levels[event["result"]]
+    assert (event["hint"] is None) == (event["result"] == "ok")
+    return event
+
+
+def missing(program: Running, name: str) -> str:
+    """Return the words on what is missing, and needed."""
+    event = check(program, name)
+    assert (event["result"], event["needed"]) == ("missing", True)
+    assert program.process.returncode == LACKING
+    return f"{event['detail']} {event['hint']}"
+
+
+def test_a_machine_with_all_that_is_needed_is_fine(home: Home, environ: dict[str, str]) -> None:
+    program = doctor(home, environ)
+    assert program.process.returncode == 0
+    for name in ("nxproxy", "X server", "xauth", "~/.x2go"):
+        assert check(program, name)["result"] == "ok"
+    assert "version 3.5.99.26" in check(program, "nxproxy")["detail"]
+    assert check(program, "x2gokdriveclient")["result"] == "missing_optional"
+
+
+def test_it_leaves_nothing_behind(home: Home, environ: dict[str, str]) -> None:
+    before = sorted(home.path.rglob("*"))
+    doctor(home, environ)
+    assert sorted(home.path.rglob("*")) == before
+
+
+def test_people_get_a_list_on_standard_output(home: Home, environ: dict[str, str]) -> None:
+    del environ["DISPLAY"]
+    program = run(home, "doctor", **environ)
+    assert program.process.returncode == LACKING
+    assert program.errors == ""
+    assert program.process.stdout is not None
+    lines = program.process.stdout.read().splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("missing (needed)")]
+    assert lines[place].endswith("X server: DISPLAY is not set.")
+    assert "Set DISPLAY" in lines[place + 1]
+    assert any(line.startswith("ok ") and "nxproxy" in line for line in lines)
+
+
+def test_nxproxy_that_is_not_there(home: Home, environ: dict[str, str]) -> None:
+    (programs(home) / "nxproxy").unlink()
+    assert "the package nxproxy" in missing(doctor(home, environ), "nxproxy")
+
+
+def test_nxproxy_where_nxproxy_binary_says(home: Home, environ: dict[str, str]) -> None:
+    moved = (programs(home) / "nxproxy").rename(home.path / "elsewhere")
+    assert str(moved) in check(doctor(home, environ | {"NXPROXY_BINARY": str(moved)}), "nxproxy")["detail"]
+    moved.chmod(0o600)
+    assert "executable" in missing(doctor(home, environ | {"NXPROXY_BINARY": str(moved)}), "nxproxy")
+
+
+def test_nxproxy_that_cannot_be_run(home: Home, environ: dict[str, str]) -> None:
+    """Such as one of another machine's kind."""
+    (programs(home) / "nxproxy").write_text("#!/nowhere/interpreter\n")
+    assert "cannot be run" in missing(doctor(home, environ), "nxproxy")
+
+
+def test_nxproxy_that_says_nothing_is_there_all_the_same(home: Home, environ: dict[str, str]) -> None:
+    (programs(home) / "nxproxy").unlink()
+    (programs(home) / "nxproxy").symlink_to("/bin/true")
+    assert "does not tell its version" in check(doctor(home, environ), "nxproxy")["detail"]
+
+
+@pytest.mark.parametrize("display", ["", "nonsense", "localhost:59999"])
+def test_an_x_server_that_cannot_be_used(home: Home, environ: dict[str, str], display: str) -> None:
+    missing(doctor(home, environ | {"DISPLAY": display}), "X server")
+
+
+def test_an_x_server_that_refuses(home: Home, environ: dict[str, str]) -> None:
+    with x_server(COOKIE) as display:
+        assert "XAUTHORITY" in missing(doctor(home, environ | {"DISPLAY": display}), "X server")
+
+
+def test_xauth_is_needed_where_the_x_server_wants_a_cookie(home: Home, environ: dict[str, str]) -> None:
+    (programs(home) / "xauth").unlink()
+    program = doctor(home, environ)
+    assert check(program, "xauth")["result"] == "missing_optional"
+    assert program.process.returncode == 0
+    with x_server(COOKIE) as display:
+        assert "xorg-x11-xauth" in missing(doctor(home, environ | {"DISPLAY": display}), "xauth")
+
+
+def test_a_sessions_root_that_is_private(home: Home, environ: dict[str, str]) -> None:
+    root = home.path / ".x2go"
+    root.mkdir(mode=0o700)
+    assert check(doctor(home, environ), "~/.x2go")["result"] == "ok"
+    for mode in (0o755, 0o777):
+        root.chmod(mode)
+        event = check(doctor(home, environ), "~/.x2go")
+        assert event["result"] == "missing_optional"
+        assert f"chmod 700 {root}" in event["hint"]
+
+
+def test_a_sessions_root_that_is_no_directory(home: Home, environ: dict[str, str]) -> None:
+    (home.path / ".x2go").touch()
+    assert "directory" in missing(doctor(home, environ), "~/.x2go")
+
+
+def test_keys_and_known_hosts_are_told_of(home: Home, environ: dict[str, str]) -> None:
+    assert check(doctor(home, environ), "SSH keys")["result"] == "missing_optional"
+    for name in ("id_ed25519", "known_hosts"):
+        (home.ssh / name).touch()
+    program = doctor(home, environ)
+    assert "id_ed25519" in check(program, "SSH keys")["detail"]
+    assert str(home.ssh / "known_hosts") in check(program, "known hosts")["detail"]
+
+
+def test_the_exit_status_is_in_the_help(home: Home) -> None:
+    program = run(home, "--help")
+    assert program.process.stdout is not None
+    assert "4: this machine lacks something that is needed" in program.process.stdout.read()
