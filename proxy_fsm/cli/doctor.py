@@ -68,7 +68,7 @@ def made_ready(backend: Backend, sessions_root: Path | None) -> Iterator[None]:
     root = Path.home() / ".x2go" if sessions_root is None else sessions_root
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _try_to_write(root)
+        scratch = _scratch(root)
     except OSError as error:
         raise BackendError(
             EndReason.LISTEN_FAILED,
@@ -76,16 +76,17 @@ def made_ready(backend: Backend, sessions_root: Path | None) -> Iterator[None]:
             "Make sure that it is a directory of yours, writable and not full.",
         ) from error
     with contextlib.ExitStack() as held:
-        if backend.needs_display:
-            try:
-                held.enter_context(open_display(os.environ, timeout_s=_DISPLAY_S))
-            except DisplayError as error:
-                raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
-        backend.preflight(_context(executable, root))
+        with scratch as session_root:
+            if backend.needs_display:
+                try:
+                    held.enter_context(open_display(os.environ, timeout_s=_DISPLAY_S))
+                except DisplayError as error:
+                    raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
+            backend.preflight(_context(executable, root, Path(session_root)))
         yield
 
 
-def _context(executable: str, root: Path) -> BackendContext:
+def _context(executable: str, root: Path, session_root: Path) -> BackendContext:
     """Return what a backend's preflight is asked with while there is no session: one like those that there are."""
     session = SessionInfo(name="user-50-1700000000_stDprogram_dp24", cookie="0" * 32, graphics_port=1, display=50)
     return BackendContext(
@@ -93,14 +94,14 @@ def _context(executable: str, root: Path) -> BackendContext:
         executable=executable,
         listen_address="/tmp/proxy_fsm-12345678/s",  # noqa: S108 - nothing is made there
         sessions_root=root,
-        session_root=root / f"S-{session.name}",
+        session_root=session_root,
         environ=dict(os.environ),
     )
 
 
-def _try_to_write(directory: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=directory):
-        pass
+def _scratch(directory: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a directory in another one, to see that this can be written to; it goes when it is left."""
+    return tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=directory)
 
 
 def doctor(*, log_format: LogFormat = LogFormat.CONSOLE) -> int:
@@ -239,7 +240,7 @@ def _sessions_root() -> Check:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     try:
-        _try_to_write(place)
+        _scratch(place).cleanup()
         info = place.stat()
     except OSError as error:
         detail = f"{place} cannot be written to: {error.strerror or error}."

@@ -79,6 +79,12 @@ class Output:
         """Keep a secret out of everything that is written from now on, wherever it should turn up."""
         self._secrets.append(re.compile(re.escape(secret), re.IGNORECASE))
 
+    def without_secrets(self, text: str) -> str:
+        """Return a text with all that is to be hidden left out; for what is written past the log."""
+        for secret in self._secrets:
+            text = secret.sub("(secret)", text)
+        return text
+
     def close(self) -> None:
         """Close the record."""
         if self._record is not None:
@@ -88,10 +94,7 @@ class Output:
         for sink in self._sinks:
             if logging.getLevelNamesMapping()[event["level"].upper()] < sink.level:
                 continue
-            line = sink.render(method, event)
-            for secret in self._secrets:
-                line = secret.sub("(secret)", line)
-            sink.write(line)
+            sink.write(self.without_secrets(sink.render(method, event)))
         raise structlog.DropEvent
 
 

@@ -60,7 +60,7 @@ def sessions(
             for session in listed:
                 _log(output, session)
         else:
-            _print(listed)
+            _print(output, listed)
         return ExitStatus.CLEAN
 
     return conclude(output, body)
@@ -80,7 +80,7 @@ def _log(output: Output, session: ListedSession) -> None:
     )
 
 
-def _print(listed: Sequence[ListedSession]) -> None:
+def _print(output: Output, listed: Sequence[ListedSession]) -> None:
     console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _WIDE)
     if not listed:
         console.print("There is no session.")
@@ -95,5 +95,5 @@ def _print(listed: Sequence[ListedSession]) -> None:
             session.client,
             _RESUMABLE[session.status],
         )
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(output.without_secrets(cell)) for cell in cells))
     console.print(table)

@@ -15,9 +15,9 @@ COOKIE = "0123456789abcdef0123456789abcdef"
 NAME = "alice-50-1795334442_stDxterm_dp24"
 
 
-def row(name: str = NAME, status: str = "S", port: int = 30001, client: str = "192.0.2.7") -> str:
+def row(name: str = NAME, status: str = "S", port: int = 30001, client: str = "192.0.2.7", cookie: str = COOKIE) -> str:
     """One line of x2golistsessions."""
-    columns = ("4711", name, "50", "server", status, "2026-11-22T11:38:00", COOKIE, client, str(port), "30002")
+    columns = ("4711", name, "50", "server", status, "2026-11-22T11:38:00", cookie, client, str(port), "30002")
     return "|".join([*columns, "2026-11-22T11:39:00", "alice", "60", "30003", "-1", "-1"])
 
 

@@ -59,6 +59,15 @@ def test_people_get_a_table_on_standard_output(home: Home, x2go: FakeX2Go) -> No
     assert COOKIE not in table + program.errors
 
 
+def test_a_cookie_that_the_server_puts_elsewhere_is_hidden(home: Home, x2go: FakeX2Go) -> None:
+    """Within one row this is refused; here it is another session's."""
+    x2go.other_rows = [row(), row("bob-51", client=f"x{COOKIE.upper()}y", cookie="f" * 32)]
+    program = listed(home, x2go)
+    assert program.named("session.listed")[1]["client"] == "x(secret)y"
+    table = listed(home, x2go, "console").process.stdout.read()  # type: ignore[union-attr]  # it is there
+    assert COOKIE.upper() not in table
+
+
 def test_no_session_is_fine(home: Home, x2go: FakeX2Go) -> None:
     assert listed(home, x2go).named("session.listed") == []
     program = listed(home, x2go, "console")
