@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from proxy_fsm.backends import Backend, BackendContext, CommandBackend, NX3Backend
+from proxy_fsm.backends import Backend, BackendContext, CommandBackend, KDriveBackend, NX3Backend
 from proxy_fsm.errors import (
     BackendError,
     InvalidSession,
@@ -40,6 +40,7 @@ __all__ = [
     "Evidence",
     "InvalidSession",
     "InvalidTransition",
+    "KDriveBackend",
     "Lifecycle",
     "Link",
     "ListedSession",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from proxy_fsm.forwarder import Forwarder
     from proxy_fsm.session import SessionInfo
 
-__all__ = ["Launch", "Preparation"]
+__all__ = ["Launch", "Preparation", "open_private"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
 _DISPLAY_SHARE = 0.8
@@ -139,7 +139,7 @@ class Preparation:
             raise BackendError(EndReason.TRANSPORT_LOST, "The SSH connection had ended before the proxy was started.")
         set_nodelay(self._forwarder.transport)
         self.step = "the local end of the tunnel"
-        address = self._bind()
+        address, scratch = self._bind()
         self.step = "the backend's own preflight"
         context = BackendContext(
             session=self._session,
@@ -148,6 +148,7 @@ class Preparation:
             sessions_root=self._sessions_root,
             session_root=session_root,
             environ=environ,
+            scratch=scratch,
         )
         self._backend.preflight(context)
         environment = HiddenEnvironment({**environ, **self._backend.environment(context)})
@@ -170,7 +171,7 @@ class Preparation:
             with suppress(FileExistsError):
                 root.mkdir(mode=0o700)
             _make_private(root)
-            log = _open_private(root / "session.log")
+            log = open_private(root / "session.log")
             self._keep(lambda: os.close(log))
             os.write(log, _START_LINE)  # a full disk lets a file be made, and refuses the first byte
         except OSError as error:
@@ -195,7 +196,7 @@ class Preparation:
             raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
         self.watch = watch
 
-    def _bind(self) -> str:
+    def _bind(self) -> tuple[str, Path]:
         try:
             directory = _make_socket_directory(self._environ)
             self._keep(lambda: shutil.rmtree(directory, ignore_errors=True))
@@ -207,7 +208,7 @@ class Preparation:
                 _NO_PORT_HINT if self._backend.listen_kind == "tcp" else None,
             ) from error
         self._keep(self._forwarder.close)
-        return address
+        return address, directory
 
 
 class _ClosedError(Exception):
@@ -232,8 +233,12 @@ def _make_private(directory: Path) -> None:
     directory.chmod(0o700)
 
 
-def _open_private(path: Path) -> int:
-    """Open a file for appending that is ours, no link, and readable by nobody else."""
+def open_private(path: Path) -> int:
+    """Open a file for appending that is ours, no link, and readable by nobody else.
+
+    Raises:
+        OSError: It cannot be opened so.
+    """
     # O_NONBLOCK: a FIFO would wait for its reader.
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     info = os.fstat(log)

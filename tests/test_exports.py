@@ -12,15 +12,15 @@ from .imports import imports_of
 PACKAGE = Path(proxy_fsm.__file__).parent
 
 CONTRACT = """
-Proxy State EndReason SessionInfo NX3Backend CommandBackend ProxyStatus TransitionRecord TunnelStats Timeouts
-TRANSITIONS ProxyFsmError InvalidTransition InvalidSession ProxyFailed ProxyStopped BackendError Lifecycle Backend
-Link fast_transport
+Proxy State EndReason SessionInfo NX3Backend KDriveBackend CommandBackend ProxyStatus TransitionRecord TunnelStats
+Timeouts TRANSITIONS ProxyFsmError InvalidTransition InvalidSession ProxyFailed ProxyStopped BackendError Lifecycle
+Backend Link fast_transport
 """.split()
 
 #: Reading order is import order: a module imports only from those above it.
 LAYERS = """
 errors lifecycle status session evidence events redaction x11 backends ssh monitor forwarder process journal preflight
-server engine diagram proxy aio timeline sphinx testing cli
+server engine diagram proxy x2go aio timeline sphinx testing cli
 """.split()
 
 

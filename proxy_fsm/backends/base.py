@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from proxy_fsm.errors import BackendError
@@ -14,7 +15,6 @@ from proxy_fsm.status import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from proxy_fsm.evidence import Evidence
     from proxy_fsm.session import SessionInfo
@@ -36,6 +36,8 @@ class BackendContext:
         sessions_root: Where the session roots are.
         session_root: This session's own directory, mode 0700; the proxy's working directory.
         environ: The environment that the proxy inherits.
+        scratch: A directory of this proxy alone, mode 0700; when the proxy has ended, it is removed with what is
+            in it.
     """
 
     session: SessionInfo
@@ -44,6 +46,7 @@ class BackendContext:
     sessions_root: Path
     session_root: Path
     environ: Mapping[str, str] = field(repr=False)
+    scratch: Path = field(default_factory=Path)
 
     @property
     def port(self) -> int | None:

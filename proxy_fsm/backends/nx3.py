@@ -19,10 +19,11 @@ from proxy_fsm.x11 import DisplayError, open_display
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from proxy_fsm.backends.base import ListenKind
     from proxy_fsm.evidence import Evidence
     from proxy_fsm.session import SessionInfo
 
-__all__ = ["NX3Backend"]
+__all__ = ["MAX_STRING_BYTES", "NX3Backend", "check_xauth"]
 
 _READY = "Established X server connection"
 _TERMINATING = "Session: Terminating session at"
@@ -47,7 +48,8 @@ _NO_DISPLAY = (
 #: How long an X server, which has let us in a moment ago, may take to do so again.
 _DISPLAY_S = 2.0
 _MAX_VALUE_BYTES = 255
-_MAX_STRING_BYTES = 1023
+#: The longest option string that nxproxy reads.
+MAX_STRING_BYTES = 1023
 _KEY = re.compile(r"[a-z0-9_]+")
 #: Printable ASCII without blank, comma and equals sign; and no per cent sign, since nxproxy decodes %2C and its like.
 _VALUE = re.compile(r"[!-$&-+\--<>-~]+")
@@ -65,7 +67,7 @@ class NX3Backend(Backend):
     """
 
     name = "nx3"
-    listen_kind = "unix"
+    listen_kind: ListenKind = "unix"
     max_connections = 1
     needs_display = True
 
@@ -104,14 +106,13 @@ class NX3Backend(Backend):
                 f"The path {context.listen_address} cannot be written into an NX option string.",
                 "Set TMPDIR or XDG_RUNTIME_DIR to a short path without comma, blank, equals or per cent sign.",
             )
-        if len(self._option_string(context)) > _MAX_STRING_BYTES:
+        if len(self._option_string(context)) > MAX_STRING_BYTES:
             raise BackendError(
                 EndReason.PROXY_NOT_STARTABLE,
-                f"The NX option string is longer than the {_MAX_STRING_BYTES} bytes that nxproxy reads.",
+                f"The NX option string is longer than the {MAX_STRING_BYTES} bytes that nxproxy reads.",
                 "Pass fewer options, or use a shorter session name.",
             )
-        if shutil.which("xauth", path=context.environ.get("PATH", os.defpath)) is None:
-            _check_access_without_cookie(context.environ.get("DISPLAY", ""))
+        check_xauth(context.environ)
 
     def command(self, context: BackendContext) -> Sequence[str]:
         """With a bare ``-S`` nxproxy takes its options from the environment."""
@@ -201,14 +202,19 @@ def _any_in(output: str, texts: Iterable[str]) -> bool:
     return any(text in output for text in texts)
 
 
-def _check_access_without_cookie(display: str) -> None:
-    """Make sure that the X server asks for no cookie.
+def check_xauth(environ: Mapping[str, str]) -> None:
+    """Make sure that nxproxy can read the X server's cookie, or that the X server asks for none.
 
     Without xauth nxproxy shows a cookie that it has made up. Measured: an X server that wants none lets it in,
     whatever the authority file holds; one that wants a cookie refuses it, and the agent's only chance is gone.
+
+    Raises:
+        BackendError: ``display_unavailable``.
     """
+    if shutil.which("xauth", path=environ.get("PATH", os.defpath)) is not None:
+        return
     try:
-        open_display({"DISPLAY": display}, timeout_s=_DISPLAY_S).close()
+        open_display({"DISPLAY": environ.get("DISPLAY", "")}, timeout_s=_DISPLAY_S).close()
     except DisplayError as error:
         raise BackendError(
             EndReason.DISPLAY_UNAVAILABLE,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from proxy_fsm import Backend, CommandBackend, NX3Backend, Proxy, SessionInfo, State, Timeouts
+from proxy_fsm import Backend, CommandBackend, KDriveBackend, NX3Backend, Proxy, SessionInfo, State, Timeouts
 from proxy_fsm.cli.connecting import SSHOptions, connected
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.sampling import sampled
@@ -34,13 +34,13 @@ class AttachOptions:
     """How to attach to a session.
 
     Attributes:
-        backend: What paints the session: nxproxy, or a command (any viewer), given after ``--``.
+        backend: What paints the session: nxproxy, x2gokdriveclient, or a command (any viewer), given after ``--``.
         sessions_root: Directory for the session's log; by default ``~/.x2go``.
         ready_timeout: Seconds from the proxy program's start until the session must be ready.
         ask_server: At the end, ask the X2Go server whether the session was suspended or terminated.
     """
 
-    backend: Literal["nx3", "command"] = "nx3"
+    backend: Literal["nx3", "kdrive", "command"] = "nx3"
     sessions_root: Path | None = None
     ready_timeout: float = 30.0
     ask_server: bool = False
@@ -54,7 +54,7 @@ class AttachOptions:
         if self.backend != "command":
             if command:
                 raise UsageError(f"A command is for --backend command, and the backend is {self.backend}.")
-            return NX3Backend()
+            return KDriveBackend() if self.backend == "kdrive" else NX3Backend()
         try:
             return CommandBackend(command)
         except ValueError as error:
@@ -102,8 +102,9 @@ def run(
         command: The viewer, for ``--backend command``.
         session: The session's name.
         graphics_port: The port on which the agent listens.
-        display: The number of the session's display on the server; nx3 needs it.
-        cookie_file: A file whose first line is the session's cookie, ``-`` for standard input; nx3 needs it.
+        display: The number of the session's display on the server; nx3 and kdrive need it.
+        cookie_file: A file whose first line is the session's cookie, ``-`` for standard input; nx3 and
+            kdrive need it.
         agent_host: Where the agent listens, as seen from the server.
         resumed: Say that the session was resumed: it survives a failed attempt, which makes it retryable.
         attach_options: How to attach.

@@ -1,0 +1,121 @@
+"""The backend for x2gokdriveclient, the viewer of X2Go's KDrive sessions.
+
+**Not tried against the program itself**, which no package source reached here has. What is known of it is what
+python-x2go 0.6.1.3 does with it (``x2go/backends/proxy/kdrive.py``), and stand-ins are what the tests run: it takes
+nxproxy's option string, by ``options=FILE``; it connects by TCP, once; it needs an X display. What is assumed here
+beyond that: that the agent's first bytes mean that the session stands, and exit code 0 after them that its user has
+closed it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from proxy_fsm.backends.base import BackendContext, find_program
+from proxy_fsm.backends.nx3 import NX3Backend
+from proxy_fsm.errors import BackendError
+from proxy_fsm.evidence import AgentClosed, AgentSpoke, ConnectionEnded
+from proxy_fsm.status import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from proxy_fsm.backends.base import ListenKind
+    from proxy_fsm.evidence import Evidence
+
+__all__ = ["OPTIONS_NAME", "KDriveBackend", "write_options"]
+
+#: Name of the options file, in the scratch directory.
+OPTIONS_NAME = "options"
+
+
+class KDriveBackend(NX3Backend):
+    """Runs ``x2gokdriveclient -S``, its options in a file that its owner alone can read, removed afterwards.
+
+    Args:
+        executable: The program; by default what ``X2GOKDRIVECLIENT_BINARY`` names, else ``x2gokdriveclient`` from
+            PATH.
+        options: Options of the string beside those that the engine sets, for example ``{"clipboard": "both"}``.
+
+    Raises:
+        ValueError: An option's name or value cannot stand in an option string, or is one that the engine sets.
+    """
+
+    name = "kdrive"
+    listen_kind: ListenKind = "tcp"
+
+    def find_executable(self) -> str:
+        """Find x2gokdriveclient."""
+        program = self._executable or os.environ.get("X2GOKDRIVECLIENT_BINARY") or "x2gokdriveclient"
+        return find_program(program, hint="Install x2gokdriveclient, or name it in X2GOKDRIVECLIENT_BINARY.")
+
+    def preflight(self, context: BackendContext) -> None:
+        """Write the options file."""
+        write_options(context.scratch, self._option_string(context))
+
+    def command(self, context: BackendContext) -> Sequence[str]:
+        """Name the options file, and the display once more, as python-x2go does."""
+        options = context.scratch / OPTIONS_NAME
+        return [context.executable, "-S", f"nx/nx,options={options}:{context.session.display}"]
+
+    def environment(self, context: BackendContext) -> Mapping[str, str]:
+        """Return the session root."""
+        return {"NX_ROOT": str(context.sessions_root)}
+
+    def ready(self, evidence: Evidence) -> bool:
+        """The agent's first bytes came: it has accepted the cookie."""
+        return evidence.saw(AgentSpoke)
+
+    def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
+        """Judge by what the tunnel saw and the exit code: the program's own words are not known."""
+        agent_left = evidence.saw(AgentClosed) and (evidence.saw(ConnectionEnded) or evidence.exited is not None)
+        if agent_left and not evidence.ready:
+            return EndReason.NEGOTIATION_FAILED, (
+                "The agent closed the connection before it said anything: "
+                "the session cookie is wrong, or the agent has gone."
+            )
+        if agent_left:
+            return EndReason.SESSION_ENDED, "The agent closed the session: it was suspended or terminated."
+        if evidence.ready and evidence.exited is not None and evidence.exited.exit_code == 0:
+            return EndReason.VIEWER_CLOSED, "x2gokdriveclient was closed."
+        return None
+
+    def _option_string(self, context: BackendContext) -> str:
+        given = "".join(f",{key}={value}" for key, value in self._options.items())
+        return (
+            f"nx/nx,connect=127.0.0.1,port={context.port},cookie={context.session.cookie}"
+            f"{given}:{context.session.display}"
+        )
+
+
+def write_options(scratch: Path, string: str) -> Path:
+    """Write an option string into a file that its owner alone can read, and return its path.
+
+    Args:
+        scratch: The proxy's scratch directory, which is removed when the proxy has ended.
+        string: The whole string; a cookie may be in it.
+
+    Raises:
+        BackendError: The path cannot stand in an option string, or the file cannot be written.
+    """
+    path = scratch / OPTIONS_NAME
+    if not str(path).isprintable() or any(char in str(path) for char in ",=:% "):
+        raise BackendError(
+            EndReason.PROXY_NOT_STARTABLE,
+            f"The path {path} cannot be written into an option string.",
+            "Set TMPDIR or XDG_RUNTIME_DIR to a path without comma, colon, blank, equals or per cent sign.",
+        )
+    try:
+        with open(path, "w", encoding="utf-8", opener=_private) as file:
+            file.write(string)
+    except OSError as error:
+        raise BackendError(
+            EndReason.PROXY_NOT_STARTABLE, f"The options file {path} cannot be written: {error.strerror}."
+        ) from error
+    return path
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL, 0o600)

@@ -1,0 +1,425 @@
+"""python-x2go's `X2GoProxy` on top of the engine: the class that its proxy backends derive from.
+
+Written from the API's documentation and from what python-x2go 0.6.1.3 does with the class; docs/x2go-api.md tells
+for every public name what it does here, what is different, and why.
+"""
+
+from __future__ import annotations
+
+import _queue
+import os
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from proxy_fsm import engine as engine_module
+from proxy_fsm.engine import Workers
+from proxy_fsm.errors import BackendError, InvalidTransition
+from proxy_fsm.lifecycle import State
+from proxy_fsm.preflight import open_private
+from proxy_fsm.process import ProxyProcess
+from proxy_fsm.proxy import Proxy
+from proxy_fsm.redaction import Redactor
+from proxy_fsm.session import SessionInfo
+from proxy_fsm.status import EndReason
+from proxy_fsm.x2go.handles import ProcessHandle, TunnelHandle
+from proxy_fsm.x2go.hooked import HookedBackend, HookedKDrive, HookedNX3, HookedViewer
+from proxy_fsm.x2go.logs import DEBUG, DEFAULT, ERROR, INFO, NOTICE, EventsToX2Go, X2GoLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import IO
+
+    import paramiko
+
+    from proxy_fsm.backends import BackendContext
+    from proxy_fsm.evidence import Observation
+
+__all__ = ["X2GoProxy"]
+
+#: The server refused the channel: that is what python-x2go's session wants to be told.
+_TUNNEL_REFUSED = {EndReason.AGENT_UNREACHABLE, EndReason.FORWARDING_DENIED}
+#: How much of one run goes into `session_errors`.
+_MAX_ERRORS_BYTES = 16 << 20
+
+
+class X2GoProxy(threading.Thread):
+    """A proxy with the API of ``x2go.backends.proxy.base.X2GoProxy``.
+
+    Subclasses say what to run, by class or instance attributes (`PROXY_CMD`, `PROXY_ARGS`, `PROXY_ENV`, and for
+    programs that take an NX option string `PROXY_MODE`, `PROXY_OPTIONS`, `PROXY_DISPLAY`), and by the hooks
+    `_update_local_proxy_socket`, `process_proxy_options` and `_generate_cmdline`, which are called in this order in
+    the engine's preflight, on a thread of its own, before anything remote is touched.
+
+    Args:
+        session_info: The session: ``name``, ``cookie``, ``graphics_port``, ``display`` and ``local_container``
+            are read, when it starts. With None nothing is ever started.
+        ssh_transport: A connected transport; None as above.
+        session_log: Name of the log file in the session's directory; holds what the program prints.
+        session_errors: Name of another, which holds the same for programs that take an NX option string.
+        sessions_rootdir: Where the sessions' directories are; by default ``~/.x2go``.
+        proxy_options: Options for the program; what the class does not know is logged as ignored.
+        session_instance: Whose ``set_session_name`` and ``HOOK_forwarding_tunnel_setup_failed`` are called where
+            the server refuses the tunnel.
+        logger: python-x2go's logger, or any callable that takes a message and ``loglevel``; None for our own log.
+        loglevel: What our own log gets, a mask of python-x2go's levels.
+
+    Attributes:
+        proxy: The program, like a `subprocess.Popen`: from its start until `stop_thread`; None otherwise.
+        fw_tunnel: The tunnel, with ``is_active`` and ``failed``: from the start until `stop_thread`; None otherwise.
+        session_log_stdout: The log file; open while it runs.
+        session_log_stderr: The same; open while it runs.
+
+    Raises:
+        RuntimeError: gevent has patched the standard library after this package was imported.
+    """
+
+    # Each object gets lists and a dict of its own.
+    PROXY_CMD: str = ""
+    PROXY_ARGS: list[str] = []  # noqa: RUF012 - as above
+    PROXY_ENV: dict[str, str] = {}  # noqa: RUF012 - as above
+    PROXY_MODE: str = ""
+    PROXY_OPTIONS: list[str] = []  # noqa: RUF012 - as above
+    PROXY_DISPLAY: Any = None
+
+    session_info: Any = None
+    session_log_stdout: IO[str] | None = None
+    session_log_stderr: IO[str] | None = None
+    fw_tunnel: TunnelHandle | None = None
+    proxy: ProcessHandle | None = None
+
+    #: The kind of program; None: told by its name, or by `subsystem`.
+    _backend_class: ClassVar[type[HookedNX3 | HookedKDrive | HookedViewer] | None] = None
+
+    def __init__(  # noqa: PLR0917 - the API's
+        self,
+        session_info: Any = None,
+        ssh_transport: paramiko.Transport | None = None,
+        session_log: str = "session.log",
+        session_errors: str = "session.err",
+        sessions_rootdir: str | os.PathLike[str] | None = None,
+        proxy_options: Mapping[str, Any] | None = None,
+        session_instance: Any = None,
+        logger: Callable[..., object] | None = None,
+        loglevel: int = DEFAULT,
+    ) -> None:
+        _refuse_late_patching()
+        super().__init__()
+        self.daemon = True
+        self.session_info = session_info
+        self.session_name: str | None = getattr(session_info, "name", None)
+        self.ssh_transport = ssh_transport
+        self.session_log = session_log
+        self.session_errors = session_errors
+        self.sessions_rootdir = str(Path.home() / ".x2go") if sessions_rootdir is None else os.fspath(sessions_rootdir)
+        self.proxy_options = dict(proxy_options or {})
+        self.session_instance = session_instance
+        self.subsystem = "X2Go Proxy"
+        self.PROXY_ARGS, self.PROXY_OPTIONS = list(type(self).PROXY_ARGS), list(type(self).PROXY_OPTIONS)
+        self.PROXY_ENV = {**_without_nx(os.environ), **type(self).PROXY_ENV}
+        self._own_environ = self.PROXY_ENV
+        self._environ_at_start: Mapping[str, str] = {}
+
+        self._making = threading.Lock()
+        self._proxy_engine: Proxy | None = None
+        self._stop_ordered = False
+        self._began = False
+        self._known = threading.Event()  # whether it is ok
+        self._released = threading.Event()  # all that is held while it runs
+        self._errors_file: IO[str] | None = None
+        self._errors_room_bytes = _MAX_ERRORS_BYTES
+        self.logger = X2GoLog(
+            logger,
+            loglevel=loglevel,
+            tag=type(self).__module__,
+            redact=Redactor([cookie] if (cookie := getattr(session_info, "cookie", None)) else []),
+            describe=self._describe,
+        )
+        self._events = None if logger is None else EventsToX2Go(self.logger)
+
+    def __del__(self) -> None:
+        """End it, as `stop_thread` does; python-x2go calls this by name."""
+        if hasattr(self, "_released"):  # else it never became anything
+            self.stop_thread()
+
+    @property
+    def engine(self) -> Proxy | None:
+        """The engine: its exact status, its records; made when it is first asked for, or started.
+
+        None without a session or a transport.
+
+        Raises:
+            InvalidSession: The session lacks what the program needs.
+            TypeError: The transport is none.
+            ValueError: A number of the session is none.
+        """
+        with self._making:
+            if self._proxy_engine is None and self.session_info is not None and self.ssh_transport is not None:
+                self._proxy_engine = self._make_engine(self.session_info, self.ssh_transport)
+                if self._stop_ordered:
+                    self._proxy_engine.stop()
+            return self._proxy_engine
+
+    # ---- what programs call ----
+
+    def start_proxy(self) -> tuple[ProcessHandle | None, bool]:
+        """Start it, and wait until it is known whether the session stands.
+
+        Returns:
+            The process, None where none was started; and whether it is `ok`.
+
+        Raises:
+            RuntimeError: It was started before.
+        """
+        self.logger(f"Starting the {self.subsystem}.", loglevel=INFO)
+        self.start()
+        self._known.wait()
+        return self.proxy, self.ok()
+
+    def ok(self) -> bool:
+        """Tell whether the session stands and can be used, now; in every state, at once."""
+        return self._proxy_engine is not None and self._proxy_engine.ok()
+
+    def run(self) -> None:
+        """Run it until it ends, however that comes; nothing where it was stopped, or run, before."""
+        try:
+            engine = self.engine
+        except (TypeError, ValueError) as error:
+            self.logger(f"The {self.subsystem} cannot be started: {error}", loglevel=ERROR)
+            engine = None
+        if engine is None:
+            self._known.set()
+        else:
+            self._run_engine(engine)
+
+    def stop_thread(self) -> None:
+        """End it, and wait until nothing is held; from any thread, in any state, any number of times.
+
+        On a thread that this end waits for itself (a subscriber of the engine, a hook of the session) it is ordered
+        only.
+        """
+        with self._making:
+            self._stop_ordered = True
+            engine = self._proxy_engine
+        if engine is not None:
+            engine.stop()
+            with suppress(RuntimeError):  # a subscriber's call: what it waits for waits for it
+                engine.wait()
+                if self._began:
+                    self._released.wait()
+                self.proxy = self.fw_tunnel = None
+
+    # ---- what subclasses override ----
+
+    def process_proxy_options(self) -> None:
+        """Take options out of `proxy_options` and into the command line; then call this, which logs the others."""
+        if self.proxy_options:
+            self.logger(f"These proxy options are ignored: {self.proxy_options}", loglevel=INFO)
+
+    def _update_local_proxy_socket(self, port: int) -> None:
+        """Take notice of the local port that the program has to connect to."""
+        self.PROXY_OPTIONS = [f"port={port}" if option.startswith("port=") else option for option in self.PROXY_OPTIONS]
+
+    def _generate_cmdline(self) -> list[str]:
+        """Return the command line: `PROXY_CMD`, `PROXY_ARGS`, and mode, options and display of an X2Go program."""
+        command = [self.PROXY_CMD, *self.PROXY_ARGS]
+        if self.PROXY_MODE:
+            command.append(self.PROXY_MODE)
+        if self.PROXY_OPTIONS:
+            display = "" if self.PROXY_DISPLAY is None else f":{self.PROXY_DISPLAY}"
+            command.append(",".join(self.PROXY_OPTIONS) + display)
+        return command
+
+    # ---- what the backend asks ----
+
+    def prepare(self, context: BackendContext) -> list[str]:
+        """Open the logs, call the hooks, and return the command line; called by the engine's backend.
+
+        Raises:
+            BackendError: A file cannot be opened, or a hook has failed.
+        """
+        self._open_logs(context)
+        try:
+            self._update_local_proxy_socket(context.port or 0)
+            self._call_process_proxy_options()
+            line: Any = self._generate_cmdline() or X2GoProxy._generate_cmdline(self)
+        except Exception as error:
+            raise BackendError(
+                EndReason.PROXY_NOT_STARTABLE,
+                f"The class {type(self).__qualname__} failed to make its command line: {error!r}.",
+                "Look at its methods _update_local_proxy_socket and _generate_cmdline.",
+            ) from error
+        words = [line] if isinstance(line, str) else [str(word) for word in line]
+        return [word.replace("{port}", str(context.port)) for word in words]
+
+    def environment(self) -> dict[str, str]:
+        """Return what `PROXY_ENV` has beside what was inherited when the engine was made."""
+        before = self._environ_at_start
+        return {
+            name: value for name, value in self.PROXY_ENV.items() if name.startswith("NX_") or before.get(name) != value
+        }
+
+    # ---- inside ----
+
+    def _make_engine(self, info: Any, transport: paramiko.Transport) -> Proxy:
+        if self.PROXY_ENV is not self._own_environ:  # the subclass has put one in its place: it is added
+            self.PROXY_ENV = {**_without_nx(os.environ), **self.PROXY_ENV}
+        self._environ_at_start = dict(self.PROXY_ENV)
+        display = getattr(info, "display", None)
+        return _Engine(
+            self._make_process,
+            SessionInfo(
+                name=info.name,
+                cookie=getattr(info, "cookie", None) or None,
+                graphics_port=int(info.graphics_port),
+                display=None if display in {None, ""} else int(display),
+            ),
+            transport,
+            backend=self._make_backend(),
+            sessions_root=self.sessions_rootdir,
+            environ=self._environ_at_start,
+            logger=self._events,
+            resumed=getattr(info, "status", None) == "S",
+        )
+
+    def _make_backend(self) -> HookedBackend:
+        if self._backend_class is not None:
+            return self._backend_class(self)
+        name = Path(self.PROXY_CMD).name.lower()
+        if "nxproxy" in name or self.subsystem == "NX Proxy":
+            return HookedNX3(self)
+        if "x2gokdriveclient" in name or self.subsystem == "X2Go KDrive Client":
+            return HookedKDrive(self)
+        return HookedViewer(self)
+
+    def _make_process(self, command: Sequence[str], **options: Any) -> ProxyProcess:
+        """Make the engine's process: it writes into `session_log`, and is seen as `proxy`."""
+        assert self._proxy_engine is not None  # noqa: S101 - it calls this
+        assert self.session_log_stdout is not None  # noqa: S101 - opened in the preflight
+        handle = ProcessHandle(self._proxy_engine, list(command), self._spawned)
+        post: Callable[[Observation], None] = options.pop("post")
+        options["log"] = self.session_log_stdout.fileno()
+        handle.process = ProxyProcess(command, post=handle.watching(post, self._write_errors), **options)
+        return handle.process
+
+    def _spawned(self, handle: ProcessHandle) -> None:
+        self.proxy = handle
+
+    def _run_engine(self, engine: Proxy) -> None:
+        """Start the engine, and stay until it has ended and all is told."""
+        with self._making:
+            if self._began:
+                return
+            self._began = True
+        self.fw_tunnel = TunnelHandle(engine)
+        try:
+            with suppress(InvalidTransition):  # it was stopped before, or the program has started it
+                engine.start()
+            if engine.wait(State.RUNNING) is State.RUNNING:
+                self.logger(f"The {self.subsystem} is up.", loglevel=INFO)
+                self._known.set()
+            engine.wait()
+        finally:
+            self._close_logs()
+            if self._stop_ordered:
+                self.proxy = self.fw_tunnel = None
+            self._released.set()
+            self._tell_end(engine)
+            self._known.set()
+
+    def _tell_end(self, engine: Proxy) -> None:
+        status = engine.status()
+        level = ERROR if status.state is State.FAILED else NOTICE
+        hint = "" if status.hint is None else f" {status.hint}"
+        self.logger(f"The {self.subsystem} has ended ({status.reason}): {status.detail}{hint}", loglevel=level)
+        session = self.session_instance
+        if session is None or status.reason not in _TUNNEL_REFUSED:
+            return
+        try:
+            session.set_session_name(self.session_name)
+            session.HOOK_forwarding_tunnel_setup_failed(
+                chain_host="127.0.0.1", chain_port=int(self.session_info.graphics_port), subsystem=self.subsystem
+            )
+        except Exception as error:  # noqa: BLE001 - the program's own code: it is told, and the end stays the end
+            self.logger(f"HOOK_forwarding_tunnel_setup_failed has failed: {error!r}", loglevel=ERROR)
+
+    def _call_process_proxy_options(self) -> None:
+        try:
+            self.process_proxy_options()
+        except Exception as error:  # noqa: BLE001 - by the API nothing that it raises stops the start
+            self.logger(f"process_proxy_options has failed, and is passed over: {error!r}", loglevel=ERROR)
+
+    def _open_logs(self, context: BackendContext) -> None:
+        container = Path(getattr(self.session_info, "local_container", None) or context.session_root)
+        try:
+            container.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.session_log_stdout = os.fdopen(open_private(container / self.session_log), "a")
+            self.session_log_stderr = os.fdopen(open_private(container / self.session_log), "a")
+            if self.PROXY_OPTIONS:
+                self._errors_file = os.fdopen(open_private(container / self.session_errors), "a")
+        except OSError as error:
+            raise BackendError(
+                EndReason.LISTEN_FAILED,
+                f"The session's log in {container} cannot be opened: {error.strerror or error}.",
+                "Make sure that it is a directory of yours, writable and not full.",
+            ) from error
+        self.logger(f"The {self.subsystem} writes its log to {container / self.session_log}.", loglevel=DEBUG)
+
+    def _write_errors(self, line: str) -> None:
+        """Write what the program says where its own option ``errors`` would have it; on its own thread."""
+        file = self._errors_file
+        self._errors_room_bytes -= len(line.encode()) + 1
+        if file is None or self._errors_room_bytes < 0:
+            return
+        try:
+            file.write(f"{line}\n")
+            file.flush()
+        except OSError as error:
+            self._errors_room_bytes = 0
+            self.logger(f"{self.session_errors} cannot be written any more: {error.strerror}.", loglevel=ERROR)
+
+    def _close_logs(self) -> None:
+        for file in (self.session_log_stdout, self.session_log_stderr, self._errors_file):
+            if file is not None:
+                with suppress(OSError):  # what could not be written was told when it was
+                    file.close()
+
+    def _describe(self) -> dict[str, str]:
+        engine = self._proxy_engine
+        return {"proxy_id": "" if engine is None else engine.id, "session": self.session_name or ""}
+
+
+class _Engine(Proxy):
+    """The engine behind an `X2GoProxy`, which makes its process."""
+
+    def __init__(self, make_process: Callable[..., ProxyProcess], *args: Any, **options: Any) -> None:
+        self._make_process = make_process
+        super().__init__(*args, **options)
+
+    def _make_workers(self) -> Workers:
+        return Workers(process=self._make_process)
+
+
+def _without_nx(environ: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what an outer NX session has set."""
+    return {name: value for name, value in environ.items() if not name.startswith("NX_")}
+
+
+def _refuse_late_patching() -> None:
+    """Refuse to block gevent's hub: a queue that was imported before gevent patched it would.
+
+    Raises:
+        RuntimeError: gevent has patched the standard library after this package was imported.
+    """
+    monkey: Any = sys.modules.get("gevent.monkey")
+    if (
+        monkey is not None
+        and monkey.is_module_patched("queue")
+        and vars(engine_module)["SimpleQueue"] is _queue.SimpleQueue
+    ):
+        raise RuntimeError(
+            "gevent has patched the standard library after proxy_fsm was imported: import x2go (or call "
+            "gevent.monkey.patch_all()) before anything of proxy_fsm."
+        )

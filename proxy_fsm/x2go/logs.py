@@ -1,0 +1,101 @@
+"""Between python-x2go's loggers, which are callables, and ours, which take events."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from proxy_fsm.events import EventLog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["DEBUG", "DEFAULT", "ERROR", "INFO", "NOTICE", "WARN", "EventsToX2Go", "X2GoLog"]
+
+#: python-x2go's log levels, bits of a mask, and what it shows by default. Source: ``x2go/log.py``.
+ERROR, WARN, NOTICE, INFO, DEBUG = 8, 16, 32, 64, 128
+DEFAULT = ERROR | WARN | NOTICE
+
+_OUR_LEVELS = {ERROR: "error", WARN: "warning", NOTICE: "info", INFO: "info", DEBUG: "debug"}
+_THEIR_LEVELS = {ours: theirs for theirs, ours in _OUR_LEVELS.items()}
+
+
+class X2GoLog:
+    """What `X2GoProxy.logger` is: called as python-x2go's loggers are, it hides secrets, and it never raises.
+
+    Args:
+        logger: python-x2go's logger, or any callable that takes a message and ``loglevel``; None for our own log.
+        loglevel: What our own log gets, as a mask; python-x2go's logger has a mask of its own.
+        tag: The part of the program that logs; set on a copy of a logger that has tags.
+        redact: Hides secrets.
+        describe: Returns the fields ``proxy_id`` and ``session`` of our own events.
+    """
+
+    def __init__(
+        self,
+        logger: Callable[..., object] | None,
+        *,
+        loglevel: int,
+        tag: str,
+        redact: Callable[[str], str],
+        describe: Callable[[], dict[str, str]],
+    ) -> None:
+        self._logger = logger
+        if hasattr(logger, "tag"):
+            self._logger = copy.copy(logger)
+            self._logger.tag = tag  # type: ignore[union-attr]
+        self._mask = loglevel
+        self._redact = redact
+        self._describe = describe
+
+    def __call__(self, msg: str, loglevel: int = 0, tag: str | None = None) -> None:
+        """Log a message.
+
+        Args:
+            msg: The message.
+            loglevel: One of python-x2go's levels.
+            tag: Another tag, for loggers that have tags.
+        """
+        text = self._redact(str(msg))
+        if self._logger is None:
+            if loglevel & self._mask:
+                log = EventLog(None, **self._describe())
+                log(_OUR_LEVELS.get(loglevel, "info"), "x2go.message", message=text)
+            return
+        try:
+            self._logger(text, loglevel=loglevel, **({} if tag is None else {"tag": tag}))
+        except Exception:
+            logging.getLogger("proxy_fsm").exception("The logger failed on a message.")
+
+    message = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else python-x2go's logger has."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._logger, name)
+
+
+class EventsToX2Go:
+    """A logger for the engine: its events, each as one line, to python-x2go's logger.
+
+    Args:
+        log: Where they go.
+    """
+
+    def __init__(self, log: X2GoLog) -> None:
+        self._log = log
+
+    def __getattr__(self, level: str) -> Callable[..., None]:
+        if level not in {*_THEIR_LEVELS, "exception"}:
+            raise AttributeError(level)
+
+        def tell(event: str, *, exc_info: bool = False, **fields: Any) -> None:
+            text = " ".join([event, *(f"{name}={value!r}" for name, value in fields.items() if value is not None)])
+            if exc_info:
+                text += f" {traceback.format_exc()}"
+            self._log(text, loglevel=_THEIR_LEVELS.get(level, ERROR))
+
+        return tell
