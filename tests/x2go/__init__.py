@@ -1,0 +1,1 @@
+"""Tests of the python-x2go API."""

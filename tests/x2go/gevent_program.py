@@ -1,0 +1,138 @@
+"""A program under gevent, which ``import x2go`` makes every program of python-x2go: it runs proxies, and looks on.
+
+Called with the place of an SSH server, a user, a password, the agent's port, a proxy program, a directory and the
+directory of this checkout; prints what it saw, as JSON.
+"""
+
+from __future__ import annotations
+
+import gevent.monkey  # type: ignore[import-untyped]
+
+gevent.monkey.patch_all()
+
+import gc  # noqa: E402 - gevent has to be first
+import json  # noqa: E402
+import os  # noqa: E402
+import resource  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+from typing import Any  # noqa: E402
+
+import gevent  # noqa: E402
+import paramiko  # noqa: E402
+
+HOST, PORT, USER, PASSWORD, GRAPHICS_PORT, PROGRAM, ROOT, CHECKOUT = sys.argv[1:]
+sys.path.insert(0, CHECKOUT)
+
+from proxy_fsm.x2go.base import X2GoProxy  # noqa: E402
+
+IDLE_S = 2.0
+
+
+class Viewer(X2GoProxy):
+    PROXY_CMD = PROGRAM
+    PROXY_ARGS = ["127.0.0.1", "{port}"]  # noqa: RUF012 - as subclasses do it
+    subsystem = "viewer"
+
+
+class Info:
+    name = "alice-51-1795334442_stDxterm_dp24"
+    cookie = "0123456789abcdef0123456789abcdef"
+    graphics_port = int(GRAPHICS_PORT)
+    display = 51
+    local_container = os.path.join(ROOT, f"S-{name}")  # noqa: PTH118
+
+
+class Hub:
+    """Sees how long no other greenlet gets its turn."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._greenlet = gevent.spawn(self._tick)
+
+    def _tick(self) -> None:
+        last = time.monotonic()
+        while True:
+            gevent.sleep(0.01)
+            now = time.monotonic()
+            self.longest_s, last = max(self.longest_s, now - last), now
+
+    def stop(self) -> float:
+        self._greenlet.kill()
+        return self.longest_s
+
+
+def cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def holdings() -> dict[str, Any]:
+    gc.collect()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+        "threads": sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("proxy_fsm")),
+        "native threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+    }
+
+
+def one_round(transport: paramiko.Transport, *, idle: bool) -> dict[str, Any]:
+    """Start, stay, stop; each lasts long enough to show a hub that is blocked."""
+    hub = Hub()
+    proxy = Viewer(Info, transport, sessions_rootdir=ROOT, logger=lambda *_, **__: None)
+    process, ok = proxy.start_proxy()
+    assert process is not None
+    seen: dict[str, Any] = {"ok": ok, "start_hub_s": hub.stop()}
+    if idle:
+        before = cpu_s()
+        gevent.sleep(IDLE_S)
+        seen["idle_cpu"] = (cpu_s() - before) / IDLE_S
+    hub = Hub()
+    waiter = gevent.spawn(process.wait)
+    began = time.monotonic()
+    proxy.stop_thread()
+    seen["stop_s"] = time.monotonic() - began
+    seen["stop_hub_s"] = hub.stop()
+    assert proxy.engine is not None
+    seen["reason"] = str(proxy.engine.status().reason)
+    seen["waited"] = waiter.get(timeout=5)
+    proxy.join(5)
+    return seen
+
+
+def faults(transport: paramiko.Transport) -> dict[str, str]:
+    """End proxies by faults, the last one by the end of the transport."""
+    reasons = {}
+    for fault in ("missing", "killed", "transport"):
+        proxy = Viewer(Info, transport, sessions_rootdir=ROOT, logger=lambda *_, **__: None)
+        if fault == "missing":
+            proxy.PROXY_CMD = "/nowhere/viewer"
+        proxy.start_proxy()
+        if fault == "killed":
+            assert proxy.proxy is not None
+            os.kill(proxy.proxy.pid, 9)
+        if fault == "transport":
+            transport.close()
+        proxy.join(10)
+        assert proxy.engine is not None
+        reasons[fault] = str(proxy.engine.status().reason)
+        proxy.stop_thread()
+    return reasons
+
+
+def main() -> None:
+    client = paramiko.SSHClient()
+    client.set_missing_host_key_policy(paramiko.AutoAddPolicy())  # noqa: S507 - a server of the test's, on loopback
+    client.connect(HOST, int(PORT), USER, PASSWORD, allow_agent=False, look_for_keys=False)
+    transport = client.get_transport()
+    assert transport is not None
+    rounds = [one_round(transport, idle=True)]
+    before = holdings()
+    rounds += [one_round(transport, idle=False) for _ in range(2)]
+    after = holdings()
+    print(json.dumps({"rounds": rounds, "before": before, "after": after, "faults": faults(transport)}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

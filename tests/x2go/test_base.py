@@ -1,0 +1,516 @@
+"""The base class: other people's subclasses, and what python-x2go's programs do with it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm import EndReason, InvalidSession, State
+from proxy_fsm.testing import Forwarding
+from proxy_fsm.testing.scripted import Step, connect, exit_with, ignore, print_cookie, record_call, say, wait_eof
+from proxy_fsm.x2go.base import X2GoProxy
+from proxy_fsm.x2go.logs import DEBUG, ERROR, INFO
+from tests.engine_helpers import COOKIE, children, descriptors, engine_threads, eventually
+
+from .conftest import NAME, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .conftest import Scene
+
+SOON_S = 5.0
+
+
+def viewer(scene: Scene, *steps: Any, **attributes: Any) -> type[X2GoProxy]:
+    """Make a subclass that sets nothing but what its program is."""
+    program = scene.program(steps or (record_call(scene.home / "call"), connect(), wait_eof()))
+    return type("Viewer", (X2GoProxy,), {"PROXY_CMD": program, "PROXY_ARGS": ["127.0.0.1", "{port}"], **attributes})
+
+
+def call(scene: Scene) -> dict[str, Any]:
+    """Return how the program was called."""
+    found: dict[str, Any] = json.loads((scene.home / "call").read_text())
+    return found
+
+
+def within(limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    began = time.monotonic()
+    result = function(*arguments)
+    assert time.monotonic() - began < limit_s
+    return result
+
+
+class TestASubclassThatSetsItsProgram:
+    def test_by_class_attributes_runs(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene, PROXY_ENV={"FRUIT": "pear"}))
+        process, ok = proxy.start_proxy()
+        assert ok is True
+        assert process is proxy.proxy
+        assert proxy.ok()
+        assert proxy.engine.state is State.RUNNING
+        called = call(scene)
+        assert called["argv"][1] == "127.0.0.1"
+        assert int(called["argv"][2]) > 1024
+        assert called["environ"]["FRUIT"] == "pear"
+        assert called["environ"]["PATH"] == os.environ["PATH"]
+
+    def test_by_attributes_of_the_object_runs(self, scene: Scene) -> None:
+        class Viewer(X2GoProxy):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self.PROXY_CMD = scene.program((record_call(scene.home / "call"), connect(), wait_eof()))
+                self.PROXY_ARGS = ["127.0.0.1:{port}"]
+                self.PROXY_ENV.update({"FRUIT": "plum"})
+
+        process, ok = scene.make(Viewer).start_proxy()
+        assert ok
+        assert process.poll() is None
+        assert call(scene)["environ"]["FRUIT"] == "plum"
+
+    def test_has_lists_of_its_own(self, scene: Scene) -> None:
+        kind = viewer(scene)
+        scene.make(kind).PROXY_ARGS.append("--more")
+        assert kind.PROXY_ARGS == ["127.0.0.1", "{port}"]
+        assert scene.make(kind).PROXY_ARGS == kind.PROXY_ARGS
+
+    def test_an_environment_in_its_place_is_added_and_what_is_taken_out_is_gone(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("UNWANTED", "1")
+        monkeypatch.setenv("NX_DISPLAY", "an outer session's")
+        monkeypatch.setenv("NX_CLIENT", "an outer session's")
+        first = scene.make(viewer(scene))
+        first.PROXY_ENV = {"FRUIT": "fig"}
+        assert first.start_proxy()[1]
+        environ = call(scene)["environ"]
+        assert environ["FRUIT"] == "fig"
+        assert environ["PATH"] == os.environ["PATH"]
+        second = scene.make(viewer(scene))
+        del second.PROXY_ENV["UNWANTED"]
+        second.PROXY_ENV["NX_CLIENT"] = "own"
+        assert second.start_proxy()[1]
+        environ = call(scene)["environ"]
+        assert "UNWANTED" not in environ
+        assert environ["NX_CLIENT"] == "own"
+        assert "NX_DISPLAY" not in environ
+
+    def test_mode_options_and_display_make_an_x2go_programs_command_line(self, scene: Scene) -> None:
+        kind = viewer(scene, PROXY_MODE="-S", PROXY_OPTIONS=["nx/nx", "port=0", "link=lan"], PROXY_DISPLAY=7)
+        proxy = scene.make(kind)
+        assert proxy._generate_cmdline()[-2:] == ["-S", "nx/nx,port=0,link=lan:7"]
+        proxy._update_local_proxy_socket(4001)
+        assert proxy._generate_cmdline()[-1] == "nx/nx,port=4001,link=lan:7"
+
+    def test_serves_any_number_of_connections(self, scene: Scene) -> None:
+        keep = Step("kept = [*globals().get('kept', []), connection]")
+        proxy = scene.make(viewer(scene, connect(), keep, connect(), keep, connect(), wait_eof()))
+        assert proxy.start_proxy()[1]
+        eventually(lambda: proxy.engine.status().tunnel.connections == 3, "three connections")
+
+    def test_without_a_program_says_so(self, scene: Scene) -> None:
+        proxy = scene.make(X2GoProxy)
+        assert proxy.start_proxy() == (None, False)
+        assert proxy.engine.status().reason is EndReason.PROXY_NOT_FOUND
+        assert "PROXY_CMD is not set" in scene.log.text
+
+
+class TestHooks:
+    def test_are_called_in_order_before_the_program_starts(self, scene: Scene) -> None:
+        calls: list[Any] = []
+
+        class Viewer(viewer(scene)):  # type: ignore[misc]
+            def _update_local_proxy_socket(self, port: int) -> None:
+                calls.append(port)
+
+            def process_proxy_options(self) -> None:
+                calls.append(("options", self.proxy_options.pop("fruit")))
+                self.PROXY_ENV["FRUIT"] = "lime"
+                super().process_proxy_options()
+
+            def _generate_cmdline(self) -> list[str]:
+                calls.append("command line")
+                return [self.PROXY_CMD, f"127.0.0.1:{calls[0]}"]
+
+        given = {"fruit": "pear", "vegetable": "leek"}
+        assert scene.make(Viewer, proxy_options=given).start_proxy()[1]
+        assert calls[1:] == [("options", "pear"), "command line"]
+        assert call(scene)["argv"][1] == f"127.0.0.1:{calls[0]}"
+        assert call(scene)["environ"]["FRUIT"] == "lime"
+        assert (INFO, "These proxy options are ignored: {'vegetable': 'leek'}") in scene.log.lines
+        assert given == {"fruit": "pear", "vegetable": "leek"}
+
+    def test_nothing_that_options_raise_stops_the_start(self, scene: Scene) -> None:
+        class Viewer(viewer(scene)):  # type: ignore[misc]
+            def process_proxy_options(self) -> None:
+                raise LookupError("no such option")
+
+        assert scene.make(Viewer).start_proxy()[1]
+        assert [line for level, line in scene.log.lines if level == ERROR and "no such option" in line]
+
+    @pytest.mark.parametrize("hook", ["_update_local_proxy_socket", "_generate_cmdline"])
+    def test_a_command_line_that_fails_is_told(self, scene: Scene, hook: str) -> None:
+        def fail(*_: Any) -> None:
+            raise LookupError("not today")
+
+        proxy = scene.make(viewer(scene, **{hook: fail}))
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        assert proxy.engine.status().reason is EndReason.PROXY_NOT_STARTABLE
+        assert "not today" in proxy.engine.status().detail
+
+    @pytest.mark.parametrize("nothing", ["", None, []])
+    def test_an_empty_command_line_means_the_usual_one(self, scene: Scene, nothing: Any) -> None:
+        assert scene.make(viewer(scene, _generate_cmdline=lambda _: nothing)).start_proxy()[1]
+
+    def test_a_command_line_that_is_one_string_is_a_program(self, scene: Scene) -> None:
+        program = scene.program((exit_with(3),), "other")
+        proxy = scene.make(viewer(scene, _generate_cmdline=lambda _: program))
+        process, ok = proxy.start_proxy()
+        assert not ok
+        assert process.returncode == 3
+        assert proxy.engine.status().reason is EndReason.PROXY_EXITED
+
+    def test_of_the_session_are_called_where_the_tunnel_is_refused(self, scene: Scene) -> None:
+        scene.server.forwarding = Forwarding.DENIED
+        session = Session()
+        proxy = scene.make(viewer(scene), session_instance=session)
+        proxy.subsystem = "Some Proxy"
+        process, ok = within(SOON_S, proxy.start_proxy)
+        assert not ok
+        assert process.wait(SOON_S) is not None
+        told = {"chain_host": "127.0.0.1", "chain_port": scene.agent.port, "subsystem": "Some Proxy"}
+        assert session.told == [NAME, told]
+        assert proxy.fw_tunnel.failed
+        assert not proxy.fw_tunnel.is_active
+
+    def test_of_the_session_are_called_where_nothing_listens(self, scene: Scene) -> None:
+        scene.agent.stop_listening()
+        session = Session()
+        proxy = scene.make(viewer(scene), session_instance=session)
+        process, ok = proxy.start_proxy()
+        assert (process is not None, ok) == (True, False)
+        assert len(session.told) == 2
+        assert proxy.engine.status().reason is EndReason.AGENT_UNREACHABLE
+
+    def test_of_the_session_may_fail_or_end_the_proxy(self, scene: Scene) -> None:
+        scene.server.forwarding = Forwarding.DENIED
+
+        class Rude(Session):
+            def HOOK_forwarding_tunnel_setup_failed(self, **_: Any) -> None:  # noqa: N802
+                proxy.stop_thread()
+                raise LookupError("what a hook raises")
+
+        proxy = scene.make(viewer(scene), session_instance=Rude())
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        assert "what a hook raises" in scene.log.text
+
+    def test_of_the_session_are_not_called_for_another_fault(self, scene: Scene) -> None:
+        session = Session()
+        proxy = scene.make(viewer(scene, PROXY_CMD="/nowhere/viewer"), session_instance=session)
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        assert proxy.engine.status().reason is EndReason.PROXY_NOT_FOUND
+        assert session.told == []
+
+
+class TestAttributes:
+    def test_hold_what_they_should_before_while_and_after(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        assert (proxy.proxy, proxy.fw_tunnel, proxy.session_log_stdout) == (None, None, None)
+        assert proxy.ok() is False
+        assert proxy.session_name == NAME
+        assert proxy.subsystem == "X2Go Proxy"
+        assert proxy.start_proxy()[1]
+        assert proxy.is_alive()
+        assert proxy.daemon
+        assert proxy.fw_tunnel.is_active
+        assert not proxy.fw_tunnel.failed
+        logs = (proxy.session_log_stdout, proxy.session_log_stderr)
+        assert not any(log.closed for log in logs)
+        process, tunnel = proxy.proxy, proxy.fw_tunnel
+        proxy.stop_thread()
+        assert (proxy.proxy, proxy.fw_tunnel, proxy.ok()) == (None, None, False)
+        assert all(log.closed for log in logs)
+        assert process.poll() == -signal.SIGTERM
+        assert not tunnel.is_active
+        assert not tunnel.failed
+        proxy.join(SOON_S)
+        assert not proxy.is_alive()
+
+    def test_tell_of_an_end_that_came_by_itself(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        process, ok = proxy.start_proxy()
+        assert ok
+        scene.agent.let_go()
+        proxy.join(SOON_S)
+        assert proxy.ok() is False
+        assert proxy.proxy is process
+        assert process.poll() == 0
+        assert not proxy.fw_tunnel.is_active
+        assert proxy.session_log_stdout.closed
+        assert proxy.engine.status().reason is EndReason.VIEWER_CLOSED
+
+    def test_logs_are_in_the_sessions_directory_and_private(self, scene: Scene) -> None:
+        info = scene.info
+        info.local_container = str(scene.home / "else" / "where")
+        kind = viewer(scene, say("one line"), print_cookie(), connect(), wait_eof(), PROXY_OPTIONS=["nx/nx"])
+        before = os.umask(0)
+        try:
+            proxy = scene.make(kind, session_info=info, session_log="a.log", session_errors="a.err")
+            assert proxy.start_proxy()[1]
+        finally:
+            os.umask(before)
+        proxy.stop_thread()
+        for name in ("a.log", "a.err"):
+            file = Path(info.local_container, name)
+            assert file.read_text().startswith("one line\n")
+            assert COOKIE not in file.read_text()
+            assert file.stat().st_mode & 0o777 == 0o600
+        assert Path(info.local_container).stat().st_mode & 0o777 == 0o700
+
+    def test_a_log_that_cannot_be_opened_is_told(self, scene: Scene) -> None:
+        (scene.container / "session.log").mkdir(parents=True)
+        proxy = scene.make(viewer(scene))
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        assert proxy.engine.status().reason is EndReason.LISTEN_FAILED
+
+    def test_the_default_root_is_below_home(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(scene.home))
+        assert viewer(scene)().sessions_rootdir == str(scene.home / ".x2go")
+
+
+class TestTheProcess:
+    def test_is_waited_for_while_the_engine_reaps_it(self, scene: Scene) -> None:
+        process, _ = scene.make(viewer(scene)).start_proxy()
+        codes: list[int] = []
+        waiting = [threading.Thread(target=lambda: codes.append(process.wait())) for _ in range(5)]
+        for thread in waiting:
+            thread.start()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        for thread in waiting:
+            thread.join(SOON_S)
+        assert codes == [-signal.SIGKILL] * 5
+        assert process.wait() == process.poll() == process.returncode == -signal.SIGKILL
+        assert children() == []
+
+    def test_that_ends_by_itself_has_its_exit_code(self, scene: Scene) -> None:
+        process, ok = scene.make(viewer(scene, exit_with(7))).start_proxy()
+        assert (process.wait(SOON_S), ok) == (7, False)
+
+    @pytest.mark.parametrize("order", ["terminate", "kill"])
+    def test_is_ended_in_order_by_its_methods(self, scene: Scene, order: str) -> None:
+        proxy = scene.make(viewer(scene))
+        process, _ = proxy.start_proxy()
+        getattr(process, order)()
+        assert process.wait(SOON_S) == -(signal.SIGTERM if order == "terminate" else signal.SIGKILL)
+        proxy.join(SOON_S)
+        assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
+        getattr(process, order)()  # a no-op now
+
+    def test_is_killed_at_once_where_it_does_not_listen(self, scene: Scene) -> None:
+        process, _ = scene.make(viewer(scene, ignore(), connect(), wait_eof())).start_proxy()
+        process.kill()
+        assert process.wait(SOON_S / 2) == -signal.SIGKILL
+
+    def test_gets_any_signal(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        process, _ = proxy.start_proxy()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(SOON_S) == -signal.SIGHUP
+        proxy.join(SOON_S)
+        assert proxy.engine.status().reason is EndReason.PROXY_KILLED
+        assert str(process.pid) in repr(process)
+
+
+class TestStartAndStop:
+    def test_a_program_that_is_missing_is_known_at_once(self, scene: Scene) -> None:
+        """python-x2go takes 16 s for it."""
+        proxy = scene.make(viewer(scene, PROXY_CMD="/nowhere/viewer"))
+        assert within(2.0, proxy.start_proxy) == (None, False)
+        assert proxy.fw_tunnel.failed
+        assert [line for level, line in scene.log.lines if level == ERROR and "proxy_not_found" in line]
+
+    def test_it_can_be_started_as_a_thread(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        proxy.start()
+        eventually(proxy.ok, "ok")
+        with pytest.raises(RuntimeError):
+            proxy.start_proxy()
+        proxy.stop_thread()
+        proxy.join(SOON_S)
+
+    def test_it_can_be_run_by_a_thread_of_the_programs_own(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        thread = threading.Thread(target=proxy.run)
+        thread.start()
+        eventually(proxy.ok, "ok")
+        proxy.run()  # it runs already
+        assert proxy.ok()
+        proxy.stop_thread()
+        thread.join(SOON_S)
+        assert not thread.is_alive()
+        proxy.run()  # once is all
+        assert not proxy.ok()
+
+    @pytest.mark.parametrize("missing", ["session_info", "ssh_transport"])
+    def test_without_a_session_or_a_transport_nothing_is_done(self, scene: Scene, missing: str) -> None:
+        proxy = scene.make(viewer(scene), **{missing: None})
+        assert proxy.run() is None
+        assert proxy.engine is None
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        proxy.stop_thread()
+
+    def test_a_session_that_cannot_be_is_told(self, scene: Scene) -> None:
+        info = scene.info
+        info.graphics_port = ""
+        proxy = scene.make(viewer(scene), session_info=info)
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        assert [line for level, line in scene.log.lines if level == ERROR]
+        info.graphics_port, info.name = 4788, "../escape"
+        with pytest.raises(InvalidSession):
+            _ = scene.make(viewer(scene), session_info=info).engine
+
+    def test_a_stop_before_the_start_is_kept(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        proxy.stop_thread()
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
+        assert proxy.fw_tunnel is None
+        assert not (scene.home / "call").exists()
+
+    def test_it_is_stopped_from_all_sides(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        proxy.start_proxy()
+        stoppers = [threading.Thread(target=proxy.stop_thread) for _ in range(10)]
+        for thread in stoppers:
+            thread.start()
+        proxy.__del__()
+        for thread in stoppers:
+            thread.join(SOON_S)
+        assert not any(thread.is_alive() for thread in stoppers)
+        proxy.stop_thread()
+        assert proxy.engine.state is State.STOPPED
+        assert proxy.proxy is None
+
+    def test_it_is_stopped_in_the_middle_of_its_start(self, scene: Scene) -> None:
+        scene.server.forwarding = Forwarding.HELD
+        proxy = scene.make(viewer(scene))
+        proxy.start()
+        eventually(lambda: scene.server.channels_held, "a channel that is held")
+        within(SOON_S, proxy.stop_thread)
+        assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
+        scene.server.release()
+
+    def test_a_subscriber_of_the_engine_may_stop_it(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        path = []
+
+        def on_change(record: Any) -> None:
+            path.append(record.dest)
+            if record.dest is State.RUNNING:
+                proxy.stop_thread()
+
+        proxy.engine.subscribe(on_change)
+        proxy.start_proxy()
+        within(SOON_S, proxy.stop_thread)
+        assert path == ["tunnelling", "spawning", "running", "stopping", "stopped"]
+
+    def test_a_program_may_start_the_engine_itself(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        proxy.engine.start()
+        proxy.engine.wait_running(SOON_S)
+        assert proxy.start_proxy()[1]
+
+    def test_nothing_is_left_of_many(self, scene: Scene) -> None:
+        kind = viewer(scene)
+        scene.make(kind).start_proxy()
+        scene.made.pop().stop_thread()
+        before = descriptors()
+        for _ in range(5):
+            scene.make(kind)
+            assert scene.made[-1].start_proxy()[1]
+            scene.made[-1].stop_thread()
+            scene.made[-1].join(SOON_S)
+            assert not scene.made.pop().is_alive()
+        gc.collect()
+        assert engine_threads() == []
+        assert children() == []
+        assert descriptors() == before
+
+    def test_a_lost_connection_ends_it_with_its_reason(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        assert proxy.start_proxy()[1]
+        scene.server.drop()
+        proxy.join(SOON_S)
+        assert proxy.ok() is False
+        assert proxy.engine.status().reason is EndReason.TRANSPORT_LOST
+        assert [line for level, line in scene.log.lines if level == ERROR and "transport_lost" in line]
+
+
+class TestLoggers:
+    def test_the_programs_own_gets_all_with_a_tag_and_without_the_cookie(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene, say("hello"), connect(), wait_eof()))
+        proxy.logger(f"the cookie is {COOKIE}", loglevel=DEBUG)
+        assert proxy.start_proxy()[1]
+        proxy.stop_thread()
+        assert scene.log.tag == "theirs"
+        assert (DEBUG, "the cookie is <hidden>") in scene.log.lines
+        assert COOKIE not in scene.log.text
+        assert "dest='running'" in scene.log.text
+        assert "line='hello'" in scene.log.text
+        assert proxy.logger.get_loglevel() == 56
+        proxy.logger.message("tagged", loglevel=INFO, tag="another")
+        assert "another" in scene.log.tags
+
+    def test_a_plain_function_does(self, scene: Scene) -> None:
+        lines = []
+        proxy = scene.make(viewer(scene), logger=lambda text, loglevel: lines.append((loglevel, text)))
+        assert proxy.start_proxy()[1]
+        assert lines
+
+    def test_one_that_fails_changes_nothing(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise LookupError("no log today")
+
+        assert scene.make(viewer(scene), logger=fail).start_proxy()[1]
+        assert "no log today" in caplog.text
+
+    def test_without_one_ours_is_used_by_its_mask(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG, "proxy_fsm")
+        proxy = scene.make(viewer(scene), logger=None)
+        proxy.logger("shown", loglevel=ERROR)
+        proxy.logger("not shown", loglevel=DEBUG)
+        assert proxy.start_proxy()[1]
+        proxy.logger(f"an {COOKIE}", loglevel=ERROR)
+        proxy.stop_thread()
+        assert "event='x2go.message'" in caplog.text
+        assert "message='shown'" in caplog.text
+        assert "not shown" not in caplog.text
+        assert "event='proxy.transition'" in caplog.text
+        assert f"proxy_id='{proxy.engine.id}'" in caplog.text
+        assert COOKIE not in caplog.text
+        assert not hasattr(proxy.logger, "get_loglevel")
+
+
+def test_what_is_imported_before_gevent_patches_is_refused() -> None:
+    """Its queues would block the hub for ever."""
+    code = (
+        "from proxy_fsm.x2go.base import X2GoProxy\n"
+        "import gevent.monkey; gevent.monkey.patch_all()\n"
+        "try: X2GoProxy()\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "import x2go" in done.stdout

@@ -1,0 +1,45 @@
+"""Under `gevent.monkey.patch_all()`, as in every program of python-x2go."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import proxy_fsm
+from proxy_fsm.testing.scripted import Step, connect, exit_with, on_signal, wait_eof
+
+if TYPE_CHECKING:
+    from .conftest import Scene
+
+PROGRAM = Path(__file__).with_name("gevent_program.py")
+#: How long the stand-in takes to connect, and to end: so long would a hub be blocked that waits for it.
+TAKES_S = 1.0
+#: How long the hub may be kept from others; forking takes most of it, and a loaded machine the rest.
+HUB_S = 0.5
+
+
+def test_no_hub_is_blocked_nothing_runs_idle_and_nothing_is_left(scene: Scene) -> None:
+    slow = Step(f"import time; time.sleep({TAKES_S})")
+    program = scene.program((on_signal(signal.SIGTERM, (slow, exit_with(0))), slow, connect(), wait_eof()))
+    server = scene.server
+    place = ["127.0.0.1", server.port, server.username, server.password, scene.agent.port]
+    command = [sys.executable, PROGRAM, *place, program, scene.home / "root", Path(proxy_fsm.__file__).parents[1]]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    for each in seen["rounds"]:
+        assert each["ok"]
+        assert each["start_hub_s"] < HUB_S
+        assert each["stop_hub_s"] < HUB_S
+        assert each["stop_s"] > TAKES_S / 2  # the hub had something to be blocked by
+        assert each["reason"] == "stop_requested"
+        assert each["waited"] == 0
+    assert seen["rounds"][0]["idle_cpu"] < 0.1
+    assert seen["after"]["descriptors"] == seen["before"]["descriptors"]
+    assert seen["after"]["native threads"] <= seen["before"]["native threads"]
+    assert seen["after"]["threads"] == []
+    assert seen["faults"] == {"missing": "proxy_not_found", "killed": "proxy_killed", "transport": "transport_lost"}

@@ -1,0 +1,84 @@
+"""The KDrive class, on stand-ins: the real x2gokdriveclient could not be had."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm import EndReason
+from proxy_fsm.testing.scripted import Step, record_call, wait_eof
+from proxy_fsm.x2go import kdrive
+from tests.engine_helpers import COOKIE, eventually
+
+if TYPE_CHECKING:
+    from .conftest import Scene
+
+#: Reads its options as x2gokdriveclient does, keeps what it saw of their file, and connects where they say.
+READ_OPTIONS = """\
+path = sys.argv[2].removeprefix("nx/nx,options=").rpartition(":")[0]
+mode = os.stat(path).st_mode & 0o777
+words = open(path).read().rpartition(":")[0].split(",")
+options = dict(word.split("=", 1) for word in words if "=" in word)
+connection = join((options["connect"], int(options["port"])))
+connection.sendall(options["cookie"].encode())
+"""
+
+
+def keep(path: Path) -> Step:
+    return Step(f"open({str(path)!r}, 'w').write(str([path, oct(mode), open(path).read()]))")
+
+
+@pytest.fixture
+def kd(scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """A scene with a display and a stand-in for x2gokdriveclient."""
+    steps = (record_call(scene.home / "call"), Step(READ_OPTIONS), keep(scene.home / "options"), wait_eof())
+    monkeypatch.setenv("X2GOKDRIVECLIENT_BINARY", scene.program(steps, "x2gokdriveclient"))
+    monkeypatch.setenv("DISPLAY", x_display)
+    return scene
+
+
+def started(scene: Scene, **changes: Any) -> Any:
+    """Start a proxy and have the agent say something, as it does once the cookie is right."""
+    proxy = scene.make(kdrive.X2GoProxy, **changes)
+    proxy.start()
+    eventually(lambda: bytes(scene.agent.received) == COOKIE.encode(), "the cookie at the agent")
+    assert not proxy.ok()
+    scene.agent.say(b"a picture")
+    eventually(proxy.ok, "ok")
+    return proxy
+
+
+def test_the_options_file_is_private_and_goes_with_the_proxy(kd: Scene) -> None:
+    proxy = started(kd, proxy_options={"link": "lan"})
+    called = json.loads((kd.home / "call").read_text())
+    assert called["argv"][1] == "-S"
+    assert COOKIE not in "".join(called["argv"])
+    assert not [value for value in called["environ"].values() if COOKIE in value]
+    path, mode, text = eval((kd.home / "options").read_text())  # noqa: S307 - what the stand-in has just written
+    assert called["argv"][2] == f"nx/nx,options={path}:51"
+    assert mode == "0o600"
+    port = proxy.engine.status().listen_address.rpartition(":")[2]
+    assert text == (f"nx/nx,connect=127.0.0.1,cookie={COOKIE},port={port},retry=5,composite=1,clipboard=1,link=lan:51")
+    assert Path(path).parent.stat().st_mode & 0o777 == 0o700
+    proxy.stop_thread()
+    assert not Path(path).parent.exists()
+
+
+def test_it_is_told_apart_who_ended_it(kd: Scene) -> None:
+    proxy = started(kd)
+    kd.agent.let_go()
+    proxy.join(10)
+    assert proxy.engine.status().reason is EndReason.SESSION_ENDED
+
+
+def test_has_the_apis_attributes(kd: Scene) -> None:
+    proxy = kd.make(kdrive.X2GoProxy)
+    assert proxy.subsystem == "X2Go KDrive Client"
+    assert Path(proxy.PROXY_CMD).name == "x2gokdriveclient"
+    assert proxy.PROXY_MODE == "-S"
+    assert "NX_CLIENT" not in proxy.PROXY_ENV
+    assert proxy.PROXY_ENV["NX_ROOT"] == str(kd.home / "sessions")
+    assert kdrive.X2GoProxy().PROXY_OPTIONS == []

@@ -1,0 +1,186 @@
+"""The NX class, and python-x2go's own one on our base."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm import EndReason, State
+from proxy_fsm.testing.scripted import connect, exit_with, record_call, say, wait_eof
+from proxy_fsm.x2go import base, nx3
+from tests.engine_helpers import COOKIE, READY_LINE, eventually
+
+from .conftest import NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .conftest import Scene
+
+#: Where Debian's package python3-x2go is.
+PYTHON_X2GO = Path("/usr/lib/python3/dist-packages/x2go")
+
+
+@pytest.fixture
+def nx(scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """A scene with a display and a stand-in for nxproxy."""
+    steps = (record_call(scene.home / "call"), say("Info: starting"), connect(), say(READY_LINE), wait_eof())
+    monkeypatch.setenv("NXPROXY_BINARY", scene.program(steps, "nxproxy"))
+    monkeypatch.setenv("DISPLAY", x_display)
+    return scene
+
+
+def call(scene: Scene) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((scene.home / "call").read_text())
+    return found
+
+
+class TestOurs:
+    def test_gives_the_cookie_by_the_environment_alone(self, nx: Scene) -> None:
+        proxy = nx.make(nx3.X2GoProxy)
+        process, ok = proxy.start_proxy()
+        assert ok
+        called = call(nx)
+        assert called["argv"][1:] == ["-S"]
+        assert COOKIE not in "".join(process.args)
+        assert COOKIE.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        port = proxy.engine.status().listen_address.rpartition(":")[2]
+        assert called["environ"]["NX_DISPLAY"] == (
+            f"nx/nx,connect=127.0.0.1,cookie={COOKIE},port={port},id={NAME},retry=5,composite=1,clipboard=1:51"
+        )
+        assert called["environ"]["NX_ROOT"] == str(nx.home / "sessions")
+        assert called["environ"]["NX_CLIENT"] == "/bin/true"
+
+    def test_has_the_apis_attributes(self, nx: Scene) -> None:
+        proxy = nx.make(nx3.X2GoProxy)
+        assert Path(proxy.PROXY_CMD) == nx.home / "nxproxy"
+        assert proxy.PROXY_MODE == "-S"
+        assert proxy.PROXY_OPTIONS[0] == "nx/nx"
+        assert f"port={nx.agent.port}" in proxy.PROXY_OPTIONS
+        assert proxy.PROXY_DISPLAY == 51
+        assert proxy.subsystem == "NX Proxy"
+        assert nx3.X2GoProxy().PROXY_OPTIONS == []
+
+    def test_is_not_ok_before_the_session_stands(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NXPROXY_BINARY", nx.program((connect(), wait_eof()), "slow"))
+        proxy = nx.make(nx3.X2GoProxy)
+        proxy.start()
+        eventually(lambda: proxy.fw_tunnel is not None and proxy.fw_tunnel.is_active, "a channel")
+        assert not proxy.ok()
+        assert proxy.engine.state is State.SPAWNING
+
+    def test_takes_the_options_that_nxproxy_can_read(self, nx: Scene) -> None:
+        options = {"link": "lan", "clipboard": "both", "cookie": "stolen", "what": None}
+        proxy = nx.make(nx3.X2GoProxy, proxy_options=options)
+        assert proxy.start_proxy()[1]
+        string = call(nx)["environ"]["NX_DISPLAY"]
+        assert string.endswith(",retry=5,composite=1,link=lan,clipboard=both:51")
+        assert "{'cookie': 'stolen', 'what': None}" in nx.log.text
+
+    def test_writes_what_nxproxy_says_into_both_logs(self, nx: Scene) -> None:
+        proxy = nx.make(nx3.X2GoProxy)
+        assert proxy.start_proxy()[1]
+        proxy.stop_thread()
+        for name in ("session.log", "session.err"):
+            assert (nx.container / name).read_text() == f"Info: starting\n{READY_LINE}\n"
+            assert (nx.container / name).stat().st_mode & 0o777 == 0o600
+
+    def test_needs_an_x_server_before_anything_remote_is_touched(
+        self, nx: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("DISPLAY")
+        proxy = nx.make(nx3.X2GoProxy)
+        assert proxy.start_proxy() == (None, False)
+        assert proxy.engine.status().reason is EndReason.DISPLAY_UNAVAILABLE
+        assert nx.agent.connections == []
+
+    def test_a_string_that_nxproxy_would_cut_is_refused(self, nx: Scene) -> None:
+        options = {f"option{number}": "x" * 200 for number in range(5)}
+        proxy = nx.make(nx3.X2GoProxy, proxy_options=options)
+        assert proxy.start_proxy() == (None, False)
+        assert proxy.engine.status().reason is EndReason.PROXY_NOT_STARTABLE
+
+    def test_a_resumed_session_can_be_tried_again(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An agent that was resumed survives an attempt that fails; a fresh one does not."""
+        monkeypatch.setenv("NXPROXY_BINARY", nx.program((connect(), exit_with(0)), "brief"))
+        for status, retryable in (("S", True), ("R", False)):
+            info = nx.info
+            info.status = status
+            proxy = nx.make(nx3.X2GoProxy, session_info=info)
+            assert not proxy.start_proxy()[1]
+            assert proxy.engine.status().retryable is retryable
+
+
+@pytest.fixture
+def foreign(nx: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Load python-x2go's own module of a name, its base class replaced by ours; nothing else of it is run."""
+    if not PYTHON_X2GO.is_dir():
+        pytest.skip("missing: python3-x2go (tests/install-system-packages installs it)")
+    for name in ("x2go", "x2go.log", "x2go.defaults", "x2go.backends", "x2go.backends.proxy"):
+        module = ModuleType(name)
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+    log, defaults = sys.modules["x2go.log"], sys.modules["x2go.defaults"]
+    vars(log).update(loglevel_DEFAULT=56, loglevel_INFO=64, loglevel_DEBUG=128, loglevel_ERROR=8)
+    vars(sys.modules["x2go"]).update(log=log, defaults=defaults, backends=sys.modules["x2go.backends"])
+    vars(defaults).update(X2GOCLIENT_OS="Linux")
+    monkeypatch.setitem(sys.modules, "x2go.backends.proxy.base", base)
+    vars(sys.modules["x2go.backends"]).update(proxy=sys.modules["x2go.backends.proxy"])
+    vars(sys.modules["x2go.backends.proxy"]).update(base=base)
+
+    def load(name: str) -> Any:
+        path = PYTHON_X2GO / "backends" / "proxy" / f"{name}.py"
+        namespace: dict[str, Any] = {}
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)  # noqa: S102 - Debian's code
+        return namespace["X2GoProxy"]
+
+    yield load
+    importlib.invalidate_caches()
+    del nx
+
+
+class TestPythonX2GosOwnSource:
+    def test_works_unchanged_on_our_base(self, nx: Scene, foreign: Any) -> None:
+        kind = foreign("nx3")
+        assert issubclass(kind, base.X2GoProxy)
+        proxy = nx.make(kind)
+        assert proxy.PROXY_CMD == "/usr/bin/nxproxy"
+        proxy.PROXY_CMD = str(nx.home / "nxproxy")
+        process, ok = proxy.start_proxy()
+        assert ok
+        assert process.poll() is None
+        called = call(nx)
+        port = proxy.engine.status().listen_address.rpartition(":")[2]
+        string = called["environ"]["NX_DISPLAY"]
+        assert string.startswith("nx/nx,retry=5,composite=1,connect=127.0.0.1,clipboard=1,cookie=")
+        assert string.endswith(f",port={port}:51")  # errors= is left out: the engine has to hear nxproxy
+        assert called["argv"][1:] == ["-S"]
+        assert called["environ"]["NX_CLIENT"] == "/bin/true"
+        assert COOKIE not in nx.log.text  # its own debug messages have it
+        assert "NX3 proxy is up and running." in nx.log.text
+        proxy.stop_thread()
+        assert (nx.container / "session.err").read_text().endswith(f"{READY_LINE}\n")
+        assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
+
+    def test_says_that_it_failed_as_it_does(self, nx: Scene, foreign: Any) -> None:
+        proxy = nx.make(foreign("nx3"))
+        proxy.PROXY_CMD = nx.program((exit_with(1),), "broken")
+        _, ok = proxy.start_proxy()
+        assert not ok
+        assert "Bringing up NX3 proxy failed." in nx.log.text
+
+    def test_of_kdrive_works_too(self, nx: Scene, foreign: Any) -> None:
+        proxy = nx.make(foreign("kdrive"))
+        steps = (record_call(nx.home / "call"), connect(None), wait_eof())
+        proxy.PROXY_CMD = nx.program(steps, "x2gokdriveclient")
+        nx.container.mkdir(parents=True)
+        process, _ = proxy.start_proxy()
+        called = call(nx)
+        assert called["argv"][1:] == ["-S", f"nx/nx,options={nx.container}/options:51"]
+        assert COOKIE not in "".join(process.args)
