@@ -108,12 +108,16 @@ class TestOurs:
 
     def test_a_resumed_session_can_be_tried_again(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         """An agent that was resumed survives an attempt that fails; a fresh one does not."""
-        monkeypatch.setenv("NXPROXY_BINARY", nx.program((connect(), exit_with(0)), "brief"))
+        monkeypatch.setenv("NXPROXY_BINARY", nx.program((connect(), wait_eof()), "brief"))
         for status, retryable in (("S", True), ("R", False)):
             info = nx.info
             info.status = status
             proxy = nx.make(nx3.X2GoProxy, session_info=info)
-            assert not proxy.start_proxy()[1]
+            nx.agent.connections.clear()
+            proxy.start()
+            eventually(lambda: nx.agent.connections, "a connection to the agent")
+            nx.agent.let_go()
+            proxy.join(10)
             assert proxy.engine.status().retryable is retryable
 
 

@@ -1,0 +1,268 @@
+"""Debian's python-x2go and pyhoca-cli, unchanged, on our proxy, against a real X2Go server.
+
+They come with Debian's Python, so they run in an environment of that Python which sees the system's packages, with
+this package installed in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import proxy_fsm
+
+from .conftest import REQUIRE
+from .procs import SYSTEM_PATH, alive, eventually, program_name, send_signal
+from .scene import RED, shows
+from .x2go import X2GoServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Self
+
+    from .x2go import Display
+
+PYTHON = Path("/usr/bin/python3")
+PYHOCA = Path("/usr/bin/pyhoca-cli")
+PYTHON_X2GO = Path("/usr/lib/python3/dist-packages/x2go")
+HERE = Path(__file__).parent
+CHECKOUT = Path(proxy_fsm.__file__).parents[1]
+RED_XTERM = "xterm -bg red -geometry 60x20+10+10"
+#: The two lines that switch python-x2go to our proxy, and pyhoca-cli itself.
+SWITCHED = f"""\
+import runpy, sys
+from x2go.defaults import BACKENDS
+BACKENDS["X2GoProxy"].update(NX3="proxy_fsm.x2go.nx3", KDRIVE="proxy_fsm.x2go.kdrive")
+sys.argv[0] = {str(PYHOCA)!r}
+runpy.run_path({str(PYHOCA)!r}, run_name="__main__")
+"""
+UP_S = 60.0
+END_S = 60.0
+SOON_S = 5.0
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="session")
+def debian_python(real_programs: None, pytestconfig: pytest.Config) -> Path:
+    """A Python that has both python-x2go and this package; made once, kept in pytest's cache."""
+    del real_programs
+    places = {"python3": PYTHON, "pyhoca-cli": PYHOCA, "python3-x2go": PYTHON_X2GO}
+    missing = [name for name, path in places.items() if not path.exists()]
+    if missing:
+        message = f"missing for tests with python-x2go: {', '.join(missing)}"
+        if os.environ.get(REQUIRE) == "1":
+            pytest.fail(f"{message} ({REQUIRE} is 1)", pytrace=False)
+        pytest.skip(f"{message} (tests/install-system-packages installs them)")
+    version = hashlib.sha256((CHECKOUT / "pyproject.toml").read_bytes()).hexdigest()[:12]
+    place = pytestconfig.cache.mkdir("python-x2go") / version
+    python, ready = place / "bin" / "python", place / "ready"
+    if not ready.exists():
+        shutil.rmtree(place, ignore_errors=True)
+        subprocess.run([PYTHON, "-m", "venv", "--system-site-packages", place], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--editable", CHECKOUT], check=True)
+        ready.touch()
+    return python
+
+
+@pytest.fixture
+def server(real_programs: None) -> Iterator[X2GoServer]:
+    """A server of one's own, whose connections may all be cut."""
+    del real_programs
+    with X2GoServer(user="pfsmpyhoca") as server:
+        yield server
+
+
+@pytest.fixture
+def environ(server: X2GoServer, display: Display, tmp_path: Path) -> dict[str, str]:
+    """The environment of a user who has a key, and who knows no server yet."""
+    (tmp_path / ".ssh").mkdir(mode=0o700)
+    shutil.copy(server.client_key_path, tmp_path / ".ssh" / "id_ecdsa")
+    return {"HOME": str(tmp_path), "PATH": SYSTEM_PATH, "LANG": "C.UTF-8", **display.env}
+
+
+class Pyhoca:
+    """pyhoca-cli at work, and all that it says."""
+
+    def __init__(self, python: Path, server: X2GoServer, environ: dict[str, str], *arguments: str) -> None:
+        self.log = Path(environ["HOME"], f"pyhoca-{time.monotonic_ns()}.log")
+        place = ["--server", "127.0.0.1", "-p", str(server.port), "-u", server.user, "--add-to-known-hosts"]
+        command = [str(python), "-c", SWITCHED, *place, "--debug", "--libdebug", *arguments]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str, timeout_s: float = UP_S) -> None:
+        """Wait until it has said something."""
+
+        def has_said() -> bool:
+            assert text in self.said or self._process.poll() is None, self.said[-5000:]
+            return text in self.said
+
+        eventually(has_said, timeout_s, 0.1)
+
+    @property
+    def proxy_pid(self) -> int:
+        """The process of its nxproxy."""
+        found = Path(f"/proc/{self._process.pid}/task").glob("*/children")
+        return next(
+            pid for each in found for pid in map(int, each.read_text().split()) if program_name(pid) == "nxproxy"
+        )
+
+    def interrupt(self) -> int:
+        """Press Ctrl-C, as it were, and return the exit status."""
+        self._process.send_signal(signal.SIGINT)
+        return self.exit_status()
+
+    def exit_status(self) -> int:
+        return self._process.wait(END_S)
+
+
+def command_lines() -> dict[int, bytes]:
+    """Return the argument vectors of all processes."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found[int(path.parent.name)] = path.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def cookie_of(server: X2GoServer, name: str) -> str:
+    with server.connect() as client:
+        rows = [line.split("|") for line in server.list_sessions(client).splitlines()]
+    return next(row[6] for row in rows if row[1] == name)
+
+
+def status_becomes(server: X2GoServer, name: str, *wanted: str) -> None:
+    with server.connect() as client:
+        server.wait_status(client, name, *wanted, timeout_s=END_S)
+
+
+def new_session(pyhoca: Pyhoca) -> str:
+    """Wait until it has a session, and return the session's name."""
+    marker = "X2Go session name is: "
+    pyhoca.wait_for(marker)
+    return pyhoca.said.partition(marker)[2].split()[0]
+
+
+def test_pyhoca_cli_starts_suspends_resumes_and_terminates_a_session(
+    debian_python: Path, server: X2GoServer, display: Display, environ: dict[str, str]
+) -> None:
+    with Pyhoca(debian_python, server, environ, "-N", "-t", "desktop", "-g", "800x600", "-c", RED_XTERM) as first:
+        name = new_session(first)
+        shows(display, RED)
+        cookie = cookie_of(server, name).encode()
+        lines = command_lines()
+        assert lines[first.proxy_pid].rstrip(b"\0").split(b"\0")[1:] == [b"-S"]
+        assert [pid for pid, line in lines.items() if cookie in line] == []
+        first.wait_for("dest='running'")
+        assert first.interrupt() == 0
+        # It has the server suspend the session, then ends the proxy: whichever comes first, it is a clean end.
+        assert re.search(r"The NX Proxy has ended \((stop_requested|session_ended)\)", first.said)
+        ours = [line for line in first.said.splitlines() if "(proxy_fsm.x2go.nx3)" in line]
+        assert ours
+        assert [line for line in ours if cookie.decode() in line] == []
+    status_becomes(server, name, "S")
+    with Pyhoca(debian_python, server, environ, "-R", name) as second:
+        second.wait_for("dest='running'")
+        shows(display, RED)
+        assert cookie not in b"".join(command_lines().values())
+        with Pyhoca(debian_python, server, environ, "-T", name) as third:
+            assert third.exit_status() == 0
+        second.wait_for("The NX Proxy has ended (session_ended)")
+        second.exit_status()
+    status_becomes(server, name, "F", "-")
+    root = Path(environ["HOME"], ".x2go", f"S-{name}")
+    for log in ("session.log", "session.err"):
+        assert (root / log).stat().st_mode & 0o777 == 0o600
+        assert "Established X server connection" in (root / log).read_text()
+
+
+def test_pyhoca_cli_is_told_why_where_the_ssh_connection_is_dropped(
+    debian_python: Path, server: X2GoServer, display: Display, environ: dict[str, str]
+) -> None:
+    with Pyhoca(debian_python, server, environ, "-N", "-t", "desktop", "-g", "800x600", "-c", RED_XTERM) as pyhoca:
+        name = new_session(pyhoca)
+        shows(display, RED)
+        proxy = pyhoca.proxy_pid
+        send_signal(server.pids().sessions, signal.SIGKILL)
+        pyhoca.wait_for("The NX Proxy has ended (transport_lost)", SOON_S)
+        assert not alive(proxy)
+    status_becomes(server, name, "S")
+
+
+@pytest.mark.parametrize("way", ["ours", "theirs"])
+def test_python_x2gos_api_runs_on_a_class_that_it_is_given(
+    *,
+    debian_python: Path,
+    server: X2GoServer,
+    display: Display,
+    environ: dict[str, str],
+    way: str,
+    record_property: Any,
+) -> None:
+    """Ours, and python-x2go's own nx3 class with our base class in the place of its own."""
+    # -P: the directory of the program has an x2go module too, ours.
+    program = [debian_python, "-P", HERE / "x2go_program.py"]
+    command = [*program, "127.0.0.1", server.port, server.user, RED_XTERM, way]
+    with subprocess.Popen(
+        list(map(str, command)),
+        env=environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            seen: dict[str, Any] = {}
+            while "session" not in seen:
+                line = process.stdout.readline()
+                assert line, process.stderr.read()
+                if line.startswith("{"):
+                    seen[json.loads(line)["what"]] = json.loads(line)
+            assert seen["started"]["ok"]
+            assert seen["started"]["state"] == "running"
+            assert seen["session"]["ok"]
+            record_property("start_proxy_s", seen["started"]["seconds"])
+            shows(display, RED)
+            assert cookie_of(server, seen["session"]["name"]).encode() not in b"".join(command_lines().values())
+            process.stdin.write("\n")
+            process.stdin.flush()
+            while "suspended" not in seen:
+                line = process.stdout.readline()
+                assert line, process.stderr.read()
+                if line.startswith("{"):
+                    seen[json.loads(line)["what"]] = json.loads(line)
+            record_property("stop_thread_s", seen["stopped"]["seconds"])
+            assert seen["stopped"]["reason"] in {"stop_requested", "session_ended"}
+            status_becomes(server, seen["session"]["name"], "S")
+        finally:
+            process.kill()

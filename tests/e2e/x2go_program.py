@@ -1,0 +1,89 @@
+"""A program on python-x2go's API, told to load our proxy by the keyword ``proxy_backend``.
+
+Called with a host, a port, a user, a command and a way to the backend (``ours``, or ``theirs``: python-x2go's own
+nx3 class on our base). Says on standard output, a JSON object a line, what it sees; ends at a line on standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import sys
+import time
+from typing import Any
+
+import x2go  # type: ignore[import-not-found]  # it patches the standard library: before anything else
+
+HOST, PORT, USER, COMMAND, WAY = sys.argv[1:]
+
+
+def backend() -> Any:
+    from proxy_fsm.x2go import base, nx3  # noqa: PLC0415 - after x2go
+
+    if WAY == "ours":
+        return nx3.X2GoProxy
+    sys.modules["x2go.backends.proxy.base"] = base
+    import x2go.backends.proxy  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    x2go.backends.proxy.base = base
+    from x2go.backends.proxy.nx3 import X2GoProxy  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    assert issubclass(X2GoProxy, base.X2GoProxy)
+    return X2GoProxy
+
+
+def say(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)  # noqa: T201 - this is what it is for
+
+
+def timed(kind: Any) -> Any:
+    """Have the class say how long it takes to start and to stop."""
+
+    class Timed(kind):  # type: ignore[misc]
+        def start_proxy(self) -> Any:
+            began = time.monotonic()
+            process, ok = super().start_proxy()
+            status = self.engine.status()
+            say(
+                what="started",
+                ok=ok,
+                state=str(status.state),
+                pid=process.pid if process else None,
+                seconds=time.monotonic() - began,
+            )
+            return process, ok
+
+        def stop_thread(self) -> None:
+            began = time.monotonic()
+            alive = self.proxy is not None
+            super().stop_thread()
+            if alive:
+                say(what="stopped", reason=str(self.engine.status().reason), seconds=time.monotonic() - began)
+
+    return Timed
+
+
+def main() -> None:
+    client = x2go.X2GoClient(proxy_backend=timed(backend()), use_cache=False, start_xserver=False)
+    session = client.register_session(
+        HOST,
+        port=int(PORT),
+        username=USER,
+        cmd=COMMAND,
+        session_type="desktop",
+        geometry="800x600",
+        kbtype="auto",
+        kblayout="null",
+        snd_system="none",
+        add_to_known_hosts=True,
+    )
+    client.connect_session(session)
+    client.start_session(session)
+    say(what="session", ok=client.session_ok(session), name=client.get_session_name(session))
+    select.select([sys.stdin], [], [])  # reading would block gevent's hub, and all that runs on it
+    client.suspend_session(session)
+    say(what="suspended")
+
+
+if __name__ == "__main__":
+    main()
