@@ -526,7 +526,9 @@ class TestWrongUsage:
         [
             (["run"], "HOST"),
             (["run", "host"], "--session"),
-            ([*GOOD, "--backend", "kdrive"], '"nx3", "command"'),
+            ([*GOOD, "--backend", "vnc"], '"nx3", "kdrive"'),
+            ([*GOOD, "--backend", "kdrive"], "an NX session needs one"),
+            ([*GOOD, "--backend", "kdrive", "--", "viewer"], "the backend is kdrive"),
             ([*GOOD, "--port", "70000"], "--port"),
             ([*GOOD, "--nonsense"], "--nonsense"),
             (["nonsense"], "nonsense"),
