@@ -30,7 +30,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(paramiko|structlog|hypothesis|transitions|enum|os|re|pathlib|datetime|signal|socket|subprocess)\..*"),
     ("py:.*", r"(collections|asyncio|threading|st|types)\..*"),
-    ("py:.*", "(Format|Literal|Path|ReadyWhen|Theme|RuleBasedStateMachine|SearchStrategy|datetime)"),
+    ("py:.*", "(Format|ListenKind|Literal|Path|ReadyWhen|Theme|RuleBasedStateMachine|SearchStrategy|datetime)"),
 ]
 # A default value that is made when a module is imported holds an address of memory: not the same from build to build.
 autodoc_preserve_defaults = True

@@ -42,7 +42,9 @@ def examples_in(page: Path) -> list[Example]:
 
 
 WINDOW, *MODULES = examples_in(PROJECT / "docs" / "testing.md")
-PROGRAMS = [example for page in PAGES if page.name != "testing.md" for example in examples_in(page)]
+#: Those with python-x2go need the system's Python: tests/e2e/test_python_x2go.py runs them.
+ELSEWHERE = ("testing.md", "moving-from-python-x2go.md")
+PROGRAMS = [example for page in PAGES if page.name not in ELSEWHERE for example in examples_in(page)]
 COMMANDS = [
     line
     for page in PAGES

@@ -38,14 +38,12 @@ PYTHON_X2GO = Path("/usr/lib/python3/dist-packages/x2go")
 HERE = Path(__file__).parent
 CHECKOUT = Path(proxy_fsm.__file__).parents[1]
 RED_XTERM = "xterm -bg red -geometry 60x20+10+10"
-#: The two lines that switch python-x2go to our proxy, and pyhoca-cli itself.
-SWITCHED = f"""\
-import runpy, sys
-from x2go.defaults import BACKENDS
-BACKENDS["X2GoProxy"].update(NX3="proxy_fsm.x2go.nx3", KDRIVE="proxy_fsm.x2go.kdrive")
-sys.argv[0] = {str(PYHOCA)!r}
-runpy.run_path({str(PYHOCA)!r}, run_name="__main__")
-"""
+#: What the documentation shows: the two lines that switch python-x2go to our proxy, and pyhoca-cli started with them.
+TWO_LINES, SWITCHED = re.findall(
+    r"^```python\n(.*?)^```$",
+    (CHECKOUT / "docs" / "moving-from-python-x2go.md").read_text(),
+    re.DOTALL | re.MULTILINE,
+)
 UP_S = 60.0
 END_S = 60.0
 SOON_S = 5.0
@@ -167,6 +165,18 @@ def new_session(pyhoca: Pyhoca) -> str:
     marker = "X2Go session name is: "
     pyhoca.wait_for(marker)
     return pyhoca.said.partition(marker)[2].split()[0]
+
+
+def test_two_lines_have_python_x2go_load_our_proxy(debian_python: Path, tmp_path: Path) -> None:
+    load = """
+from importlib import import_module
+print({import_module(BACKENDS["X2GoProxy"][name]).X2GoProxy.__module__ for name in ("NX3", "KDRIVE")})
+"""
+    told = subprocess.run(
+        [debian_python, "-c", TWO_LINES + load], env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+    ).stdout
+    assert "proxy_fsm.x2go.nx3" in told
+    assert "proxy_fsm.x2go.kdrive" in told
 
 
 def test_pyhoca_cli_starts_suspends_resumes_and_terminates_a_session(
