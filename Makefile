@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 # What does no I/O has no excuse.
 PURE := proxy_fsm/lifecycle.py,proxy_fsm/status.py,proxy_fsm/session.py,proxy_fsm/diagram/chart.py,proxy_fsm/diagram/text.py,proxy_fsm/evidence.py
 
-.PHONY: demo test lint diagrams system clean
+.PHONY: demo test lint docs diagrams mutation faults soak bench system clean
 
-demo: $(READY)
+demo: $(INSTALLED)
 	@$(BIN)/proxy-fsm demo
 
-test: $(READY) system lint
+test: $(READY) system lint docs
 	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 	$(BIN)/coverage report --include=$(PURE) --fail-under=100
 
@@ -23,38 +24,36 @@ lint: $(READY)
 diagrams: $(READY)
 	$(BIN)/python -m tests.pictures
 
-.PHONY: docs
 docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "The documentation is in docs/_build/html/index.html."
 
 # Minutes: it tests the tests; docs/mutation.md has what came of it.
-.PHONY: mutation
 mutation: $(READY)
 	$(BIN)/python -m tests.mutation proxy_fsm/lifecycle.py proxy_fsm/engine.py
 
 # Minutes, as root: docs/faults.md is made of what it measures.
-.PHONY: faults
 faults: $(READY) system
 	$(BIN)/python -m tests.e2e.fault_table --measure
 
 # Many minutes: what the tests do for seconds, at length; it prints what it did.
-.PHONY: soak
 soak: $(READY) system
 	$(BIN)/python -m tests.soak
 
-# Half an hour, on a machine that does nothing else: benchmarks/README.md. `make bench BENCH_ARGS=--quick` is a smoke test.
-.PHONY: bench
+# Half an hour, on a machine that does nothing else: benchmarks/README.md. `make bench BENCH_ARGS=--quick` tries it.
 bench: $(READY) system
-	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 system:
 	@tests/install-system-packages
 
-$(READY): pyproject.toml
+$(INSTALLED): pyproject.toml
 	@tests/make-venv $(PYTHON) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[cli]"
+	@touch $@
+
+$(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[cli]" --group dev
 	@touch $@
 
