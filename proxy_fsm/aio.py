@@ -13,7 +13,7 @@ and is called as it is: ``proxy.stop()``, ``proxy.status()``, ``proxy.ok()``.
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from proxy_fsm.errors import ProxyFailed, ProxyStopped
@@ -33,7 +33,7 @@ async def transitions(proxy: Proxy, *, replay: bool = True) -> AsyncGenerator[Tr
 
     Args:
         proxy: The proxy.
-        replay: Whether to begin with the past changes.
+        replay: Whether to begin with the past changes; else with those that come after the first step of the loop.
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[TransitionRecord] = asyncio.Queue()
@@ -60,11 +60,12 @@ async def wait(proxy: Proxy, *states: State, timeout: float | None = None) -> St
 
     Raises:
         TimeoutError: It was not within that time; the proxy goes on.
+        RuntimeError: Called in a forked child.
     """
+    with suppress(TimeoutError):
+        return proxy.wait(*states, timeout=0)
     wanted = frozenset(State(state) for state in states)
-    current = len(proxy.status().history)
-    if current == 0 and State.IDLE in wanted:
-        return State.IDLE
+    current = len(proxy.status().history)  # its change may still be being told
     try:
         async with asyncio.timeout(timeout):
             async with aclosing(transitions(proxy)) as records:
@@ -108,8 +109,10 @@ async def close(proxy: Proxy, timeout: float | None = None) -> None:  # noqa: AS
     Raises:
         TimeoutError: It was not released within that time; that goes on.
     """
-    proxy.stop()
-    await wait(proxy, timeout=timeout)
+    try:
+        proxy.close(timeout=0)
+    except TimeoutError:
+        await wait(proxy, timeout=timeout)
 
 
 @asynccontextmanager

@@ -328,5 +328,8 @@ def hint_for(reason: EndReason, *, channel_opened: bool, was_running: bool, resu
     """
     if reason.hint is None or was_running or resumed:
         return reason.hint
-    instead = "then start a new session: this one has not survived" if channel_opened else "then try again"
-    return reason.hint.replace("then resume the session", instead)
+    if not channel_opened:
+        return reason.hint.replace("then resume the session", "then try again")
+    lost = "then start a new session: this one has not survived"
+    hint = reason.hint.replace("then resume the session", lost)
+    return hint if "new session" in hint or reason in _SERVER_KNOWS else f"{hint[:-1]}; {lost}."

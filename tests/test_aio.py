@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from typing import TYPE_CHECKING
 
@@ -45,7 +47,7 @@ def get_running(proxy: FakedProxy) -> None:
 @pytest.mark.parametrize("state", State)
 def test_the_state_that_it_is_in_is_waited_for_already(in_state: Callable[[State], FakedProxy], state: State) -> None:
     proxy = in_state(state)
-    assert asyncio.run(aio.wait(proxy, state, timeout=WAIT_S)) is state
+    assert asyncio.run(aio.wait(proxy, state, timeout=0)) is state
 
 
 def test_a_state_that_was_left_is_waited_for_in_vain(in_state: Callable[[State], FakedProxy]) -> None:
@@ -159,6 +161,46 @@ def test_a_task_that_is_cancelled_leaves_nothing_behind(in_state: Callable[[Stat
     asyncio.run(client())
     assert proxy.ok()
     assert proxy._engine.journal._subscribers == []
+
+
+@pytest.mark.parametrize("state", [State.SPAWNING, State.RUNNING])
+def test_a_task_that_is_cancelled_closes_its_proxy(state: State) -> None:
+    """While it starts, and inside the block."""
+    proxy = FakedProxy()
+    on(proxy, State.TUNNELLING, lambda proxy: proxy.tunnel.opens())
+    if state is State.RUNNING:
+        on(proxy, State.SPAWNING, get_running)
+
+    async def client() -> None:
+        async with aio.running(proxy):
+            await asyncio.Event().wait()
+
+    async def program() -> None:
+        task = asyncio.create_task(client())
+        await asyncio.sleep(0)
+        await aio.wait(proxy, state, timeout=WAIT_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert proxy.state is State.STOPPED
+
+    asyncio.run(asyncio.wait_for(program(), WAIT_S))
+
+
+def test_a_forked_child_waits_for_nothing(in_state: Callable[[State], FakedProxy]) -> None:
+    proxy = in_state(State.RUNNING)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        try:
+            asyncio.run(aio.close(proxy))
+            with pytest.raises(RuntimeError):
+                asyncio.run(aio.wait(proxy))
+        except BaseException:  # noqa: BLE001 - the parent is told by the status
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert proxy.ok()
 
 
 def test_close_has_a_time_limit_and_goes_on_after_it(in_state: Callable[[State], FakedProxy]) -> None:

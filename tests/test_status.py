@@ -167,6 +167,16 @@ def test_nobody_is_told_to_resume_a_session_that_is_lost(
     assert hint.endswith(ending)
 
 
+@pytest.mark.parametrize("reason", [reason for reason in EndReason if reason.hint is not None], ids=str)
+def test_whoever_has_lost_the_session_is_told_to_start_a_new_one(reason: EndReason) -> None:
+    hint = hint_for(reason, channel_opened=True, was_running=False, resumed=False)
+    lost = is_retryable(reason, channel_opened=True, running_s=None, resumed=False) is False
+    assert hint is not None
+    assert not lost or "new session" in hint
+    assert hint.endswith(".")
+    assert hint.count(".") == (reason.hint or "").count(".")
+
+
 @pytest.mark.parametrize(("reason", "opened", "running_s", "resumed", "retryable"), RETRYABLE)
 def test_retryable_depends_on_how_far_the_attempt_came(
     reason: EndReason, *, opened: bool, running_s: float | None, resumed: bool, retryable: bool | None
