@@ -465,7 +465,9 @@ class Engine:
                 self._end(EndReason.TRANSPORT_LOST, detail)
             case LinkDead(silent_s=silent_s):
                 self._hurry()
-                self._end(EndReason.TRANSPORT_SILENT, f"The SSH server has not been heard for {round(silent_s, 1):g} s.")
+                self._end(
+                    EndReason.TRANSPORT_SILENT, f"The SSH server has not been heard for {round(silent_s, 1):g} s."
+                )
             case LinkSilent():
                 self._hurry()
             case DisplayLost(detail=detail):

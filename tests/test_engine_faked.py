@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -54,6 +55,8 @@ from tests.engine_helpers import Recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from proxy_fsm import Transition
 
 #: All different, and none short enough to pass by itself.
 TIMEOUTS = Timeouts(
@@ -1168,6 +1171,106 @@ def test_a_link_that_is_silent_has_the_program_killed_at_once_and_one_that_is_re
     proxy.stop()
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
     assert proxy.process.signals == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("what", ["falls_silent", "stays_silent", "transport_ends"])
+def test_where_nothing_orderly_can_travel_any_more_the_program_is_killed_at_once_and_once(what: str) -> None:
+    """Also where the engine is leaving already."""
+    proxy = running()
+    proxy.process.obedient = False
+    proxy.stop()
+    proxy.settle()
+    assert proxy.process.signals == [signal.SIGTERM]
+    for _ in range(2):
+        getattr(proxy.tunnel, what)()
+        proxy.settle()
+    assert proxy.process.signals == [signal.SIGTERM, signal.SIGKILL]
+    assert proxy.deadline_s() == 4000
+    proxy.end()
+    assert proxy.status().reason is EndReason.STOP_REQUESTED
+
+
+def test_what_comes_while_it_does_not_leave_kills_nothing() -> None:
+    proxy = running()
+    proxy.tunnel.falls_silent()
+    proxy.settle()
+    assert proxy.process.signals == []
+    proxy.end()
+
+
+def test_every_line_that_was_taken_in_is_counted() -> None:
+    """Otherwise a program that prints is held up for ever."""
+    proxy = running()
+    counted: list[None] = []
+    assert proxy._engine._process is not None
+    proxy._engine._process.taken = lambda: counted.append(None)  # type: ignore[method-assign]
+    for _ in range(3):
+        proxy.process.says("a line")
+    proxy.settle()
+    assert len(counted) == 3
+    proxy.end()
+
+
+def test_a_ready_sign_from_before_the_channel_is_kept_however_much_is_printed_since() -> None:
+    proxy = in_state(State.SPAWNING)
+    proxy.process.starts()
+    proxy.process.says_ready()
+    for number in range(Evidence.KEPT + 1):
+        proxy.process.says(f"line {number}")
+    proxy.tunnel.connects()
+    proxy.wait_running(timeout=5)
+    proxy.end()
+
+
+def test_an_exit_status_that_somebody_else_took_is_told_as_that() -> None:
+    proxy = running()
+    proxy.sees(ProcessExited(None, None))
+    assert proxy.ended() == (State.FAILED, EndReason.PROXY_EXITED)
+    assert proxy.status().detail == "The proxy program ended; somebody else has taken its exit status."
+
+
+def test_a_preflight_that_takes_too_long_says_what_was_missing_and_what_to_do() -> None:
+    proxy = in_state(State.TUNNELLING)
+    proxy.pass_deadline()
+    proxy.tunnel.preflight_ends()
+    assert proxy.ended() == (State.FAILED, EndReason.START_TIMEOUT)
+    assert proxy.status().detail == "Not prepared after 1000 s: what the test says was still missing."
+    assert proxy.status().hint == "Look on this machine for what it waited for, or allow more time (preflight_s)."
+
+
+def test_a_question_that_cannot_be_put_leaves_what_is_likely() -> None:
+    proxy = running(ask_server=True)
+
+    class Unable(ServerQuestion):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    proxy._engine._workers = dataclasses.replace(proxy._engine._workers, question=Unable)
+    close_session(proxy)
+    assert proxy.ended() == (State.STOPPED, EndReason.SESSION_ENDED)
+
+
+def test_an_error_in_ending_after_an_error_ends_all_the_same() -> None:
+    """Both are logged; what is then left is given up at once."""
+    proxy = running()
+    lifecycle = proxy._engine._lifecycle
+    changed = lifecycle._on_change
+    assert changed is not None
+
+    def breaks(row: Transition) -> None:
+        if row.dest is State.STOPPING:
+            raise ArithmeticError("the second")
+        changed(row)
+
+    lifecycle._on_change = breaks
+    proxy._engine._note = lambda _: 1 / 0  # type: ignore[method-assign,assignment]
+    began = time.monotonic()
+    proxy.tunnel.agent_speaks()
+    assert proxy.ended() == (State.FAILED, EndReason.INTERNAL_ERROR)
+    assert time.monotonic() - began < 5
+    first, second = (event["exception"] for event in proxy.log.named("internal.error"))
+    assert "ZeroDivisionError" in first
+    assert "the second" in second
 
 
 @pytest.mark.parametrize("clean", [True, False])

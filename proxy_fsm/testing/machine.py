@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -33,11 +34,25 @@ from proxy_fsm.session import SessionStatus
 from proxy_fsm.status import EndReason, Timeouts, TransitionRecord
 from proxy_fsm.testing.fakes import FakedProxy
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = ["ProxyMachine"]
 
 _TIMEOUTS = Timeouts(kill_s=0.05, stop_grace_s=0.05, ask_server_s=0.05)
 _FAULTS = [reason for reason in EndReason if not reason.clean and reason is not EndReason.INTERNAL_ERROR]
 _END_S = 5.0
+_CLOSING_LINE = "Session: Terminating session at 'now'."
+_ACTIVE = frozenset({State.TUNNELLING, State.SPAWNING, State.RUNNING})
+_WITH_PROGRAM = frozenset({State.SPAWNING, State.RUNNING})
+
+#: What ends a proxy wherever it is, and the reason that this has.
+_ENDS = {
+    "transport_ends": EndReason.TRANSPORT_LOST,
+    "stays_silent": EndReason.TRANSPORT_SILENT,
+    "display_goes": EndReason.DISPLAY_LOST,
+    "breaks": EndReason.INTERNAL_ERROR,
+}
 
 
 class _Events:
@@ -71,6 +86,7 @@ class ProxyMachine(RuleBasedStateMachine):
         self.proxy = self.make_proxy(timeouts=_TIMEOUTS, logger=self.events, ask_server=True)
         self._told: list[TransitionRecord] = []
         self._reasons: list[EndReason] = []
+        self._closing = False  # the program has said that the session ends: why is then still being found out
         self.proxy.subscribe(self._told.append)
 
     def make_proxy(self, **options: Any) -> FakedProxy:
@@ -105,37 +121,63 @@ class ProxyMachine(RuleBasedStateMachine):
             assert may
         self.proxy.settle()
 
+    @contextmanager
+    def ending(self, *reasons: EndReason, states: frozenset[State] = _ACTIVE) -> Iterator[None]:
+        """Do something that has to end a proxy which is in one of these states, for one of these reasons."""
+        before = self.proxy.state
+        yield
+        self.proxy.settle()
+        if before in states:
+            assert self.proxy.state is State.STOPPING or self.proxy.state.is_final
+            assert not reasons or self._closing or self.proxy.status().reason in reasons
+
     @rule(threads=st.integers(1, 3))
     def stop(self, threads: int) -> None:
         """Order a stop, from several threads at once."""
-        callers = [threading.Thread(target=self.proxy.stop) for _ in range(threads)]
-        for caller in callers:
-            caller.start()
-        for caller in callers:
-            caller.join()
+        with self.ending(EndReason.STOP_REQUESTED):
+            _at_once([self.proxy.stop] * threads)
+
+    @rule(starts=st.integers(1, 3), stops=st.integers(0, 2))
+    def start_and_stop(self, starts: int, stops: int) -> None:
+        """Order starts and stops, each on a thread of its own, all at once: one start succeeds at the most."""
+        began: list[None] = []
+        may = self.proxy.state is State.IDLE
+
+        def start() -> None:
+            with suppress(InvalidTransition):
+                self.proxy.start()
+                began.append(None)
+
+        _at_once([*[start] * starts, *[self.proxy.stop] * stops])
         self.proxy.settle()
+        assert len(began) <= may
+        assert not may or began or stops
+        assert not stops or self.proxy.state is State.STOPPING or self.proxy.state.is_final
 
     @rule()
     def deadline(self) -> None:
         """Let the running deadline be over."""
-        self.proxy.pass_deadline()
+        with self.ending(states=frozenset({State.TUNNELLING, State.SPAWNING})):
+            self.proxy.pass_deadline()
+
+    @rule(what=st.sampled_from(sorted(_ENDS)), times=st.integers(1, 2))
+    def something_ends_it(self, what: str, times: int) -> None:
+        """Say something that no proxy survives, once or twice."""
+        with self.ending(_ENDS[what]):
+            for _ in range(times):
+                getattr(self.proxy.tunnel, what)()
 
     @rule(
         what=st.sampled_from(
             [
                 "opens",
                 "preflight_ends",
-                "refuses",
-                "breaks",
                 "connects",
                 "agent_speaks",
                 "agent_closes",
                 "disconnects",
-                "transport_ends",
                 "falls_silent",
                 "is_heard_again",
-                "stays_silent",
-                "display_goes",
                 "display_returns",
             ]
         ),
@@ -150,8 +192,8 @@ class ProxyMachine(RuleBasedStateMachine):
     @rule(reason=st.sampled_from(_FAULTS))
     def tunnel_refuses(self, reason: EndReason) -> None:
         """Refuse with any reason."""
-        self.proxy.tunnel.refuses(reason)
-        self.proxy.settle()
+        with self.ending(reason, states=frozenset({State.TUNNELLING, State.SPAWNING})):
+            self.proxy.tunnel.refuses(reason)
 
     @rule(status=st.sampled_from([None, *SessionStatus]))
     def server_answers(self, status: SessionStatus | None) -> None:
@@ -160,7 +202,7 @@ class ProxyMachine(RuleBasedStateMachine):
         self.proxy.settle()
 
     @rule(
-        what=st.sampled_from(["starts", "cannot_start", "says_ready", "exits"]),
+        what=st.sampled_from(["starts", "says_ready"]),
         times=st.integers(1, 2),
     )
     def process_says(self, what: str, times: int) -> None:
@@ -169,23 +211,31 @@ class ProxyMachine(RuleBasedStateMachine):
             getattr(self.proxy.process, what)()
         self.proxy.settle()
 
+    @rule(what=st.sampled_from(["cannot_start", "exits"]), times=st.integers(1, 2))
+    def process_goes(self, what: str, times: int) -> None:
+        """Have it end, or never begin; where its session was ending, the server is asked first."""
+        with self.ending(states=frozenset() if self._closing else _WITH_PROGRAM):
+            for _ in range(times):
+                getattr(self.proxy.process, what)()
+
     @rule()
     def session_closes(self) -> None:
         """End as nxproxy does when its session is suspended or terminated."""
-        self.proxy.process.says("Session: Terminating session at 'now'.")
+        self._closing = True
+        self.proxy.process.says(_CLOSING_LINE)
         self.proxy.process.exits()
         self.proxy.settle()
 
     @rule(number=st.sampled_from([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
     def process_is_killed(self, number: signal.Signals) -> None:
         """Kill the proxy program."""
-        self.proxy.process.is_killed(number)
-        self.proxy.settle()
+        with self.ending(states=frozenset() if self._closing else _WITH_PROGRAM):
+            self.proxy.process.is_killed(number)
 
     @rule(
         line=st.sampled_from(
             [
-                "Session: Terminating session at 'now'.",
+                _CLOSING_LINE,
                 "Info: Waiting the cleanup timeout to complete.",
                 "Error: Failure reading from the peer proxy.",
                 "Error: Wrong version or invalid session authentication cookie.",
@@ -195,6 +245,7 @@ class ProxyMachine(RuleBasedStateMachine):
     )
     def process_prints(self, line: str) -> None:
         """Print a line that nxproxy knows, at any moment."""
+        self._closing |= line == _CLOSING_LINE
         self.proxy.process.says(line)
         self.proxy.settle()
 
@@ -216,12 +267,14 @@ class ProxyMachine(RuleBasedStateMachine):
         moves = {(row.trigger, row.source, row.dest) for row in TRANSITIONS if row.dest is not None}
         assert not self.events.broken
         assert all((r.trigger, r.source, r.dest) in moves for r in status.history)
+        path = [State.IDLE, *(r.dest for r in status.history)]
+        assert [r.source for r in status.history] == path[:-1]
+        assert status.state is path[-1]
         assert proxy.ok() is (status.state is State.RUNNING)
         assert list(status.history) == self._told
         assert [record.sequence for record in self._told] == list(range(1, len(self._told) + 1))
         told = [(event["trigger"], event["source"], event["dest"]) for event in self.events.transitions]
         assert told == [(str(r.trigger), str(r.source), str(r.dest)) for r in self._told]
-        assert status.state is (self._told[-1].dest if self._told else State.IDLE)
         self._check_cause(status.reason, status.state)
         if status.state.is_final and status.history[0].dest is State.TUNNELLING:
             assert proxy.tunnel.detached
@@ -240,3 +293,11 @@ class ProxyMachine(RuleBasedStateMachine):
         assert (reason is not None) == (state is State.STOPPING or state.is_final)
         if state.is_final and reason is not None:
             assert reason.clean is (state is State.STOPPED)
+
+
+def _at_once(functions: list[Any]) -> None:
+    callers = [threading.Thread(target=function) for function in functions]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()

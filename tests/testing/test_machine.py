@@ -7,4 +7,4 @@ from hypothesis import settings
 from proxy_fsm.testing.machine import ProxyMachine
 
 TestProxyMachine = ProxyMachine.TestCase
-TestProxyMachine.settings = settings(stateful_step_count=30, max_examples=100)
+TestProxyMachine.settings = settings(stateful_step_count=30, max_examples=300)
