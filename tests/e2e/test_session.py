@@ -381,7 +381,7 @@ def test_what_a_silent_server_holds_is_abandoned_and_freed_later(
             {"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(runtime / "run")},
             runtime / "sessions",
             backend=viewer(FLOOD, TCP, ready_when="connected", max_connections=None),
-            timeouts=Timeouts(link_probe_s=0.3, link_dead_s=1.5, kill_s=0.5),
+            timeouts=Timeouts(link_probe_s=0.3, link_dead_s=5, kill_s=0.5),  # time enough to be stuck
         )
         pids = x2go_server.session_pids(ssh_client)
         attempt.run()
