@@ -472,7 +472,7 @@ class Engine:
                 self._hurry()
             case DisplayLost(detail=detail):
                 self._likely = None  # what the proxy says when its display goes looks like an end of the session
-                self._end(EndReason.DISPLAY_LOST, f"The X server has gone: {detail}")
+                self._end(EndReason.DISPLAY_LOST, f"The X server has gone. {detail}")
             case DisplayRestored():
                 self._confirm()
             case ServerAnswered(status=status) if self._likely is not None:
@@ -505,7 +505,7 @@ class Engine:
         if exited.exit_code is None:
             return EndReason.PROXY_EXITED, "The proxy program ended; somebody else has taken its exit status."
         last = next((line.text for line in reversed(self._evidence.lines) if line.text.strip()), None)
-        said = f"; its last line: {last}" if last is not None else " and printed nothing."
+        said = f'; its last line: "{last}".' if last is not None else " and printed nothing."
         return EndReason.PROXY_EXITED, f"The proxy program ended with exit code {exited.exit_code}{said}"
 
     def _end(self, reason: EndReason, detail: str, hint: str | None = None) -> None:

@@ -95,7 +95,11 @@ class EndReason(StrEnum):
         20,
         "Ask the server whether the session still exists: its agent may have crashed or been killed.",
     )
-    PROXY_KILLED = "proxy_killed", 21, "Find out who ended the proxy program, then resume the session."
+    PROXY_KILLED = (
+        "proxy_killed",
+        21,
+        "Find out what ended the proxy program (a crash, or somebody's signal), then resume the session.",
+    )
     PROXY_EXITED = "proxy_exited", 22, "Read the last lines of the proxy program in the session's log."
     START_TIMEOUT = (
         "start_timeout",

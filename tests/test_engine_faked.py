@@ -718,8 +718,8 @@ def test_a_backend_that_refuses_ends_it_with_its_reason(hint: str | None) -> Non
     ("lines", "code", "detail"),
     [
         ([], 3, "The proxy program ended with exit code 3 and printed nothing."),
-        (["one", "two"], 0, "The proxy program ended with exit code 0; its last line: two"),
-        (["one", "  "], 1, "The proxy program ended with exit code 1; its last line: one"),
+        (["one", "two"], 0, 'The proxy program ended with exit code 0; its last line: "two".'),
+        (["one", "  "], 1, 'The proxy program ended with exit code 1; its last line: "one".'),
     ],
 )
 def test_an_exit_is_told_with_code_and_last_line(lines: list[str], code: int, detail: str) -> None:
@@ -882,7 +882,7 @@ def test_a_display_that_goes_is_told() -> None:
     proxy = running()
     proxy.tunnel.display_goes()
     assert proxy.ended() == (State.FAILED, EndReason.DISPLAY_LOST)
-    assert proxy.status().detail == "The X server has gone: There is no X server."
+    assert proxy.status().detail == "The X server has gone. There is no X server."
     assert proxy.process.signals == [signal.SIGTERM]
 
 
@@ -896,7 +896,7 @@ def test_the_first_cause_wins() -> None:
     assert proxy.status().reason is EndReason.DISPLAY_LOST
     proxy.process.is_killed(signal.SIGTERM)
     assert proxy.ended() == (State.FAILED, EndReason.DISPLAY_LOST)
-    assert proxy.status().detail == "The X server has gone: There is no X server."
+    assert proxy.status().detail == "The X server has gone. There is no X server."
 
 
 def test_an_end_of_the_session_that_is_seen_while_stopping_leaves_the_deadline() -> None:
@@ -1286,7 +1286,7 @@ def test_a_program_that_survives_sigkill_turns_a_clean_end_alone_into_stop_timeo
     assert proxy.ended() == (State.FAILED, EndReason.STOP_TIMEOUT if clean else EndReason.DISPLAY_LOST)
     status = proxy.status()
     survived = "The proxy program (process 4711) is still there after SIGKILL."
-    assert status.detail == (survived if clean else "The X server has gone: There is no X server.")
+    assert status.detail == (survived if clean else "The X server has gone. There is no X server.")
     assert status.hint == (EndReason.STOP_TIMEOUT if clean else EndReason.DISPLAY_LOST).hint
     assert status.abandoned == ("process 4711",)
     assert proxy.tunnel.released

@@ -446,7 +446,7 @@ FAULTS: tuple[Fault, ...] = (
     START("program missing", E.PROXY_NOT_FOUND, "was not found", YES, RUNS, MISSING_X2GO, make=program_missing),
     START("program not executable", E.PROXY_NOT_STARTABLE, "not an executable", YES, RUNS, make=program_no_executable),
     START("program is no program", E.PROXY_NOT_STARTABLE, "Exec format error", YES, RUNS, make=program_no_program),
-    START("program exits at once", E.PROXY_EXITED, "exit code 3; its last line: no licence", YES, RUNS,
+    START("program exits at once", E.PROXY_EXITED, 'its last line: "no licence for this machine".', YES, RUNS,
           make=program_exits, sign=EXIT),
     START("DISPLAY unset", E.DISPLAY_UNAVAILABLE, "DISPLAY", YES, RUNS, NO_DISPLAY_X2GO, make=display_unset),
     START("X server absent", E.DISPLAY_UNAVAILABLE, "X server", YES, RUNS, NO_DISPLAY_X2GO, make=display_absent),
