@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from .agent import PlainAgent
+from .agent import plain_agent
 from .attempt import Holdings, nothing_gained_since
 from .procs import alive, established
 from .scene import Scene, WaitingAgents, opened_scene
@@ -116,7 +116,7 @@ def plain_scene(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display, runtime: Path
 ) -> Iterator[Scene]:
     """The same with an agent that x2goserver does not know, for what it has no part in."""
-    with PlainAgent() as agent, opened_scene(x2go_server, ssh_client, agent.session, display, runtime) as scene:
+    with plain_agent() as agent, opened_scene(x2go_server, ssh_client, agent, display, runtime) as scene:
         yield scene
 
 
