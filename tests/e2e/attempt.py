@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
-from proxy_fsm import CommandBackend, Evidence, NX3Backend, Proxy, State
+from proxy_fsm import Backend, CommandBackend, Evidence, NX3Backend, Proxy, State
 
 from .procs import eventually
 from .sshd import transport_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from typing import Self
 
     import paramiko
 
-    from proxy_fsm import Backend, EndReason, SessionInfo, TransitionRecord
+    from proxy_fsm import EndReason, SessionInfo, TransitionRecord
     from proxy_fsm.evidence import Observation
 
 RUNNING_S = 15.0
@@ -32,13 +32,10 @@ FINAL_S = 15.0
 GONE_S = 5.0
 
 
-class WatchedNX3(NX3Backend):
-    """The real backend, which also keeps the evidence that it is shown: it has the times of the first signs."""
+class Watched(Backend):
+    """Keeps the evidence that a backend is shown: it has the times of the first signs."""
 
-    def __init__(self, executable: str | None = None) -> None:
-        """Take the program, as the real one does."""
-        super().__init__(executable)
-        self.evidence = Evidence()
+    evidence = Evidence()  # before anything was seen
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
         """Keep the evidence, and judge as ever."""
@@ -46,18 +43,12 @@ class WatchedNX3(NX3Backend):
         return super().diagnose(evidence)
 
 
-class WatchedViewer(CommandBackend):
-    """The same for a viewer that a command starts."""
+class WatchedNX3(Watched, NX3Backend):
+    """The real backend for NX, watched."""
 
-    def __init__(self, command: Sequence[str], **options: Any) -> None:
-        """Take the command, as the real one does."""
-        super().__init__(command, **options)
-        self.evidence = Evidence()
 
-    def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
-        """Keep the evidence, and judge as ever."""
-        self.evidence = evidence
-        return super().diagnose(evidence)
+class WatchedViewer(Watched, CommandBackend):
+    """That for a viewer which a command starts, watched."""
 
 
 class Attempt:
@@ -141,7 +132,7 @@ class Attempt:
         Raises:
             LookupError: it never was.
         """
-        if not isinstance(self.backend, WatchedNX3 | WatchedViewer):
+        if not isinstance(self.backend, Watched):
             raise TypeError("Only a watched backend keeps evidence.")
         evidence = self.backend.evidence
         if isinstance(sign, str):
