@@ -218,10 +218,10 @@ def test_session_that_was_stopped_at_once_is_not_called_retryable(scene: Scene) 
 # ---- leaving ----
 
 
-def test_proxy_is_killed_at_once_where_its_lines_tell_first_of_the_lost_transport(
+def test_lost_transport_is_told_by_the_tunnel_where_the_monitor_is_late(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing orderly can travel any more, whoever notices first; here the transport's monitor comes late."""
+    """The tunnel notices it too, and tells it before nxproxy can see anything: that is killed at once."""
     attempt = scene.attempt().run()
     scene.settled()
     stopping = threading.Event()
