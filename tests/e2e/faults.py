@@ -24,7 +24,7 @@ from proxy_fsm import EndReason, SessionInfo, Timeouts
 from proxy_fsm.evidence import LinkDead, ProcessExited, ServerAnswered, TransportEnded, WorkerRefused
 
 from .attempt import Attempt, WatchedNX3, WatchedViewer
-from .namespace import MOUNTS, NETWORK, apart
+from .namespace import MOUNTS, NETWORK, in_namespace
 from .procs import alive, eventually, program, send_signal
 from .relay import Relay
 from .service import CLIENT, Service
@@ -74,7 +74,7 @@ class Fault:
         end: From when on the time to the final state counts: from the proxy's exit; None for the first sign.
         within_s: How long it may take from the cause to the final state, where something of ours decides that.
         touched: Whether the agent was reached, so that it may be gone.
-        mounts: Whether it takes mounts, or a network, of its own.
+        unshares: Whether it takes namespaces of its own: mounts, or a network.
         note: What was other than usual when it was measured.
     """
 
@@ -95,7 +95,7 @@ class Fault:
     end: type[Observation] | None = None
     within_s: float | None = None
     touched: bool = True
-    mounts: bool = False
+    unshares: bool = False
     note: str = ""
 
     @property
@@ -119,7 +119,7 @@ class Mishap:
         told: The event that tells of it.
         then: The event that tells that it is over; empty where there is none.
         make: Sets the scene and makes the proxy.
-        mounts: Whether it takes mounts of its own.
+        unshares: The same.
         python_x2go: What python-x2go reports.
     """
 
@@ -128,7 +128,7 @@ class Mishap:
     told: str
     then: str = ""
     make: Callable[[Scene], Attempt] = lambda scene: scene.attempt()
-    mounts: bool = False
+    unshares: bool = False
     python_x2go: str = ""
 
 
@@ -276,7 +276,7 @@ def start_without_writable_directory(attempt: Attempt) -> None:
     commands = [["mount", "--make-rprivate", "/"], ["mount", "--bind", str(root), str(root)]]
     for directory in sorted({tempfile.gettempdir(), "/tmp"}):
         commands += [["mount", "--rbind", directory, directory], ["mount", "-o", "remount,bind,ro", directory]]
-    apart(MOUNTS, attempt.start, commands)
+    in_namespace(MOUNTS, commands, attempt.start)
 
 
 def comma_in_path(scene: Scene) -> Attempt:
@@ -295,7 +295,7 @@ def start_without_free_port(attempt: Attempt) -> None:
             attempt.wait()
 
     one_port = f"echo {only} {only} > /proc/sys/net/ipv4/ip_local_port_range"
-    apart(NETWORK, with_port_taken, [["sh", "-c", one_port], ["ip", "link", "set", "lo", "up"]])
+    in_namespace(NETWORK, [["sh", "-c", one_port], ["ip", "link", "set", "lo", "up"]], with_port_taken)
 
 
 # ---- agent and SSH server ----
@@ -453,12 +453,12 @@ FAULTS: tuple[Fault, ...] = (
     START("X server dead", E.DISPLAY_UNAVAILABLE, "X server", YES, RUNS, NO_DISPLAY_X2GO, make=display_dead),
     START("X server refuses", E.DISPLAY_UNAVAILABLE, "X server", YES, RUNS, NO_DISPLAY_X2GO, make=display_refuses),
     START("sessions root is no directory", E.LISTEN_FAILED, "taken", YES, RUNS, make=root_no_directory),
-    START("disk full", E.LISTEN_FAILED, "No space left on device", YES, RUNS, make=disk_full, mounts=True),
+    START("disk full", E.LISTEN_FAILED, "No space left on device", YES, RUNS, make=disk_full, unshares=True),
     START("no directory for the socket", E.LISTEN_FAILED, "no temporary directory is writable", YES, RUNS,
-          start=start_without_writable_directory, mounts=True),
+          start=start_without_writable_directory, unshares=True),
     START("socket's path unfit for nxproxy", E.LISTEN_FAILED, "a,b", YES, RUNS, make=comma_in_path),
     START("no free TCP port", E.LISTEN_FAILED, "Address already in use", YES, RUNS,
-          make=viewer, start=start_without_free_port, mounts=True),
+          make=viewer, start=start_without_free_port, unshares=True),
     START("SSH connection closed before", E.TRANSPORT_LOST, "The SSH connection", YES, RUNS, make=transport_closed),
     START("forwarding denied", E.FORWARDING_DENIED, "does not allow forwarding", YES, RUNS,
           make=forwarding_denied, sign=WorkerRefused, end=EXIT),
@@ -516,7 +516,7 @@ FAULTS: tuple[Fault, ...] = (
 # cause, how, what is told of it, and of its end
 MISHAPS: tuple[Mishap, ...] = (
     Mishap("SSH server silent for a while", stop_server_for_a_while, "link.silent", "link.restored", patient),
-    Mishap("disk fills up", fill_disk, "process.log_failed", make=disk_fills_up, mounts=True),
+    Mishap("disk fills up", fill_disk, "process.log_failed", make=disk_fills_up, unshares=True),
 )
 # fmt: on
 

@@ -1,4 +1,4 @@
-"""A thread whose view of the machine is another one: its own mounts, or its own network."""
+"""A thread in namespaces of its own: its own mounts, or its own network."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MOUNTS, NETWORK = 0x20000, 0x40000000  # CLONE_NEWNS, CLONE_NEWNET of sched.h
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.CDLL(None, use_errno=True)  # os.unshare, which Python has from 3.12 on
 
 
 def is_allowed() -> bool:
     """Tell whether this kernel, or this sandbox, lets us have mounts and a network of our own."""
     try:
-        apart(MOUNTS | NETWORK, lambda: None, [["mount", "--make-rprivate", "/"]])
+        in_namespace(MOUNTS | NETWORK, [["mount", "--make-rprivate", "/"]], lambda: None)
     except (OSError, subprocess.CalledProcessError):
         return False
     return True
 
 
-def apart(kind: int, function: Callable[[], object], commands: Sequence[Sequence[str]] = ()) -> None:
-    """Call `function` on a thread with mounts, or a network, of its own; what it starts sees them too.
+def in_namespace(kind: int, commands: Sequence[Sequence[str]], function: Callable[[], object]) -> None:
+    """Call `function` on a thread in a namespace of its own; what it starts is in it too.
 
     Args:
         kind: `MOUNTS`, `NETWORK` or both; in a new network not even the loopback is up.
-        function: what to call.
-        commands: run before that, in the same place.
+        commands: run first, in it.
+        function: what to call then.
 
     Raises:
         OSError: this needs root, and a kernel or a sandbox that allows it.
+        CalledProcessError: a command failed.
     """
 
     def work() -> None:

@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
-def own_mounts() -> None:
+def own_namespaces() -> None:
     """Skip, or fail, where this machine does not let even root have them."""
     if not is_allowed():
         lack(["the right to mount, and to have a network of one's own (CAP_SYS_ADMIN)"])
@@ -47,8 +47,8 @@ def own_mounts() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.cause.replace(" ", "-"))
 def test_fault(request: pytest.FixtureRequest, fault: Fault) -> None:
-    if fault.mounts:
-        request.getfixturevalue("own_mounts")
+    if fault.unshares:
+        request.getfixturevalue("own_namespaces")
     scene: Scene = request.getfixturevalue("scene" if fault.asks_server else "plain_scene")
     attempt = fault.make(scene)
     transports = [attempt.transport, transport_of(scene.admin)]
@@ -178,8 +178,8 @@ def second_attempt(scene: Scene, fault: Fault, first: Attempt) -> bool:
 @pytest.mark.parametrize("mishap", MISHAPS, ids=lambda mishap: mishap.cause.replace(" ", "-"))
 def test_mishap(request: pytest.FixtureRequest, mishap: Mishap) -> None:
     """It is told, and the session goes on: it paints, and is stopped in order."""
-    if mishap.mounts:
-        request.getfixturevalue("own_mounts")
+    if mishap.unshares:
+        request.getfixturevalue("own_namespaces")
     scene: Scene = request.getfixturevalue("scene")
     attempt = mishap.make(scene).run()
     stood_long_enough(scene, attempt)
