@@ -9,7 +9,7 @@ import pytest
 
 from proxy_fsm import EndReason
 
-from .e2e.fault_table import JSON, MARKDOWN, merged, rendered
+from .e2e.fault_table import JSON, MARKDOWN, PYTHON_X2GO, SIGNS, masked, merged, rendered
 from .e2e.faults import CAUSES, FAULTS, When
 
 if TYPE_CHECKING:
@@ -35,15 +35,26 @@ def test_what_was_measured_agrees_with_the_table(measured: dict[str, Any]) -> No
     rows = {row["cause"]: row for row in measured["rows"]}
     for fault in FAULTS:
         row = rows[fault.cause]
-        assert (row["reason"], row["retryable"], row["again"]) == (str(fault.reason), fault.retryable, fault.again)
+        assert (row["reason"], row["retryable"], row["again"]) == (str(fault.reason), fault.retryable, fault.left.again)
         assert fault.says in row["detail"]
         assert row["hint"] or fault.reason.clean
 
 
 def test_rows_agree_with_themselves() -> None:
     for fault in FAULTS:
-        assert fault.retryable in {None, fault.again}
+        assert fault.retryable in {None, fault.left.again}
         assert (fault.when is When.RUNNING) <= (fault.strike is not None)
+        assert not fault.script or fault.sign in SIGNS
+
+
+def test_what_python_x2go_said_is_of_faults_that_there_are() -> None:
+    assert set(PYTHON_X2GO) <= {fault.cause for fault in FAULTS}
+
+
+def test_what_differs_from_run_to_run_is_masked() -> None:
+    said = "Forwarding to 127.0.0.1:34847, X server at :17, /run/x/proxy_fsm-482izbvv/proxy.sock and SIGSEGV of tom-51."
+    shown = "Forwarding to 127.0.0.1:PORT, X server at :N, …/proxy_fsm-…/proxy.sock and SIGSEGV of SESSION."
+    assert masked(said, {"/run/x": "…", "tom-51": "SESSION"}) == shown
 
 
 def test_reasons_that_the_matrix_leaves_out_are_these() -> None:

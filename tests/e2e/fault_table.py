@@ -1,7 +1,7 @@
 """Makes docs/faults.md of the fault matrix and of what was measured of it.
 
 ``python -m tests.e2e.fault_table`` writes it anew from docs/faults.json; with ``--measure`` the matrix is run first,
-three times, and docs/faults.json is written anew too; ``--merge`` does that from runs that were recorded before.
+three times, and docs/faults.json is written anew too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -17,42 +18,40 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from proxy_fsm import Timeouts
+from proxy_fsm.evidence import ProcessExited, ServerAnswered
 
 from .faults import CAUSES, FAULTS, MISHAPS, Fault, When
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT = Path(__file__).parents[2]
 JSON, MARKDOWN = ROOT / "docs/faults.json", ROOT / "docs/faults.md"
 RUNS = 3
-TIMES = ("sign_to_stopping", "cause_to_stopping", "cause_to_final", "cause_to_told")
+TIMES = ("sign_to_stopping", "sign_to_final", "cause_to_final", "cause_to_told")
 DEBIAN = ("openssh-server", "x2goserver", "nxagent", "nxproxy", "xvfb")
-NOT_MEASURED = "not measured"
-INTRO = """\
+RECORD = "PROXY_FSM_RECORD_FAULTS"  # names the file that a run of the matrix keeps its rows in
+LEAD = """\
 # What can go wrong, and what a proxy then says
 
 <!-- Made by tests/e2e/fault_table.py of tests/e2e/faults.py and docs/faults.json: do not edit. -->
 
-Each fault below is caused for real, against sshd, x2goserver with nxagent, nxproxy and Xvfb, by
-`tests/e2e/test_faults.py`. It holds each row to its reason, detail and hint, to the times of the design (50 ms from
-the first sign to `stopping`; to the final state 100 ms where the proxy is dead or the transport gone, else 20 ms from
-the proxy's exit; 400 ms more are allowed to a busy machine), and to this: afterwards nothing is left in the process
-(threads, descriptors, children, zombies, channels), of the proxy program (its process session) and on disk (sockets;
-in the session root all but `session.log` and nxproxy's own `stats` and `errors`). Then the cause is put right, a
-suspended session is resumed, and a second attempt is made: `retryable` is true only where that runs, false only where
-it cannot, and `–` where only the server knows.
+Each fault below was caused for real, against sshd, x2goserver with nxagent, nxproxy and Xvfb.
 
-Times are the median of {runs} runs, with the longest in brackets. *Stopping* counts from the first sign of the fault
-on this side, *final* from the cause itself: it holds the time that nxproxy takes to exit, or the server to notice.
-The column python-x2go says what python-x2go 0.6.1.3 reported of the same fault, and after how long, measured by hand on
-a machine of the same kind.
+- *what its user reads*: the status's `detail`, then its *hint*;
+- *stopping*: from the first sign of the fault on this side until the state `stopping`;
+- *final*: from the cause until the final state, with the time that nxproxy takes to exit, or the server to notice;
+- *retryable → second attempt*: what the status said, and what a second attempt then did, once the cause was put right
+  and a suspended session resumed; `–`: only the server knows;
+- *python-x2go*: what python-x2go 0.6.1.3 reported of the same fault, and after how long; empty: not measured.
 
-Measured on {date} with `proxy_fsm/` as of tree `{tree}` (`git rev-parse HEAD:proxy_fsm`): {machine}; {versions}.
-Other work kept the machine busy meanwhile, which the longest times show. To repeat it, as root on Debian: `make
-faults` (some minutes). What two engines on one transport do when one of them fails, and any viewer, is in
-`tests/e2e/test_session.py`.
+Times are the median of {runs} runs, the longest in brackets.
 """
 HEAD = """\
-| cause | reason | what its user reads | stopping | final | retryable → a second attempt | python-x2go |
+| cause | reason | what its user reads | stopping | final | retryable → second attempt | python-x2go |
 |---|---|---|---|---|---|---|
 """
 SURVIVED = """\
@@ -60,28 +59,80 @@ SURVIVED = """\
 
 The session goes on, paints, and is stopped in order afterwards.
 
-| cause | event | and when it is over | told after | python-x2go |
-|---|---|---|---|---|
+| cause | event | and when it is over | told after |
+|---|---|---|---|
 """
+METHOD = """\
+## How it was measured
+
+`tests/e2e/test_faults.py` causes each fault, and holds the proxy to what the tables say of it and to these limits, with
+400 ms more for a busy machine:
+
+- 50 ms from the first sign to `stopping`;
+- 100 ms from there to the final state where the proxy is dead or the transport gone, else 20 ms from the proxy's exit.
+
+Afterwards nothing is left:
+
+- in the process: threads, descriptors, children, zombies, channels;
+- of the proxy program: its process session;
+- on disk: sockets, and in the session root all but `session.log` and nxproxy's own `stats` and `errors`.
+
+Then a second attempt is made: `retryable` is true only where that runs, and false only where it cannot.
+
+Measured on {date} with:
+
+- {machine}, kept busy by other work, which the longest times show;
+{versions}
+
+python-x2go was measured by hand on a machine of the same kind. `make faults` measures anew, as root on Debian, in some
+minutes; names, numbers and paths that differ from run to run are masked. Two engines on one transport of which one
+fails, and other viewers, are in `tests/e2e/test_session.py`.
+"""
+MASKS = {r"127\.0\.0\.1:\d+": "127.0.0.1:PORT", r"\bat :\d+": "at :N", r"\bproxy_fsm-\w+": "proxy_fsm-…"}
+# what python-x2go 0.6.1.3 reported, and after how long
+_NO_DISPLAY = "`ok()` true for 5–15 s, then false, no reason"
+_LEFT = "`ok()` false, cannot tell which; 1.2–1.5 s"
+PYTHON_X2GO = {
+    "program missing": "`(None, False)`, no reason; 16.0 s",
+    "DISPLAY unset": _NO_DISPLAY,
+    "X server absent": _NO_DISPLAY,
+    "X server dead": _NO_DISPLAY,
+    "X server refuses": _NO_DISPLAY,
+    "graphics port refused": "not ok, no reason; 8.4 s",
+    "wrong cookie": "not ok, no reason; 0.4 s",
+    "session suspended": _LEFT,
+    "session terminated": _LEFT,
+    "session suspended, server asked": _LEFT,
+    "session terminated, server asked": _LEFT,
+    "proxy killed (SIGKILL)": "`ok()` false when next polled; no event, no reason",
+    "SSH connection closed by the server": "`ok()` false, no reason; 0.2 s",
+    "SSH server silent for good": "`ok()` still true at 40 s",
+}
+SIGNS: dict[object, str] = {ProcessExited: "nxproxy's exit", ServerAnswered: "the server's answer"}
 
 
 def rendered(measured: dict[str, Any]) -> str:
     """Give docs/faults.md for the rows of the table and for what docs/faults.json holds."""
     rows = {row["cause"]: row for row in measured["rows"]}
-    text = INTRO.format(**measured["measured"])
+    about = measured["measured"]
+    text = LEAD.format(**about)
     for when in When:
         lines = [_line(fault, rows[fault.cause]) for fault in FAULTS if fault.when is when]
         text += f"\n## {str(when).capitalize()}\n\n{HEAD}{''.join(lines)}"
     text += f"\n{SURVIVED}"
     for mishap in MISHAPS:
-        cells = [mishap.cause, _code(mishap.told), _code(mishap.then) if mishap.then else "–"]
-        text += _cells([*cells, _time(rows[mishap.cause], "cause_to_told"), mishap.python_x2go or NOT_MEASURED])
-    return text
+        told = _time(rows[mishap.cause], "cause_to_told") + _limits(mishap.limits)
+        text += _cells([mishap.cause, _code(mishap.told), _code(mishap.then) if mishap.then else "–", told])
+    versions = "\n".join(f"- {each};" for each in about["versions"])
+    return f"{text}\n{METHOD.format(**{**about, 'versions': versions.removesuffix(';') + '.'})}"
 
 
 def _line(fault: Fault, row: dict[str, Any]) -> str:
     retryable = {True: "yes", False: "no", None: "–"}[row["retryable"]]
-    final = _time(row, "cause_to_final") + (f"; {fault.note}" if fault.note else "")
+    final = _time(row, "cause_to_final") + _limits(fault.limits)
+    if fault.script:
+        after_sign = f"{_time(row, 'sign_to_final')} after {SIGNS[fault.sign]}"
+        final = f"{after_sign}, {final} after {_code(fault.script)} was called"
     return _cells(
         [
             fault.cause,
@@ -90,8 +141,16 @@ def _line(fault: Fault, row: dict[str, Any]) -> str:
             _time(row, "sign_to_stopping"),
             final,
             f"{retryable} → {'runs' if row['again'] else 'cannot run'}",
-            fault.python_x2go or NOT_MEASURED,
+            PYTHON_X2GO.get(fault.cause, ""),
         ]
+    )
+
+
+def _limits(limits: Mapping[str, float]) -> str:
+    """Say which of the proxy's time limits were others than they are by default."""
+    default = Timeouts()
+    return "".join(
+        f"; {_code(name)} is {s:g} s here, by default {getattr(default, name):g} s" for name, s in limits.items()
     )
 
 
@@ -106,6 +165,15 @@ def _code(text: str) -> str:
 def _time(row: dict[str, Any], name: str) -> str:
     median, longest = row[f"{name}_ms"]["median"], row[f"{name}_ms"]["max"]
     return f"{median / 1000:.2f} s ({longest / 1000:.2f})" if median >= 1000 else f"{median:.0f} ms ({longest:.0f})"
+
+
+def masked(text: str, names: Mapping[str, str]) -> str:
+    """Mask what differs from run to run: these names, and the numbers and names that the system gives."""
+    for name, shown in names.items():
+        text = text.replace(name, shown)
+    for pattern, shown in MASKS.items():
+        text = re.sub(pattern, shown, text)
+    return text
 
 
 def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -132,7 +200,7 @@ def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def run_once(record: Path) -> None:
     """Run the matrix, and keep its rows."""
-    environ = {**os.environ, "PROXY_FSM_RECORD_FAULTS": str(record), "PROXY_FSM_REQUIRE_REAL": "1"}
+    environ = {**os.environ, RECORD: str(record), "PROXY_FSM_REQUIRE_REAL": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "tests/e2e/test_faults.py"]
     subprocess.run(command, cwd=ROOT, env=environ, check=True)
 
@@ -155,14 +223,14 @@ def surroundings() -> dict[str, Any]:
     """Say when, where and with what it was measured."""
     shown = [
         f"CPython {platform.python_version()}",
+        f"`proxy_fsm/` as of git tree {_asked('git', 'rev-parse', '--short', 'HEAD:proxy_fsm')}",
         *(f"{name} {version(name)}" for name in ("paramiko", "transitions", "structlog")),
         *(f"{name} {_asked('dpkg-query', '--show', '--showformat=${Version}', name)}" for name in DEBIAN),
     ]
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "tree": _asked("git", "rev-parse", "--short", "HEAD:proxy_fsm"),
         "machine": f"{os.cpu_count()} cores, {platform.freedesktop_os_release()['PRETTY_NAME']}",
-        "versions": ", ".join(shown),
+        "versions": shown,
     }
 
 
@@ -174,11 +242,7 @@ def main() -> None:
     """Measure where that is asked for, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run the matrix first")
-    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="take these records of runs instead")
-    wanted = parser.parse_args()
-    if wanted.merge:
-        merge(wanted.merge)
-    elif wanted.measure:
+    if parser.parse_args().measure:
         with tempfile.TemporaryDirectory() as directory:
             records = [Path(directory, f"{number}.jsonl") for number in range(RUNS)]
             for record in records:

@@ -10,20 +10,21 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm import parse_agent_output
+from proxy_fsm import Timeouts, parse_agent_output
 
 from .attempt import Attempt, Holdings, nothing_gained_since
 from .procs import send_signal
 from .x2go import eventually, run, transport_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import paramiko
 
     from proxy_fsm import SessionInfo
 
+    from .relay import Relay
     from .x2go import AgentSession, Display, X2GoServer
 
 PAINT_S = 20.0
@@ -50,7 +51,9 @@ class Scene:
     runtime: Path
     stack: contextlib.ExitStack = field(repr=False)
     repairs: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)  # put a fault right
-    breaker: Callable[[], object] | None = None  # ends something that was put into this scene
+    timeouts: Timeouts = field(default_factory=Timeouts)  # of its proxies
+    other_display: Display | None = None  # where something is to happen to it
+    relay: Relay | None = None  # the same
 
     @property
     def root(self) -> Path:
@@ -85,7 +88,7 @@ class Scene:
             client or self.client,
             environ or self.environ(),
             options.pop("root", self.root),
-            **options,
+            **{"timeouts": self.timeouts, **options},
         )
         self.stack.callback(attempt.close)
         return attempt
@@ -97,7 +100,8 @@ class Scene:
             self.client = self.stack.enter_context(contextlib.closing(self.server.connect()))
 
     def resumed(self) -> SessionInfo:
-        """Resume the session on the server; its ports are others then."""
+        """Resume the session on the server, once that can be done; its ports are others then."""
+        self.suspended()
         ports = self.server.resume(self.admin, self.agent.name)
         return dataclasses.replace(self.session, graphics_port=ports.graphics_port)
 

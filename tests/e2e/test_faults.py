@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy_fsm import Link, ProxyStatus, State, Timeouts
+from proxy_fsm.evidence import ProcessExited
 
 from .attempt import FINAL_S, RUNNING_S, Attempt, Holdings, WatchedViewer, nothing_gained_since
+from .causes import viewer
 from .conftest import check_untouched, lack
-from .faults import AGENT_CONNECT_S, FAULTS, MISHAPS, Fault, Mishap, When, viewer
+from .fault_table import RECORD, masked
+from .faults import FAULTS, MISHAPS, Fault, Left, Mishap, When
 from .namespace import is_allowed
 from .procs import alive
 from .x2go import eventually, transport_of
@@ -28,7 +31,6 @@ from .x2go import eventually, transport_of
 if TYPE_CHECKING:
     from .scene import Scene
 
-RECORD = "PROXY_FSM_RECORD_FAULTS"
 SLACK_S = 0.4  # what a busy machine of two cores may add to any time below
 STOPPING_S = 0.05  # from a fault's first sign
 KILLED_S = 0.5  # until a killed process is gone
@@ -49,7 +51,8 @@ def own_namespaces() -> None:
 def test_fault(request: pytest.FixtureRequest, fault: Fault) -> None:
     if fault.unshares:
         request.getfixturevalue("own_namespaces")
-    scene: Scene = request.getfixturevalue("scene" if fault.asks_server else "plain_scene")
+    scene: Scene = request.getfixturevalue("scene" if fault.needs_x2goserver else "plain_scene")
+    scene.timeouts = Timeouts(**fault.limits)
     attempt = fault.make(scene)
     transports = [attempt.transport, transport_of(scene.admin)]
     before = Holdings.now(transports)
@@ -65,12 +68,11 @@ def test_fault(request: pytest.FixtureRequest, fault: Fault) -> None:
     scene.repairs.close()
     nothing_gained_since(before, transports)
     check_no_process_left(status)
-    if not fault.touched:
+    if fault.left is Left.UNTOUCHED:
         check_untouched(scene.server, scene.agent)
 
     again = second_attempt(scene, fault, attempt)
-    assert again is fault.again
-    assert status.retryable in {None, again}
+    assert again is fault.left.again
     record(scene, fault.cause, attempt, retryable=status.retryable, again=again, **times)
 
 
@@ -98,6 +100,7 @@ def check_what_its_user_reads(attempt: Attempt, fault: Fault, status: ProxyStatu
     """The detail says what happened, the hint what to do about it; both are sentences, and hold no secret."""
     assert fault.says in status.detail
     assert status.detail[0].isupper() or status.detail.startswith("nxproxy ")
+    assert status.detail.endswith(".")
     assert (status.retryable, status.abandoned) == (fault.retryable, ())
     if fault.says.startswith("SIG"):
         assert (status.exit_code, status.signal) == (None, signal.Signals[fault.says])
@@ -116,16 +119,13 @@ def check_times(attempt: Attempt, fault: Fault, cause_at: float) -> dict[str, fl
     """Hold them against what the design promises; return them."""
     stopping_at, final_at = attempt.entered[State.STOPPING], attempt.final_at
     sign_at = cause_at + fault.due_s if fault.sign is None else attempt.sign_at(fault.sign)
-    end_at = sign_at if fault.end is None else attempt.sign_at(fault.end)
+    end_at = attempt.sign_at(ProcessExited) if fault.orderly else sign_at
     assert stopping_at - sign_at < STOPPING_S + SLACK_S
     assert final_at - end_at < fault.final_s + SLACK_S
     if fault.within_s is not None:
         assert final_at - cause_at < fault.within_s + SLACK_S
-    return {
-        "sign_to_stopping_s": stopping_at - sign_at,
-        "cause_to_stopping_s": stopping_at - cause_at,
-        "cause_to_final_s": final_at - cause_at,
-    }
+    times = {"sign_to_stopping_s": stopping_at - sign_at, "cause_to_final_s": final_at - cause_at}
+    return {**times, "sign_to_final_s": final_at - sign_at} if fault.script else times
 
 
 def check_nothing_left_on_disk(scene: Scene, attempt: Attempt) -> None:
@@ -156,21 +156,20 @@ def session_of(pid: int) -> int | None:
 def second_attempt(scene: Scene, fault: Fault, first: Attempt) -> bool:
     """Do what a user would do next, now that the cause is put right; tell whether the session runs then."""
     scene.reconnect()
+    scene.timeouts = Timeouts(agent_connect_s=1)
     if isinstance(first.backend, WatchedViewer):
         second = viewer(scene)
     else:
         session, resumed = scene.session, False
-        if fault.when is When.RUNNING:
-            listed = scene.server.wait_status(scene.admin, scene.agent.name, fault.listed or "R", "S", "-")
-            assert listed == (fault.listed or listed)
-            if listed == "S":
-                scene.suspended()
-                session, resumed = scene.resumed(), True
-        elif fault.touched:
+        if fault.left is Left.DEAD:
             eventually(lambda: not alive(scene.agent.pid), FINAL_S)
+        elif fault.left is not Left.UNTOUCHED:
+            listed = scene.server.wait_status(scene.admin, scene.agent.name, Left.SUSPENDED, Left.TERMINATED)
+            assert listed == fault.left
+        if fault.left is Left.SUSPENDED:
+            session, resumed = scene.resumed(), True
         root = first.root if first.root.is_dir() else scene.root
-        timeouts = Timeouts(agent_connect_s=AGENT_CONNECT_S)
-        second = scene.attempt(session, resumed=resumed, timeouts=timeouts, root=root)
+        second = scene.attempt(session, resumed=resumed, root=root)
     second.start()
     return second.proxy.wait(State.RUNNING, timeout=RUNNING_S) is State.RUNNING
 
@@ -181,6 +180,7 @@ def test_mishap(request: pytest.FixtureRequest, mishap: Mishap) -> None:
     if mishap.unshares:
         request.getfixturevalue("own_namespaces")
     scene: Scene = request.getfixturevalue("scene")
+    scene.timeouts = Timeouts(**mishap.limits)
     attempt = mishap.make(scene).run()
     stood_long_enough(scene, attempt)
     cause_at = time.monotonic()
@@ -200,21 +200,17 @@ def test_mishap(request: pytest.FixtureRequest, mishap: Mishap) -> None:
     record(scene, mishap.cause, attempt, **times)
 
 
-def test_faults_before_the_start_reach_no_agent() -> None:
-    """What the table says of them follows from this: `retryable` is true where no channel was opened."""
-    for fault in FAULTS:
-        if fault.when is When.START and not fault.touched:
-            assert fault.again
-            assert fault.retryable is not False
-
-
 def record(scene: Scene, cause: str, attempt: Attempt, **measured: Any) -> None:
-    """Keep what was measured, where that is wanted; names that differ from run to run are left out."""
+    """Keep what was measured, where that is wanted; what differs from run to run is masked."""
     if path := os.environ.get(RECORD):
         status = attempt.proxy.status()
-        told = {"detail": status.detail, "hint": status.hint}
-        for name, shown in ((str(scene.runtime), "…"), (scene.agent.name, "SESSION")):
-            told = {key: text and text.replace(name, shown) for key, text in told.items()}
-        row = {"cause": cause, "reason": status.reason and str(status.reason), **told, **measured}
+        names = {str(scene.runtime): "…", scene.agent.name: "SESSION"}
+        row = {
+            "cause": cause,
+            "reason": status.reason and str(status.reason),
+            "detail": masked(status.detail, names),
+            "hint": status.hint and masked(status.hint, names),
+            **measured,
+        }
         with Path(path).open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -44,7 +44,7 @@ from .attempt import (
     files_below,
     nothing_gained_since,
 )
-from .faults import kill_proxy, port_refused
+from .causes import kill_proxy, port_refused
 from .procs import alive, established
 from .scene import BLUE, RED, Scene, loose_umask, shows, stopped
 from .service import CLIENT, FLOOD, FLOODS, PAYLOAD_BYTES, Service
@@ -296,6 +296,7 @@ def test_engines_on_one_transport_do_not_disturb_each_other(scene: Scene) -> Non
     scene.shows()
     kill_proxy(scene, killed)
     assert killed.wait() is State.FAILED
+    scene.timeouts = Timeouts(agent_connect_s=1)
     lost = port_refused(scene)
     lost.start()
     assert lost.wait() is State.FAILED
