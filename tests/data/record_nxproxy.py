@@ -157,7 +157,7 @@ def resumed_suspended(scene: Scene) -> NxProxy:
     proxy.send(signal.SIGTERM)
     proxy.wait_exit()
     scene.server.wait_status(scene.client, agent.name, "S")
-    ports = scene.server.resume(scene.client, agent.name)
+    ports = scene.server.resume(scene.client, agent)
     forwarder = scene.forward(ports.graphics_port)
     proxy = scene.proxy(agent, forwarder)
     proxy.wait_for(ESTABLISHED)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 PAINT_S = 20.0
 FRESH_S = 30.0
-SUSPENDED_LINE = "Session: Session suspended at"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 SHARE = 0.1  # of the screen: an xterm covers about an eighth
 
@@ -100,14 +99,9 @@ class Scene:
             self.client = self.stack.enter_context(contextlib.closing(self.server.connect()))
 
     def resumed(self) -> SessionInfo:
-        """Resume the session on the server, once that can be done; its ports are others then."""
-        self.suspended()
-        ports = self.server.resume(self.admin, self.agent.name)
+        """Resume the session on the server; its ports are others then."""
+        ports = self.server.resume(self.admin, self.agent)
         return dataclasses.replace(self.session, graphics_port=ports.graphics_port)
-
-    def suspended(self) -> None:
-        """Wait until the agent says so: the server lists it before, and in between it cannot be resumed."""
-        eventually(lambda: SUSPENDED_LINE in self.server.agent_log(self.agent), PAINT_S)
 
     def settled(self) -> None:
         """Wait until the agent serves programs: before that, it does not survive the loss of its proxy."""

@@ -65,7 +65,7 @@ def test_session_by_hand(
     assert x2go_server.wait_status(ssh_client, agent.name, "S") == "S"
     assert display.share_of(RED) == 0
 
-    ports = x2go_server.resume(ssh_client, agent.name)
+    ports = x2go_server.resume(ssh_client, agent)
     with (
         Forwarder(ssh_client, ports.graphics_port) as forwarder,
         NxProxy(agent, forwarder.path, display.env) as proxy,

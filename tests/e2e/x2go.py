@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -51,6 +52,9 @@ __all__ = [
 Kind: TypeAlias = Literal["D", "R", "P"]  # desktop, rootless, published applications
 AGENT_S = 20.0
 START_ATTEMPTS = 4
+RESUME_ATTEMPTS = 3
+SUSPENDED_LINE = "Session: Session suspended at"
+RESUME_S = 10.0  # an agent that resumes listens within a second
 USERS = 16  # how many test runs may go on at once on one machine
 DATABASE = Path("/var/lib/x2go/x2go_sessions")
 RED_XTERM = "xterm -bg red -geometry 60x20+10+10 -T red-xterm -e sleep 3600"
@@ -235,12 +239,31 @@ class X2GoServer(SshServer):
         """Terminate a session, return what the server printed."""
         return run(client, shlex.join(["x2goterminate-session", name]))
 
-    def resume(self, client: paramiko.SSHClient, name: str, *, geometry: str = "800x600", link: str = "lan") -> Ports:
-        """Resume a session, wait until its new graphics port listens, and return its ports."""
-        arguments = [name, geometry, link, "16m-jpeg-9", "us", "auto", "0", "both"]
-        ports = Ports.parse(run(client, shlex.join(["x2goresume-session", *arguments])))
-        eventually(lambda: is_listening(ports.graphics_port), AGENT_S)
-        return ports
+    def resume(
+        self, client: paramiko.SSHClient, session: AgentSession, *, geometry: str = "800x600", link: str = "lan"
+    ) -> Ports:
+        """Resume a session, wait until its new graphics port listens, and return its ports.
+
+        The server lists it as suspended before its agent says so, and in between it cannot be resumed. It is asked for
+        again where nothing listens (seen once in some hundred times): x2goresume-session sends the agent a signal, and
+        does not look what comes of it.
+
+        Raises:
+            TimeoutError: the agent does not suspend, or after several attempts it listens nowhere.
+        """
+        arguments = [session.name, geometry, link, "16m-jpeg-9", "us", "auto", "0", "both"]
+        for _ in range(RESUME_ATTEMPTS):
+            eventually(lambda: self._last_said(session).startswith(SUSPENDED_LINE), AGENT_S)
+            ports = Ports.parse(run(client, shlex.join(["x2goresume-session", *arguments])))
+            with contextlib.suppress(TimeoutError):
+                eventually(partial(is_listening, ports.graphics_port), RESUME_S)
+                return ports
+        raise TimeoutError(f"The agent of {session.name} listens nowhere. Last it said: {self._last_said(session)}")
+
+    def _last_said(self, session: AgentSession) -> str:
+        """Give what the agent last logged of its session's changes."""
+        lines = [line for line in self.agent_log(session).splitlines() if line.startswith("Session: ")]
+        return lines[-1] if lines else ""
 
     def agent_log(self, session: AgentSession) -> str:
         """Give what the agent of a session has logged so far."""
