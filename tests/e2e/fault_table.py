@@ -79,6 +79,9 @@ Afterwards nothing is left:
 
 Then a second attempt is made: `retryable` is true only where that runs, and false only where it cannot.
 
+Some suspends and terminations take the agent and nxproxy 5 s longer than others. That is their own: it was seen with
+nxproxy connected to the agent directly, too.
+
 Measured on {date} with:
 
 - {machine}, kept busy by other work, which the longest times show;

@@ -1,7 +1,7 @@
 """The fault matrix, row by row: what it ends with, how fast, that nothing is left, and what a second attempt does.
 
 The rows are in faults.py. Times are those of design.md, section 6; this machine may be shared, so what is asserted is
-the design's figure plus `SLACK_S`. What was measured is kept where PROXY_FSM_RECORD_FAULTS names a file.
+the design's figure plus `SLACK_S`. What was measured is kept where the environment variable `RECORD` names a file.
 """
 
 from __future__ import annotations
