@@ -201,25 +201,20 @@ def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return result
 
 
-def run_once(record: Path) -> None:
-    """Run the matrix, and keep its rows."""
+def measure() -> None:
+    """Run the matrix several times, and write docs/faults.json."""
+    with tempfile.TemporaryDirectory() as directory:
+        runs = [run_once(Path(directory, f"{number}.jsonl")) for number in range(RUNS)]
+    measured = {"measured": {**surroundings(), "runs": RUNS}, "rows": merged(runs)}
+    JSON.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_once(record: Path) -> list[dict[str, Any]]:
+    """Run the matrix, and return its rows."""
     environ = {**os.environ, RECORD: str(record), "PROXY_FSM_REQUIRE_REAL": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "tests/e2e/test_faults.py"]
     subprocess.run(command, cwd=ROOT, env=environ, check=True)
-
-
-def recorded(record: Path) -> list[dict[str, Any]]:
-    """Read the rows of a run."""
     return [json.loads(line) for line in record.read_text().splitlines()]
-
-
-def merge(records: list[Path]) -> None:
-    """Write docs/faults.json."""
-    measured = {
-        "measured": {**surroundings(), "runs": len(records)},
-        "rows": merged([recorded(record) for record in records]),
-    }
-    JSON.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
 
 
 def surroundings() -> dict[str, Any]:
@@ -246,11 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run the matrix first")
     if parser.parse_args().measure:
-        with tempfile.TemporaryDirectory() as directory:
-            records = [Path(directory, f"{number}.jsonl") for number in range(RUNS)]
-            for record in records:
-                run_once(record)
-            merge(records)
+        measure()
     MARKDOWN.write_text(rendered(json.loads(JSON.read_text())))
 
 
