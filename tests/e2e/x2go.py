@@ -51,7 +51,7 @@ __all__ = [
 
 Kind: TypeAlias = Literal["D", "R", "P"]  # desktop, rootless, published applications
 AGENT_S = 20.0
-START_ATTEMPTS = 4
+START_ATTEMPTS = 10
 RESUME_ATTEMPTS = 3
 SUSPENDED_LINE = "Session: Session suspended at"
 RESUME_S = 10.0  # an agent that resumes listens within a second
@@ -201,7 +201,11 @@ class X2GoServer(SshServer):
         return session
 
     def _started(self, client: paramiko.SSHClient, command: str) -> str:
-        """Run x2gostartagent, again where two test runs took the same display or port in the same moment."""
+        """Run x2gostartagent, again where it chose a port or a display that it did not get.
+
+        Another test run may have taken it in the same moment, or somebody's dead X servers have left their locks on
+        displays in a row: x2gostartagent does not see those (eight were met).
+        """
         for _ in range(START_ATTEMPTS - 1):
             with contextlib.suppress(CommandError):
                 return run(client, command)
