@@ -84,7 +84,7 @@ def _connect(server: X2GoServer) -> paramiko.Transport:
 
 def _resumed(server: X2GoServer, client: paramiko.SSHClient, agent: AgentSession) -> AgentSession:
     server.wait_status(client, agent.name, "S")
-    return dataclasses.replace(agent, graphics_port=server.resume(client, agent.name).graphics_port)
+    return dataclasses.replace(agent, graphics_port=server.resume(client, agent).graphics_port)
 
 
 def _session(agent: AgentSession) -> SessionInfo:

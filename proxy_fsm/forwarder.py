@@ -117,6 +117,7 @@ class Forwarder:
         path = str(directory / SOCKET_NAME)
         listener = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
         try:
+            listener.settimeout(None)  # whatever the program's default is
             listener.bind(path if kind == "unix" else ("127.0.0.1", 0))
             listener.listen(16)
         except BaseException:
@@ -288,6 +289,7 @@ class _Connection:
         self._up_done = False
         self._ended_here = False  # by the proxy or by us, before the agent
         self._told_lost = False
+        local.settimeout(None)  # whatever the program's default is
         if local.family == socket.AF_INET:
             local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

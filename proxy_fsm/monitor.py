@@ -30,6 +30,9 @@ __all__ = ["Attachment", "attach"]
 
 #: A sleep that lasts so much longer than it should means that this process was stopped, in seconds.
 _STOPPED_S = 0.1
+#: A kind of channel that no server knows: its refusal is a sign of life, and costs the caller none of its sessions, of
+#: which OpenSSH allows ten by default.
+_PROBE = "probe@proxy-fsm"
 
 
 @dataclass(eq=False)
@@ -228,7 +231,7 @@ class _TransportMonitor:
         """Probe on a thread of its own, since a server that takes nothing may hold the sender for long."""
         if self._probe is not None:
             return
-        probe = self._probe = ChannelOpening(transport, "session")
+        probe = self._probe = ChannelOpening(transport, _PROBE)
 
         def run() -> None:
             try:

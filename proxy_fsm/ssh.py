@@ -45,7 +45,6 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from array import array
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -65,6 +64,7 @@ from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
 
 __all__ = [
@@ -90,7 +90,7 @@ PACKET_BYTES = 256 << 10
 _AHEAD_BYTES = 256 << 10
 
 #: How much is handed on before its window is given back.
-_PIECE_BYTES = 256 << 10
+_PIECE_BYTES = 512 << 10
 
 #: OpenSSH's fastest ciphers that paramiko has; both authenticate what they encrypt.
 _FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
@@ -168,11 +168,15 @@ class _LateSender:
                 self._at_work.release()
 
     def _send_late(self) -> None:
-        while self._late:
-            with suppress(paramiko.SSHException, OSError, EOFError):  # the transport is gone, and takes nothing more
-                _send_patiently(self._transport, self._late[0])
-            self._late.popleft()  # only now: until it is sent, nothing overtakes it
-        self._at_work.release()
+        try:
+            while self._late:
+                try:
+                    with suppress(paramiko.SSHException, OSError, EOFError):  # the transport is gone
+                        _send_patiently(self._transport, self._late[0])
+                finally:
+                    self._late.popleft()  # only now: until it is sent, nothing overtakes it
+        finally:
+            self._at_work.release()
         if self._late:  # it came in this very moment
             self._see_to_it()
 
@@ -182,6 +186,8 @@ def _send_patiently(transport: Any, message: Message) -> None:
     while True:
         try:
             transport._send_user_message(message)  # noqa: SLF001
+        except paramiko.ProxyCommandFailure:  # its pipe is gone: no matter of keys
+            raise
         except paramiko.SSHException:  # keys were not exchanged in time, and nothing was sent
             if not transport.is_active():
                 raise
@@ -300,12 +306,9 @@ class SafeChannel(paramiko.Channel):
                     return
                 if kept and passage.delivered == 0:
                     before_first()
-                self._give_back(passed)
-                for start in range(0, len(kept), _PIECE_BYTES):
-                    piece = kept[start : start + _PIECE_BYTES]
-                    sock.sendall(piece)
-                    passage.delivered += len(piece)
-                    self._give_back(len(piece))
+                sock.sendall(kept)
+                passage.delivered += len(kept)
+                self._give_back(passed + len(kept))
         finally:
             passage.leave()
 
@@ -370,14 +373,18 @@ class _Passage(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub a
         self.delivered = 0
         self.due = 0
         self._passed = 0
+        self._over = False
         self._sink: socket.socket | None = None
 
     def feed(self, data: bytes) -> None:
         """Take what came, on the transport's thread; this does not block."""
         with self._lock:
+            if self._over:
+                return
             if self._sink is not None:
                 try:
-                    sent = self._sink.send(data, socket.MSG_DONTWAIT)
+                    # Not send(): gevent's heeds no flag, and would have the transport's own thread wait.
+                    sent = self._sink.sendmsg([data], [], socket.MSG_DONTWAIT)
                 except OSError:  # it is full, or closed: then whoever waits in take() will find out
                     sent = 0
                 self.delivered += sent
@@ -395,13 +402,14 @@ class _Passage(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub a
         Nothing is handed straight on while something is kept, or returned to be sent and no call has come since.
 
         Returns:
-            What was kept, which the caller sends, and how many bytes were handed on to the socket since; nothing and
-            0 when no more will come.
+            A piece of what was kept, which the caller sends, and how many bytes were handed on to the socket since;
+            nothing and 0 when no more will come.
         """
         with self._lock:
             while True:
                 if self._buffer or self._passed >= self.due > 0 or self._closed:
-                    kept, self._buffer = self._buffer, array("B")
+                    kept = self._buffer[:_PIECE_BYTES]
+                    del self._buffer[:_PIECE_BYTES]
                     passed, self._passed = self._passed, 0
                     return memoryview(kept), passed
                 if self.delivered:  # the first bytes are not handed straight on
@@ -409,9 +417,10 @@ class _Passage(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub a
                 self._cv.wait()
 
     def leave(self) -> None:
-        """Hand nothing on any more."""
+        """Hand nothing on any more, and keep nothing."""
         with self._lock:
-            self._sink = None
+            self._over, self._sink = True, None
+            del self._buffer[:]
 
 
 class ChannelOpening:
@@ -419,7 +428,7 @@ class ChannelOpening:
 
     Args:
         transport: An authenticated transport.
-        kind: ``"direct-tcpip"`` or ``"session"``.
+        kind: ``"direct-tcpip"``, or whatever takes no destination.
         destination: Host and port as the server knows them, for ``"direct-tcpip"``.
     """
 
@@ -483,6 +492,7 @@ class ChannelOpening:
         with self._lock:
             answer, self._answer = self._answer, None
         if isinstance(answer, SafeChannel):
+            answer.opening = self._channel = None  # else each would keep the other, and what the channel keeps
             return answer
         raise answer or OpenAbandoned("The open was abandoned.")
 

@@ -160,7 +160,7 @@ class TestShared:
 
     def test_it_leaves_no_channel_on_the_transport(self, server: LoopbackSSHServer, transport: Any) -> None:
         with attached(transport, FAST, Inbox().post):
-            server.wait_for(lambda: server.sessions_opened >= 2)
+            server.wait_for(lambda: server.probes >= 2)
         eventually(lambda: len(transport._channels) == 0, WAIT_S)
         assert not transport.channel_events
 
@@ -239,7 +239,7 @@ class TestBroken:
         with attached(transport, FAST, inbox.post):
             eventually(lambda: len(refused) > 10, WAIT_S)  # for longer than link_dead_s
             refused.clear()
-            server.wait_for(lambda: server.sessions_opened >= 2)
+            server.wait_for(lambda: server.probes >= 2)
             assert inbox.seen == []
             server.drop()
             inbox.wait(TransportEnded)
@@ -362,7 +362,7 @@ class TestSilence:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         with attached(transport, Timeouts(link_probe_s=0.5, link_dead_s=20), inbox.post):
-            server.wait_for(lambda: server.sessions_opened >= 3)
+            server.wait_for(lambda: server.probes >= 3)
         assert inbox.seen == []
 
     def test_a_silent_link_is_told_and_then_that_it_is_back(
@@ -426,8 +426,8 @@ class TestSilence:
                     peer.sendall(b"x")
                     assert channel.recv(9)
                     threading.Event().wait(0.01)  # how often the agent speaks
-                assert server.sessions_opened == 0
-                server.wait_for(lambda: server.sessions_opened == 1)  # then it is idle
+                assert server.probes == 0
+                server.wait_for(lambda: server.probes == 1)  # then it is idle
             channel.close()
         assert inbox.seen == []
 
@@ -436,7 +436,7 @@ class TestSilence:
     ) -> None:
         with attached(transport, Timeouts(link_probe_s=0.2, link_dead_s=20), inbox.post):
             began = time.monotonic()
-            server.wait_for(lambda: server.sessions_opened == 5)
+            server.wait_for(lambda: server.probes == 5)
             assert since(began) >= 5 * 0.2
 
     def test_a_refused_probe_is_a_sign_of_life(
@@ -448,7 +448,7 @@ class TestSilence:
         refusals = threading.Semaphore(0)
 
         def refuse(_: object, kind: str, chanid: int) -> int:
-            assert kind == "session"
+            assert kind == monitor._PROBE
             del chanid
             refusals.release()
             return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
@@ -486,7 +486,7 @@ class TestSilence:
         with attached(transport, QUIET, other.post):
             assert other.stays_without(Observation, 0.7)  # longer than the next one's link_dead_s
             with attached(transport, FAST, inbox.post):
-                server.wait_for(lambda: server.sessions_opened >= 2)
+                server.wait_for(lambda: server.probes >= 2)
         assert LinkDead not in inbox.kinds()
         assert inbox.seen == []
 
@@ -514,7 +514,7 @@ class TestSilence:
         with attached(transport, Timeouts(link_probe_s=0.5, link_dead_s=20), inbox.post):
             assert inbox.stays_without(Observation, 0.1)  # the monitor sleeps, nothing comes
             clock.ahead_s += 60
-            server.wait_for(lambda: server.sessions_opened >= 2)
+            server.wait_for(lambda: server.probes >= 2)
         assert inbox.seen == []
 
     def test_a_probe_that_is_out_does_not_hold_the_leaving(
@@ -527,7 +527,7 @@ class TestSilence:
         assert since(began) < 0.5
         eventually(lambda: not own_threads(), WAIT_S)
         server.thaw()
-        server.wait_for(lambda: server.sessions_opened == 1)
+        server.wait_for(lambda: server.probes == 1)
 
     def test_leaving_while_probes_come_back_breaks_nothing(
         self, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
@@ -564,26 +564,26 @@ class Clock:
 def probed(
     server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], int]]:
-    """A transport that is probed without a pause, though it is busy; gives how many sessions were opened so far."""
+    """A transport that is probed without a pause, though it is busy; gives how many probes were answered so far."""
     monkeypatch.setattr(monitor, "packets_received", lambda _: 0)
     server.commands = {"say": lambda line: (7, line.encode(), b"")}
     with attached(transport, Timeouts(link_probe_s=0.001, link_dead_s=50), inbox.post):
-        yield lambda: server.sessions_opened
+        yield lambda: server.probes
     assert TransportEnded not in inbox.kinds()
     assert transport.is_active()
 
 
-def turns(sessions: Callable[[], int], own_sessions: int = 0) -> Iterator[int]:
+def turns(probes: Callable[[], int]) -> Iterator[int]:
     """Count to 200, and on until at least 100 probes were answered meanwhile."""
     number = 0
-    while number < 200 or sessions() - own_sessions * number < 100:
+    while number < 200 or probes() < 100:
         yield number
         number += 1
 
 
 class TestTheCallerIsNotDisturbed:
     def test_commands_run_as_ever(self, transport: paramiko.Transport, probed: Callable[[], int]) -> None:
-        for number in turns(probed, own_sessions=1):
+        for number in turns(probed):
             with transport.open_session(timeout=WAIT_S) as channel:
                 channel.exec_command(f"say {number}")
                 assert channel.makefile("rb").read() == f"say {number}".encode()

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from array import array
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import paramiko
@@ -1360,6 +1361,19 @@ def test_openssh_takes_gcm_from_a_fast_transport(sshd: SshServer) -> None:
         assert output.read() == b"works\n"
 
 
+def test_a_pipe_that_is_gone_is_not_tried_again() -> None:
+    """It fails with the kind of error that keys which come late have, too."""
+    tries: list[paramiko.Message] = []
+
+    def send(message: paramiko.Message) -> None:
+        tries.append(message)
+        raise paramiko.ProxyCommandFailure("ssh -W", "Broken pipe")
+
+    with pytest.raises(paramiko.ProxyCommandFailure):
+        ssh._send_patiently(SimpleNamespace(_send_user_message=send, is_active=lambda: True), paramiko.Message())
+    assert len(tries) == 1
+
+
 # ---- speed ----
 
 
@@ -1462,9 +1476,25 @@ class TestDelivering:
             far.recv(1 << 20)  # there is room again
             passage.feed(b"behind")
             kept, passed = passage.take(near)
-            assert (passed, len(kept), bytes(kept[-6:])) == (taken, (8 << 20) + 6 - taken, b"behind")
+            assert passed == taken
+            while len(kept) < (8 << 20) + 6 - taken:
+                piece, passed = passage.take(near)
+                assert len(piece) <= ssh._PIECE_BYTES
+                assert passed == 0
+                kept = memoryview(bytes(kept) + piece)
+            assert bytes(kept[-6:]) == b"behind"
             passage.feed(b"later")  # what was taken may not be sent yet
             assert bytes(passage.take(near)[0]) == b"later"
+
+    def test_what_comes_after_the_end_is_not_kept(self) -> None:
+        """A server that goes on sending until it hears of the end fills no memory."""
+        near, far = socket.socketpair()
+        with near, far:
+            passage = ssh._Passage()
+            passage.feed(bytes(1 << 20))
+            passage.leave()
+            passage.feed(bytes(1 << 20))
+            assert len(passage) == 0
 
     def test_the_order_stays_whichever_thread_hands_it_on(self, small_switch_interval: None) -> None:
         del small_switch_interval

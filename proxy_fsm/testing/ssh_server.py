@@ -85,7 +85,8 @@ class LoopbackSSHServer:
             gives exit status 127.
         forwarding: How wishes for ``direct-tcpip`` channels are answered from now on.
         channels_opened: How many ``direct-tcpip`` channels were opened so far.
-        sessions_opened: How many ``session`` channels were opened so far (commands, and probes).
+        sessions_opened: How many ``session`` channels were opened so far.
+        probes: How many channels of a kind that it does not know were refused so far, as a proxy's probes are.
     """
 
     host = "127.0.0.1"
@@ -113,6 +114,7 @@ class LoopbackSSHServer:
         self.forwarding = Forwarding.ALLOWED
         self.channels_opened = 0
         self.sessions_opened = 0
+        self.probes = 0
         self._listener: socket.socket | None = None
         self._frozen = False
         self._connections: list[_Connection] = []
@@ -522,12 +524,13 @@ class _Interface(paramiko.ServerInterface):
         return AUTH_SUCCESSFUL if known else AUTH_FAILED
 
     def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
-        if kind != "session":
-            return OPEN_FAILED_UNKNOWN_CHANNEL_TYPE
         with self._shared.changed:
-            self._server.sessions_opened += 1
+            if kind == "session":
+                self._server.sessions_opened += 1
+            else:
+                self._server.probes += 1
             self._shared.changed.notify_all()
-        return OPEN_SUCCEEDED
+        return OPEN_SUCCEEDED if kind == "session" else OPEN_FAILED_UNKNOWN_CHANNEL_TYPE
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         self.commands[channel.get_id()] = command.decode(errors="replace")

@@ -68,7 +68,6 @@ def main() -> int:
         "carried, the server begins": lambda: carry(size, config="RekeyLimit 64M", progress=say),
         "carried, commands without a pause": lambda: carry(size, rekey_bytes=16 << 20, every_s=0, progress=say),
         "probed": lambda: probe_under_requests(wanted.requests, progress=say),
-        "probes refused": lambda: probe_under_requests(wanted.requests, probes_refused=True, progress=say),
     }
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("paramiko", "cryptography")]
     sshd = subprocess.run([program("sshd") or "sshd", "-V"], capture_output=True, text=True, check=False).stderr

@@ -394,7 +394,6 @@ def probed_without_pause(transport: paramiko.Transport) -> Iterator[Callable[[],
 def probe_under_requests(
     count: int,
     *,
-    probes_refused: bool = False,
     one_way_s: float = 0.03,
     progress: Callable[[str], None] = say_nothing,
 ) -> Figures:
@@ -405,15 +404,14 @@ def probe_under_requests(
 
     Args:
         count: How many requests in all.
-        probes_refused: Whether the server refuses sessions, so that each probe is refused, and no command can run.
         one_way_s: How long a byte is under way, in seconds.
         progress: Takes a line now and then.
     """
-    name = f"{count} requests while probed{' and probes refused' if probes_refused else ''}, {2000 * one_way_s:.0f} ms"
+    name = f"{count} requests while probed, {2000 * one_way_s:.0f} ms"
     began = said_at = time.monotonic()
     answers, counting = 0, threading.Lock()
     with (
-        SshServer(extra_config=f"PermitOpen {LOOPBACK}:*\n{'MaxSessions 0' if probes_refused else ''}") as sshd,
+        SshServer(extra_config=f"PermitOpen {LOOPBACK}:*\nMaxSessions 2") as sshd,  # none for a probe
         SlowLine(sshd.port, one_way_s) as line,
         contextlib.closing(connect(sshd, line.port)) as transport,
         Agent() as taken,
@@ -448,14 +446,12 @@ def probe_under_requests(
             return times
 
         with probed_without_pause(transport) as probes:
-            kinds: list[Callable[[int], None]] = [forward, refuse]
-            if not probes_refused:
-                kinds.append(lambda number: run_command(transport, number))
+            kinds: list[Callable[[int], None]] = [forward, refuse, lambda number: run_command(transport, number)]
             tasks = [Task(repeat, kind, count // len(kinds)) for kind in kinds]
             requests = sum(task.result(PATIENCE_S + count) for task in tasks)
             answered = probes()
         assert transport.is_active()
         assert answered > requests // 10, "it was probed all the time"
     eventually(lambda: not own_threads(), WAIT_S)
-    commands = 0 if probes_refused else requests // len(kinds)
+    commands = requests // len(kinds)
     return Figures(name, seconds=since(began), requests=requests, probes=answered, commands=commands)

@@ -43,3 +43,24 @@ def test_no_hub_is_blocked_nothing_runs_idle_and_nothing_is_left(scene: Scene) -
     assert seen["after"]["native threads"] <= seen["before"]["native threads"]
     assert seen["after"]["threads"] == []
     assert seen["faults"] == {"missing": "proxy_not_found", "killed": "proxy_killed", "transport": "transport_lost"}
+
+
+STALLED = """
+from gevent import monkey
+monkey.patch_all()
+import gevent, socket
+from proxy_fsm import ssh
+
+near, far = socket.socketpair()
+passage = ssh._Passage()
+passage.delivered, passage._sink = 1, near
+with gevent.Timeout(20):
+    passage.feed(bytes(8 << 20))
+print(passage.delivered < 8 << 20 and len(passage) > 0)
+"""
+
+
+def test_a_viewer_that_reads_nothing_does_not_hold_up_the_transport() -> None:
+    """The ``send`` of gevent waits whatever it is told: the transport's own thread would stand still."""
+    told = subprocess.run([sys.executable, "-c", STALLED], capture_output=True, text=True, timeout=60, check=False)
+    assert (told.stdout, told.stderr) == ("True\n", "")
