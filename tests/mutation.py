@@ -12,6 +12,7 @@ import argparse
 import ast
 import os
 import select
+import shutil
 import signal
 import sys
 import tempfile
@@ -242,17 +243,19 @@ class _Replaced(MetaPathFinder, Loader):
 
 def passes(path: Path, code: CodeType, stage: Stage) -> bool:
     """Tell whether the tests pass, on a fork of this process, with other code in place of a module's."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
-        child = os.fork()
-        if child == 0:
-            _test_and_exit(path, code, stage, scratch)
-        handle = os.pidfd_open(child)
-        try:
-            if not select.select([handle], [], [], stage.all_s)[0]:
-                os.kill(child, signal.SIGKILL)
-        finally:
-            os.close(handle)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    scratch = tempfile.mkdtemp(prefix="mutant-")  # no TemporaryDirectory: a fork of a test that ends would remove it
+    child = os.fork()
+    if child == 0:
+        _test_and_exit(path, code, stage, scratch)
+    handle = os.pidfd_open(child)
+    try:
+        if not select.select([handle], [], [], stage.all_s)[0]:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(handle)
+    ended = os.waitpid(child, 0)[1]
+    shutil.rmtree(scratch)
+    return os.waitstatus_to_exitcode(ended) == 0
 
 
 def _test_and_exit(path: Path, code: CodeType, stage: Stage, scratch: str) -> None:

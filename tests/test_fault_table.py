@@ -58,7 +58,7 @@ def test_what_differs_from_run_to_run_is_masked() -> None:
 
 
 def test_reasons_that_the_matrix_leaves_out_are_these() -> None:
-    """They have no cause outside of this package that could be brought about at will."""
+    """The document says so."""
     left = set(EndReason) - {fault.reason for fault in FAULTS}
     assert left == {EndReason.STOP_TIMEOUT, EndReason.INTERNAL_ERROR}
 
