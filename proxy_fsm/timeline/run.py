@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -220,8 +219,17 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
         _track(proxy_id, drafts[proxy_id], origin, end_s, name)
         for proxy_id in sorted(drafts, key=lambda proxy_id: first[proxy_id].number)
     ]
+    try:
+        began = datetime.fromtimestamp(origin, parsed[0].at.tzinfo)
+    except (ValueError, OverflowError, OSError) as error:
+        number = min(line.number for line in first.values())
+        raise TimelineError(
+            f"{name}, line {number} has a change of state at a time before the year 1 or after the year 9999: "
+            "its 'timestamp' is wrong.",
+            number,
+        ) from error
     return Run(
-        datetime.fromtimestamp(origin, parsed[0].at.tzinfo),
+        began,
         end_s,
         tuple(tracks),
         tuple(_event(line, origin) for line in others),
@@ -266,7 +274,7 @@ def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str
             raise TimelineError(f"{where} has no state as '{key}': {whole.get(key)!r}.", line.number)
     if not isinstance(whole.get("trigger"), str):
         raise TimelineError(f"{where} has no 'trigger'.", line.number)
-    _count(line, "elapsed_s", name)
+    _count(line, "elapsed_s", name, below=1e9)  # about 32 years
     expected = before[-1].whole["sequence"] + 1 if before else 1
     if whole.get("sequence") != expected:
         raise TimelineError(
@@ -281,12 +289,13 @@ def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str
         )
 
 
-def _count(line: _Line, key: str, name: str) -> float:
+def _count(line: _Line, key: str, name: str, *, below: float = 1e18) -> float:
     """Return a number of a line that cannot be negative."""
     value = line.whole.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18 or math.isnan(value):  # noqa: PLR2004
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
         raise TimelineError(
-            f"{name}, line {line.number} has no number of 0 or more as '{key}': {value!r:.40}.", line.number
+            f"{name}, line {line.number} has no number from 0 to below {below:g} as '{key}': {value!r:.40}.",
+            line.number,
         )
     return value
 
