@@ -414,6 +414,12 @@ class TestThePage:
         assert not list(root.iter(f"{SVG}script"))
         assert any("<script>alert(1)" in line for line in words(root))
 
+    def test_spells_out_what_is_no_character(self) -> None:
+        lines = [*life(), event(9, "half \ud800", level="\udc00", detail="\ud83d", proxy_id="aa")]
+        for picture in ("svg", "html", "mermaid"):
+            str(timeline.draw(timeline.read(lines), picture)).encode()
+        assert "half \\\\ud800" in str(timeline.draw(timeline.read(lines), "html"))
+
     def test_has_each_event_once_in_order(self) -> None:
         page = str(timeline.draw(recorded("fault"), "html"))
         data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])

@@ -303,7 +303,8 @@ def _count(line: _Line, key: str, name: str, *, below: float = 1e18) -> float:
 def _event(line: _Line, origin: float) -> Event:
     whole = line.whole
     fields = {key: value for key, value in whole.items() if key not in {"event", "level", "timestamp"}}
-    return Event(line.at.timestamp() - origin, whole["event"], str(whole.get("level", "info")), fields, line.number)
+    name, level = _printable(whole["event"]), _printable(str(whole.get("level", "info")))
+    return Event(line.at.timestamp() - origin, name, level, fields, line.number)
 
 
 def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str) -> Track:
