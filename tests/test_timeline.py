@@ -222,6 +222,22 @@ BROKEN = [
     ("first missing", life()[1:], 1, "line 1 has change 2 of proxy aa where change 1 is due: lines are missing"),
     ("one missing", [*life()[:2], *life()[3:]], 3, "line 3 has change 4 of proxy aa where change 3 is due"),
     ("twice", [life()[0], life()[0]], 2, "line 2 has change 1 of proxy aa where change 2 is due"),
+    (
+        "odd trigger",
+        changed(2, trigger="bogus"),
+        3,
+        "line 3 goes from spawning to running by bogus, which the lifecycle",
+    ),
+    ("odd way", changed(0, dest="running"), 1, "line 1 goes from idle to running by start, which the lifecycle"),
+    (
+        "on after the end",
+        [
+            *life(),
+            changed(4, trigger="stop", source="stopped", dest="idle", sequence=6)[4],
+        ],
+        6,
+        "line 6 goes from stopped to idle by stop, which the lifecycle",
+    ),
     ("gap", changed(1, source="running"), 2, "line 2 leaves state running, and proxy aa was tunnelling"),
     ("odd reason", changed(4, reason="tired"), 5, "line 5 has no reason as 'reason': 'tired'"),
     ("reason no text", changed(4, reason=["x"]), 5, "line 5 has no reason"),

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm.errors import ProxyFsmError
-from proxy_fsm.lifecycle import State
+from proxy_fsm.lifecycle import TRANSITIONS, State
 from proxy_fsm.status import EndReason
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ __all__ = ["Event", "Flow", "Run", "Stay", "TimelineError", "Track", "read"]
 #: Fields of every event, which are shown elsewhere or say nothing.
 _COMMON = frozenset({"event", "level", "timestamp", "proxy_id", "session"})
 _REASONS = {str(reason): reason for reason in EndReason}
+#: Where triggers lead.
+_LEADS = {(str(row.trigger), str(row.source)): row.dest for row in TRANSITIONS if row.dest is not None}
 _TOTALS = ("bytes_to_agent", "bytes_from_agent")
 
 
@@ -285,6 +287,12 @@ def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str
     if before and before[-1].whole["dest"] != whole["source"]:
         raise TimelineError(
             f"{where} leaves state {whole['source']}, and proxy {_printable(proxy_id)} was {before[-1].whole['dest']}.",
+            line.number,
+        )
+    if _LEADS.get((whole["trigger"], whole["source"])) != whole["dest"]:
+        raise TimelineError(
+            f"{where} goes from {whole['source']} to {whole['dest']} by {_printable(whole['trigger']):.40}, which the "
+            "lifecycle does not allow: the file is damaged, or is of another version.",
             line.number,
         )
 
