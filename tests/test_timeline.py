@@ -125,6 +125,12 @@ class TestReading:
         (track,) = timeline.read(lines).tracks
         assert [stay.begin_s for stay in track.stays] == [0, 1, 2, 2, 4, 5]
 
+    def test_a_byte_order_mark_is_passed_over_at_the_beginning_alone(self) -> None:
+        mark = b"\xef\xbb\xbf"
+        assert timeline.read([mark + life()[0], *life()[1:]]) == timeline.read(life())
+        with pytest.raises(TimelineError, match="line 2 is no JSON"):
+            timeline.read([life()[0], mark + life()[1]])
+
     def test_empty_lines_are_passed_over_and_counted(self) -> None:
         with pytest.raises(TimelineError, match="line 7"):
             timeline.read([b"\n", *life(), b"{}\n"])
@@ -182,6 +188,7 @@ def changed(at: int, **fields: Any) -> list[bytes]:
 BROKEN = [
     ("no JSON", [*life()[:2], b"{'event': 1}\n"], 3, "line 3 is no JSON: Expecting property name"),
     ("cut short", [*life()[:2], life()[2][:40]], 3, "line 3 is cut short: remove that line"),
+    ("cut inside a character", [*life()[:2], '{"event": "ä'.encode()[:-1]], 3, "line 3 is cut short: remove that line"),
     ("deep", [b"[" * 100_000 + b"\n"], 1, "line 1 is no JSON"),
     ("long number", [b'{"event": ' + b"1" * 5000 + b"}\n"], 1, "line 1 is no JSON"),
     ("not UTF-8", [*life(), b'{"event": "\xff"}\n'], 6, "line 6 is not UTF-8"),

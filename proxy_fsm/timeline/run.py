@@ -241,13 +241,15 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
 def _parsed(number: int, raw: bytes, name: str) -> _Line:
     where = f"{name}, line {number}"
     try:
-        whole = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise TimelineError(f"{where} is not UTF-8: the file is damaged, or is no record of events.", number) from error
+        whole = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
         if not raw.endswith(b"\n"):
             raise TimelineError(
                 f"{where} is cut short: remove that line, and what came before it can be drawn.", number
+            ) from error
+        if isinstance(error, UnicodeDecodeError):
+            raise TimelineError(
+                f"{where} is not UTF-8: the file is damaged, or is no record of events.", number
             ) from error
         raise TimelineError(f"{where} is no JSON: {error}.", number) from error
     if not isinstance(whole, dict) or not isinstance(whole.get("event"), str):
