@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
@@ -422,8 +423,8 @@ class TestMachinesOfClients:
         assert chart.ignored == {("looked_at", state) for state in chart.states}
         drawn = diagram.draw(Doors)
         assert 'state "wide open" as state_1' in str(drawn)
-        assert "shut --> state_1: OPEN [is_unlocked, not x#124;y]" in str(drawn)
-        assert "[*] --> shut" in str(drawn)
+        assert "state_0 --> state_1: OPEN [is_unlocked, not x#124;y]" in str(drawn)
+        assert "[*] --> state_0" in str(drawn)
         assert "state_2 --> [*]" in str(drawn)
         table = str(diagram.draw(Doors, "table"))
         assert "| `open` | wide open [is_unlocked, not x\\|y], end | · | · |" in table
@@ -483,7 +484,20 @@ class TestMachinesOfClients:
         class Own:
             __chart__ = Chart(title="x", states=("a",), initial="a", finals=frozenset(), triggers=())
 
-        assert diagram.draw(Own) == "stateDiagram-v2\n    [*] --> a\n"
+        assert diagram.draw(Own) == 'stateDiagram-v2\n    state "a" as state_0\n    [*] --> state_0\n'
+
+    def test_names_that_mean_something_to_mermaid_are_only_shown(self) -> None:
+        names = "scale default click href accTitle accDescr Note Class root constructor toString __proto__ END".split()
+        arrows = tuple(Arrow("on", one, other) for one, other in pairwise(names))
+        chart = Chart(
+            title="x", states=tuple(names), initial="scale", finals=frozenset({"END"}), triggers=("on",), arrows=arrows
+        )
+        drawn = diagram.mermaid(chart, highlight="click", way=(Step("scale", "default", 1.0, 1),)).splitlines()
+        assert [line for line in drawn if line.startswith('    state "')] == [
+            f'    state "{diagram.text._entities(name)}" as state_{at}' for at, name in enumerate(names)
+        ]
+        rest = "\n".join(line for line in drawn if not line.startswith('    state "'))
+        assert not set(names) & set(re.findall(r"\w+", rest))
 
 
 class TestLoading:

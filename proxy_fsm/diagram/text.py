@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING
 
 from proxy_fsm.diagram.chart import LIFECYCLE
+from proxy_fsm.lifecycle import State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["as_json", "dot", "markdown_table", "mermaid"]
 
-_PLAIN = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-#: Words that mean something to Mermaid where a state's name is expected.
-_RESERVED = frozenset({"class", "classDef", "direction", "end", "note", "state", "stateDiagram", "style"})
+#: Names that mean nothing to Mermaid. Its keywords are too many to list, change with its version, and so does what the
+#: page that shows it makes of names such as ``constructor``.
+_PLAIN = frozenset(map(str, State))
 #: The colours of a state that is pointed at; black text on yellow reads well on any ground.
 _HIGHLIGHT = "fill:#ffd33d,stroke:#9a6700,stroke-width:3px,color:#1f2328"
 _TAKEN = "fill:#b6e3ff,stroke:#0969da,color:#1f2328"
@@ -72,8 +72,7 @@ def _times(way: Sequence[Step], source: str, dest: str) -> list[str]:
 
 
 def _mermaid_name(chart: Chart, at: int) -> str:
-    state = chart.states[at]
-    return state if _PLAIN.fullmatch(state) and state not in _RESERVED else _unused(f"state_{at}", chart)
+    return chart.states[at] if chart.states[at] in _PLAIN else f"state_{at}"
 
 
 def _unused(name: str, chart: Chart) -> str:
