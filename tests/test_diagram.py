@@ -440,6 +440,17 @@ class TestMachinesOfClients:
         assert not any("CAPITALS" in line for line in words(svg_of(Light)))
         assert json.loads(str(diagram.draw(Light, "json")))["triggers"] == [{"name": "next", "kind": "observation"}]
 
+    def test_one_that_begins_nowhere_has_no_beginning(self) -> None:
+        rows = [{"trigger": "go", "source": "a", "dest": "b"}]
+        machine = Machine(None, ["a", "b"], transitions=rows, initial=None, auto_transitions=False)
+        assert diagram.chart_of(machine).initial is None
+        assert "[*] -->" not in str(diagram.draw(machine))
+        assert set(AGraph(string=str(diagram.draw(machine, "dot"))).nodes()) == {"a", "b"}
+        assert "dot" not in {each.get("class") for each in svg_of(machine).iter()}
+        assert len(list(svg_of(machine).iter(f"{SVG}circle"))) + 1 == len(list(svg_of(Light).iter(f"{SVG}circle")))
+        assert [each["initial"] for each in json.loads(str(diagram.draw(machine, "json")))["states"]] == [False, False]
+        assert diagram.draw(machine, "table")
+
     def test_lifecycle_is_drawn_as_its_table(self) -> None:
         for picture in ("mermaid", "table", "svg"):
             assert diagram.draw(Lifecycle, picture) == diagram.draw(diagram.LIFECYCLE, picture)

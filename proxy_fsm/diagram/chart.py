@@ -73,7 +73,7 @@ class Chart:
     Attributes:
         title: Its name.
         states: Names of its states, in order.
-        initial: The state it begins in.
+        initial: The state it begins in; None where nothing says.
         finals: The states that it ends in.
         triggers: Names of its triggers, in order.
         orders: Those of them that a caller gives; the others are observed.
@@ -84,7 +84,7 @@ class Chart:
 
     title: str
     states: tuple[str, ...]
-    initial: str
+    initial: str | None
     finals: frozenset[str]
     triggers: tuple[str, ...]
     orders: frozenset[str] = frozenset()
@@ -212,7 +212,7 @@ def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -
     return Chart(
         title=title,
         states=tuple(states.values()),
-        initial=states[_key(machine.initial)],
+        initial=None if machine.initial is None else states[_key(machine.initial)],
         finals=frozenset(
             name for key, name in states.items() if getattr(machine.states[key], "final", False) or name not in left
         ),

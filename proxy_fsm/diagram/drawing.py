@@ -83,13 +83,13 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
     highlight = chart.check_state(highlight)
     been = {state for step in way for state in (step.source, step.dest)}
     # The names are the caller's; a prefix keeps them apart from those of the other nodes.
-    nodes = {"initial": Node((), kind="dot")}
+    nodes = {} if chart.initial is None else {"initial": Node((), kind="dot")}
     for state in chart.states:
         marks = ["state", *(["been"] if state in been else []), *(["here"] if state == highlight else [])]
         nodes[f"state {state}"] = Node(
             ((state, "name"),), tuple(marks), (("state", state),), framed=state in chart.finals
         )
-    links = [Link("initial", f"state {chart.initial}")]
+    links = [] if chart.initial is None else [Link("initial", f"state {chart.initial}")]
     for source, dest, arrows in chart.bundles():
         taken = [(step.label, "time") for step in way if (step.source, step.dest) == (source, dest)]
         links.append(

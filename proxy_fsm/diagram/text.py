@@ -42,7 +42,8 @@ def mermaid(
     lines = [] if theme is None else [f'%%{{init: {{"theme": "{"dark" if theme == "dark" else "default"}"}}}}%%']
     lines.append("stateDiagram-v2")
     lines += [f'    state "{_entities(state)}" as {name}' for state, name in names.items() if name != state]
-    lines.append(f"    [*] --> {names[chart.initial]}")
+    if chart.initial is not None:
+        lines.append(f"    [*] --> {names[chart.initial]}")
     for source, dest, arrows in chart.bundles():
         labels = [_entities(_shown(chart, arrow)) for arrow in arrows] + _times(way, source, dest)
         lines.append(f"    {names[source]} --> {names[dest]}: {', '.join(labels)}")
@@ -122,9 +123,10 @@ def dot(
         f'    graph [bgcolor="{paper}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5]',
         f'    node [color="{ink}" fontcolor="{ink}" fontname="sans-serif" shape=box style=rounded]',
         f'    edge [color="{ink}" fontcolor="{ink}" fontname="sans-serif" fontsize=11]',
-        f'    {begin} [label="" shape=circle style=filled width=0.15 fillcolor="{ink}"]',
-        f"    {begin} -> {names[chart.initial]}",
     ]
+    if chart.initial is not None:
+        lines.append(f'    {begin} [label="" shape=circle style=filled width=0.15 fillcolor="{ink}"]')
+        lines.append(f"    {begin} -> {names[chart.initial]}")
     for state in chart.states:
         looks = [f"label={_quoted(state)}"] if state.startswith("%") else []
         looks += ["peripheries=2"] if state in chart.finals else []
