@@ -119,11 +119,25 @@ class TestReading:
             "Sessions s0, s1, s2 and 2 more"
         )
 
-    def test_a_clock_that_is_set_back_stands_still(self) -> None:
-        lines = life()
-        lines[2] = lines[2].replace(b"T12:00:03", b"T11:00:03")
-        (track,) = timeline.read(lines).tracks
-        assert [stay.begin_s for stay in track.stays] == [0, 1, 2, 2, 4, 5]
+    @pytest.mark.parametrize("hour", [11, 13])
+    def test_a_clock_that_is_set_does_not_change_the_times_of_states(self, hour: int) -> None:
+        """They are measured with another clock, which nobody sets; what has no such time stays between its neighbours."""
+        notes = [event(at, "note", proxy_id="aa") for at in (2.5, 3.5, 5.5)]
+        others = [event(2.6, "demo.note"), event(5.7, "demo.note")]
+        lines = in_order(*life(), *life("bb", 3.2, session="other"), *notes, *others)
+        lines = [line.replace(b"T12:", f"T{hour}:".encode()) if at >= 3 else line for at, line in enumerate(lines)]
+        for track, begin_s in zip(timeline.read(lines).tracks[:1], [0], strict=True):
+            begun = [stay.begin_s for stay in track.stays]
+            assert begun == pytest.approx([begin_s + at for at in range(6)], abs=1e-5)
+        run = timeline.read(lines)
+        assert [stay.end_s - stay.begin_s for stay in run.tracks[1].stays[:5]] == pytest.approx([1.0] * 5, abs=1e-5)
+        for track in run.tracks:
+            assert [each.at_s for each in track.events] == sorted(each.at_s for each in track.events)
+            ends = [each.at_s for each in track.events if each.name == "proxy.transition"]
+            assert ends == [stay.end_s for stay in track.stays[:5]]
+        assert all(each.at_s >= 0 for each in (*run.events, *run.tracks[0].events, *run.tracks[1].events))
+        if hour == 11:
+            assert run.duration_s < 10
 
     def test_a_byte_order_mark_is_passed_over_at_the_beginning_alone(self) -> None:
         mark = b"\xef\xbb\xbf"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm.errors import ProxyFsmError
@@ -14,6 +14,7 @@ from proxy_fsm.status import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import tzinfo
 
 __all__ = ["Event", "Flow", "Run", "Stay", "TimelineError", "Track", "read"]
 
@@ -170,8 +171,13 @@ class _Line:
     """A line that is an event."""
 
     number: int
-    at: datetime
+    at_s: float
+    zone: tzinfo
     whole: dict[str, Any]
+
+    @property
+    def is_change(self) -> bool:
+        return isinstance(self.whole.get("proxy_id"), str) and self.whole["event"] == "proxy.transition"
 
 
 @dataclass(slots=True)
@@ -193,7 +199,7 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
         TimelineError: A line is no event, is cut short, or does not follow from those before it; or no line tells of a
             change of state.
     """
-    parsed = _monotonic([_parsed(number, raw, name) for number, raw in enumerate(lines, 1) if raw.strip()])
+    parsed = [_parsed(number, raw, name) for number, raw in enumerate(lines, 1) if raw.strip()]
     drafts: dict[str, _Draft] = {}
     others = []
     for line in parsed:
@@ -203,7 +209,7 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
             continue
         draft = drafts.setdefault(proxy_id, _Draft())
         draft.lines.append(line)
-        if line.whole["event"] == "proxy.transition":
+        if line.is_change:
             _check_transition(line, draft.transitions, proxy_id, name)
             draft.transitions.append(line)
     drafts = {proxy_id: draft for proxy_id, draft in drafts.items() if draft.transitions}
@@ -212,17 +218,16 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
             f"{name} tells of no change of state: record a run with proxy-fsm run --log-format json, "
             "and keep its standard output."
         )
+    _place(parsed, set(drafts))
     first = {proxy_id: draft.transitions[0] for proxy_id, draft in drafts.items()}
-    origin = min(
-        [parsed[0].at.timestamp(), *(line.at.timestamp() - line.whole["elapsed_s"] for line in first.values())]
-    )
-    end_s = parsed[-1].at.timestamp() - origin
+    origin = min([line.at_s for line in parsed] + [line.at_s - line.whole["elapsed_s"] for line in first.values()])
+    end_s = max(line.at_s for line in parsed) - origin
     tracks = [
         _track(proxy_id, drafts[proxy_id], origin, end_s, name)
         for proxy_id in sorted(drafts, key=lambda proxy_id: first[proxy_id].number)
     ]
     try:
-        began = datetime.fromtimestamp(origin, parsed[0].at.tzinfo)
+        began = datetime.fromtimestamp(origin, parsed[0].zone)
     except (ValueError, OverflowError, OSError) as error:
         number = min(line.number for line in first.values())
         raise TimelineError(
@@ -256,19 +261,48 @@ def _parsed(number: int, raw: bytes, name: str) -> _Line:
         raise TimelineError(f"{where} is no event: it must be a JSON object with an 'event'.", number)
     try:
         at = datetime.fromisoformat(whole["timestamp"])
-        at.timestamp()
+        at_s = at.timestamp()
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise TimelineError(f"{where} has no 'timestamp' in ISO 8601.", number) from error
     if at.tzinfo is None:
         raise TimelineError(f"{where} has a 'timestamp' without a time zone.", number)
-    return _Line(number, at, whole)
+    return _Line(number, at_s, at.tzinfo, whole)
 
 
-def _monotonic(lines: list[_Line]) -> list[_Line]:
-    """Let a clock that was set back stand still instead."""
-    for before, line in pairwise(lines):
-        line.at = max(line.at, before.at)
-    return lines
+def _place(lines: list[_Line], proxies: set[str]) -> None:
+    """Make up for a clock that was set, as far as it is known.
+
+    Changes of a proxy are as far apart as was measured with a clock that nobody sets; what lies between two of them in
+    the record stays between them.
+    """
+    placed: dict[str | None, float] = {}
+    latest = -math.inf
+    owned = [(line, line.whole.get("proxy_id")) for line in lines]
+    owned = [(line, owner if isinstance(owner, str) and owner in proxies else None) for line, owner in owned]
+    for line, owner in owned:
+        if line.is_change:
+            if owner in placed:
+                line.at_s = placed[owner] + line.whole["elapsed_s"]
+            else:
+                line.at_s = max(line.at_s, latest)
+            placed[owner] = line.at_s
+            latest = max(latest, line.at_s)
+    after: dict[str | None, float] = {}
+    for line, owner in reversed(owned):
+        if line.is_change:
+            after[owner] = line.at_s
+            after[None] = min(line.at_s, after.get(None, math.inf))
+        else:
+            line.at_s = min(line.at_s, after.get(owner, math.inf))
+    before: dict[str | None, float] = {}
+    changed_s = -math.inf
+    for line, owner in owned:
+        if line.is_change:
+            changed_s = max(changed_s, line.at_s)
+            before[None] = max(before.get(None, -math.inf), line.at_s)
+        else:
+            line.at_s = max(line.at_s, before.get(owner, changed_s))
+        before[owner] = line.at_s
 
 
 def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str) -> None:
@@ -314,15 +348,15 @@ def _event(line: _Line, origin: float) -> Event:
     whole = line.whole
     fields = {key: value for key, value in whole.items() if key not in {"event", "level", "timestamp"}}
     name, level = _printable(whole["event"]), _printable(str(whole.get("level", "info")))
-    return Event(line.at.timestamp() - origin, name, level, fields, line.number)
+    return Event(line.at_s - origin, name, level, fields, line.number)
 
 
 def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str) -> Track:
     first, last = draft.transitions[0], draft.transitions[-1]
-    begin_s = first.at.timestamp() - origin - first.whole["elapsed_s"]
+    begin_s = max(first.at_s - origin - first.whole["elapsed_s"], 0.0)
     stays = []
     for line in draft.transitions:
-        at_s = line.at.timestamp() - origin
+        at_s = line.at_s - origin
         stays.append(Stay(State(line.whole["source"]), begin_s, at_s))
         begin_s = at_s
     stays.append(Stay(State(last.whole["dest"]), begin_s, end_s))
@@ -347,7 +381,7 @@ def _flows(lines: list[_Line], origin: float, name: str) -> tuple[Flow, ...]:
     seen, closed, looked_s = (0.0, 0.0), (0.0, 0.0), None
     apart: list[Flow] = []
     for line in lines:
-        at_s = line.at.timestamp() - origin
+        at_s = line.at_s - origin
         if line.whole["event"] == "tunnel.stats":
             now = (_count(line, _TOTALS[0], name), _count(line, _TOTALS[1], name))
             if now[0] < seen[0] or now[1] < seen[1]:
