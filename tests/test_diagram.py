@@ -535,11 +535,13 @@ class TestLoading:
         (here / "client_b.py").write_text("import not_there_either")
         (here / "client_c.py").write_text("1 / 0")
         (here / "client_d.py").write_text("number = 1")
+        (here / "client_e.py").write_text("import sys; sys.exit(3)")
         for target, message in (
             ("not_there:X", "no module not_there: install its package, or change to the directory"),
             ("client_d.below:X", "no module client_d.below"),
             ("client_b:X", "client_b cannot be imported: it needs not_there_either, which is missing"),
             ("client_c:X", "client_c cannot be imported: ZeroDivisionError: division by zero"),
+            ("client_e:X", "client_e cannot be imported: SystemExit: 3"),
             ("client_d:X", "module client_d has no X"),
             ("client_d:number.y", "module client_d has no number.y"),
             ("client_d:number", "int is no state machine"),

@@ -34,7 +34,7 @@ def load(target: str) -> Chart:
         raise DiagramError(
             f"There is no module {error.name}: install its package, or change to the directory it is in."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a program that runs when it is imported ends so
         raise DiagramError(f"{module_name} cannot be imported: {type(error).__name__}: {error}.") from error
     try:
         thing = reduce(getattr, path.split("."), module)
