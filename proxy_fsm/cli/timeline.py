@@ -46,6 +46,8 @@ def timeline(
         picture = _FORMATS.get(output.suffix.lower())
         if picture is None:
             raise UsageError(f"{output} ends in none of {', '.join(_FORMATS)}, which say what to draw.")
+        if output.exists() and file.exists() and output.samefile(file):
+            raise UsageError(f"{output} is the record itself, and would be lost: name another file for the picture.")
         try:
             with file.open("rb") as lines:
                 run = drawing.read(lines, str(file))

@@ -44,6 +44,16 @@ def test_draws_what_a_demo_leaves(home: Home) -> None:
     assert 'class="flow-from"' in drawn
 
 
+def test_a_record_is_not_drawn_over(home: Home) -> None:
+    shutil.copy(RECORDED, home.path / "run.svg")
+    (home.path / "link.svg").symlink_to("run.svg")
+    for output in ("run.svg", "./run.svg", "link.svg"):
+        program = run(home, "timeline", "run.svg", "-o", output)
+        assert program.process.returncode == 2
+        assert "is the record itself" in program.errors
+    assert (home.path / "run.svg").read_bytes() == RECORDED.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("content", "output", "message"),
     [
