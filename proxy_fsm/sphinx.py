@@ -25,9 +25,10 @@ from sphinx.util.docutils import SphinxDirective
 from proxy_fsm import diagram
 from proxy_fsm.diagram.drawing import chart_scene
 from proxy_fsm.diagram.scene import png, svg
+from proxy_fsm.diagram.text import table_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sphinx.application import Sphinx
     from sphinx.util.typing import ExtensionMetadata
@@ -96,28 +97,22 @@ class ProxyFsmDiagram(SphinxDirective):
 
     def _table(self, chart: diagram.Chart) -> nodes.table:
         """Build it of nodes: text would have to be of the markup of the document, which may be Markdown."""
-        head, _, *body = (
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in diagram.markdown_table(chart, highlight=self.options.get("highlight")).splitlines()
-            if line.startswith("|")
-        )
-        group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
-        group += nodes.thead("", _row(head))
-        group += nodes.tbody("", *map(_row, body))
+        highlight = chart.check_state(self.options.get("highlight"))
+
+        def row(first: nodes.Node, cells: Iterable[str]) -> nodes.row:
+            shown = [
+                nodes.strong("", cell) if state == highlight else nodes.Text(cell)
+                for state, cell in zip(chart.states, cells, strict=True)
+            ]
+            return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", each)) for each in (first, *shown)))
+
+        columns = len(chart.states) + 1
+        group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in range(columns)), cols=columns)
+        group += nodes.thead("", row(nodes.Text("trigger"), chart.states))
+        group += nodes.tbody("", *(row(nodes.literal("", trigger), cells) for trigger, cells in table_rows(chart)))
         table = nodes.table("", group, classes=["proxy-fsm-diagram"])
         self.set_source_info(table)
         return table
-
-
-def _row(cells: list[str]) -> nodes.row:
-    return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", _inline(cell))) for cell in cells))
-
-
-def _inline(cell: str) -> nodes.Node:
-    text = cell.strip("*`")
-    if cell.startswith("**"):
-        return nodes.strong("", text)
-    return nodes.literal("", text) if cell.startswith("`") else nodes.Text(text)
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -13,9 +14,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CLIENT = """
 from proxy_fsm import Proxy
+from proxy_fsm.diagram import Arrow, Chart
 
 class MyProxy(Proxy):
     pass
+
+class Odd:
+    __chart__ = Chart(
+        title="Odd",
+        states=("*a|b*", "`c`"),
+        initial="*a|b*",
+        finals=frozenset(),
+        triggers=("**on|off**",),
+        arrows=(Arrow("**on|off**", "*a|b*", "`c`", "x|y"),),
+    )
 """
 
 
@@ -74,6 +86,15 @@ def test_the_table_is_one_of_sphinx(tmp_path: Path, suffix: str, text: str) -> N
     assert (page.count("<table"), page.count("<tr"), page.count("<th ")) == (1, 9, 8)
     assert "closed_after_fault</span>" in page
     assert "<strong>running</strong>" in page
+
+
+def test_names_in_the_table_are_kept_as_they_are(tmp_path: Path) -> None:
+    built = build(tmp_path, ".. proxy-fsm-diagram:: client_docs:Odd\n   :table:\n")
+    assert (built.returncode, built.stderr) == (0, "")
+    page = (tmp_path / "_build/html/below/page.html").read_text()
+    table = page.partition("<table")[2].partition("</table>")[0]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[hd] .*?</t[hd]>|<td>.*?</td>", table, re.DOTALL)]
+    assert cells == ["trigger", "*a|b*", "`c`", "**on|off**", "`c` [x|y]", "·"]
 
 
 @pytest.mark.parametrize(

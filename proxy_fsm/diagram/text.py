@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.diagram.chart import Arrow, Chart, Step
 
-__all__ = ["as_json", "dot", "markdown_table", "mermaid"]
+__all__ = ["as_json", "dot", "markdown_table", "mermaid", "table_rows"]
 
 #: Names that mean nothing to Mermaid. Its keywords are too many to list, change with its version, and so does what the
 #: page that shows it makes of names such as ``constructor``.
@@ -153,6 +153,16 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
+def table_rows(chart: Chart) -> list[tuple[str, list[str]]]:
+    """Return each trigger, and what comes of it in each state; ``–`` is ignored, ``·`` is refused."""
+    cells = dict.fromkeys(chart.ignored, "–")
+    for arrow in chart.arrows:
+        there = cells.get((arrow.trigger, arrow.source), "–")
+        words = arrow.dest + (f" [{arrow.condition}]" if arrow.condition else "")
+        cells[arrow.trigger, arrow.source] = words if there == "–" else f"{there}, {words}"
+    return [(trigger, [cells.get((trigger, state), "·") for state in chart.states]) for trigger in chart.triggers]
+
+
 def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) -> str:
     """Return the whole table in Markdown: every trigger with every state; ``–`` is ignored, ``·`` is refused.
 
@@ -164,11 +174,6 @@ def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) ->
         DiagramError: There is no such state.
     """
     highlight = chart.check_state(highlight)
-    cells = dict.fromkeys(chart.ignored, "–")
-    for arrow in chart.arrows:
-        there = cells.get((arrow.trigger, arrow.source), "–")
-        words = _cell(arrow.dest + (f" [{arrow.condition}]" if arrow.condition else ""))
-        cells[arrow.trigger, arrow.source] = words if there == "–" else f"{there}, {words}"
 
     def shown(state: str, words: str) -> str:
         return f"**{words}**" if state == highlight else words
@@ -177,9 +182,9 @@ def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) ->
     lines.append("|---" * (len(chart.states) + 1) + "|")
     lines += [
         f"| `{_cell(trigger)}` | "
-        + " | ".join(shown(state, cells.get((trigger, state), "·")) for state in chart.states)
+        + " | ".join(shown(state, _cell(words)) for state, words in zip(chart.states, cells, strict=True))
         + " |"
-        for trigger in chart.triggers
+        for trigger, cells in table_rows(chart)
     ]
     lines += [f"\n{_cell(state)}: {_cell('; '.join(remarks))}" for state, remarks in chart.notes]
     return "\n".join(lines) + "\n"
