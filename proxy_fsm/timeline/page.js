@@ -171,7 +171,7 @@
     }
   };
   const drawFlows = (pen, flows, middle, faint, line) => {
-    const most = Math.max(1, ...flows.map((flow) => Math.max(flow[2], flow[3])));
+    const most = flows.reduce((highest, flow) => Math.max(highest, flow[2], flow[3]), 1);
     for (const [begin, end, to, from] of flows) {
       const left = x(begin), wide = Math.max(x(end) - left, 1);
       pen.fillStyle = colour("--to");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,6 +270,14 @@ def test_ten_thousand_events_stay_fluid(opened: Callable[[timeline.Run], Page]) 
     assert page.script("return document.querySelectorAll('*').length") < 400
     shown = page.script("return document.querySelector('#rows .current').textContent")
     assert page.text("now").split("· ")[1].split(",")[0] in shown
+
+
+def test_hundreds_of_thousands_of_flows_are_painted(opened: Callable[[timeline.Run], Page]) -> None:
+    run = timeline.read(in_order(*life(), tunnel(3, "stats", 10, 99, interval_s=1.0)))
+    (track,) = run.tracks
+    page = opened(replace(run, tracks=(replace(track, flows=track.flows * 200_000),)))
+    page.press(Keys.END)  # it comes up, and nothing stands in the console
+    assert page.here == ["stopped"]
 
 
 def test_the_list_shows_what_is_in_sight_and_takes_clicks(opened: Callable[[timeline.Run], Page]) -> None:
