@@ -88,8 +88,8 @@ Measured on {date} with:
 {versions}
 
 That a session was suspended or terminated is told when nxproxy exits, though its line about that comes some 0.2 s
-before: only then is it certain that it was not the X server that went. While the SSH server is silent, the closing of the
-proxy's channel waits in the caller's transport for the server's answer, and so does the last probe; the test looks for
+before: only then is it certain that it was not the X server that went. While the SSH server is silent, the closing of
+the channel of the proxy waits for its answer in the caller's transport, and so does the last probe; the test looks for
 what is left when the server goes on. `stop_timeout` and `internal_error` have no row.
 
 python-x2go was measured by hand on a machine of the same kind. `make faults` measures anew, as root on Debian, in some
