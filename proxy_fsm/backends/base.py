@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from proxy_fsm.errors import BackendError
@@ -15,6 +14,7 @@ from proxy_fsm.status import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from proxy_fsm.evidence import Evidence
     from proxy_fsm.session import SessionInfo
@@ -46,7 +46,7 @@ class BackendContext:
     sessions_root: Path
     session_root: Path
     environ: Mapping[str, str] = field(repr=False)
-    scratch: Path = field(default_factory=Path)
+    scratch: Path
 
     @property
     def port(self) -> int | None:

@@ -30,6 +30,8 @@ from proxy_fsm import (
 )
 from proxy_fsm.cli.output import LogFormat, Output, printable
 from proxy_fsm.cli.verb import ExitStatus, conclude
+from proxy_fsm.forwarder import SOCKET_NAME
+from proxy_fsm.preflight import make_socket_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,21 +84,38 @@ def made_ready(backend: Backend, sessions_root: Path | None) -> Iterator[None]:
                     held.enter_context(open_display(os.environ, timeout_s=_DISPLAY_S))
                 except DisplayError as error:
                     raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
-            backend.preflight(_context(executable, root, Path(session_root)))
+            with _proxy_scratch() as proxy_scratch:
+                backend.preflight(_context(backend, executable, root, Path(session_root), proxy_scratch))
         yield
 
 
-def _context(executable: str, root: Path, session_root: Path) -> BackendContext:
+def _context(backend: Backend, executable: str, root: Path, session_root: Path, scratch: Path) -> BackendContext:
     """Return what a backend's preflight is asked with while there is no session: one like those that there are."""
     session = SessionInfo(name="user-50-1700000000_stDprogram_dp24", cookie="0" * 32, graphics_port=1, display=50)
     return BackendContext(
         session=session,
         executable=executable,
-        listen_address="/tmp/proxy_fsm-12345678/s",  # noqa: S108 - nothing is made there
+        listen_address="127.0.0.1:1" if backend.listen_kind == "tcp" else str(scratch / SOCKET_NAME),
         sessions_root=root,
         session_root=session_root,
         environ=dict(os.environ),
+        scratch=scratch,
     )
+
+
+@contextlib.contextmanager
+def _proxy_scratch() -> Iterator[Path]:
+    """Make what a proxy has as its scratch directory, where it would be; it goes when it is left."""
+    try:
+        directory = make_socket_directory(os.environ)
+    except OSError as error:
+        raise BackendError(
+            EndReason.LISTEN_FAILED, f"The local end of the tunnel cannot be bound: {error.strerror or error}."
+        ) from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _scratch(directory: Path) -> tempfile.TemporaryDirectory[str]:

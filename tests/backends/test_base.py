@@ -43,6 +43,7 @@ def context(address: str = "127.0.0.1:4711") -> BackendContext:
         sessions_root=Path("/root"),
         session_root=Path("/root/S-name"),
         environ={"SECRET": "very secret"},
+        scratch=Path("/run/user/0/proxy_fsm-abcdefgh"),
     )
 
 

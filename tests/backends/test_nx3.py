@@ -54,6 +54,7 @@ def context(address: str = ADDRESS, *, name: str = NAME, display: int = 51) -> B
         sessions_root=Path("/home/alice/.x2go"),
         session_root=Path(f"/home/alice/.x2go/S-{name}"),
         environ={"DISPLAY": ":0", "PATH": os.environ["PATH"]},
+        scratch=Path("/run/user/1000/proxy_fsm-abcdefgh"),
     )
 
 

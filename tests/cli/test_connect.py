@@ -221,6 +221,20 @@ class TestWhatIsMissingHere:
             process.kill()
 
 
+@pytest.mark.parametrize("directory", [".x2go", "in a place, with=odd:letters"])
+def test_what_is_tried_here_leaves_nothing_and_can_be_tried_again(user: User, directory: str) -> None:
+    """Also where the program's options are in a file; it is where a proxy's would be, not below the sessions root."""
+    user.environ["X2GOKDRIVECLIENT_BINARY"] = user.environ["NXPROXY_BINARY"]
+    user.environ["XDG_RUNTIME_DIR"] = str(user.home.ssh)
+    root = user.home.path / directory
+    root.mkdir()
+    before = sorted(user.home.path.rglob("*"))
+    for _ in range(2):
+        program = user.run("--backend", "kdrive", "--session", NAME, "--sessions-root", str(root))
+        assert "There is no session." in failure(program, 2, "usage.wrong")
+        assert sorted(user.home.path.rglob("*")) == before
+
+
 class TestAServer:
     def test_without_x2go_is_told_with_its_package(self, user: User, x2go: FakeX2Go) -> None:
         x2go.without("x2gostartagent")
