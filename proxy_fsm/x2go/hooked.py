@@ -63,6 +63,12 @@ class HookedBackend(Backend):
         program, *arguments = self._hooks.prepare(context)
         self._environment = self._hooks.environment()
         self._line = [find_program(program), *self._without_secrets(arguments, context)]
+        if any(_holds_cookie(word, context) for word in self._line):
+            raise BackendError(
+                EndReason.PROXY_NOT_STARTABLE,
+                "The command line has the session's cookie in it, where every user of this machine could read it.",
+                "Hand it over by PROXY_ENV or by a private file, or in an option string nx/nx,… after -S.",
+            )
 
     def command(self, context: BackendContext) -> Sequence[str]:  # noqa: ARG002 - it was made in the preflight
         """Return the command line that the hooks have made."""
@@ -85,6 +91,12 @@ class HookedViewer(HookedBackend, CommandBackend):
         HookedBackend.__init__(self, hooks)
         CommandBackend.__init__(self, ["{port}", "{port}"], ready_when="connected", max_connections=None)
 
+    def _without_secrets(self, arguments: list[str], context: BackendContext) -> list[str]:
+        at = _find_options(arguments)
+        if at is None or not _holds_cookie(arguments[at], context):
+            return arguments
+        return _by_environment(arguments, at, self._environment)
+
 
 class HookedNX3(HookedBackend, NX3Backend):
     """nxproxy: its options go by the environment, which its owner alone can read."""
@@ -100,16 +112,7 @@ class HookedNX3(HookedBackend, NX3Backend):
 
     def _without_secrets(self, arguments: list[str], context: BackendContext) -> list[str]:  # noqa: ARG002
         at = _find_options(arguments)
-        if at is None:
-            return arguments
-        if len(_ERRORS.sub("", arguments[at]).encode()) > MAX_STRING_BYTES:
-            raise BackendError(
-                EndReason.PROXY_NOT_STARTABLE,
-                f"The NX option string is longer than the {MAX_STRING_BYTES} bytes that nxproxy reads.",
-                "Pass fewer options, or use a shorter session name.",
-            )
-        self._environment["NX_DISPLAY"] = _ERRORS.sub("", arguments[at])
-        return [*arguments[:at], *arguments[at + 1 :]]
+        return arguments if at is None else _by_environment(arguments, at, self._environment)
 
 
 class HookedKDrive(HookedBackend, KDriveBackend):
@@ -134,3 +137,21 @@ def _find_options(arguments: list[str]) -> int | None:
         (at for at in range(1, len(arguments)) if arguments[at - 1] == "-S" and arguments[at].startswith("nx/nx,")),
         None,
     )
+
+
+def _by_environment(arguments: list[str], at: int, environment: dict[str, str]) -> list[str]:
+    """Move an option string into the environment, where nxproxy reads it; return the other arguments."""
+    string = _ERRORS.sub("", arguments[at])
+    if len(string.encode()) > MAX_STRING_BYTES:
+        raise BackendError(
+            EndReason.PROXY_NOT_STARTABLE,
+            f"The NX option string is longer than the {MAX_STRING_BYTES} bytes that nxproxy reads.",
+            "Pass fewer options, or use a shorter session name.",
+        )
+    environment["NX_DISPLAY"] = string
+    return [*arguments[:at], *arguments[at + 1 :]]
+
+
+def _holds_cookie(word: str, context: BackendContext) -> bool:
+    cookie = context.session.cookie
+    return cookie is not None and cookie.lower() in word.lower()

@@ -126,6 +126,39 @@ class TestASubclassThatSetsItsProgram:
         assert "PROXY_CMD is not set" in scene.log.text
 
 
+class TestTheCookie:
+    @pytest.mark.parametrize("cookie", [COOKIE, COOKIE.upper()])
+    def test_in_an_option_string_goes_by_the_environment_whatever_the_program_is_called(
+        self, scene: Scene, cookie: str
+    ) -> None:
+        options = ["nx/nx", "connect=127.0.0.1", "port=0", f"cookie={cookie}", "errors=elsewhere"]
+        kind = viewer(scene, PROXY_ARGS=["--quiet"], PROXY_MODE="-S", PROXY_OPTIONS=options, PROXY_DISPLAY=51)
+        steps = (record_call(scene.home / "call"), connect(), wait_eof())
+        proxy = scene.make(kind, session_info=scene.info)
+        proxy.PROXY_CMD = scene.program(steps, "my-proxy")
+        process, ok = proxy.start_proxy()
+        assert ok
+        port = proxy.engine.status().listen_address.rpartition(":")[2]
+        called = call(scene)
+        assert called["argv"][1:] == ["--quiet", "-S"]
+        assert called["environ"]["NX_DISPLAY"] == f"nx/nx,connect=127.0.0.1,port={port},cookie={cookie}:51"
+        assert cookie not in "".join(process.args)
+
+    @pytest.mark.parametrize("words", [["--cookie", COOKIE], [f"--at=x,{COOKIE.upper()}"], ["-C", f"nx/nx,{COOKIE}"]])
+    @pytest.mark.parametrize("name", ["viewer", "nxproxy"])
+    def test_in_another_argument_is_refused(
+        self, scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch, words: list[str], name: str
+    ) -> None:
+        monkeypatch.setenv("DISPLAY", x_display)
+        proxy = scene.make(viewer(scene, PROXY_ARGS=["{port}", *words]))
+        proxy.PROXY_CMD = scene.program((record_call(scene.home / "call"), connect(), wait_eof()), name)
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        status = proxy.engine.status()
+        assert status.reason is EndReason.PROXY_NOT_STARTABLE
+        assert "cookie" in status.detail
+        assert not (scene.home / "call").exists()
+
+
 class TestHooks:
     def test_are_called_in_order_before_the_program_starts(self, scene: Scene) -> None:
         calls: list[Any] = []
