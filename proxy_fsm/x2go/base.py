@@ -128,13 +128,14 @@ class X2GoProxy(threading.Thread):
         self._began = False
         self._known = threading.Event()  # whether it is ok
         self._released = threading.Event()  # all that is held while it runs
+        self._preparing: int | None = None  # the thread that calls the hooks, while it does
         self._errors_file: IO[str] | None = None
         self._errors_room_bytes = _MAX_ERRORS_BYTES
         self.logger = X2GoLog(
             logger,
             loglevel=loglevel,
             tag=type(self).__module__,
-            redact=Redactor([cookie] if (cookie := getattr(session_info, "cookie", None)) else []),
+            redact=Redactor([str(cookie)] if (cookie := getattr(session_info, "cookie", None)) else []),
             describe=self._describe,
         )
         self._events = None if logger is None else EventsToX2Go(self.logger)
@@ -184,27 +185,30 @@ class X2GoProxy(threading.Thread):
 
     def run(self) -> None:
         """Run it until it ends, however that comes; nothing where it was stopped, or run, before."""
+        engine = None
         try:
             engine = self.engine
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - a session may be any object, and raise anything
             self.logger(f"The {self.subsystem} cannot be started: {error}", loglevel=ERROR)
-            engine = None
-        if engine is None:
-            self._known.set()
-        else:
+        finally:
+            if engine is None:
+                self._known.set()
+        if engine is not None:
             self._run_engine(engine)
 
     def stop_thread(self) -> None:
         """End it, and wait until nothing is held; from any thread, in any state, any number of times.
 
-        On a thread that this end waits for itself (a subscriber of the engine, a hook of the session) it is ordered
-        only.
+        On a thread that this end waits for itself (a subscriber of the engine, a hook of the session or of a
+        subclass) it is ordered only.
         """
         with self._making:
             self._stop_ordered = True
             engine = self._proxy_engine
         if engine is not None:
             engine.stop()
+            if self._preparing == threading.get_ident():
+                return
             with suppress(RuntimeError):  # a subscriber's call: what it waits for waits for it
                 engine.wait()
                 if self._began:
@@ -241,6 +245,7 @@ class X2GoProxy(threading.Thread):
             BackendError: A file cannot be opened, or a hook has failed.
         """
         self._open_logs(context)
+        self._preparing = threading.get_ident()
         try:
             self._update_local_proxy_socket(context.port or 0)
             self._call_process_proxy_options()
@@ -251,6 +256,8 @@ class X2GoProxy(threading.Thread):
                 f"The class {type(self).__qualname__} failed to make its command line: {error!r}.",
                 "Look at its methods _update_local_proxy_socket and _generate_cmdline.",
             ) from error
+        finally:
+            self._preparing = None
         words = [line] if isinstance(line, str) else [str(word) for word in line]
         return [word.replace("{port}", str(context.port)) for word in words]
 
@@ -326,8 +333,10 @@ class X2GoProxy(threading.Thread):
             if self._stop_ordered:
                 self.proxy = self.fw_tunnel = None
             self._released.set()
-            self._tell_end(engine)
-            self._known.set()
+            try:
+                self._tell_end(engine)
+            finally:
+                self._known.set()
 
     def _tell_end(self, engine: Proxy) -> None:
         status = engine.status()

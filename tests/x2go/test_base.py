@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -415,6 +416,42 @@ class TestStartAndStop:
         info.graphics_port, info.name = 4788, "../escape"
         with pytest.raises(InvalidSession):
             _ = scene.make(viewer(scene), session_info=info).engine
+
+    @pytest.mark.parametrize("change", [{"graphics_port": float("inf")}, {"cookie": 7}, {"graphics_port": None}])
+    def test_whatever_a_session_has_it_is_told(self, scene: Scene, change: dict[str, Any]) -> None:
+        info = scene.info
+        for name, value in change.items():
+            setattr(info, name, value)
+        proxy = scene.make(viewer(scene), session_info=info)
+        proxy.start()
+        assert proxy._known.wait(SOON_S)
+        assert (proxy.proxy, proxy.ok()) == (None, False)
+        assert [line for level, line in scene.log.lines if level == ERROR and "cannot be started" in line]
+
+    @pytest.mark.parametrize("lacking", ["name", "graphics_port"])
+    def test_a_session_that_lacks_something_is_told(self, scene: Scene, lacking: str) -> None:
+        fields = {name: value for name, value in vars(scene.info).items() if name != lacking}
+        proxy = scene.make(viewer(scene), session_info=SimpleNamespace(**fields))
+        proxy.start()
+        assert proxy._known.wait(SOON_S)
+        assert (proxy.proxy, proxy.ok()) == (None, False)
+        assert [line for level, line in scene.log.lines if level == ERROR and lacking in line]
+
+    @pytest.mark.parametrize("hook", ["_update_local_proxy_socket", "process_proxy_options", "_generate_cmdline"])
+    def test_a_hook_may_stop_it(self, scene: Scene, hook: str) -> None:
+        """The end waits for the hook, so that the hook must not wait for the end."""
+        took_s: list[float] = []
+
+        def stop(proxy: X2GoProxy, *_: Any) -> None:
+            began = time.monotonic()
+            proxy.stop_thread()
+            took_s.append(time.monotonic() - began)
+
+        proxy = scene.make(viewer(scene, **{hook: stop}))
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
+        within(SOON_S, proxy.stop_thread)
+        assert took_s[0] < 1.5
 
     def test_a_stop_before_the_start_is_kept(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
