@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import threading
 import time
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import paramiko
@@ -32,6 +33,11 @@ _MAX_ANSWER_BYTES = 1 << 20
 _EXCERPT_MAX = 200
 _NOT_FOUND = 127
 _SECRET_LIKE = re.compile(r"[0-9A-Fa-f]{16,}")
+_SESSION_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*-[0-9]+-[0-9]+_st[A-Za-z0-9_.-]+", re.ASCII)
+#: An answer's line that has the new session's name.
+_NAME_LINE = 3
+#: Beyond its time, a command's thread gets this to tell how it went.
+_GRACE_S = 1.0
 _NO_NAME = "It may have started one all the same: see proxy-fsm sessions."
 
 
@@ -54,8 +60,12 @@ class Answer:
     @property
     def complaint(self) -> str:
         """The last line of its standard error that says something, fit to be shown."""
+        return self.complaint_with("")
+
+    def complaint_with(self, words: str) -> str:
+        """The last line of its standard error that has these words in it, fit to be shown; empty where none has."""
         lines = [line.strip() for line in self.errors.decode("utf-8", "replace").splitlines()]
-        line = next((line for line in reversed(lines) if line), "")
+        line = next((line for line in reversed(lines) if line and words in line), "")
         return _SECRET_LIKE.sub("…", printable(line))[:_EXCERPT_MAX]
 
 
@@ -100,6 +110,8 @@ class X2GoServer:
     def start(self, arguments: Sequence[str]) -> SessionInfo:
         """Start an agent. A signal does not end the waiting: nobody would know what was started.
 
+        Where the answer cannot be read, the session that it names is terminated, since nobody could use it.
+
         Args:
             arguments: Those of ``x2gostartagent``.
 
@@ -113,8 +125,12 @@ class X2GoServer:
             )
         except InvalidSession as error:
             said = f" It said: {answer.complaint}" if answer.complaint else ""
-            detail = f"The server started no session: {error.problem}{said}"
-            raise _failure("not_started", detail, exit_code=answer.exit_code) from error
+            if not answer.output.strip():
+                detail, hint = f"The server started no session: {error.problem}{said}", None
+            else:
+                detail = f"What the server says of the new session cannot be read: {error.problem}{said}"
+                hint = self._given_up(answer.text.strip().split("\n"))
+            raise _failure("not_started", detail, hint, exit_code=answer.exit_code) from error
         self._hide(info)
         return info
 
@@ -128,8 +144,8 @@ class X2GoServer:
             NotReachedError: It was not resumed.
         """
         answer = self._asked(["x2goresume-session", *arguments], interruptible=False, timeout_s=_START_S)
-        if "failed to resume" in answer.complaint:  # and its exit status is 0
-            raise _failure("not_resumed", f"The server did not resume the session: {answer.complaint}")
+        if complaint := answer.complaint_with("failed to resume"):  # and its exit status is 0
+            raise _failure("not_resumed", f"The server did not resume the session: {complaint}")
         return answer.text
 
     def suspend(self, name: str) -> None:
@@ -152,6 +168,17 @@ class X2GoServer:
         words += [str(session.sound_port or -1), command.replace(" ", "X2GO_SPACE_CHAR"), "none", kind]
         # In sh, whatever the user's own shell is; and with nothing of this channel, which would wait for its end.
         self._asked(["sh", "-c", f"{shlex.join(words)} >/dev/null 2>&1 </dev/null &"], interruptible=False)
+
+    def _given_up(self, lines: list[str]) -> str:
+        """Terminate the session that an answer names; return what there is to know."""
+        name = lines[_NAME_LINE].strip() if len(lines) > _NAME_LINE else ""
+        if not _SESSION_NAME.fullmatch(name):
+            return _NO_NAME
+        try:
+            self.terminate(name)
+        except NotReachedError:
+            return f"The session {name} may have been started all the same: see proxy-fsm sessions."
+        return f"The session {name}, which nobody could use, was terminated."
 
     def _hide(self, info: SessionInfo) -> None:
         if info.cookie is not None:
@@ -176,19 +203,24 @@ class X2GoServer:
     ) -> Answer:
         """Run a command and wait for its end, on a thread of its own: a signal must not hit the middle of paramiko."""
         results: SimpleQueue[Answer | Exception] = SimpleQueue()
+        opened: list[paramiko.Channel] = []
 
         def work() -> None:
             try:
-                results.put(_exchange(self.transport, shlex.join(words), timeout_s))
+                results.put(_exchange(self.transport, shlex.join(words), timeout_s, opened))
             except Exception as error:  # noqa: BLE001 - the main thread tells it
                 results.put(error)
 
         threading.Thread(target=work, name="x2go-command", daemon=True).start()
-        if interruptible:
-            with self._interrupts.waiting():
-                result = results.get()
-        else:
-            result = results.get()
+        result: Answer | Exception
+        try:
+            with self._interrupts.waiting() if interruptible else contextlib.nullcontext():
+                result = results.get(timeout=timeout_s + _GRACE_S)
+        except Empty:  # paramiko waits without limit for the server's word that it runs the command
+            result = TimeoutError()
+            for channel in opened:
+                with contextlib.suppress(paramiko.SSHException, OSError, EOFError):  # the connection has ended
+                    channel.close()  # which ends the thread
         match result:
             case Answer(exit_code=code) if code == _NOT_FOUND and words[0].startswith("x2go"):
                 raise _failure(
@@ -209,9 +241,10 @@ class X2GoServer:
                 raise result
 
 
-def _exchange(transport: paramiko.Transport, command: str, timeout_s: float) -> Answer:
+def _exchange(transport: paramiko.Transport, command: str, timeout_s: float, opened: list[paramiko.Channel]) -> Answer:
     deadline = time.monotonic() + timeout_s
     channel = transport.open_session(timeout=timeout_s)
+    opened.append(channel)
     try:
         channel.settimeout(max(0.0, deadline - time.monotonic()))
         channel.exec_command(command)

@@ -1,0 +1,46 @@
+"""What the command line asks of an X2Go server that does not answer."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from proxy_fsm.cli.interrupts import Interrupts
+from proxy_fsm.cli.output import LogFormat, Output
+from proxy_fsm.cli.verb import NotReachedError
+from proxy_fsm.cli.x2go_server import X2GoServer
+from proxy_fsm.testing import LoopbackSSHServer
+
+from .program import eventually
+
+
+@pytest.mark.parametrize("interruptible", [True, False])
+def test_that_takes_the_channel_and_never_answers_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, *, interruptible: bool
+) -> None:
+    """In paramiko the wait for its word on the command has no limit; the thread that waits ends too."""
+    monkeypatch.setattr("proxy_fsm.testing.ssh_server._Connection._handle_channel_request", lambda *_: None)
+    with LoopbackSSHServer() as ssh, contextlib.closing(ssh.connect()) as client:
+        transport = client.get_transport()
+        assert transport is not None
+        server = X2GoServer(transport, Output(LogFormat.JSON), Interrupts())
+        caught: list[NotReachedError] = []
+
+        def ask() -> None:
+            with pytest.raises(NotReachedError) as error:
+                server._ask(["x2golistsessions"], interruptible=interruptible, timeout_s=0.2)
+            caught.append(error.value)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        began = time.monotonic()
+        asking.start()
+        asking.join(10)
+        assert not asking.is_alive()
+        assert time.monotonic() - began >= 0.2
+        assert caught[0].fields["reason"] == "no_answer"
+        assert caught[0].fields["detail"] == "x2golistsessions did not end within 0.2 s on the server."
+        eventually(lambda: not [each for each in threading.enumerate() if each.name == "x2go-command"])
+        assert transport.is_active()
