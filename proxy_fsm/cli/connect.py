@@ -26,6 +26,7 @@ from proxy_fsm.cli.connecting import SSHOptions, connected
 from proxy_fsm.cli.doctor import made_ready
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.run import AttachOptions, attach
+from proxy_fsm.cli.sampling import sampled
 from proxy_fsm.cli.sessions import WORDS
 from proxy_fsm.cli.verb import NotReachedError, UsageError, conclude
 from proxy_fsm.cli.x2go_server import X2GoServer
@@ -143,7 +144,7 @@ def connect(
         session: Resume this session.
         command: Start a new session that runs this program, and ends with it: a program of the server's with its
             arguments, which are divided at blanks and know no quotes, or one of x2goruncommand's names such as XFCE4,
-            MATE or TERMINAL.
+            MATE or TERMINAL. Not with ``--backend kdrive``, since the new session is one for nxproxy.
         take_over: Suspend the session first where it is shown elsewhere.
         session_options: What the session is like.
         attach_options: How to attach. The server is always asked how the session ended.
@@ -156,7 +157,7 @@ def connect(
     def body(interrupts: Interrupts) -> int:
         _check_choice(session, command, take_over=take_over)
         session_options.check()
-        backend, timeouts = _x2go_backend(attach_options), attach_options.timeouts()
+        backend, timeouts = _x2go_backend(attach_options, command), attach_options.timeouts()
         with contextlib.ExitStack() as held:
             ready = held.enter_context(contextlib.ExitStack())
             try:
@@ -200,9 +201,14 @@ def _check_choice(session: str | None, command: str | None, *, take_over: bool) 
         raise UsageError("--command must begin with a program's name, out of letters, digits and _ . / + -.")
 
 
-def _x2go_backend(options: AttachOptions) -> Backend:
+def _x2go_backend(options: AttachOptions, command: str | None) -> Backend:
     if options.backend == "command":
         raise UsageError("An X2Go session cannot be shown by a command.", "Leave --backend out, or see proxy-fsm run.")
+    if options.backend == "kdrive" and command is not None:
+        raise UsageError(
+            "A new session is one for nxproxy, which --backend kdrive cannot show.",
+            "Leave --backend out, or start the session elsewhere and resume it with --session NAME.",
+        )
     return options.make_backend(())
 
 
@@ -314,7 +320,8 @@ class _Visit:
             self._shown = True
 
         try:
-            return attach(proxy, self.interrupts, once_running=shown)
+            with sampled(proxy, self.output):
+                return attach(proxy, self.interrupts, once_running=shown)
         finally:
             proxy.close()
             assert proxy.state in {State.STOPPED, State.FAILED}  # noqa: S101 - close waits for it

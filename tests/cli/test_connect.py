@@ -107,6 +107,14 @@ class TestANewSession:
         assert x2go.called("x2goterminate-session") == []
         assert {event["session"] for event in program.named("proxy.transition")} == {NAME}
 
+    def test_tells_what_its_tunnel_carries(self, user: User) -> None:
+        with user.started(*FRESH) as program:
+            told = program.until(lambda event: event["event"] == "tunnel.stats")
+            assert told["session"] == NAME
+            assert told["bytes_to_agent"] + told["bytes_from_agent"] > 0
+            program.process.terminate()
+            assert program.finish() == 0
+
     def test_is_asked_for_as_the_user_wishes(self, user: User, x2go: FakeX2Go) -> None:
         user.with_broken_nxproxy()
         options = ["--kind", "rootless", "--geometry", "1024x768", "--link", "isdn", "--pack", "nopack"]
@@ -252,6 +260,28 @@ class TestAServer:
         assert words.startswith("not_started: ")
         assert "as many sessions as are allowed" in words
 
+    def test_whose_answer_cannot_be_read_but_for_the_name_keeps_no_session(self, user: User, x2go: FakeX2Go) -> None:
+        x2go.answer("x2gostartagent", output=f"50\n{COOKIE}\n4711\n{NAME}\nno port\n30002\n30003\n")
+        words = failure(user.run(*FRESH))
+        assert words.startswith("not_started: ")
+        assert "started no session" not in words
+        assert f"{NAME}, which nobody could use, was terminated" in words
+        assert x2go.called("x2goterminate-session") == [[NAME]]
+
+    def test_that_does_not_terminate_that_session_either_is_told_of(self, user: User, x2go: FakeX2Go) -> None:
+        x2go.answer("x2gostartagent", output=f"50\n{COOKIE}\n4711\n{NAME}\n")
+        x2go.answer("x2goterminate-session", 1)
+        words = failure(user.run(*FRESH))
+        assert f"{NAME} may have been started" in words
+        assert "proxy-fsm sessions" in words
+
+    def test_that_says_anything_else_may_have_started_one(self, user: User, x2go: FakeX2Go) -> None:
+        x2go.answer("x2gostartagent", output="Welcome\nto\nour\nserver\n")
+        words = failure(user.run(*FRESH))
+        assert "started no session" not in words
+        assert "may have started one all the same: see proxy-fsm sessions" in words
+        assert x2go.called("x2goterminate-session") == []
+
     @pytest.mark.parametrize("name", ["-rf", "a b", "../x", "x;reboot"])
     def test_that_names_a_session_as_none_can_be_named_is_not_believed(
         self, user: User, x2go: FakeX2Go, name: str
@@ -299,9 +329,11 @@ class TestASuspendedSession:
 
     def test_that_the_server_does_not_resume_is_told(self, user: User, x2go: FakeX2Go) -> None:
         """It prints a port all the same, and its status is 0."""
-        errors = f"ERROR: failed to resume session with ID {NAME}\n"
+        errors = f"ERROR: failed to resume session with ID {NAME}\nand more\n"
         x2go.answer("x2goresume-session", output="gr_port=30001\n", errors=errors)
-        assert failure(user.run("--session", NAME)).startswith("not_resumed: ")
+        words = failure(user.run("--session", NAME))
+        assert words.startswith("not_resumed: ")
+        assert f"failed to resume session with ID {NAME}" in words
 
     def test_whose_port_cannot_be_read_is_told(self, user: User, x2go: FakeX2Go) -> None:
         x2go.answer("x2goresume-session", output="gr_port=x\n")
@@ -388,6 +420,7 @@ class TestASessionThatIsShownElsewhere:
         *(["--command", "xterm", "--pack", value] for value in ("", "16m jpeg", "a,b", "a/b")),
         *(["--command", "xterm", "--keyboard", value] for value in ("", "d", "de/x", "DE", "de,us")),
         ["--command", "xterm", "--backend", "command"],
+        ["--command", "xterm", "--backend", "kdrive"],
         ["--command", "xterm", "--ready-timeout", "0"],
     ],
 )
