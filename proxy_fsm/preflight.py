@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from proxy_fsm.forwarder import Forwarder
     from proxy_fsm.session import SessionInfo
 
-__all__ = ["Launch", "Preparation", "make_socket_directory", "open_private"]
+__all__ = ["Launch", "Preparation", "open_private"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
 _DISPLAY_SHARE = 0.8
@@ -198,7 +198,7 @@ class Preparation:
 
     def _bind(self) -> tuple[str, Path]:
         try:
-            directory = make_socket_directory(self._environ)
+            directory = _make_socket_directory(self._environ)
             self._keep(lambda: shutil.rmtree(directory, ignore_errors=True))
             address = self._forwarder.bind(self._backend.listen_kind, directory)
         except OSError as error:
@@ -249,7 +249,7 @@ def open_private(path: Path) -> int:
     return log
 
 
-def make_socket_directory(environ: Mapping[str, str]) -> Path:
+def _make_socket_directory(environ: Mapping[str, str]) -> Path:
     """Make a directory of mode 0700 whose path leaves room for a socket's name.
 
     Raises:

@@ -30,8 +30,6 @@ from proxy_fsm import (
 )
 from proxy_fsm.cli.output import LogFormat, Output, printable
 from proxy_fsm.cli.verb import ExitStatus, conclude
-from proxy_fsm.forwarder import SOCKET_NAME
-from proxy_fsm.preflight import make_socket_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +83,7 @@ def made_ready(backend: Backend, sessions_root: Path | None) -> Iterator[None]:
                 except DisplayError as error:
                     raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
             with _proxy_scratch() as proxy_scratch:
-                backend.preflight(_context(backend, executable, root, Path(session_root), proxy_scratch))
+                backend.preflight(_context(backend, executable, root, Path(session_root), Path(proxy_scratch)))
         yield
 
 
@@ -95,7 +93,7 @@ def _context(backend: Backend, executable: str, root: Path, session_root: Path, 
     return BackendContext(
         session=session,
         executable=executable,
-        listen_address="127.0.0.1:1" if backend.listen_kind == "tcp" else str(scratch / SOCKET_NAME),
+        listen_address="127.0.0.1:1" if backend.listen_kind == "tcp" else str(scratch / "proxy.sock"),
         sessions_root=root,
         session_root=session_root,
         environ=dict(os.environ),
@@ -103,22 +101,25 @@ def _context(backend: Backend, executable: str, root: Path, session_root: Path, 
     )
 
 
-@contextlib.contextmanager
-def _proxy_scratch() -> Iterator[Path]:
-    """Make what a proxy has as its scratch directory, where it would be; it goes when it is left."""
+def _proxy_scratch() -> tempfile.TemporaryDirectory[str]:
+    """Make what a proxy has as its scratch directory, where it would be; it goes when it is left.
+
+    Raises:
+        BackendError: There is no place for it.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):  # noqa: PTH117 - it may be empty
+        with contextlib.suppress(OSError):  # then in the temporary directory, as a proxy does
+            return _scratch(Path(runtime))
     try:
-        directory = make_socket_directory(os.environ)
+        return _scratch(None)
     except OSError as error:
         raise BackendError(
             EndReason.LISTEN_FAILED, f"The local end of the tunnel cannot be bound: {error.strerror or error}."
         ) from error
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
-def _scratch(directory: Path) -> tempfile.TemporaryDirectory[str]:
+def _scratch(directory: Path | None) -> tempfile.TemporaryDirectory[str]:
     """Make a directory in another one, to see that this can be written to; it goes when it is left."""
     return tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=directory)
 

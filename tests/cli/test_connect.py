@@ -180,9 +180,9 @@ class TestANewSession:
     def test_that_ends_with_its_program_is_told_of(self, user: User, x2go: FakeX2Go) -> None:
         with user.started(*FRESH) as program:
             program.until(lambda event: event["event"] == "session.program_started")
+            x2go.status = None  # before the agent goes: the server may be asked at once
             x2go.agents[-1].terminate()
             x2go.agents[-1].wait(WAIT_S)
-            x2go.status = None
             assert program.finish() == 0
         assert left(program) == ("finished", "")
         assert program.named("proxy.transition")[-1]["reason"] == "session_terminated"
