@@ -399,7 +399,7 @@ class _Connection:
             while received := self._local.recv(_READ_BYTES):
                 data = memoryview(received)  # the server takes it in pieces: what is left is not copied each time
                 while data:
-                    sent = channel.send(data)
+                    sent = self._send(channel, data)
                     if sent == 0:
                         return  # closed from the other side
                     self.bytes_to_agent += sent
@@ -417,6 +417,14 @@ class _Connection:
             self._take_no_more()
             if self._forwarder.closing.is_set():
                 channel.close()
+
+    def _send(self, channel: SafeChannel, data: memoryview) -> int:
+        try:
+            return channel.send(data)
+        except (OSError, EOFError, paramiko.SSHException):
+            # On a channel that is open, only the transport's end makes this fail; its own thread may not know it yet.
+            self._tell_if_lost(channel, lost=not channel.closed)
+            raise
 
     def _take_no_more(self) -> None:
         """Let a proxy that is in the middle of writing, and does not read, learn that nobody listens."""
@@ -442,10 +450,10 @@ class _Connection:
                 self._local.shutdown(socket.SHUT_RDWR)
             self._leave()
 
-    def _tell_if_lost(self, channel: SafeChannel) -> None:
+    def _tell_if_lost(self, channel: SafeChannel, *, lost: bool = False) -> None:
         """Tell once that the transport ended, before the proxy can notice it: the first cause counts."""
         with self._lock:  # held while it is posted, so that the other relay cannot shut the socket before
-            if channel.transport_ended and not self._told_lost:
+            if (lost or channel.transport_ended) and not self._told_lost:
                 self._told_lost = True
                 self._forwarder.post(TransportEnded(why_ended(self._forwarder.transport)))
 
