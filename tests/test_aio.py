@@ -14,22 +14,9 @@ from proxy_fsm import EndReason, InvalidTransition, ProxyFailed, ProxyStopped, S
 from proxy_fsm.testing import FakedProxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 WAIT_S = 10.0
-
-
-@pytest.fixture
-def in_state() -> Iterator[Callable[[State], FakedProxy]]:
-    made: list[FakedProxy] = []
-
-    def make(state: State) -> FakedProxy:
-        made.append(FakedProxy.in_state(state))
-        return made[-1]
-
-    yield make
-    for proxy in made:
-        proxy.end()
 
 
 def on(proxy: FakedProxy, state: State, act: Callable[[FakedProxy], object]) -> None:
@@ -45,20 +32,22 @@ def get_running(proxy: FakedProxy) -> None:
 
 
 @pytest.mark.parametrize("state", State)
-def test_the_state_that_it_is_in_is_waited_for_already(in_state: Callable[[State], FakedProxy], state: State) -> None:
-    proxy = in_state(state)
+def test_the_state_that_it_is_in_is_waited_for_already(
+    faked_proxy: Callable[[State], FakedProxy], state: State
+) -> None:
+    proxy = faked_proxy(state)
     assert asyncio.run(aio.wait(proxy, state, timeout=0)) is state
 
 
-def test_a_state_that_was_left_is_waited_for_in_vain(in_state: Callable[[State], FakedProxy]) -> None:
-    proxy = in_state(State.RUNNING)
+def test_a_state_that_was_left_is_waited_for_in_vain(faked_proxy: Callable[[State], FakedProxy]) -> None:
+    proxy = faked_proxy(State.RUNNING)
     with pytest.raises(TimeoutError, match=r"^The proxy was not in spawning within 0\.05 s; it is running\.$"):
         asyncio.run(aio.wait(proxy, State.SPAWNING, timeout=0.05))
     assert proxy.ok()
 
 
-def test_no_thread_waits_and_the_loop_goes_on(in_state: Callable[[State], FakedProxy]) -> None:
-    proxy = in_state(State.SPAWNING)
+def test_no_thread_waits_and_the_loop_goes_on(faked_proxy: Callable[[State], FakedProxy]) -> None:
+    proxy = faked_proxy(State.SPAWNING)
     threads = threading.active_count()
 
     async def client() -> State:
@@ -73,8 +62,8 @@ def test_no_thread_waits_and_the_loop_goes_on(in_state: Callable[[State], FakedP
     assert proxy._engine.journal._subscribers == []
 
 
-def test_each_change_comes_once_in_order_and_then_the_end(in_state: Callable[[State], FakedProxy]) -> None:
-    proxy = in_state(State.SPAWNING)
+def test_each_change_comes_once_in_order_and_then_the_end(faked_proxy: Callable[[State], FakedProxy]) -> None:
+    proxy = faked_proxy(State.SPAWNING)
 
     async def client() -> list[list[State]]:
         seen = []
@@ -97,8 +86,8 @@ def test_each_change_comes_once_in_order_and_then_the_end(in_state: Callable[[St
     assert proxy._engine.journal._subscribers == []
 
 
-def test_nothing_new_comes_from_a_proxy_that_has_ended(in_state: Callable[[State], FakedProxy]) -> None:
-    proxy = in_state(State.STOPPED)
+def test_nothing_new_comes_from_a_proxy_that_has_ended(faked_proxy: Callable[[State], FakedProxy]) -> None:
+    proxy = faked_proxy(State.STOPPED)
 
     async def client() -> list[State]:
         return [record.dest async for record in aio.transitions(proxy, replay=False)]
@@ -148,8 +137,8 @@ def test_what_did_not_get_running_raises_and_is_released(
     assert proxy.state.is_final
 
 
-def test_a_task_that_is_cancelled_leaves_nothing_behind(in_state: Callable[[State], FakedProxy]) -> None:
-    proxy = in_state(State.RUNNING)
+def test_a_task_that_is_cancelled_leaves_nothing_behind(faked_proxy: Callable[[State], FakedProxy]) -> None:
+    proxy = faked_proxy(State.RUNNING)
 
     async def client() -> None:
         task = asyncio.create_task(aio.wait(proxy))
@@ -187,8 +176,8 @@ def test_a_task_that_is_cancelled_closes_its_proxy(state: State) -> None:
     asyncio.run(asyncio.wait_for(program(), WAIT_S))
 
 
-def test_a_forked_child_waits_for_nothing(in_state: Callable[[State], FakedProxy]) -> None:
-    proxy = in_state(State.RUNNING)
+def test_a_forked_child_waits_for_nothing(faked_proxy: Callable[[State], FakedProxy]) -> None:
+    proxy = faked_proxy(State.RUNNING)
     child = os.fork()
     if child == 0:
         signal.alarm(5)
@@ -203,8 +192,8 @@ def test_a_forked_child_waits_for_nothing(in_state: Callable[[State], FakedProxy
     assert proxy.ok()
 
 
-def test_close_has_a_time_limit_and_goes_on_after_it(in_state: Callable[[State], FakedProxy]) -> None:
-    proxy = in_state(State.RUNNING)
+def test_close_has_a_time_limit_and_goes_on_after_it(faked_proxy: Callable[[State], FakedProxy]) -> None:
+    proxy = faked_proxy(State.RUNNING)
     proxy.process.obedient = False
     with pytest.raises(TimeoutError):
         asyncio.run(aio.close(proxy, timeout=0.05))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import paramiko
 import pytest
 
+from benchmarks.delay import delayed
 from proxy_fsm import monitor
 from proxy_fsm.evidence import TransportEnded, TunnelClosed
 from proxy_fsm.forwarder import Forwarder
@@ -23,7 +24,6 @@ from proxy_fsm.ssh import ChannelOpening, ChannelRefused, fast_transport
 from proxy_fsm.status import Timeouts
 from tests.e2e.procs import eventually
 from tests.e2e.sshd import SshServer
-from tests.soak.delay import SlowLine
 from tests.tunnel_helpers import LOOPBACK, WAIT_S, Agent, Inbox, Task, dead_port, own_threads, reset, since
 
 if TYPE_CHECKING:
@@ -412,8 +412,8 @@ def probe_under_requests(
     answers, counting = 0, threading.Lock()
     with (
         SshServer(extra_config=f"PermitOpen {LOOPBACK}:*\nMaxSessions 2") as sshd,  # none for a probe
-        SlowLine(sshd.port, one_way_s) as line,
-        contextlib.closing(connect(sshd, line.port)) as transport,
+        delayed(sshd.port, 2 * one_way_s) as port,
+        contextlib.closing(connect(sshd, port)) as transport,
         Agent() as taken,
         KeyExchanges(),  # which also keeps the many refusals out of the log
     ):
