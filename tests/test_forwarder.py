@@ -36,7 +36,7 @@ from proxy_fsm.evidence import (
     WorkerRefused,
 )
 from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
-from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, set_nodelay
+from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, SafeChannel, set_nodelay
 from proxy_fsm.status import EndReason, TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
@@ -531,6 +531,18 @@ class TestTransportEnds:
             assert made.inbox.kinds() == [ChannelOpened, TransportEnded, ConnectionEnded]
             with suppress(OSError):
                 reader.result()
+
+    def test_who_sends_may_see_it_first_and_tells_it(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> int:
+            raise EOFError
+
+        with connected(transport, tmp_path, agent) as (made, local, _):
+            monkeypatch.setattr(SafeChannel, "send", fail)
+            local.sendall(b"x")
+            assert local.recv(1) == b""
+            assert made.inbox.kinds()[:2] == [ChannelOpened, TransportEnded]
 
     @pytest.mark.parametrize("end", ["dropped", "closed by the caller"])
     def test_while_opening_nothing_is_posted_of_its_own(
