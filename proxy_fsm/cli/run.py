@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,6 +27,7 @@ __all__ = ["AttachOptions", "attach", "run"]
 
 _COOKIE_LINE_BYTES = 4096
 _STANDARD_INPUT = Path("-")
+_SIGNAL_S = 1.0
 
 
 @Parameter(name="*")
@@ -159,6 +161,10 @@ def attach(proxy: Proxy, interrupts: Interrupts, *, once_running: Callable[[], o
     interrupts.order(proxy.stop)
     if once_running is not None and proxy.wait(State.RUNNING) is State.RUNNING:
         once_running()
+    while not proxy.state.is_final:
+        # A signal that comes just before a thread begins to wait does not wake it (CPython): it is looked for again.
+        with suppress(TimeoutError):
+            proxy.wait(timeout=_SIGNAL_S)
     proxy.wait()
     reason = proxy.status().reason
     assert reason is not None  # noqa: S101 - a final state has one
