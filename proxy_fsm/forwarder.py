@@ -24,8 +24,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import paramiko
-
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
     AgentClosed,
@@ -44,6 +42,8 @@ from proxy_fsm.status import EndReason, TunnelStats
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import paramiko
+
     from proxy_fsm.evidence import Observation
 
 __all__ = ["MAX_SOCKET_PATH_BYTES", "SOCKET_NAME", "Forwarder"]
@@ -52,7 +52,8 @@ __all__ = ["MAX_SOCKET_PATH_BYTES", "SOCKET_NAME", "Forwarder"]
 MAX_SOCKET_PATH_BYTES = 107
 SOCKET_NAME = "proxy.sock"
 
-_READ_BYTES = 256 << 10
+#: How much of what the proxy sends is read at once, about.
+_READ_BYTES = 128 << 10
 #: Where Linux says who owns the TCP sockets of this machine (proc(5)).
 _TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _FIRST_PAUSE_S = 0.05
@@ -338,13 +339,13 @@ class _Connection:
             opening.abandon()
         if channel is not None and up_done:
             channel.close()
-        with suppress(OSError):  # it is closed: that is what is wanted
+        with self._lock, suppress(OSError):  # it is closed: that is what is wanted
             self._local.shutdown(socket.SHUT_RD)  # what was received before can still be read, then comes the end
 
     def cut(self) -> None:
         """End without waiting for what is under way."""
         self._ended_here = True
-        with suppress(OSError):  # it is closed: that is what is wanted
+        with self._lock, suppress(OSError):  # it is closed: that is what is wanted
             self._local.shutdown(socket.SHUT_RDWR)
         if self._channel is not None:
             self._channel.close()
@@ -396,20 +397,26 @@ class _Connection:
 
     def _up(self, channel: SafeChannel) -> None:
         try:
-            while received := self._local.recv(_READ_BYTES):
-                data = memoryview(received)  # the server takes it in pieces: what is left is not copied each time
+            # Whole messages, so that none is sent that is hardly filled.
+            buffer = memoryview(bytearray(max(1, _READ_BYTES // channel.message_bytes) * channel.message_bytes))
+            while count := self._local.recv_into(buffer):
+                data = buffer[:count]
                 while data:
-                    sent = self._send(channel, data)
+                    sent = channel.send(data)
                     if sent == 0:
                         return  # closed from the other side
                     self.bytes_to_agent += sent
                     data = data[sent:]
             self._ended_here = True
             channel.shutdown_write()
-        except (OSError, EOFError, paramiko.SSHException):
+        except TransportGone:  # its own thread may not know it yet
+            self._ended_here = True
+            self._tell_if_lost(channel, lost=True)
+            channel.close()  # the other relay learns of it
+        except OSError:
             if not channel.closed:
                 self._ended_here = True
-            channel.close()  # either side was reset, or the transport is gone: the other relay learns of it
+            channel.close()  # either side was reset: the other relay learns of it
         finally:
             self._tell_if_lost(channel)
             with self._lock:
@@ -417,14 +424,6 @@ class _Connection:
             self._take_no_more()
             if self._forwarder.closing.is_set():
                 channel.close()
-
-    def _send(self, channel: SafeChannel, data: memoryview) -> int:
-        try:
-            return channel.send(data)
-        except (OSError, EOFError, paramiko.SSHException):
-            # On a channel that is open, only the transport's end makes this fail; its own thread may not know it yet.
-            self._tell_if_lost(channel, lost=not channel.closed)
-            raise
 
     def _take_no_more(self) -> None:
         """Let a proxy that is in the middle of writing, and does not read, learn that nobody listens."""
@@ -442,8 +441,11 @@ class _Connection:
                 forwarder.post(AgentClosed(self.number))
             self._local.shutdown(socket.SHUT_WR)
             channel.ended.wait()
-        except (OSError, EOFError, paramiko.SSHException):
-            channel.close()  # the proxy closed, or the transport is gone: the other relay learns of it
+        except TransportGone:
+            self._tell_if_lost(channel, lost=True)
+            channel.close()
+        except OSError:
+            channel.close()  # the proxy closed: the other relay learns of it
         finally:
             self._tell_if_lost(channel)
             with suppress(OSError):  # the proxy was faster
@@ -464,7 +466,8 @@ class _Connection:
                 return
         if self._channel is not None:
             self._channel.send_close()
-        self._local.close()
+        with self._lock:
+            self._local.close()
         self._forwarder.gone(self)
 
 

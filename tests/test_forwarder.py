@@ -36,7 +36,7 @@ from proxy_fsm.evidence import (
     WorkerRefused,
 )
 from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
-from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, SafeChannel, set_nodelay
+from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, set_nodelay
 from proxy_fsm.status import EndReason, TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
@@ -532,17 +532,34 @@ class TestTransportEnds:
             with suppress(OSError):
                 reader.result()
 
+    @pytest.mark.parametrize(
+        "send",
+        [
+            pytest.param(lambda local, _: local.sendall(b"x"), id="data"),
+            pytest.param(lambda local, _: local.shutdown(socket.SHUT_WR), id="the end of the data"),
+            pytest.param(lambda _, peer: peer.sendall(bytes(2 << 20)), id="room for more"),
+        ],
+    )
     def test_who_sends_may_see_it_first_and_tells_it(
-        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch
+        self,
+        transport: paramiko.Transport,
+        tmp_path: Path,
+        agent: Agent,
+        monkeypatch: pytest.MonkeyPatch,
+        send: Callable[[socket.socket, socket.socket], None],
     ) -> None:
-        def fail(*_: object) -> int:
+        def fail(*_: object) -> None:
             raise EOFError
 
-        with connected(transport, tmp_path, agent) as (made, local, _):
-            monkeypatch.setattr(SafeChannel, "send", fail)
-            local.sendall(b"x")
-            assert local.recv(1) == b""
-            assert made.inbox.kinds()[:2] == [ChannelOpened, TransportEnded]
+        with connected(transport, tmp_path, agent) as (made, local, peer):
+            monkeypatch.setattr(transport, "_send_user_message", fail)
+            sender = Task(send, local, peer)
+            read_all(local)
+            told = [kind for kind in made.inbox.kinds() if kind is not AgentSpoke]
+            assert told[:2] == [ChannelOpened, TransportEnded]
+            transport.close()  # the server ends what the agent still sends
+            with suppress(OSError):
+                sender.result()
 
     @pytest.mark.parametrize("end", ["dropped", "closed by the caller"])
     def test_while_opening_nothing_is_posted_of_its_own(

@@ -49,10 +49,10 @@ STALLED = """
 from gevent import monkey
 monkey.patch_all()
 import gevent, socket
-from proxy_fsm import ssh
+from proxy_fsm.ssh.channel import ReceiveBuffer
 
 near, far = socket.socketpair()
-passage = ssh._Passage()
+passage = ReceiveBuffer()
 passage.delivered, passage._sink = 1, near
 with gevent.Timeout(20):
     passage.feed(bytes(8 << 20))

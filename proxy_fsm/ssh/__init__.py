@@ -1,0 +1,66 @@
+"""Channels that cannot harm their transport, and the signs of life of a transport.
+
+This is the only part that knows paramiko's insides. What it touches beyond the public API, all of it checked
+by `tests/test_ssh.py` so that a paramiko that changes it fails there with its name:
+
+* ``Transport``: ``lock``, ``_channels`` (``put``, ``delete``), ``_next_channel``, ``channel_events``,
+  ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``_send_message``, ``clear_to_send``,
+  ``clear_to_send_lock``, ``packetizer``, ``run``, ``_handler_table``
+* ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``,
+  ``_check_add_window``, ``_wait_for_send_window``, ``in_buffer``
+* ``BufferedPipe``: ``_lock``, ``_cv``, ``_buffer``, ``_closed``
+* ``Packetizer``: ``__aead_in``, ``__aead_out``, ``__block_engine_in``, ``__block_engine_out``,
+  ``__compress_engine_in``, ``__compress_engine_out``, ``__dump_packets``, ``__iv_in``, ``__iv_out``,
+  ``__received_bytes``, ``__received_bytes_overflow``, ``__received_packets``, ``__received_packets_overflow``,
+  ``__remainder``, ``__sent_bytes``, ``__sent_packets``, ``__sequence_number_in``, ``__sequence_number_out``,
+  ``__write_lock``, ``_check_keepalive``, ``_inc_iv_counter``, ``_log``, ``_trigger_rekey``
+* ``transport``: ``_active_threads``
+
+Tried with paramiko 3.5.1, 4.0.0, 5.0.0, 5.0.1 and 5.1.0: in each all of it is so, and the tunnel's tests pass. In 3.4.1
+too, but it has no AES-GCM, so that `fast_transport` is no faster.
+
+Three things are done differently from ``Transport.open_channel`` and ``Channel.close``, for these reasons:
+
+* An open is a message and, later, its answer; nothing has to wait in between, an open that nobody wants any
+  more closes itself when it succeeds late, and each refusal is told to the open that it answers.
+* A channel's CLOSE is sent by the thread that used the channel, when it is done, and not by whichever thread
+  notices first. So data can never follow it, which OpenSSH answers by disconnecting everything
+  (paramiko issues 1115 and 1705), and the transport's own thread never waits for a key exchange that only
+  itself can finish (issue 822).
+* The end of a transport is told by the transport: it unlinks its channels, and one of them is ours.
+
+Three things are changed in the caller's transport, and stay: `set_nodelay` before a proxy is started, and, when the
+first channel is opened here:
+
+* What its own thread has to send while keys are exchanged is sent when they are. In paramiko that thread waits for
+  itself, for 30 s, and the transport is dead: an answer to the CLOSE of any channel is enough, the caller's own
+  commands too, and so is a keepalive. Without a tunnel hardly any transport carries the 512 MiB after which paramiko
+  wants fresh keys; with one it takes seconds. When keys are exchanged, and which, stays as it was. Our own channels
+  wait for the keys as long as it takes: after paramiko's 30 s, which a slow link may need to bring what was under
+  way, bytes would be lost.
+* A refusal of an open of ours is kept from paramiko, which has one place for the last refusal: ours, a probe's too,
+  would take the place of one that the caller is about to read.
+
+For speed, what comes for a channel goes straight to the socket that it is for, on the transport's thread
+(`SafeChannel.deliver`), and a transport that `fast_transport` made has a packetizer of its own (`fast`).
+"""
+
+from proxy_fsm.ssh.channel import WINDOW_BYTES, SafeChannel
+from proxy_fsm.ssh.errors import ChannelRefused, NotOpened, OpenAbandoned, TransportGone
+from proxy_fsm.ssh.fast import fast_transport, set_nodelay
+from proxy_fsm.ssh.opening import ChannelOpening, EndWatch, packets_received, why_ended
+
+__all__ = [
+    "WINDOW_BYTES",
+    "ChannelOpening",
+    "ChannelRefused",
+    "EndWatch",
+    "NotOpened",
+    "OpenAbandoned",
+    "SafeChannel",
+    "TransportGone",
+    "fast_transport",
+    "packets_received",
+    "set_nodelay",
+    "why_ended",
+]

@@ -1,0 +1,217 @@
+"""Opening channels: a message and, later, its answer; and the end of a transport, which tells its channels."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, cast
+
+import paramiko
+import paramiko.transport
+from paramiko.common import CONNECTION_FAILED_CODE, MSG_CHANNEL_OPEN_FAILURE, cMSG_CHANNEL_OPEN
+from paramiko.message import Message
+
+from proxy_fsm.ssh.channel import PACKET_BYTES, WINDOW_BYTES, SafeChannel
+from proxy_fsm.ssh.errors import ChannelRefused, OpenAbandoned, TransportGone
+from proxy_fsm.ssh.sending import DeferredSender
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ChannelOpening", "EndWatch", "packets_received", "why_ended"]
+
+
+class _Refusals:
+    """Takes the refusals of opens: ours are told to them alone, the others go where they always went."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._original = transport._handler_table[MSG_CHANNEL_OPEN_FAILURE]  # noqa: SLF001
+
+    def __call__(self, message: Message) -> None:
+        number = message.get_int()
+        with self._transport.lock:
+            opening = self._transport.channel_events.get(number)
+            if isinstance(opening, ChannelOpening):
+                del self._transport.channel_events[number]
+                self._transport._channels.delete(number)  # noqa: SLF001
+        if isinstance(opening, ChannelOpening):
+            opening.refuse(message.get_int())
+        else:
+            message.rewind()
+            self._original(message)
+
+
+def _prepare(transport: Any) -> None:
+    """Change what has to be changed in a transport, once; call it under the transport's lock."""
+    if not isinstance(transport._send_user_message, DeferredSender):  # noqa: SLF001
+        transport._send_user_message = DeferredSender(transport)  # noqa: SLF001
+    if not isinstance(transport._handler_table[MSG_CHANNEL_OPEN_FAILURE], _Refusals):  # noqa: SLF001
+        transport._handler_table[MSG_CHANNEL_OPEN_FAILURE] = _Refusals(transport)  # noqa: SLF001
+
+
+class ChannelOpening:
+    """One request to open a channel, and its answer.
+
+    Args:
+        transport: An authenticated transport.
+        kind: ``"direct-tcpip"``, or whatever takes no destination.
+        destination: Host and port as the server knows them, for ``"direct-tcpip"``.
+    """
+
+    def __init__(self, transport: paramiko.Transport, kind: str, destination: tuple[str, int] | None = None) -> None:
+        self._transport = transport
+        self._kind = kind
+        self._destination = destination
+        self._lock = threading.Lock()
+        self._settled = threading.Event()
+        self._answer: SafeChannel | Exception | None = None
+        self._channel: SafeChannel | None = None
+
+    def send(self) -> None:
+        """Send the request; this may block while the server takes nothing, or keys are exchanged.
+
+        It raises nothing: `wait` tells how it went.
+        """
+        transport = cast("Any", self._transport)
+        message = Message()
+        with transport.lock:
+            _prepare(transport)
+            number = transport._next_channel()  # noqa: SLF001
+            channel = self._channel = SafeChannel(number)
+            channel.opening = self
+            channel._set_transport(transport)  # noqa: SLF001
+            channel._set_window(WINDOW_BYTES, PACKET_BYTES)  # type: ignore[attr-defined]  # noqa: SLF001
+            transport._channels.put(number, channel)  # noqa: SLF001
+            # The transport calls set() on this when the answer has come, or when it ends.
+            transport.channel_events[number] = self
+            transport.channels_seen[number] = True
+        message.add_byte(cMSG_CHANNEL_OPEN)
+        message.add_string(self._kind)
+        message.add_int(number)
+        message.add_int(WINDOW_BYTES)
+        message.add_int(PACKET_BYTES)
+        if self._destination is not None:
+            message.add_string(self._destination[0])
+            message.add_int(self._destination[1])
+            message.add_string("127.0.0.1")
+            message.add_int(0)
+        try:
+            transport._send_user_message(message)  # noqa: SLF001
+        except paramiko.SSHException as error:  # keys were not exchanged in time, and nothing was sent
+            if transport.is_active():
+                self._withdraw(channel)
+                self._settle(ChannelRefused(ChannelRefused.RESOURCE_SHORTAGE, str(error)))
+        except (OSError, EOFError) as error:
+            self._settle(TransportGone(str(error)))
+        if not transport.is_active():
+            self._settle(TransportGone("The SSH transport is not active."))
+
+    def wait(self) -> SafeChannel:
+        """Wait for the answer, however long it takes, and return the channel, which is the caller's from then on.
+
+        Raises:
+            ChannelRefused: The server refused.
+            TransportGone: The transport ended.
+            OpenAbandoned: `abandon` was called meanwhile.
+        """
+        self._settled.wait()
+        with self._lock:
+            answer, self._answer = self._answer, None
+        if isinstance(answer, SafeChannel):
+            answer.opening = self._channel = None  # else each would keep the other, and what the channel keeps
+            return answer
+        raise answer or OpenAbandoned("The open was abandoned.")
+
+    def abandon(self) -> None:
+        """Give the open up: `wait` raises at once, and a channel that opens after all is closed."""
+        with self._lock:
+            answer, self._answer = self._answer, None
+            self._settled.set()
+        if isinstance(answer, SafeChannel):
+            _discard(answer)
+
+    def set(self) -> None:
+        """Take the answer, on the transport's thread: paramiko takes this object for an event."""
+        channel = self._channel
+        if channel is None:
+            return
+        if channel.active and not channel.transport_ended:
+            self._settle(channel)
+        else:
+            self._settle(TransportGone("The SSH transport ended."))
+
+    def refuse(self, code: int) -> None:
+        """Take a refusal, on the transport's thread."""
+        self._settle(ChannelRefused(code, CONNECTION_FAILED_CODE.get(code, "The server refused the channel.")))
+
+    def _withdraw(self, channel: SafeChannel) -> None:
+        """Take back what was registered for an answer that cannot come."""
+        transport = cast("Any", self._transport)
+        with transport.lock:
+            transport.channel_events.pop(channel.chanid, None)
+            transport._channels.delete(channel.chanid)  # noqa: SLF001
+
+    def _settle(self, answer: SafeChannel | Exception) -> None:
+        with self._lock:
+            if not self._settled.is_set():
+                self._answer = answer
+                self._settled.set()
+                return
+        if isinstance(answer, SafeChannel):
+            _discard(answer)
+
+
+def _discard(channel: SafeChannel) -> None:
+    """Close a channel that nobody uses, on a thread of its own since sending may block."""
+    try:
+        threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
+    except RuntimeError:
+        # No thread can be started: there are too many, or the interpreter ends. This one may be the transport's own,
+        # which would wait for itself while keys are exchanged; then the channel stays open, as long as the transport.
+        # Otherwise it sends, though it may have to wait for a server that takes nothing, as paramiko's own CLOSE does.
+        if cast("Any", channel.transport).clear_to_send.is_set():
+            channel.send_close()
+
+
+class EndWatch:
+    """Calls back once when a transport ends, at once where it has ended; the call must be short.
+
+    It costs no thread: the transport unlinks its channels when it ends, and this is one of them.
+    """
+
+    def __init__(self, transport: paramiko.Transport, callback: Callable[[], None]) -> None:
+        self._transport = cast("Any", transport)
+        with self._transport.lock:
+            number = self._transport._next_channel()  # noqa: SLF001
+            self._sentinel = _Sentinel(number, callback)
+            self._transport._channels.put(number, self._sentinel)  # noqa: SLF001
+        # A transport that winds up leaves this list, then unlinks its channels, then is no more active.
+        if not transport.is_active() or transport not in cast("Any", paramiko.transport)._active_threads:  # noqa: SLF001
+            self._sentinel._unlink()  # noqa: SLF001
+
+    def cancel(self) -> None:
+        """Call back no more."""
+        self._sentinel.due.acquire(blocking=False)
+        self._transport._channels.delete(self._sentinel.chanid)  # noqa: SLF001
+
+
+class _Sentinel(paramiko.Channel):
+    def __init__(self, chanid: int, callback: Callable[[], None]) -> None:
+        super().__init__(chanid)
+        self.callback = callback
+        self.due = threading.Lock()  # taken by the one who calls back, or by who cancels it
+
+    def _unlink(self) -> None:
+        if self.due.acquire(blocking=False):
+            self.callback()
+
+
+def packets_received(transport: paramiko.Transport) -> int:
+    """Return a number that changes whenever a packet has come from the server."""
+    return cast("int", cast("Any", transport.packetizer)._Packetizer__sequence_number_in)  # noqa: SLF001
+
+
+def why_ended(transport: paramiko.Transport) -> str:
+    """Say that a transport ended, in a sentence, with paramiko's error where there was one."""
+    error = cast("Any", transport).saved_exception
+    return "The SSH connection ended" + (f": {error}." if error and str(error) else ".")

@@ -1,0 +1,333 @@
+"""Channels: closing, sending, delivering."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import sys
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm import ssh
+from proxy_fsm.ssh import (
+    ChannelOpening,
+    SafeChannel,
+)
+from proxy_fsm.ssh import channel as channel_module
+from proxy_fsm.ssh.channel import ReceiveBuffer
+from tests.e2e.procs import eventually
+from tests.ssh.helpers import ENDS, End, do_nothing, open_to, packets_sent
+from tests.tunnel_helpers import (
+    SOON_S,
+    WAIT_S,
+    Agent,
+    Task,
+    read_all,
+    since,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import paramiko
+
+    from proxy_fsm.testing import LoopbackSSHServer
+
+
+class TestClosing:
+    def test_close_sends_nothing(self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        before = packets_sent(transport)
+        channel.close()
+        assert packets_sent(transport) == before
+        assert channel.closed
+        assert channel.ended.is_set()
+        assert server.channels_open == 1
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_close_does_not_block_on_a_server_that_takes_nothing(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel, stuck = open_to(transport, agent.port), open_to(transport, agent.port)
+        server.freeze()
+
+        def upload() -> None:
+            with contextlib.suppress(OSError):
+                while stuck.send(bytes(1 << 18)):
+                    pass
+
+        uploader = Task(upload)
+        began = time.monotonic()
+        channel.close()
+        assert since(began) < SOON_S
+        stuck.close()
+        server.thaw()
+        uploader.result()
+        stuck.send_close()
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_close_wakes_a_reader_and_a_sender(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        agent.accept()  # and read nothing: the window runs dry
+
+        def upload() -> None:
+            with contextlib.suppress(OSError):
+                while channel.send(bytes(1 << 18)):
+                    pass
+
+        reader, uploader = Task(channel.recv, 1), Task(upload)
+        channel.close()
+        assert reader.result() == b""
+        uploader.result()
+        channel.send_close()
+
+    def test_its_garbage_collection_sends_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        before = packets_sent(transport)
+        gone = weakref.ref(channel)
+        del channel
+        gc.collect()
+        assert gone() is None
+        assert packets_sent(transport) == before
+
+    def test_send_close_sends_one_close_however_often_and_from_wherever(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        before = packets_sent(transport)
+        together = threading.Barrier(8)
+
+        def close() -> None:
+            together.wait(WAIT_S)
+            channel.send_close()
+
+        for task in [Task(close) for _ in range(8)]:
+            task.result()
+        channel.send_close()
+        assert packets_sent(transport) == before + 1
+        server.wait_for(lambda: server.channels_open == 0)
+
+    def test_a_close_from_the_server_leaves_ours_due_and_the_transport_alive(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        channel.shutdown_write()
+        agent.accept().close()
+        assert channel.ended.wait(WAIT_S)
+        assert not channel.transport_ended
+        before = packets_sent(transport)
+        channel.send_close()
+        assert packets_sent(transport) == before + 1
+        server.wait_for(lambda: server.channels_open == 0)
+        open_to(transport, agent.port).send_close()
+        assert transport.is_active()
+
+    def test_a_close_from_the_server_makes_the_transports_thread_send_nothing(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        channel.shutdown_write()
+        before = packets_sent(transport)
+        agent.accept().close()
+        assert channel.ended.wait(WAIT_S)
+        opening = ChannelOpening(transport, "session")
+        opening.send()
+        opening.wait()  # the transport's thread has finished with the close
+        assert packets_sent(transport) == before + 1, "the open alone"
+        channel.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+
+    @ENDS
+    def test_send_close_is_harmless_after_the_end(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, end: End
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        end(server, transport)
+        channel.send_close()
+        transport.join(WAIT_S)
+        channel.send_close()
+
+
+class TestSending:
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    def test_what_is_sent_arrives_piece_by_piece(
+        self, transport: paramiko.Transport, agent: Agent, kind: Callable[[bytes], Any]
+    ) -> None:
+        channel, peer = open_to(transport, agent.port), agent.accept()
+        data = bytes(range(256)) * 4096
+        reader = Task(read_all, peer)
+        left, sizes = kind(data), []
+        while left:
+            sizes.append(channel.send(left))
+            left = left[sizes[-1] :]
+        channel.shutdown_write()
+        assert reader.result() == data
+        assert max(sizes) <= channel.out_max_packet_size
+        assert channel.send(b"after the end") == 0
+        channel.send_close()
+        with pytest.raises(OSError, match="closed"):
+            channel.send(b"after the close")
+
+
+class Delivery:
+    """A channel whose data are delivered to one end of a pair of sockets."""
+
+    def __init__(self, transport: paramiko.Transport, agent: Agent) -> None:
+        self.channel = open_to(transport, agent.port)
+        self.peer = agent.accept()
+        self.near, self.far = socket.socketpair()
+        self.far.settimeout(WAIT_S)
+        self.began: list[threading.Thread] = []
+        self.task = Task(self.channel.deliver, self.near, lambda: self.began.append(threading.current_thread()))
+
+    def exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            data += self.far.recv(count - len(data))
+        return bytes(data)
+
+    def fed_directly(self) -> None:
+        """Wait until what comes next goes straight on."""
+        self.peer.sendall(b"first")
+        assert self.exactly(5) == b"first"
+        passage: Any = self.channel.in_buffer
+        eventually(lambda: passage._sink, WAIT_S)
+
+    def end(self) -> None:
+        self.far.close()
+        self.channel.send_close()
+        with contextlib.suppress(OSError):
+            self.task.result()
+        self.near.close()
+
+
+@pytest.fixture
+def delivery(transport: paramiko.Transport, agent: Agent) -> Iterator[Delivery]:
+    made = Delivery(transport, agent)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def small_switch_interval() -> Iterator[None]:
+    """Have threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class TestDelivering:
+    def test_what_the_socket_takes_goes_there_on_the_transports_thread(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        passage: Any = delivery.channel.in_buffer
+        delivery.peer.sendall(b"second")
+        assert delivery.exactly(6) == b"second"
+        eventually(lambda: passage._unacknowledged == 6, WAIT_S)  # the deliverer is not woken for so little
+        assert delivery.channel.delivered_bytes == 11
+        assert len(delivery.began) == 1
+
+    def test_what_it_does_not_take_is_kept_in_order(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        data = bytes(range(256)) * (3 << 12)  # 3 MiB: more than the pair holds, less than the window
+        delivery.peer.sendall(data)
+        eventually(lambda: len(delivery.channel.in_buffer) > 1 << 20, WAIT_S)
+        delivery.peer.sendall(b"last")
+        assert delivery.exactly(len(data) + 4) == data + b"last"
+        eventually(lambda: delivery.channel.delivered_bytes == len(data) + 9, WAIT_S)
+
+    def test_nothing_goes_straight_on_while_something_is_kept(self) -> None:
+        near, far = socket.socketpair()
+        with near, far:
+            passage = ReceiveBuffer()
+            passage.delivered, passage._sink = 1, near
+            passage.feed(bytes(8 << 20))
+            taken = passage.delivered - 1
+            assert 0 < taken < 8 << 20
+            far.recv(1 << 20)  # there is room again
+            passage.feed(b"behind")
+            kept, passed = passage.take(near)
+            assert passed == taken
+            while len(kept) < (8 << 20) + 6 - taken:
+                piece, passed = passage.take(near)
+                assert len(piece) <= channel_module._PIECE_BYTES
+                assert passed == 0
+                kept = memoryview(bytes(kept) + piece)
+            assert bytes(kept[-6:]) == b"behind"
+            passage.feed(b"later")  # what was taken may not be sent yet
+            assert bytes(passage.take(near)[0]) == b"later"
+
+    def test_what_comes_after_the_end_is_not_kept(self) -> None:
+        """A server that goes on sending until it hears of the end fills no memory."""
+        near, far = socket.socketpair()
+        with near, far:
+            passage = ReceiveBuffer()
+            passage.feed(bytes(1 << 20))
+            passage.stop()
+            passage.feed(bytes(1 << 20))
+            assert len(passage) == 0
+
+    def test_the_order_stays_whichever_thread_hands_it_on(self, small_switch_interval: None) -> None:
+        del small_switch_interval
+        count, channel = 20_000, SafeChannel(1)
+        near, far = socket.socketpair()
+        with near, far:
+            channel.in_buffer.feed(b"first")
+            deliverer = Task(channel.deliver, near, do_nothing)
+            reader = Task(read_all, far)
+            for number in range(count):
+                channel.in_buffer.feed(number.to_bytes(4))
+            channel.in_buffer.close()
+            deliverer.result()
+            near.shutdown(socket.SHUT_WR)
+            assert reader.result() == b"first" + b"".join(number.to_bytes(4) for number in range(count))
+
+    def test_the_window_is_given_back_for_what_was_delivered_and_for_nothing_else(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        reader = Task(lambda: sum(len(delivery.exactly(1 << 20)) for _ in range(32)))
+        delivery.peer.sendall(bytes(32 << 20))  # five windows
+        assert reader.result() == 32 << 20
+        delivery.peer.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            delivery.peer.sendall(bytes(256 << 20))
+        held = len(delivery.channel.in_buffer)
+        assert held <= ssh.WINDOW_BYTES, "no more than the window is kept for one who reads nothing"
+
+    def test_it_ends_with_the_servers_direction_when_all_is_delivered(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        delivery.peer.sendall(bytes(3 << 20))
+        delivery.peer.shutdown(socket.SHUT_WR)
+        assert len(delivery.exactly(3 << 20)) == 3 << 20
+        delivery.task.result()
+        assert delivery.channel.delivered_bytes == (3 << 20) + 5
+
+    def test_it_ends_when_the_channel_is_closed(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        delivery.channel.close()
+        delivery.task.result()
+
+    def test_a_socket_that_was_closed_is_an_error_of_the_deliverer_and_of_nobody_else(
+        self, transport: paramiko.Transport, delivery: Delivery, agent: Agent
+    ) -> None:
+        delivery.fed_directly()
+        delivery.far.close()
+        delivery.peer.sendall(b"for nobody")
+        with pytest.raises(OSError, match="Broken pipe"):
+            delivery.task.result()
+        open_to(transport, agent.port).send_close()
+
+    def test_nothing_is_handed_on_any_more_once_it_has_ended(self, delivery: Delivery) -> None:
+        delivery.fed_directly()
+        delivery.channel.close()
+        delivery.task.result()
+        delivery.channel.in_buffer.feed(b"late")
+        delivery.far.setblocking(False)  # noqa: FBT003 - the socket module's signature
+        with pytest.raises(BlockingIOError):
+            delivery.far.recv(9)

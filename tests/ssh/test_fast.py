@@ -1,0 +1,368 @@
+"""A transport for speed, and signs of life."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import paramiko
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from paramiko.compress import ZlibCompressor, ZlibDecompressor
+from paramiko.message import Message
+from paramiko.packet import NeedRekeyException, Packetizer
+
+from proxy_fsm.ssh import (
+    ChannelOpening,
+    TransportGone,
+    fast,
+    fast_transport,
+    packets_received,
+    set_nodelay,
+    why_ended,
+)
+from tests.e2e.procs import eventually
+from tests.e2e.sshd import SshServer
+from tests.ssh.helpers import GCM, ciphers_in_use, has_nodelay, open_to
+from tests.tunnel_helpers import (
+    LOOPBACK,
+    WAIT_S,
+    Agent,
+    Task,
+    needs_sshd,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from proxy_fsm.testing import LoopbackSSHServer
+
+
+def test_packets_received_changes_with_each_answer(transport: paramiko.Transport) -> None:
+    seen = [packets_received(transport)]
+    for _ in range(3):
+        opening = ChannelOpening(transport, "session")
+        opening.send()
+        opening.wait().send_close()
+        seen.append(packets_received(transport))
+    assert len(set(seen)) == 4
+
+
+def test_packets_received_stays_while_the_server_is_silent(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    server.freeze()
+    before = packets_received(transport)
+    opening = ChannelOpening(transport, "session")
+    opening.send()
+    assert not opening._settled.wait(0.1)
+    assert packets_received(transport) == before
+    server.thaw()
+    opening.wait().send_close()
+    assert packets_received(transport) != before
+
+
+class TestNodelay:
+    def test_it_is_set_on_tcp(self, server: LoopbackSSHServer) -> None:
+        with contextlib.closing(server.connect_transport()) as transport:
+            assert not has_nodelay(transport)
+            set_nodelay(transport)
+            assert has_nodelay(transport)
+
+    def test_a_unix_socket_is_left_as_it_is(self) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            set_nodelay(paramiko.Transport(one))
+
+    def test_a_closed_socket_does_not_matter(self, transport: paramiko.Transport) -> None:
+        transport.close()
+        transport.sock.close()
+        set_nodelay(transport)
+
+
+class TestFastTransport:
+    def test_it_prefers_gcm_and_keeps_all_other_ciphers(self) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            usual = paramiko.Transport(one).get_security_options().ciphers
+            fast = fast_transport(other).get_security_options().ciphers
+        assert fast[:2] == (GCM, "aes256-gcm@openssh.com")
+        assert sorted(fast) == sorted(usual)
+
+    def test_a_client_that_is_given_it_uses_gcm_without_delay(self, server: LoopbackSSHServer) -> None:
+        with server.connect(transport_factory=fast_transport) as client:
+            transport = client.get_transport()
+            assert transport is not None
+            assert ciphers_in_use(transport) == {GCM}
+            assert has_nodelay(transport)
+
+    def test_its_options_are_passed_on(self) -> None:
+        one, other = socket.socketpair()
+        with one, other:
+            transport = fast_transport(one, disabled_algorithms={"ciphers": [GCM]})
+            assert GCM not in transport.preferred_ciphers
+
+
+# ---- against OpenSSH ----
+
+
+@pytest.fixture
+def sshd() -> Iterator[SshServer]:
+    needs_sshd()
+    with SshServer() as running:
+        yield running
+
+
+def connect_fast(sshd: SshServer) -> paramiko.SSHClient:
+    client = paramiko.SSHClient()
+    client.get_host_keys().add(f"[{LOOPBACK}]:{sshd.port}", sshd.host_key.get_name(), sshd.host_key)
+    client.connect(
+        LOOPBACK,
+        sshd.port,
+        "root",
+        pkey=sshd.client_key,
+        allow_agent=False,
+        look_for_keys=False,
+        transport_factory=fast_transport,
+    )
+    return client
+
+
+@pytest.mark.real
+def test_openssh_takes_gcm_from_a_fast_transport(sshd: SshServer) -> None:
+    with connect_fast(sshd) as client:
+        transport = client.get_transport()
+        assert transport is not None
+        assert ciphers_in_use(transport) == {GCM}
+        _, output, _ = client.exec_command("echo works")
+        assert output.read() == b"works\n"
+
+
+class TestReadingAhead:
+    @pytest.fixture
+    def pair(self) -> Iterator[tuple[Any, socket.socket]]:
+        near, far = socket.socketpair()
+        near.settimeout(0.02)
+        with near, far:
+            yield fast.Packetizer(near), far
+
+    def test_it_reads_what_is_there_at_once_and_returns_what_is_asked_for(
+        self, pair: tuple[Any, socket.socket]
+    ) -> None:
+        packetizer, far = pair
+        far.sendall(b"headerbo")
+        assert packetizer.read_all(6) == b"header"
+        far.sendall(b"dynext")
+        assert [packetizer.read_all(4), packetizer.read_all(4)] == [b"body", b"next"]
+
+    def test_it_waits_for_what_comes_late(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        far.sendall(b"he")
+        task = Task(packetizer.read_all, 6, True)  # noqa: FBT003 - paramiko's signature
+        assert task.running
+        far.sendall(b"ader")
+        assert task.result() == b"header"
+
+    def test_what_was_left_of_the_banner_comes_first(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        far.sendall(b"SSH-2.0-Test\r\nhea")
+        assert packetizer.readline(1) == "SSH-2.0-Test"
+        far.sendall(b"derbody")
+        assert [packetizer.read_all(6), packetizer.read_all(4)] == [b"header", b"body"]
+
+    def test_a_packet_longer_than_the_buffer_comes_whole(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        data = bytes(range(256)) * 8192
+        task = Task(lambda: [packetizer.read_all(6), packetizer.read_all(len(data)), packetizer.read_all(3)])
+        far.sendall(b"header" + data + b"end")
+        assert task.result() == [b"header", data, b"end"]
+
+    def test_the_end_is_the_end(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        far.sendall(b"hea")
+        far.close()
+        with pytest.raises(EOFError):
+            packetizer.read_all(6)
+
+    def test_closed_while_it_waits_it_ends(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, _ = pair
+        task = Task(packetizer.read_all, 6)
+        packetizer.close()
+        with pytest.raises(EOFError):
+            task.result()
+
+    def test_keys_that_are_due_are_exchanged_between_packets_only(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        packetizer._trigger_rekey()
+        with pytest.raises(NeedRekeyException):
+            packetizer.read_all(6, True)  # noqa: FBT003 - paramiko's signature
+        waited = threading.Event()
+        packetizer._check_keepalive = waited.set
+        far.sendall(b"hea")
+        task = Task(packetizer.read_all, 6, True)  # noqa: FBT003 - paramiko's signature
+        assert waited.wait(WAIT_S)
+        far.sendall(b"der")
+        assert task.result() == b"header"
+
+    def test_a_handshake_that_takes_too_long_ends(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, _ = pair
+        packetizer.start_handshake(0.01)
+        with pytest.raises(EOFError):
+            packetizer.read_all(6)
+
+    def test_a_transport_over_something_else_than_a_socket_reads_as_ever(
+        self, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        over: Any = fast_transport(open_to(transport, agent.port))
+        assert type(over.packetizer) is Packetizer
+        over.close()
+
+
+class Ends(NamedTuple):
+    """Two packetizers that talk to each other under AES-GCM: ours, and paramiko's own."""
+
+    ours: Any
+    theirs: Any
+
+
+def agree_on_keys(ends: Ends) -> None:
+    """Give both the same keys and counters, as a key exchange does."""
+    for sender, receiver, letter in ((ends.ours, ends.theirs, b"o"), (ends.theirs, ends.ours, b"t")):
+        engine, nonce = AESGCM(16 * letter), 12 * letter
+        sender.set_outbound_cipher(engine, 16, None, 16, None, aead=True, iv_out=nonce)
+        receiver.set_inbound_cipher(engine, 16, None, 16, None, aead=True, iv_in=nonce)
+
+
+class TestSealing:
+    """What `fast.Packetizer` sends paramiko's own understands, and the other way round."""
+
+    @pytest.fixture
+    def ends(self) -> Iterator[Ends]:
+        pair = socket.socketpair()
+        for sock in pair:
+            sock.settimeout(0.02)  # as paramiko does
+        with pair[0], pair[1]:
+            ends = Ends(fast.Packetizer(pair[0]), Packetizer(pair[1]))
+            agree_on_keys(ends)
+            yield ends
+
+    @staticmethod
+    def carried(sender: Any, receiver: Any, *contents: bytes) -> list[bytes]:
+        """Send messages of kind 94, and return what was received."""
+        task = Task(lambda: [sender.send_message(Message(b"^" + content)) for content in contents])
+        received = [receiver.read_message() for _ in contents]
+        task.result()
+        assert {kind for kind, _ in received} == {94}
+        return [message.asbytes() for _, message in received]
+
+    @pytest.mark.parametrize("size", [0, 1, *range(8, 26), 1000, 32_768, 300_000])
+    def test_each_understands_the_other(self, ends: Ends, size: int) -> None:
+        data = bytes(number & 255 for number in range(size))
+        for sender, receiver in ((ends.ours, ends.theirs), (ends.theirs, ends.ours)):
+            assert self.carried(sender, receiver, data, b"behind") == [data, b"behind"]
+
+    def test_paramikos_own_way_can_take_over_at_any_packet_and_give_back(self, ends: Ends) -> None:
+        for dump in (False, True, False):
+            ends.ours.set_hexdump(dump)
+            assert self.carried(ends.ours, ends.theirs, b"there") == [b"there"]
+            assert self.carried(ends.theirs, ends.ours, b"back") == [b"back"]
+
+    def test_compression_is_paramikos_to_do(self, ends: Ends) -> None:
+        assert self.carried(ends.ours, ends.theirs, b"before") == [b"before"]
+        ends.ours.set_outbound_compressor(ZlibCompressor())
+        ends.theirs.set_inbound_compressor(ZlibDecompressor())
+        assert self.carried(ends.ours, ends.theirs, b"after" * 100) == [b"after" * 100]
+        ends.theirs.set_outbound_compressor(ZlibCompressor())
+        ends.ours.set_inbound_compressor(ZlibDecompressor())
+        assert self.carried(ends.theirs, ends.ours, b"back" * 100) == [b"back" * 100]
+
+    @pytest.mark.parametrize("dump", [False, True])
+    def test_messages_that_go_together_arrive_one_by_one(self, ends: Ends, *, dump: bool) -> None:
+        ends.ours.set_hexdump(dump)
+        pieces = [(b"^", memoryview(bytes(number for _ in range(number * 1000)))) for number in range(40)]
+        task = Task(ends.ours.send_message, fast.Messages(pieces))
+        assert [ends.theirs.read_message()[1].asbytes() for _ in pieces] == [bytes(data) for _, data in pieces]
+        task.result()
+
+    def test_message_numbers_are_counted_as_paramiko_counts_them(self, ends: Ends) -> None:
+        for _ in range(3):
+            ends.theirs.send_message(Message(b"^"))
+        assert [ends.ours.read_message()[1].seqno for _ in range(3)] == [0, 1, 2]
+
+    @pytest.mark.parametrize("place", [0, 4, 20, -1])
+    def test_a_packet_that_was_changed_on_the_way_is_refused(self, place: int) -> None:
+        near, far = socket.socketpair()
+        wire, sink = socket.socketpair()
+        with near, far, wire, sink:
+            ends = Ends(fast.Packetizer(near), Packetizer(wire))
+            agree_on_keys(ends)
+            ends.theirs.send_message(Message(b"^" + bytes(100)))
+            packet = bytearray(sink.recv(1000))
+            packet[place] ^= 8 if place else 0
+            packet[3] ^= 1 if place == 0 else 0
+            far.sendall(packet + bytes(100))
+            with pytest.raises(paramiko.SSHException, match="Mismatched MAC"):
+                ends.ours.read_message()
+
+    @pytest.mark.parametrize("plain", [b"", b"\x00", b"\x01x", b"\xff" + bytes(15)])
+    def test_a_packet_without_a_message_is_refused(self, plain: bytes) -> None:
+        near, far = socket.socketpair()
+        with near, far:
+            ours: Any = fast.Packetizer(near)
+            engine, nonce, head = AESGCM(bytes(16)), bytes(12), len(plain).to_bytes(4, "big")
+            ours.set_inbound_cipher(engine, 16, None, 16, None, aead=True, iv_in=nonce)
+            far.sendall(head + engine.encrypt(nonce, plain, head))
+            with pytest.raises(paramiko.SSHException, match="without a message"):
+                ours.read_message()
+
+    @pytest.mark.parametrize("limit", ["REKEY_BYTES", "REKEY_PACKETS"])
+    def test_fresh_keys_are_wanted_after_as_much_as_in_paramiko(self, ends: Ends, limit: str) -> None:
+        for sender, receiver in ((ends.ours, ends.theirs), (ends.theirs, ends.ours)):
+            for each in ends:
+                setattr(each, limit, 3 if limit == "REKEY_PACKETS" else 300)  # a packet here has 100 bytes
+                assert not each.need_rekey()
+            for wanted in (False, False, True):
+                self.carried(sender, receiver, bytes(74))
+                assert [each.need_rekey() for each in ends] == [wanted, wanted]
+            for each in ends:
+                setattr(each, limit, 1 << 29)
+            agree_on_keys(ends)
+
+    @pytest.mark.parametrize("limit", ["REKEY_BYTES_OVERFLOW_MAX", "REKEY_PACKETS_OVERFLOW_MAX"])
+    def test_a_server_that_gives_no_fresh_keys_is_left(self, ends: Ends, limit: str) -> None:
+        ends.ours.REKEY_PACKETS = 1
+        setattr(ends.ours, limit, 2 if "PACKETS" in limit else 200)
+        self.carried(ends.theirs, ends.ours, bytes(74), bytes(74))
+        with pytest.raises(paramiko.SSHException, match="ignoring rekey"):
+            self.carried(ends.theirs, ends.ours, bytes(74))
+
+    def test_when_nothing_comes_and_keys_are_due_it_says_so(self, ends: Ends) -> None:
+        ends.ours._trigger_rekey()
+        with pytest.raises(NeedRekeyException):
+            ends.ours.read_message()
+
+    def test_what_cannot_be_written_is_the_end(self, ends: Ends) -> None:
+        ends.theirs.close()
+        with pytest.raises(EOFError):
+            ends.ours.send_message(Message(b"^"))
+
+    def test_a_keepalive_waits_for_what_was_sent_last(self, ends: Ends) -> None:
+        called: list[None] = []
+        ends.ours.set_keepalive(60, lambda: called.append(None))
+        ends.ours._Packetizer__keepalive_last -= 120
+        ends.ours.send_message(Message(b"^"))
+        ends.ours._check_keepalive()
+        assert not called
+
+
+def test_a_refused_packet_ends_the_transport_and_is_told(server: LoopbackSSHServer, agent: Agent) -> None:
+    """Through paramiko's own reading the reason would be empty."""
+    with server.connect(transport_factory=fast_transport) as client:
+        transport: Any = client.get_transport()
+        transport.packetizer._Packetizer__iv_in = bytes(12)
+        with pytest.raises(TransportGone):
+            open_to(transport, agent.port)
+        eventually(lambda: not transport.is_active(), WAIT_S)
+        assert "Mismatched MAC" in why_ended(transport)

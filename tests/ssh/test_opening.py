@@ -1,0 +1,423 @@
+"""Opens: a message and its answer, wanted or not any more; and the end of a transport."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+import time
+from typing import Any
+
+import paramiko
+import pytest
+
+from proxy_fsm.ssh import (
+    ChannelOpening,
+    ChannelRefused,
+    EndWatch,
+    OpenAbandoned,
+    SafeChannel,
+    TransportGone,
+)
+from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+from tests.ssh.helpers import ENDS, FOREIGN, End, do_nothing, keys_exchanged, open_to, opening_to
+from tests.tunnel_helpers import (
+    LOOPBACK,
+    SOON_S,
+    WAIT_S,
+    Agent,
+    Task,
+    dead_port,
+    median_s,
+    read_all,
+)
+
+
+class TestOpening:
+    def test_an_open_gives_a_channel_that_carries_both_ways(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        assert isinstance(channel, SafeChannel)
+        peer = agent.accept()
+        channel.send(b"up")
+        assert peer.recv(9) == b"up"
+        peer.sendall(b"down")
+        assert channel.recv(9) == b"down"
+        channel.send_close()
+
+    def test_a_session_channel_needs_no_destination(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
+        opening = ChannelOpening(transport, "session")
+        opening.send()
+        opening.wait().send_close()
+        assert server.sessions_opened == 1
+
+    def test_a_port_where_nothing_listens_is_refused_with_code_2(self, transport: paramiko.Transport) -> None:
+        with pytest.raises(ChannelRefused, match="Connect failed") as refused:
+            open_to(transport, dead_port())
+        assert refused.value.code == ChannelRefused.CONNECT_FAILED == 2
+
+    def test_prohibited_forwarding_is_refused_with_code_1(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.DENIED
+        with pytest.raises(ChannelRefused, match="Administratively prohibited") as refused:
+            open_to(transport, agent.port)
+        assert refused.value.code == ChannelRefused.PROHIBITED == 1
+
+    def test_an_unknown_kind_is_refused_with_code_3(self, transport: paramiko.Transport) -> None:
+        opening = ChannelOpening(transport, "nonsense")
+        opening.send()
+        with pytest.raises(ChannelRefused) as refused:
+            opening.wait()
+        assert refused.value.code == ChannelRefused.UNKNOWN_TYPE == 3
+
+    def test_a_refusal_is_not_left_behind_for_the_caller_to_find(self, transport: paramiko.Transport) -> None:
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())
+        assert transport.saved_exception is None
+        assert transport.get_exception() is None
+
+    def test_a_refusal_does_not_take_the_place_of_one_that_the_caller_is_about_to_read(
+        self, transport: paramiko.Transport
+    ) -> None:
+        callers = transport.saved_exception = paramiko.ChannelException(1, "the caller's")
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())
+        assert transport.get_exception() is callers
+
+    def test_a_refused_open_leaves_no_entry(self, transport: Any) -> None:
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())
+        assert len(transport._channels) == 0
+        assert not transport.channel_events
+
+    @pytest.mark.parametrize("together", ["answered one by one", "answered in one burst"])
+    def test_twenty_opens_at_once_each_get_their_own_answer(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, together: str
+    ) -> None:
+        destinations = [(LOOPBACK, agent.port), (LOOPBACK, dead_port()), FOREIGN, (LOOPBACK, agent.port)] * 5
+        expected: list[int | None] = [None, 2, 1, None] * 5
+        ready = threading.Barrier(20)
+
+        def attempt(destination: tuple[str, int]) -> SafeChannel | int:
+            opening = ChannelOpening(transport, "direct-tcpip", destination)
+            ready.wait(WAIT_S)
+            opening.send()
+            try:
+                return opening.wait()
+            except ChannelRefused as refused:
+                return refused.code
+
+        if together == "answered in one burst":
+            server.forwarding = Forwarding.HELD
+        tasks = [Task(attempt, destination) for destination in destinations]
+        if together == "answered in one burst":
+            server.wait_for(lambda: server.channels_held == 20)
+            server.release()
+        outcomes = [task.result() for task in tasks]
+        assert [None if isinstance(each, SafeChannel) else each for each in outcomes] == expected
+        for outcome in outcomes:
+            if isinstance(outcome, SafeChannel):
+                outcome.send_close()
+        server.wait_for(lambda: server.channels_open == 0)
+        assert transport.is_active()
+
+    def test_the_channel_lives_as_long_as_its_user_holds_it(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel = open_to(transport, agent.port)
+        gc.collect()
+        agent.accept().sendall(b"still here")
+        assert channel.recv(99) == b"still here"
+        channel.send_close()
+
+
+class TestKeysAreExchangedForTooLong:
+    def test_the_open_is_refused_and_the_transport_lives(self, transport: Any, agent: Agent) -> None:
+        with keys_exchanged(transport):
+            opening = opening_to(transport, agent.port)
+            with pytest.raises(ChannelRefused, match="Key-exchange timed out") as refused:
+                opening.wait()
+        assert refused.value.code == ChannelRefused.RESOURCE_SHORTAGE == 4
+        assert len(transport._channels) == 0
+        assert not transport.channel_events
+        open_to(transport, agent.port).send_close()
+
+    def test_an_open_that_was_abandoned_meanwhile_leaves_no_entry_either(self, transport: Any, agent: Agent) -> None:
+        opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
+        opening.abandon()
+        with keys_exchanged(transport):
+            opening.send()
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        assert len(transport._channels) == 0
+        assert not transport.channel_events
+
+    def test_a_transport_that_ends_meanwhile_is_gone(self, transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def end_and_fail(_: object) -> None:
+            transport.close()
+            raise paramiko.SSHException("Key-exchange timed out")
+
+        monkeypatch.setattr(transport, "_send_user_message", end_and_fail)
+        with pytest.raises(TransportGone):
+            opening_to(transport, 9).wait()
+
+    def test_a_write_that_fails_means_that_the_transport_is_gone(
+        self, transport: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: object) -> None:
+            raise BrokenPipeError
+
+        monkeypatch.setattr(transport, "_send_user_message", fail)
+        with pytest.raises(TransportGone):
+            opening_to(transport, 9).wait()
+
+
+class TestAbandon:
+    def test_before_the_answer_wait_raises_at_once(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+
+        def measure() -> float:
+            opening = opening_to(transport, agent.port)
+            raised: list[float] = []
+
+            def wait() -> None:
+                with pytest.raises(OpenAbandoned):
+                    opening.wait()
+                raised.append(time.monotonic())
+
+            waiter = Task(wait)
+            abandoned = time.monotonic()
+            opening.abandon()
+            waiter.result()
+            return raised[0] - abandoned
+
+        assert median_s(measure) < SOON_S
+
+    def test_the_channel_that_opens_late_is_closed_on_the_server(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        server.forwarding = Forwarding.HELD
+        opening = opening_to(transport, agent.port)
+        server.wait_for(lambda: server.channels_held == 1)
+        opening.abandon()
+        server.release()
+        peer = agent.accept()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+        assert read_all(peer) == b""
+        assert transport.is_active()
+
+    def test_a_late_refusal_is_taken_in_silence(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+        server.forwarding = Forwarding.HELD
+        opening = opening_to(transport, dead_port())
+        server.wait_for(lambda: server.channels_held == 1)
+        opening.abandon()
+        server.release()
+        with pytest.raises(ChannelRefused):
+            open_to(transport, dead_port())  # answered after the first
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        assert transport.saved_exception is None
+
+    def test_after_success_but_before_wait_the_channel_is_closed(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        opening = opening_to(transport, agent.port)
+        assert opening._settled.wait(WAIT_S)
+        opening.abandon()
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+
+    def test_after_wait_it_is_too_late_and_changes_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
+        opening = opening_to(transport, agent.port)
+        channel = opening.wait()
+        opening.abandon()
+        assert not channel.closed
+        channel.send_close()
+
+    def test_before_it_was_sent_the_channel_is_closed_too(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
+    ) -> None:
+        opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
+        opening.abandon()
+        opening.send()
+        with pytest.raises(OpenAbandoned):
+            opening.wait()
+        server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
+
+
+class TestTransportEnds:
+    @ENDS
+    def test_while_an_open_is_pending_it_is_told_at_once(self, server: LoopbackSSHServer, end: End) -> None:
+        server.forwarding = Forwarding.HELD
+
+        def measure() -> float:
+            with contextlib.closing(server.connect_transport()) as transport:
+                opening = opening_to(transport, 9)
+                server.wait_for(lambda: server.channels_held == 1)
+                told: list[float] = []
+
+                def wait() -> None:
+                    with pytest.raises(TransportGone):
+                        opening.wait()
+                    told.append(time.monotonic())
+
+                waiter = Task(wait)
+                began = time.monotonic()
+                end(server, transport)
+                waiter.result()
+                server.wait_for(lambda: server.channels_held == 0)
+                return told[0] - began
+
+        assert median_s(measure) < SOON_S
+
+    @ENDS
+    def test_before_the_open_is_sent_it_is_told_by_wait(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, end: End
+    ) -> None:
+        end(server, transport)
+        transport.join(WAIT_S)
+        opening = opening_to(transport, 9)
+        with pytest.raises(TransportGone):
+            opening.wait()
+
+    def test_in_the_very_moment_of_its_end_an_open_is_told(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
+        openings: list[ChannelOpening] = []
+
+        def open_now() -> None:
+            openings.append(opening_to(transport, 9))
+
+        watch = EndWatch(transport, open_now)  # called when the transport has begun to unlink its channels
+        server.drop()
+        transport.join(WAIT_S)
+        with pytest.raises(TransportGone):
+            Task(openings[0].wait).result()
+        watch.cancel()
+
+    @ENDS
+    def test_under_an_open_channel_it_wakes_its_user_and_says_why(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, end: End
+    ) -> None:
+        channel = open_to(transport, agent.port)
+        reader = Task(channel.recv, 1)
+        end(server, transport)
+        assert reader.result() == b""
+        assert channel.ended.wait(WAIT_S)
+        assert channel.transport_ended
+        channel.send_close()
+
+
+class TestEndWatch:
+    @ENDS
+    def test_it_calls_back_once_and_at_once(self, server: LoopbackSSHServer, end: End) -> None:
+        def measure() -> float:
+            with contextlib.closing(server.connect_transport()) as transport:
+                calls: list[float] = []
+                called = threading.Event()
+
+                def callback() -> None:
+                    calls.append(time.monotonic())
+                    called.set()
+
+                watch = EndWatch(transport, callback)
+                began = time.monotonic()
+                end(server, transport)
+                assert called.wait(WAIT_S)
+                transport.join(WAIT_S)
+                transport.close()
+                watch.cancel()
+                assert len(calls) == 1
+                return calls[0] - began
+
+        assert median_s(measure) < SOON_S
+
+    @ENDS
+    def test_after_the_end_it_calls_back_at_once(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, end: End
+    ) -> None:
+        end(server, transport)
+        transport.join(WAIT_S)
+        calls: list[str] = []
+        EndWatch(transport, lambda: calls.append("ended"))
+        assert calls == ["ended"]
+
+    def test_one_made_in_the_very_moment_of_the_end_calls_back(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
+        """The transport has begun to unlink its channels, but is active still."""
+        calls: list[str] = []
+        active: list[bool] = []
+        late: list[EndWatch] = []
+
+        def at_the_end() -> None:
+            active.append(transport.is_active())
+            late.append(EndWatch(transport, lambda: calls.append("ended")))
+
+        watch = EndWatch(transport, at_the_end)
+        server.drop()
+        transport.join(WAIT_S)
+        assert active == [True]
+        assert calls == ["ended"]
+        watch.cancel()
+
+    def test_it_calls_back_once_when_both_sides_end_it_together(self, server: LoopbackSSHServer) -> None:
+        for _ in range(20):
+            transport = server.connect_transport()
+            calls: list[str] = []
+            watch = EndWatch(transport, lambda calls=calls: calls.append("ended"))  # type: ignore[misc]
+            dropper = Task(server.drop)
+            transport.close()
+            dropper.result()
+            transport.join(WAIT_S)
+            assert calls == ["ended"]
+            watch.cancel()
+
+    def test_it_calls_back_once_however_many_threads_tell_it(self, transport: paramiko.Transport) -> None:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(200):
+                calls: list[str] = []
+                together = threading.Barrier(4)
+                watch = EndWatch(transport, lambda calls=calls: calls.append("ended"))  # type: ignore[misc]
+
+                def tell(together: threading.Barrier = together, watch: EndWatch = watch) -> None:
+                    together.wait(WAIT_S)
+                    watch._sentinel._unlink()
+
+                for task in [Task(tell) for _ in range(4)]:
+                    task.result()
+                watch.cancel()
+                assert calls == ["ended"]
+        finally:
+            sys.setswitchinterval(interval)
+
+    def test_cancelled_it_does_not_call_back(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+        calls: list[str] = []
+        watch = EndWatch(transport, lambda: calls.append("ended"))
+        watch.cancel()
+        watch.cancel()
+        server.drop()
+        transport.join(WAIT_S)
+        assert calls == []
+
+    def test_cancelled_it_leaves_no_entry(self, transport: Any) -> None:
+        before = len(transport._channels)
+        watches = [EndWatch(transport, do_nothing) for _ in range(3)]
+        assert len(transport._channels) == before + 3
+        for watch in watches:
+            watch.cancel()
+        assert len(transport._channels) == before
+        assert not transport.channel_events
+
+    def test_it_disturbs_no_channel(self, transport: paramiko.Transport, agent: Agent) -> None:
+        watch = EndWatch(transport, do_nothing)
+        first, second = open_to(transport, agent.port), transport.open_session(timeout=WAIT_S)
+        assert len({first.chanid, second.chanid, watch._sentinel.chanid}) == 3
+        watch.cancel()
+        first.send_close()
