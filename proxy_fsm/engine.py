@@ -632,19 +632,19 @@ class Engine:
     def _finish(self) -> None:
         self._clear_timer()
         try:
-            if self._attachment is not None:
-                self._attachment.detach()
+            monitor_thread = None if self._attachment is None else self._attachment.detach()
             if not self._view.abandoned:
-                self._join_workers()
+                self._join_workers(monitor_thread)
         finally:
             clean = self._cause is not None and self._cause.reason.clean
             self._lifecycle.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
 
-    def _join_workers(self) -> None:
+    def _join_workers(self, monitor_thread: threading.Thread | None) -> None:
         """Wait for threads that have said their last word, so that nothing at all is left."""
         deadline = time.monotonic() + _JOIN_S
         workers = [self._preparation.thread, *self._forwarder.threads()]
         workers += [worker.thread for worker in (self._process, self._question) if worker is not None]
+        workers += [] if monitor_thread is None else [monitor_thread]
         for thread in workers:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))

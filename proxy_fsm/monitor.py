@@ -1,9 +1,9 @@
 """One monitor per transport: its end, and its silence.
 
 All proxies on a transport share it. Its one thread sleeps until the transport ends, somebody attaches or detaches,
-a probe is answered, or it is time to look whether anything came. A probe is the opening of a ``session`` channel
-that is closed at once: any answer, a refusal too, is a sign of life, and unlike a global request it cannot
-be mistaken for the answer to a request of the caller's own.
+a probe is answered, or it is time to look whether anything came. A probe asks for a channel of a kind that no server
+knows: its refusal is a sign of life, costs none of the caller's sessions, and, unlike the answer to a global request,
+cannot be taken for the answer to a request of the caller's.
 """
 
 from __future__ import annotations
@@ -30,40 +30,43 @@ __all__ = ["Attachment", "attach"]
 
 #: A sleep that lasts so much longer than it should means that this process was stopped, in seconds.
 _STOPPED_S = 0.1
-#: A kind of channel that no server knows: its refusal is a sign of life, and costs the caller none of its sessions, of
-#: which OpenSSH allows ten by default.
+#: A kind of channel that no server knows.
 _PROBE = "probe@proxy-fsm"
 
 
 @dataclass(eq=False)
 class Attachment:
-    """One proxy's interest in a transport.
+    """One proxy's interest in a transport; `attach` makes it.
 
     Attributes:
+        monitor: The one of the transport.
         post: Takes the observations.
         probe_s: After how much silence a probe is sent, in seconds, and after how much more it is silent.
         dead_s: After how much silence the transport is given up, in seconds.
         since: From when on it counts silence (monotonic).
+        told_silent: Whether it was told of a silence that lasts.
+        told_dead: Whether it was told that the transport is given up, which is told once.
     """
 
+    monitor: _TransportMonitor
     post: Callable[[Observation], None]
     probe_s: float
     dead_s: float
-    told_silent: bool = False
-    told_dead: bool = False
-
-    since: float = field(default_factory=time.monotonic)
-    _monitor: _TransportMonitor | None = None
+    since: float = field(init=False, default=0.0)
+    told_silent: bool = field(init=False, default=False)
+    told_dead: bool = field(init=False, default=False)
 
     def quiet_since(self, heard_at: float) -> float:
-        """Return from when on it counts silence (monotonic), where that was heard last."""
+        """Return when its silence began: when something was heard last, or when it attached, whichever is later."""
         return max(heard_at, self.since)
 
-    def detach(self) -> None:
-        """Want nothing more; the last one out ends the monitor."""
-        monitor, self._monitor = self._monitor, None
-        if monitor is not None:
-            monitor.detach(self)
+    def detach(self) -> threading.Thread | None:
+        """Want nothing more; the last one out ends the monitor.
+
+        Returns:
+            The monitor's thread where it ends by this, or has ended, so that one can wait for it; else None.
+        """
+        return self.monitor.remove(self)
 
 
 _registry_lock = threading.Lock()
@@ -81,16 +84,19 @@ def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Ob
     Raises:
         RuntimeError: No thread can be started.
     """
-    attachment = Attachment(post, timeouts.link_probe_s, timeouts.link_dead_s)
+
+    def at(monitor: _TransportMonitor) -> Attachment:
+        return Attachment(monitor, post, timeouts.link_probe_s, timeouts.link_dead_s)
+
     with _registry_lock:
         monitor = _registry.get(transport)
-        if monitor is None or not monitor.add(attachment):
-            monitor = _TransportMonitor(transport)
-            monitor.add(attachment)
-            monitor.start()
-            _registry[transport] = monitor  # only now: one that never ran would leave all who share it blind
-        attachment._monitor = monitor  # noqa: SLF001
-    return attachment
+        if monitor is not None and monitor.add(attachment := at(monitor)):
+            return attachment
+        monitor = _TransportMonitor(transport)
+        monitor.add(attachment := at(monitor))
+        monitor.start()
+        _registry[transport] = monitor  # only now: one that never ran would leave all who share it blind
+        return attachment
 
 
 def forget_all() -> None:
@@ -100,14 +106,86 @@ def forget_all() -> None:
     _registry = weakref.WeakKeyDictionary()
 
 
+class _Silence:
+    """Says what has to be told to whom, and when to look again; it has neither a clock nor a lock.
+
+    All times are seconds of one clock, which goes on from call to call.
+
+    Args:
+        now: From when on it counts.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.attached: list[Attachment] = []
+        self._heard_at = self._looked_at = now
+
+    def add(self, attachment: Attachment, now: float) -> None:
+        """Take one in, for which the quiet before it came does not count."""
+        attachment.since = now
+        self.attached.append(attachment)
+
+    def due(self) -> float:
+        """Return when to look next, if nothing is heard until then; it may be past by now."""
+        quiet = [(a, a.quiet_since(self._heard_at)) for a in self.attached]
+        marks = [since + after for a, since in quiet for after in (a.probe_s, 2 * a.probe_s, a.dead_s)]
+        marks = [mark for mark in marks if mark > self._looked_at]
+        return min(marks, default=self._looked_at + min(a.probe_s for a in self.attached))
+
+    def heard(self, now: float) -> list[tuple[Attachment, Observation]]:
+        """Take in that something came; return what has to be told."""
+        silent_s, self._heard_at = now - self._heard_at, now
+        relieved = [a for a in self.attached if a.told_silent]
+        for a in relieved:
+            a.told_silent = False
+        return [(a, LinkRestored(silent_s)) for a in relieved]
+
+    def wants_probe(self, now: float) -> bool:
+        """Tell whether the server has to be asked for a sign of life."""
+        return any(now - a.quiet_since(self._heard_at) >= a.probe_s for a in self.attached)
+
+    def look(self, now: float) -> list[tuple[Attachment, Observation]]:
+        """Return what has to be told of the silence so far."""
+        self._looked_at = now
+        told: list[tuple[Attachment, Observation]] = []
+        for a in self.attached:
+            quiet_s = now - a.quiet_since(self._heard_at)
+            if quiet_s >= min(2 * a.probe_s, a.dead_s) and not a.told_silent:
+                a.told_silent = True
+                told.append((a, LinkSilent(self._heard_at)))
+            if quiet_s >= a.dead_s and not a.told_dead:
+                a.told_dead = True
+                told.append((a, LinkDead(quiet_s)))
+        return told
+
+    def stopped(self, for_s: float, now: float) -> None:
+        """Count no silence for the time in which this process itself was stopped."""
+        self._heard_at = min(self._heard_at + for_s, now)
+        for a in self.attached:
+            a.since = min(a.since + for_s, now)
+
+    def not_asked(self, now: float) -> None:
+        """Count from now on, since a server that could not be asked is not silent."""
+        for a in self.attached:
+            a.since = now
+
+
 class _TransportMonitor:
+    """Watches one transport.
+
+    Its thread runs `_run` and posts everything; `add` and `remove` are called on any. Another thread lives as long as a
+    probe is out, so that a server that takes nothing holds nobody else. The lock guards what is counted, those who are
+    attached, and whether it takes in more; nothing is posted under it, since who is told may leave.
+    """
+
     def __init__(self, transport: paramiko.Transport) -> None:
         # Held weakly, so that the registry's key can go when the caller drops a transport that has ended.
         self._transport = weakref.ref(transport)
-        self._wake: SimpleQueue[str] = SimpleQueue()
-        self._attached: list[Attachment] = []
-        self._ended = False
+        #: Something has happened; True where it was the transport's end.
+        self._happened: SimpleQueue[bool] = SimpleQueue()
         self._lock = threading.Lock()
+        self._silence = _Silence(time.monotonic())
+        self._closed_to_new = False
+        #: The one that is out; its own thread forgets it.
         self._probe: ChannelOpening | None = None
         self._thread = threading.Thread(target=self._run, name="proxy_fsm-monitor", daemon=True)
 
@@ -117,21 +195,25 @@ class _TransportMonitor:
     def add(self, attachment: Attachment) -> bool:
         """Take one more in; False where this monitor has come to its end."""
         with self._lock:
-            if self._ended:
+            if self._closed_to_new:
                 return False
-            self._attached.append(attachment)
-        self._wake.put("attached")
+            self._silence.add(attachment, time.monotonic())
+        self._wake()
         return True
 
-    def detach(self, attachment: Attachment) -> None:
+    def remove(self, attachment: Attachment) -> threading.Thread | None:
+        """Let one go; return the thread where it comes to its end."""
         with self._lock:
-            if attachment in self._attached:
-                self._attached.remove(attachment)
-            if not self._attached:
-                self._ended = True
-        self._wake.put("detached")
-        if self._ended and self._thread is not threading.current_thread():
-            self._thread.join(1)
+            if attachment in self._silence.attached:
+                self._silence.attached.remove(attachment)
+            if not self._silence.attached:
+                self._closed_to_new = True
+            ends = self._closed_to_new
+        self._wake()
+        return self._thread if ends else None
+
+    def _wake(self, *, ended: bool = False) -> None:
+        self._happened.put(ended)
 
     def _run(self) -> None:
         try:
@@ -139,98 +221,63 @@ class _TransportMonitor:
             if transport is not None:
                 self._watch(transport)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owners have to know
-            self._end_with(WorkerFailed("transport monitor", error))
+            self._tell_all(WorkerFailed("transport monitor", error))
         finally:
             with self._lock:  # whoever comes later needs another one
-                self._ended = True
+                self._closed_to_new = True
 
     def _watch(self, transport: paramiko.Transport) -> None:
-        watch = EndWatch(transport, lambda: self._wake.put("ended"))
+        watch = EndWatch(transport, lambda: self._wake(ended=True))
         try:
             self._watch_until_end(transport)
         finally:
             watch.cancel()
-            probe = self._probe  # its own thread forgets it
+            probe = self._probe
             if probe is not None:
                 probe.abandon()
 
     def _watch_until_end(self, transport: paramiko.Transport) -> None:
-        looked_at = heard_at = time.monotonic()
         packets = packets_received(transport)
-        while True:
-            with self._lock:
-                attached = tuple(self._attached)
-                if not attached:
-                    self._ended = True
-                    return
-            due = self._next_look(attached, heard_at, looked_at)
+        while (due := self._due()) is not None:
             try:
-                why = self._wake.get(timeout=max(0.0, due - time.monotonic()))
+                ended = self._happened.get(timeout=max(0.0, due - time.monotonic()))
             except Empty:
-                why = "time"
-                overslept_s = time.monotonic() - due
-                if overslept_s > _STOPPED_S:
-                    heard_at = self._leave_out(overslept_s, heard_at)
-            if why == "ended":
-                self._tell_end(transport)
+                ended = False
+            if ended:
+                self._tell_all(TransportEnded(why_ended(transport)))
                 return
-            looked_at = time.monotonic()
-            if packets_received(transport) != packets:
-                packets = packets_received(transport)
-                self._tell_restored(looked_at - heard_at)
-                heard_at = looked_at
-            self._look(transport, looked_at, heard_at)
+            now = time.monotonic()
+            overslept_s = now - due  # negative where it was woken before
+            told: list[tuple[Attachment, Observation]] = []
+            with self._lock:
+                if overslept_s > _STOPPED_S:
+                    self._silence.stopped(overslept_s, now)
+                if (count := packets_received(transport)) != packets:
+                    packets = count
+                    told += self._silence.heard(now)
+                if self._silence.wants_probe(now) and not self._send_probe(transport):
+                    self._silence.not_asked(now)
+                told += self._silence.look(now)
+            for attachment, observation in told:
+                attachment.post(observation)
 
-    def _leave_out(self, stopped_s: float, heard_at: float) -> float:
-        """Count no silence for the time in which this process itself was stopped; return the new ``heard_at``."""
+    def _due(self) -> float | None:
+        """Return when to look next; None where nobody is left."""
         with self._lock:
-            for a in self._attached:
-                a.since = min(a.since + stopped_s, time.monotonic())
-        return heard_at + stopped_s
+            return self._silence.due() if self._silence.attached else None
 
-    @staticmethod
-    def _next_look(attached: tuple[Attachment, ...], heard_at: float, looked_at: float) -> float:
-        """Return when something is due next, if nothing is heard until then (monotonic); it may be past by now."""
-        due = [a.quiet_since(heard_at) + mark for a in attached for mark in (a.probe_s, 2 * a.probe_s, a.dead_s)]
-        due = [mark for mark in due if mark > looked_at]
-        return min(due, default=looked_at + min(a.probe_s for a in attached))
-
-    def _look(self, transport: paramiko.Transport, now: float, heard_at: float) -> None:
+    def _tell_all(self, last_word: Observation) -> None:
+        """Take nobody in any more, and tell all who are there why."""
         with self._lock:
-            attached = tuple(self._attached)
-        if any(now - a.quiet_since(heard_at) >= a.probe_s for a in attached):
-            self._send_probe(transport)
-        for a in attached:
-            quiet_s = now - a.quiet_since(heard_at)
-            if quiet_s >= min(2 * a.probe_s, a.dead_s) and not a.told_silent:
-                a.told_silent = True
-                a.post(LinkSilent(heard_at))
-            if quiet_s >= a.dead_s and not a.told_dead:
-                a.told_dead = True
-                a.post(LinkDead(quiet_s))
+            self._closed_to_new = True
+            attached = tuple(self._silence.attached)
+        for attachment in attached:
+            attachment.post(last_word)
 
-    def _tell_restored(self, silent_s: float) -> None:
-        with self._lock:
-            attached = tuple(self._attached)
-        for a in attached:
-            if a.told_silent:
-                a.told_silent = False
-                a.post(LinkRestored(silent_s))
-
-    def _tell_end(self, transport: paramiko.Transport) -> None:
-        self._end_with(TransportEnded(why_ended(transport)))
-
-    def _end_with(self, observation: Observation) -> None:
-        with self._lock:
-            self._ended = True
-            attached = tuple(self._attached)
-        for a in attached:
-            a.post(observation)
-
-    def _send_probe(self, transport: paramiko.Transport) -> None:
-        """Probe on a thread of its own, since a server that takes nothing may hold the sender for long."""
+    def _send_probe(self, transport: paramiko.Transport) -> bool:
+        """See that a probe is out; False where no thread can be started for it, which a later look tries again."""
         if self._probe is not None:
-            return
+            return True
         probe = self._probe = ChannelOpening(transport, _PROBE)
 
         def run() -> None:
@@ -241,12 +288,11 @@ class _TransportMonitor:
                 pass  # a refusal is an answer; the others are told elsewhere
             finally:
                 self._probe = None
-                self._wake.put("answered")
+                self._wake()
 
         try:
             threading.Thread(target=run, name="proxy_fsm-probe", daemon=True).start()
-        except RuntimeError:  # no thread can be started: a later look tries again
+        except RuntimeError:
             self._probe = None
-            with self._lock:
-                for a in self._attached:
-                    a.since = time.monotonic()  # a server that was not asked is not silent
+            return False
+        return True

@@ -355,7 +355,6 @@ def fake_session(**changes: Any) -> SessionInfo:
 
 class _FakeAttachment(Attachment):
     def __init__(self, tunnel: FakeTunnel) -> None:
-        super().__init__(tunnel._post, 1.0, 2.0)  # noqa: SLF001
         self._tunnel = tunnel
 
     def detach(self) -> None:

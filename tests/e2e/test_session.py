@@ -35,6 +35,7 @@ from proxy_fsm import (
     parse_session_list,
 )
 from proxy_fsm.evidence import ProcessExited
+from proxy_fsm.ssh import why_ended
 
 from .attempt import (
     FINAL_S,
@@ -226,13 +227,12 @@ def test_lost_transport_is_told_by_the_tunnel_where_the_monitor_is_late(
     scene.settled()
     stopping = threading.Event()
     attempt.proxy.subscribe(lambda record: stopping.set() if record.dest is State.STOPPING else None)
-    tell_end = monitor._TransportMonitor._tell_end
 
-    def late(self: Any, transport: paramiko.Transport) -> None:
+    def late(transport: paramiko.Transport) -> str:
         stopping.wait(1.0)
-        tell_end(self, transport)
+        return why_ended(transport)
 
-    monkeypatch.setattr(monitor._TransportMonitor, "_tell_end", late)
+    monkeypatch.setattr(monitor, "why_ended", late)
     scene.client.close()
     assert attempt.wait() is State.FAILED
     status = attempt.proxy.status()
