@@ -1386,20 +1386,22 @@ def test_all_threads_that_were_started_are_waited_for_within_a_second(
     close_session(proxy)
     engine = proxy._engine
     preparation, first, unstarted = Thread(clock, takes_s=0.25), Thread(clock, takes_s=0.25), Thread(clock, ident=None)
-    process, question, watch = Thread(clock, takes_s=5), Thread(clock), Watch()
+    process, question, watcher, watch = Thread(clock, takes_s=5), Thread(clock), Thread(clock), Watch()
+    assert engine._attachment is not None
     assert engine._process is not None
     assert engine._question is not None
     engine._preparation.thread = preparation  # type: ignore[assignment]
     engine._forwarder.threads = lambda: (first, unstarted)  # type: ignore[method-assign, assignment, return-value]
     engine._process.thread = process  # type: ignore[assignment]
     engine._question.thread = question  # type: ignore[assignment]
+    engine._attachment.detach = lambda: watcher  # type: ignore[method-assign, assignment, return-value]
     engine._preparation.watch = watch  # type: ignore[assignment]
     if abandoned:
         engine._update(abandoned=("something",))
     proxy.stop()
     proxy.wait(timeout=5)
-    joined = [thread.joined for thread in (preparation, first, unstarted, process, question, watch)]
-    assert joined == ([[]] * 6 if abandoned else [[1.0], [0.75], [], [0.5], [0.0], [0.0]])
+    joined = [thread.joined for thread in (preparation, first, unstarted, process, question, watcher, watch)]
+    assert joined == ([[]] * 7 if abandoned else [[1.0], [0.75], [], [0.5], [0.0], [0.0], [0.0]])
 
 
 # ---- what is told of what is seen ----
