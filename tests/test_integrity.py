@@ -24,7 +24,7 @@ from proxy_fsm.testing import LoopbackSSHServer
 
 from .e2e.procs import eventually
 from .e2e.sshd import SshServer, transport_of
-from .tunnel_helpers import LOOPBACK, WAIT_S, Agent, Inbox, Task, needs_sshd, own_threads
+from .tunnel_helpers import LOOPBACK, WAIT_S, Agent, Inbox, Task, connect_fast, connect_local, needs_sshd, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,7 +155,7 @@ def converse(
         readers: list[tuple[Task[bytes], bytes]] = []
         writers: list[Task[None]] = []
         for talk in conversations:
-            near = stack.enter_context(connect(kind, address))
+            near = stack.enter_context(connect_local(kind, address))
             ends = (near, talk.proxy, talk.agent), (agent.accept(), talk.agent, talk.proxy)
             for sock, side, other in ends:
                 if talk.buffer_bytes is not None:
@@ -178,14 +178,6 @@ def converse(
     assert transport.is_active()
 
 
-def connect(kind: str, address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    local = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
-    local.settimeout(WAIT_S)
-    local.connect(address if kind == "unix" else (host, int(port)))
-    return local
-
-
 @pytest.fixture(scope="module")
 def to_paramiko() -> Iterator[paramiko.Transport]:
     with LoopbackSSHServer() as server, contextlib.closing(server.connect_transport()) as transport:
@@ -195,13 +187,18 @@ def to_paramiko() -> Iterator[paramiko.Transport]:
     eventually(lambda: not own_threads(), WAIT_S)
 
 
-@pytest.fixture(scope="module", params=["", "RekeyLimit 1M"], ids=["OpenSSH's defaults", "RekeyLimit 1M"])
+@pytest.fixture(scope="module", params=["OpenSSH's defaults", "RekeyLimit 1M", "RekeyLimit 1M, fast_transport"])
 def to_openssh(request: pytest.FixtureRequest) -> Iterator[paramiko.Transport]:
+    """A transport as paramiko makes it, or ours, which reads packets in its own way."""
     needs_sshd()
-    with SshServer(extra_config=request.param) as server, server.connect() as client:
-        transport = transport_of(client)
-        set_nodelay(transport)
-        yield transport
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(SshServer(extra_config="RekeyLimit 1M" if "1M" in request.param else ""))
+        if "fast_transport" in request.param:
+            yield stack.enter_context(contextlib.closing(connect_fast(server)))
+        else:
+            transport = transport_of(stack.enter_context(server.connect()))
+            set_nodelay(transport)
+            yield transport
     eventually(lambda: not own_threads(), WAIT_S)
 
 

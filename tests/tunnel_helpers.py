@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 import pytest
 
 from proxy_fsm.evidence import Observation
+from proxy_fsm.ssh import fast_transport
 
 from .e2e.procs import missing_programs, program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import paramiko
+
+    from .e2e.sshd import SshServer
 
 __all__ = [
     "LOOPBACK",
@@ -28,6 +33,8 @@ __all__ = [
     "Agent",
     "Inbox",
     "Task",
+    "connect_fast",
+    "connect_local",
     "dead_port",
     "descriptors",
     "median_s",
@@ -41,6 +48,8 @@ __all__ = [
 LOOPBACK = "127.0.0.1"
 #: How long a test waits for what has to come, seconds.
 WAIT_S = 20.0
+#: How long a login may take, with whatever else is going on, seconds.
+LOGIN_S = 120.0
 #: What "at once" means, seconds: nothing was polled, and nothing timed out.
 SOON_S = 0.05
 
@@ -134,6 +143,32 @@ class Agent:
     def __exit__(self, *_: object) -> None:
         for sock in (self.listener, *self._accepted):
             sock.close()
+
+
+def connect_local(kind: str, address: str) -> socket.socket:
+    """Come to a tunnel as the proxy does: to the path of a unix socket, or to ``host:port``."""
+    host, _, port = address.rpartition(":")
+    local = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
+    try:
+        local.settimeout(WAIT_S)
+        local.connect(address if kind == "unix" else (host, int(port)))
+    except BaseException:
+        local.close()
+        raise
+    return local
+
+
+def connect_fast(sshd: SshServer, port: int | None = None) -> paramiko.Transport:
+    """Log in over a `fast_transport`; through another port where one is given, as that of a slow line."""
+    transport = fast_transport(socket.create_connection((LOOPBACK, port or sshd.port)))
+    try:
+        transport.start_client(timeout=LOGIN_S)
+        assert transport.get_remote_server_key() == sshd.host_key
+        transport.auth_publickey("root", sshd.client_key)
+    except BaseException:
+        transport.close()
+        raise
+    return transport
 
 
 def dead_port() -> int:

@@ -20,11 +20,23 @@ from benchmarks.delay import delayed
 from proxy_fsm import monitor
 from proxy_fsm.evidence import TransportEnded, TunnelClosed
 from proxy_fsm.forwarder import Forwarder
-from proxy_fsm.ssh import ChannelOpening, ChannelRefused, fast_transport
+from proxy_fsm.ssh import ChannelOpening, ChannelRefused
 from proxy_fsm.status import Timeouts
 from tests.e2e.procs import eventually
 from tests.e2e.sshd import SshServer
-from tests.tunnel_helpers import LOOPBACK, WAIT_S, Agent, Inbox, Task, dead_port, own_threads, reset, since
+from tests.tunnel_helpers import (
+    LOOPBACK,
+    WAIT_S,
+    Agent,
+    Inbox,
+    Task,
+    connect_fast,
+    connect_local,
+    dead_port,
+    own_threads,
+    reset,
+    since,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,7 +154,7 @@ class Scene:
             stack.enter_context(self.agent)
             stack.enter_context(self._sshd)
             self._keys = stack.enter_context(KeyExchanges())
-            self.transport = stack.enter_context(contextlib.closing(connect(self._sshd, self._sshd.port)))
+            self.transport = stack.enter_context(contextlib.closing(connect_fast(self._sshd)))
             self._forwarder = Forwarder(
                 self.transport,
                 (LOOPBACK, self.agent.port),
@@ -162,8 +174,8 @@ class Scene:
 
     def connect(self) -> socket.socket:
         """Come as the proxy does."""
-        local = socket.socket(socket.AF_UNIX)
-        local.connect(self.path)
+        local = connect_local("unix", self.path)
+        local.settimeout(None)
         return local
 
     def say(self, text: str, *, every_s: float = 10.0) -> None:
@@ -201,15 +213,6 @@ class Scene:
 
     def _rekeys_in_log(self) -> int:
         return sum("SSH2_MSG_NEWKEYS received" in line for line in self._sshd.log) - 1
-
-
-def connect(sshd: SshServer, port: int) -> paramiko.Transport:
-    """Log in, through a port that may be a slow line's."""
-    transport = fast_transport(socket.create_connection((LOOPBACK, port)))
-    transport.start_client(timeout=PATIENCE_S)
-    assert transport.get_remote_server_key() == sshd.host_key
-    transport.auth_publickey("root", sshd.client_key)
-    return transport
 
 
 def say_nothing(_: str) -> None:
@@ -413,7 +416,7 @@ def probe_under_requests(
     with (
         SshServer(extra_config=f"PermitOpen {LOOPBACK}:*\nMaxSessions 2") as sshd,  # none for a probe
         delayed(sshd.port, 2 * one_way_s) as port,
-        contextlib.closing(connect(sshd, port)) as transport,
+        contextlib.closing(connect_fast(sshd, port)) as transport,
         Agent() as taken,
         KeyExchanges(),  # which also keeps the many refusals out of the log
     ):
