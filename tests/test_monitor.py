@@ -504,14 +504,18 @@ class TestWhatIsToldWhen:
         assert course.silence.due() == 1055, "it may come back, or be asked where it could not be"
 
     def test_time_in_which_this_process_was_stopped_is_not_counted(self, course: Course) -> None:
-        course.add(10, 45)
+        course.add(10, 45, "first")
+        course.goes_on_to(5).add(10, 45, "second")
         course.goes_on_to(9)
         course.now_s += 3600
         course.silence.stopped(3600, course.now_s)
         course.looks()
         assert course.told == []
         assert course.wanted_probe_at == []
-        assert course.silence.due() == 1010 + 3600
+        assert course.goes_on_to(3600 + 30).told == [
+            (3600 + 20, "first", LinkSilent),
+            (3600 + 25, "second", LinkSilent),
+        ]
 
     def test_who_came_after_the_stop_counts_from_when_it_came(self, course: Course) -> None:
         course.add(10, 45)
