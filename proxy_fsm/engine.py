@@ -59,8 +59,8 @@ from proxy_fsm.journal import Journal
 from proxy_fsm.lifecycle import Lifecycle, State, Transition, Trigger
 from proxy_fsm.preflight import Preparation
 from proxy_fsm.process import ProxyProcess
+from proxy_fsm.question import ServerQuestion
 from proxy_fsm.redaction import Hidden, Redactor
-from proxy_fsm.server import ServerQuestion
 from proxy_fsm.session import SessionInfo, SessionStatus
 from proxy_fsm.ssh import why_ended
 from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, hint_for, is_retryable

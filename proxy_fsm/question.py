@@ -1,4 +1,4 @@
-"""Asks an X2Go server how a session stands."""
+"""The question to an X2Go server how a session stands."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class ServerQuestion:
         status: SessionStatus | None = None
         try:
             while not self._abandoned.is_set():
-                status = self._ask()
+                listing = self._list_sessions()
+                status = None if listing is None else self._status_in(listing)
                 if status is not SessionStatus.RUNNING:
                     break
                 self._abandoned.wait(_PAUSE_S)
@@ -76,8 +77,8 @@ class ServerQuestion:
             status = None  # it cannot tell, which is an answer too
         self._post(ServerAnswered(status))
 
-    def _ask(self) -> SessionStatus | None:
-        """Return the status that the server lists, None where it cannot tell; what it does not list is finished."""
+    def _list_sessions(self) -> str | None:
+        """Return what the server lists; None where it could not, or nobody wants it any more."""
         with self._lock:
             if self._abandoned.is_set():
                 return None
@@ -96,11 +97,15 @@ class ServerQuestion:
             cut_short = channel.transport_ended or self._abandoned.is_set() or len(answer) >= _MAX_ANSWER_BYTES
             if cut_short or channel.recv_exit_status() != 0:
                 return None
+            return answer.decode("utf-8", "replace")
         finally:
             with self._lock:
                 self._channel = None
             channel.send_close()
-        lines = answer.decode("utf-8", "replace").split("\n")
+
+    def _status_in(self, listing: str) -> SessionStatus:
+        """Return the status that is listed; what is not is finished."""
+        lines = listing.split("\n")
         for listed in parse_session_list("\n".join(line for line in lines if not self._is_anothers(line))):
             if listed.info.name == self._name:
                 return listed.status

@@ -47,7 +47,7 @@ from proxy_fsm.evidence import (
 from proxy_fsm.forwarder import Forwarder
 from proxy_fsm.preflight import Preparation
 from proxy_fsm.process import ProxyProcess
-from proxy_fsm.server import ServerQuestion
+from proxy_fsm.question import ServerQuestion
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.status import Link, TransitionRecord
 from proxy_fsm.testing.fakes import READY_LINE, FakedProxy, FakeTransport, fake_session

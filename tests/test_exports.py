@@ -20,7 +20,7 @@ Backend Link fast_transport
 #: Reading order is import order: a module imports only from those above it.
 LAYERS = """
 errors lifecycle status session evidence events redaction x11 backends ssh monitor forwarder process journal preflight
-server engine diagram proxy x2go aio timeline sphinx testing cli
+question engine diagram proxy x2go aio timeline sphinx testing cli
 """.split()
 
 

@@ -60,7 +60,7 @@ from proxy_fsm.monitor import Attachment
 from proxy_fsm.preflight import Launch, Preparation
 from proxy_fsm.process import ProxyProcess
 from proxy_fsm.proxy import Proxy
-from proxy_fsm.server import ServerQuestion
+from proxy_fsm.question import ServerQuestion
 from proxy_fsm.session import SessionInfo, SessionStatus
 from proxy_fsm.status import EndReason, TransitionRecord, TunnelStats
 
