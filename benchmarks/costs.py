@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from benchmarks import load
 from benchmarks.contenders import Server, connect
 from benchmarks.tunnels import server_at, ssh_server
+from proxy_fsm import CommandBackend, Proxy, SessionInfo, fast_transport
 
 MIB = 1 << 20
 RUNNING_S = 60.0
@@ -77,17 +78,13 @@ def _wake_ups(but: set[int]) -> int:
 
 
 def _run(count: int, server: Server) -> dict[str, float]:
-    import re  # noqa: PLC0415 - what is loaded here is not counted as a proxy's cost
-
-    from proxy_fsm import CommandBackend, Proxy, SessionInfo, fast_transport  # noqa: PLC0415
-
     transport = connect(server, transport_factory=fast_transport)
     paramikos_own = transport.native_id  # it wakes by itself, ten times a second, whether there are proxies or not
     with TemporaryDirectory() as directory:
         viewer = Path(directory, "viewer.py")
         viewer.write_text(_VIEWER)
 
-        def proxy(number: int) -> Any:
+        def proxy(number: int) -> Proxy:
             return Proxy(
                 SessionInfo(name=f"cost-{number}", graphics_port=server.targets[0]),
                 transport,
