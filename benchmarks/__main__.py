@@ -26,8 +26,8 @@ def say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def environment() -> dict[str, str]:
-    """Say where and when this runs."""
+def environment(note: str | None = None) -> dict[str, str]:
+    """Say where and when this runs, and what else a reader of the results has to know."""
     git = [shutil.which("git") or "git", "-C", str(_HERE.parent), "log", "-1", "--format=%h %s", "--", "proxy_fsm"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
     models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
@@ -40,6 +40,7 @@ def environment() -> dict[str, str]:
         "system": f"{platform.freedesktop_os_release()['PRETTY_NAME']}, Linux {platform.release()}",
         "Python": platform.python_version(),
         "libraries": ", ".join(f"{name} {version(name)}" for name in ("paramiko", "transitions", "structlog")),
+        **({"note": note} if note else {}),
     }
 
 
@@ -51,10 +52,11 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=0, help="how many real sessions each way (20; quick: 2)")
     parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given several times")
     parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="one contender; the same")
+    parser.add_argument("--note", help="what a reader has to know of this run; it stands in the table and in the JSON")
     parser.add_argument("-o", "--output", type=Path, default=_HERE / "results", help="a directory")
     arguments = parser.parse_args()
     parts = arguments.only or PARTS
-    results = Results(environment=environment())
+    results = Results(environment=environment(arguments.note))
     if "micro" in parts:
         results.micro = micro.measure(20 if arguments.quick else 300)
     if "costs" in parts:

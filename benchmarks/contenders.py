@@ -85,7 +85,7 @@ def proxy_fsm(server: Server, *, fast: bool) -> None:
     forwarder: Any = importlib.import_module("proxy_fsm.forwarder")
     ssh: Any = importlib.import_module("proxy_fsm.ssh")
     transport = connect(server, **({"transport_factory": ssh.fast_transport} if fast else {}))
-    ssh.set_nodelay(transport)  # as the monitor does it for every proxy
+    ssh.set_nodelay(transport)  # as the preflight does it for every proxy
     tunnels, ports = [], []
     for target in server.targets:
         tunnel = forwarder.Forwarder(
@@ -179,7 +179,6 @@ def python_x2go(server: Server) -> None:
         )
         for port in server.targets
     ]
-    gevent.sleep(0.5)
     ready([tunnel.server_port for tunnel in tunnels], f"python-x2go {importlib.import_module('x2go').__VERSION__}")
     gevent.get_hub().threadpool.apply(wait_for_end)
     os._exit(0)  # what it started does not end by itself
@@ -238,11 +237,8 @@ def wait_listening(ports: list[int], *, timeout_s: float = CONNECT_S) -> bool:
 
 def main() -> None:
     """Run one contender."""
-    if __package__:  # as a module the repository is on the path already
-        name, options = sys.argv[1:]
-    else:
-        sys.path.pop(0)  # this directory, which has no module for anybody else
-        name, options = sys.argv[1:]
+    sys.path.pop(0)  # this directory, which has no module for anybody else
+    name, options = sys.argv[1:]
     with contextlib.suppress(KeyboardInterrupt):
         CONTENDERS[name].serve(Server(**json.loads(options)))
 

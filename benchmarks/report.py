@@ -159,6 +159,16 @@ def _cell(results: Results, name: str, measure: Measure) -> str:
     return f"{median:,.{measure.digits}f}{times}"
 
 
+class Limit(NamedTuple):
+    """A goal that is no ratio: what must be at most so much, what it is, and how many digits are told."""
+
+    title: str
+    most: int
+    unit: str
+    found: float
+    digits: int = 1
+
+
 class Goal(NamedTuple):
     """A goal: what is compared to what, and how many times it must be, at least or at most."""
 
@@ -196,22 +206,25 @@ def _goals(results: Results) -> list[str]:
         spread = f"the rounds do not agree: {min(ratios):.2f} to {max(ratios):.2f}"
         verdict = spread if len(met) > 1 else "met" if met == {True} else "**not met**"
         lines.append(f"| {goal.title} | {wanted} | {statistics.median(ratios):.2f}× | {verdict} |")
-    limits = list(_limits(results))
-    return lines + [
-        f"| {title} | ≤ {limit:,} {unit} | {found:,.0f} {unit} | {'met' if found <= limit else '**not met**'} |"
-        for title, limit, unit, found in limits
-    ]
+    for title, most, unit, found, digits in _limits(results):
+        verdict = "met" if found <= most else "**not met**"
+        lines.append(f"| {title} | ≤ {most:,} {unit} | {found:,.{digits}f} {unit} | {verdict} |")
+    return lines
 
 
-def _limits(results: Results) -> Iterator[tuple[str, int, str, float]]:
-    """Give the goals that are no ratios: title, limit, unit, and what was found."""
+def _limits(results: Results) -> Iterator[Limit]:
+    """Give the goals that are no ratios, as far as they were measured."""
     if not isinstance(results.sessions, str):
-        for what, title, limit in (("start", "start, more than by hand", 10), ("stop", "stop, more than by hand", 20)):
+        for what, title, most in (("start", "start, more than by hand", 10), ("stop", "stop, more than by hand", 20)):
             ours, by_hand = (statistics.median(results.sessions[f"{what}_{who}_ms"]) for who in ("ours", "by_hand"))
-            yield title, limit, "ms", ours - by_hand
+            yield Limit(title, most, "ms", ours - by_hand)
     for count, cost in results.costs.items():
         if not isinstance(cost, str):
-            yield f"a proxy's memory, {count} in one process", 1024, "KiB", cost["kib"]
+            yield Limit(f"a proxy's memory, {count} in one process", 1024, "KiB", cost["kib"], digits=0)
+            yield Limit(f"a proxy's threads, {count} in one process", 5, "threads", cost["threads"])
+            yield Limit(f"a proxy, idle, {count} in one process", 0, "wake-ups/s", cost["wake_ups_s"], digits=3)
+    if not isinstance(results.micro, str):
+        yield Limit("a transition, log event included (filtered)", 60, "µs", results.micro["transition_us"])
 
 
 def _sessions(results: Results) -> list[str]:

@@ -11,10 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from benchmarks import load
 from benchmarks.contenders import CONTENDERS, LOOPBACK, Server, wait_listening
@@ -121,27 +122,36 @@ def opened(name: str, server: Server) -> Iterator[Tunnel]:
     """
     command = [interpreter(name), str(_ROOT / "benchmarks" / "contenders.py"), name, json.dumps(asdict(server))]
     for attempt in range(_ATTEMPTS):
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": "" if name == "python-x2go" else str(_ROOT)},
-        )
-        try:
-            assert process.stdout is not None  # noqa: S101 - it was asked for
-            line = process.stdout.readline()
-            ports = json.loads(line)["ports"] if line else []
-            if ports and wait_listening(ports) and process.poll() is None:
-                yield Tunnel(name, ports, process.pid, json.loads(line)["version"])
-                return
-        finally:
-            process.kill()
-            errors = process.communicate()[1].strip()
+        # Into a file: one that says much would wait for a reader of a pipe, and be called slow for it.
+        with tempfile.TemporaryFile() as complaints:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+                env={**os.environ, "PYTHONPATH": "" if name == "python-x2go" else str(_ROOT)},
+            )
+            try:
+                assert process.stdout is not None  # noqa: S101 - it was asked for
+                line = process.stdout.readline()
+                ports = json.loads(line)["ports"] if line else []
+                if ports and wait_listening(ports) and process.poll() is None:
+                    yield Tunnel(name, ports, process.pid, json.loads(line)["version"])
+                    return
+            finally:
+                process.kill()
+                process.communicate()
+            errors = _end_of(complaints)
         # ssh has to be told a port, and somebody else may have taken it meanwhile.
         if "Address already in use" not in errors or attempt == _ATTEMPTS - 1:
-            raise Unavailable(f"did not come up: {errors[-200:]}")
+            raise Unavailable(f"did not come up: {errors}")
+
+
+def _end_of(file: BinaryIO) -> str:
+    """Return the last 200 bytes as text."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 200))
+    return file.read().decode("utf-8", "replace").strip()
 
 
 @contextlib.contextmanager

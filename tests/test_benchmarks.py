@@ -6,12 +6,14 @@ import contextlib
 import importlib.util
 import os
 import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import __main__ as program
 from benchmarks import load, micro, tunnels
 from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, free_ports, wait_listening
 from benchmarks.delay import DelayingRelay, delayed
@@ -156,6 +158,34 @@ class TestContenders:
         with pytest.raises(tunnels.Unavailable, match="did not come up"), tunnels.opened(OURS, server):
             pass
 
+    def test_one_that_says_much_is_not_held_up_by_it(
+        self, sshd: SshServer, ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A traceback for each connection would fill a pipe that nobody reads."""
+        verbose = tmp_path / "benchmarks" / "contenders.py"
+        verbose.parent.mkdir()
+        verbose.write_text(
+            "import json, sys\n"
+            f"sys.stderr.write({'x' * KIB!r} * 1024)\n"
+            "print(json.dumps({'ports': json.loads(sys.argv[2])['targets'], 'version': ''}), flush=True)\n"
+            "sys.stdin.read()\n"
+        )
+        monkeypatch.setattr(tunnels, "_ROOT", tmp_path)
+        with tunnels.opened(OURS, tunnels.server_at(sshd, sshd.port, ports)) as tunnel:
+            assert tunnel.ports == ports
+
+    def test_what_one_said_last_is_told_where_it_does_not_come_up(
+        self, sshd: SshServer, ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        talkative = tmp_path / "benchmarks" / "contenders.py"
+        talkative.parent.mkdir()
+        talkative.write_text("import sys\nsys.exit('first words\\n' + '.' * 500 + ' last words')\n")
+        monkeypatch.setattr(tunnels, "_ROOT", tmp_path)
+        server = tunnels.server_at(sshd, sshd.port, ports)
+        said = pytest.raises(tunnels.Unavailable, match=r"^did not come up: \.+ last words$")
+        with said, tunnels.opened(OURS, server):
+            pass
+
 
 class TestRounds:
     def test_what_cannot_be_measured_is_written_down_and_the_rest_is_measured(
@@ -204,7 +234,7 @@ def fixed() -> Results:
             "stop_by_hand_ms": [920.0],
         },
         costs={
-            "1": {"threads": 4, "kib": 1024, "descriptors": 5, "wake_ups_s": 0, "start_ms": 50, "stop_ms": 10},
+            "1": {"threads": 6, "kib": 1024, "descriptors": 5, "wake_ups_s": 0.004, "start_ms": 50, "stop_ms": 10},
             "200": "It did not come up.",
         },
         micro={"transition_bare_us": 20.0, "transition_us": 50.0, "ok_us": 0.1},
@@ -232,8 +262,12 @@ class TestReport:
         assert "| down, to `ssh -L` | ≥ 1.0× | 2.00× | the rounds do not agree: 0.90 to 3.00 |" in lines
         assert "| up, to `ssh -L` | ≥ 1.0× | 0.50× | **not met** |" in lines
         assert "| round trip p99, to `ssh -L` | ≤ 1.0× | 1.00× | the rounds do not agree: 0.90 to 1.10 |" in lines
-        assert "| start, more than by hand | ≤ 10 ms | 5 ms | met |" in lines
+        assert "| start, more than by hand | ≤ 10 ms | 5.0 ms | met |" in lines
         assert "| a proxy's memory, 1 in one process | ≤ 1,024 KiB | 1,024 KiB | met |" in lines
+        assert "| a proxy's threads, 1 in one process | ≤ 5 threads | 6.0 threads | **not met** |" in lines
+        assert "| a proxy, idle, 1 in one process | ≤ 0 wake-ups/s | 0.004 wake-ups/s | **not met** |" in lines
+        assert "| a transition, log event included (filtered) | ≤ 60 µs | 50.0 µs | met |" in lines
+        assert not [line for line in lines if "200 in one process" in line], "there it failed"
         assert "| down, to sshtunnel | ≥ 2.0× | – | not measured |" in lines
 
     def test_sessions_costs_and_small_things_are_told(self) -> None:
@@ -265,6 +299,18 @@ class TestReport:
         assert set(pictures[0]) == {
             *("throughput.svg", "round-trip.svg", "long-line.svg", "cost.svg", "memory.svg", "proxies.svg")
         }
+
+    def test_a_note_stands_in_the_table_and_in_the_json(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("matplotlib", reason="not installed: pip install --group bench")
+        monkeypatch.setattr(micro, "measure", lambda _: fixed().micro)
+        note = ["--note", "beside the work of others"]
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "micro", *note, "-o", str(tmp_path)])
+        program.main()
+        assert Results.read(tmp_path / "results.json").environment["note"] == "beside the work of others"
+        assert "- note: beside the work of others\n" in capsys.readouterr().out
+        assert "note" not in program.environment()
 
     def test_every_row_has_another_key(self) -> None:
         assert len({measure.key for measure in RELAY}) == len(RELAY)
