@@ -25,12 +25,14 @@ _COLUMNS = {
     "bytes_down": "MiB down",
     "rekeys_by_client": "rekeys by client",
     "rekeys_by_server": "by server",
-    "rekeys_in_server_log": "in its log",
     "commands": "commands",
     "slowest_command_s": "slowest s",
     "requests": "requests",
     "probes": "probes",
 }
+#: What a run of requests has beside its duration and its commands; a run with a tunnel has all the rest.
+_OF_REQUESTS = {"requests", "probes"}
+_OF_ALL = {"seconds", "commands"}
 
 
 def say(line: str) -> None:
@@ -39,6 +41,8 @@ def say(line: str) -> None:
 
 
 def cell(figures: Figures, name: str) -> str:
+    if name not in _OF_ALL and (name in _OF_REQUESTS) != bool(figures.requests):
+        return ""
     value = getattr(figures, name)
     if name.startswith("bytes_"):
         value = value / 2**20
@@ -50,7 +54,7 @@ def table(all_figures: list[Figures]) -> str:
     assert {"name", *_COLUMNS} == {field.name for field in fields(Figures)}
     rows = [["run", *_COLUMNS.values()], ["---", *("---:" for _ in _COLUMNS)]]
     rows += [[each.name, *(cell(each, name) for name in _COLUMNS)] for each in all_figures]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ _PATTERN_BYTES = 1_048_573
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run did."""
+    """What a run did: it used a tunnel, or sent requests while it was probed; the other's figures stay 0 then."""
 
     name: str
     seconds: float = 0.0
@@ -64,7 +64,6 @@ class Figures:
     bytes_down: int = 0
     rekeys_by_client: int = 0
     rekeys_by_server: int = 0
-    rekeys_in_server_log: int = 0
     commands: int = 0
     slowest_command_s: float = 0.0
     requests: int = 0
@@ -206,7 +205,6 @@ class Scene:
             bytes_down=stats.bytes_from_agent,
             rekeys_by_client=self._keys.by_client,
             rekeys_by_server=self._keys.all - 1 - self._keys.by_client,
-            rekeys_in_server_log=self._rekeys_in_log(),
             commands=self._commands.count,
             slowest_command_s=self._commands.slowest_s,
         )
@@ -323,9 +321,10 @@ def carry(
         progress: Takes a line now and then.
     """
     pattern = os.urandom(_PATTERN_BYTES)
-    name = f"{size_bytes >> 20} MiB each way, {config or 'OpenSSH defaults'}"
-    if rekey_bytes:
-        name += f", client after {rekey_bytes >> 20} MiB"
+    who = f"the client rekeys after {in_words(rekey_bytes)}" if rekey_bytes else "OpenSSH's defaults"
+    name = f"{in_words(size_bytes)} each way, {f'`{config}`' if config else who}"
+    if not every_s:
+        name += ", commands without a pause"
     with Scene(name, config, every_s, progress) as scene:
         if rekey_bytes:
             scene.transport.packetizer.REKEY_BYTES = rekey_bytes
@@ -341,6 +340,11 @@ def carry(
         assert (figures.bytes_up, figures.bytes_down) == (size_bytes, size_bytes)
     eventually(lambda: not own_threads(), WAIT_S)
     return figures
+
+
+def in_words(size_bytes: int) -> str:
+    """Name a size that is a whole number of MiB or GiB."""
+    return f"{size_bytes >> 20} MiB" if size_bytes % (1 << 30) else f"{size_bytes >> 30} GiB"
 
 
 def send_pattern(pattern: bytes, sock: socket.socket, size_bytes: int) -> None:
@@ -410,7 +414,7 @@ def probe_under_requests(
         one_way_s: How long a byte is under way, in seconds.
         progress: Takes a line now and then.
     """
-    name = f"{count} requests while probed, {2000 * one_way_s:.0f} ms"
+    name = f"requests while probed without a pause, {2000 * one_way_s:.0f} ms round trip, `MaxSessions 2`"
     began = said_at = time.monotonic()
     answers, counting = 0, threading.Lock()
     with (
@@ -445,7 +449,7 @@ def probe_under_requests(
                     answers += 1
                     if since(said_at) > 10:
                         said_at = time.monotonic()
-                        progress(f"{name}: {answers} requests, {since(began):.0f} s")
+                        progress(f"{name}: {answers} of {count}, {since(began):.0f} s")
             return times
 
         with probed_without_pause(transport) as probes:
