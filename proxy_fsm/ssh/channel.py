@@ -14,7 +14,7 @@ from paramiko.common import cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_DATA, cMSG_CHANNEL_
 from paramiko.message import Message
 
 from proxy_fsm.ssh.errors import TransportGone
-from proxy_fsm.ssh.fast import Messages, Packetizer
+from proxy_fsm.ssh.fast import Messages, Packetizer, acknowledge, tcp_socket
 from proxy_fsm.ssh.sending import PatientTransport
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ class SafeChannel(paramiko.Channel):
 
     def _set_transport(self, transport: paramiko.Transport) -> None:
         super()._set_transport(PatientTransport(transport))  # type: ignore[misc]
+        cast("ReceiveBuffer", self.in_buffer).carrier = tcp_socket(transport)
         self._most_messages = _MOST_MESSAGES if isinstance(transport.packetizer, Packetizer) else 1
 
     def _close_internal(self) -> tuple[None, None]:
@@ -178,6 +179,7 @@ class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its s
 
     Attributes:
         delivered: How many bytes were handed on.
+        carrier: The TCP socket that it came over, if it is one.
         wake_after_bytes: How many bytes may be handed straight on before whoever waits in `take` is told.
     """
 
@@ -189,6 +191,7 @@ class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its s
         self._lock = threading.RLock()  # feed() as a whole is one step
         self._cv = threading.Condition(self._lock)
         self.delivered = 0
+        self.carrier: socket.socket | None = None
         self.wake_after_bytes = 0
         self._unacknowledged = 0
         self._over = False
@@ -197,22 +200,28 @@ class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its s
     def feed(self, data: bytes) -> None:
         """Take what came, on the transport's thread; this does not block."""
         with self._lock:
-            if self._over:
-                return
-            if self._sink is not None:
-                try:
-                    # Not send(): gevent's heeds no flag, and would have the transport's own thread wait.
-                    sent = self._sink.sendmsg([data], [], socket.MSG_DONTWAIT)
-                except OSError:  # it is full, or closed: then whoever waits in take() will find out
-                    sent = 0
-                self.delivered += sent
-                self._unacknowledged += sent
-                if sent == len(data):
-                    if self._unacknowledged >= self.wake_after_bytes:
-                        self._cv.notify_all()
-                    return
-                data, self._sink = data[sent:], None
-            super().feed(data)
+            if not self._over:
+                rest = self._hand_on(data)
+                if rest:
+                    super().feed(rest)
+        acknowledge(self.carrier)
+
+    def _hand_on(self, data: bytes) -> bytes:
+        """Hand on what the socket takes at once, and return what it does not."""
+        if self._sink is None:
+            return data
+        try:
+            # Not send(): gevent's heeds no flag, and would have the transport's own thread wait.
+            sent = self._sink.sendmsg([data], [], socket.MSG_DONTWAIT)
+        except OSError:  # it is full, or closed: then whoever waits in take() will find out
+            sent = 0
+        self.delivered += sent
+        self._unacknowledged += sent
+        if sent < len(data):
+            self._sink = None
+        elif self._unacknowledged >= self.wake_after_bytes:
+            self._cv.notify_all()
+        return data[sent:]
 
     def take(self, sock: socket.socket) -> tuple[memoryview, int]:
         """Wait for what the caller has to do.

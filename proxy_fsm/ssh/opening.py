@@ -12,6 +12,7 @@ from paramiko.message import Message
 
 from proxy_fsm.ssh.channel import PACKET_BYTES, WINDOW_BYTES, SafeChannel
 from proxy_fsm.ssh.errors import ChannelRefused, OpenAbandoned, TransportGone
+from proxy_fsm.ssh.fast import acknowledge, tcp_socket
 from proxy_fsm.ssh.sending import DeferredSender
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class ChannelOpening:
             return
         if channel.active and not channel.transport_ended:
             self._settle(channel)
+            acknowledge(tcp_socket(self._transport))  # the server may have something to send already
         else:
             self._settle(TransportGone("The SSH transport ended."))
 

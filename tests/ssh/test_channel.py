@@ -19,7 +19,9 @@ from proxy_fsm.ssh import (
     SafeChannel,
 )
 from proxy_fsm.ssh import channel as channel_module
+from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh.channel import ReceiveBuffer
+from proxy_fsm.ssh.fast import acknowledge
 from tests.e2e.procs import eventually
 from tests.ssh.helpers import ENDS, End, do_nothing, open_to, packets_sent
 from tests.tunnel_helpers import (
@@ -222,6 +224,55 @@ def small_switch_interval() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+class Acknowledged:
+    """Stands for a TCP socket, and counts how often an acknowledgement was asked for."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def setsockopt(self, *option: int) -> None:
+        assert option == (socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        self.times += 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_QUICKACK")
+class TestAcknowledging:
+    """A server that sends small packets waits for it, up to 40 ms each."""
+
+    def test_whatever_comes_is_acknowledged_after_it_was_handed_on(self) -> None:
+        near, far = socket.socketpair()
+        carrier: Any = Acknowledged()
+        with near, far:
+            received = ReceiveBuffer()
+            received.carrier = carrier
+            received.feed(b"kept")
+            assert carrier.times == 1
+            received.delivered, received._sink = 1, near
+            received.feed(b"handed on")
+            assert carrier.times == 2
+            received.stop()
+            received.feed(b"too late")
+            assert carrier.times == 3
+
+    def test_over_tcp_a_channel_knows_what_carries_it(self, transport: paramiko.Transport, agent: Agent) -> None:
+        channel: Any = open_to(transport, agent.port)
+        assert channel.in_buffer.carrier is transport.sock
+
+    def test_the_answer_to_an_open_is_acknowledged(
+        self, transport: paramiko.Transport, agent: Agent, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[object] = []
+        monkeypatch.setattr(opening_module, "acknowledge", told.append)
+        open_to(transport, agent.port)
+        assert told == [transport.sock]
+
+    def test_a_socket_that_was_closed_does_not_matter(self) -> None:
+        near, far = socket.socketpair()
+        far.close()
+        near.close()
+        acknowledge(near)
 
 
 class TestDelivering:
