@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import socket
-import struct
-import sys
 import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from proxy_fsm import peer
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
     AgentClosed,
@@ -41,6 +38,7 @@ from proxy_fsm.status import EndReason, TunnelStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import paramiko
 
@@ -54,8 +52,6 @@ SOCKET_NAME = "proxy.sock"
 
 #: How much of what the proxy sends is read at once, about.
 _READ_BYTES = 128 << 10
-#: Where Linux says who owns the TCP sockets of this machine (proc(5)).
-_TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
 #: What the process or the machine is short of for a while: descriptors or memory.
@@ -244,7 +240,7 @@ class Forwarder:
                     return None
                 raise
             try:
-                stranger = self._patiently(_stranger, local)
+                stranger = self._patiently(peer.stranger, local)
             except OSError as error:  # whoever cannot be told apart is not let in
                 stranger = f"user unknown ({error.strerror or error})"
             if stranger is None:
@@ -469,45 +465,3 @@ class _Connection:
         with self._lock:
             self._local.close()
         self._forwarder.gone(self)
-
-
-def _stranger(local: socket.socket) -> str | None:
-    """Return who is at the other end of a local socket where that is not our own user, else None.
-
-    Where the system does not tell (outside Linux), nobody is a stranger: the unix socket's directory is private.
-
-    Raises:
-        OSError: It cannot be found out, such as for want of a descriptor.
-    """
-    if sys.platform != "linux":
-        return None
-    if local.family == socket.AF_UNIX:
-        size = struct.calcsize("3i")
-        _, uid, _ = struct.unpack("3i", local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
-        return None if uid == os.geteuid() else f"user {uid}"
-    try:
-        ends = local.getpeername(), local.getsockname()
-    except OSError:  # it has gone already
-        return "user unknown"
-    owner = _tcp_owner(*ends)
-    return None if owner == os.geteuid() else f"user {'unknown' if owner is None else owner}"
-
-
-def _tcp_owner(end: tuple[str, int], other: tuple[str, int]) -> int | None:
-    """Return the user id that owns one end of an IPv4 connection of this machine, or None.
-
-    Source: proc(5), /proc/net/tcp: addresses are 32-bit words in the machine's order, in hexadecimal. A program that
-    uses an IPv6 socket for IPv4 is found in /proc/net/tcp6, under ``::ffff:a.b.c.d``. A socket that no process holds
-    any more has inode 0, and before Linux 6.16 user 0.
-    """
-    words = [(f"{struct.unpack('=I', socket.inet_aton(host))[0]:08X}", f"{port:04X}") for host, port in (end, other)]
-    mapped = f"{0:016X}{struct.unpack('=I', bytes((0, 0, 255, 255)))[0]:08X}"
-    wanted = ([f"{prefix}{host}:{port}" for host, port in words] for prefix in ("", mapped))
-    for table, pair in zip(_TCP_TABLES, wanted, strict=False):
-        with suppress(FileNotFoundError), table.open(encoding="ascii") as lines:
-            for line in lines:
-                fields = line.split()
-                if fields[1:3] == pair:
-                    uid, inode = int(fields[7]), int(fields[9])
-                    return None if (uid, inode) == (0, 0) else uid
-    return None

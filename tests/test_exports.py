@@ -19,8 +19,8 @@ Backend Link fast_transport
 
 #: Reading order is import order: a module imports only from those above it.
 LAYERS = """
-errors lifecycle status session evidence events redaction x11 backends ssh monitor forwarder process journal preflight
-question engine diagram proxy x2go aio timeline sphinx testing cli
+errors lifecycle status session evidence events redaction x11 backends ssh peer monitor forwarder process journal
+preflight question engine diagram proxy x2go aio timeline sphinx testing cli
 """.split()
 
 

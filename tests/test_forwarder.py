@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy_fsm import forwarder
+from proxy_fsm import forwarder, peer
 from proxy_fsm.evidence import (
     AgentClosed,
     AgentSpoke,
@@ -966,7 +966,7 @@ class TestShortage:
     def test_our_own_program_is_not_sent_away(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: Agent
     ) -> None:
-        Failures(monkeypatch, forwarder, "_tcp_owner", OSError(errno.EMFILE, "Too many open files"), times=2)
+        Failures(monkeypatch, peer, "_tcp_owner", OSError(errno.EMFILE, "Too many open files"), times=2)
         with tunnel(transport, tmp_path, agent.port, kind="tcp") as made:
             made.connect()
             made.inbox.wait(ChannelOpened)
@@ -976,7 +976,7 @@ class TestShortage:
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         error = OSError(errno.EMFILE, "Too many open files")
-        failures = Failures(monkeypatch, forwarder, "_tcp_owner", error, times=1 << 30)
+        failures = Failures(monkeypatch, peer, "_tcp_owner", error, times=1 << 30)
         with tunnel(transport, tmp_path, 9, kind="tcp") as made:
             local = made.connect()
             eventually(lambda: failures.left < 1 << 30, WAIT_S)
@@ -988,7 +988,7 @@ class TestShortage:
     def test_where_the_table_may_not_be_read_nobody_is_let_in_and_it_says_why(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        Failures(monkeypatch, forwarder, "_tcp_owner", PermissionError(errno.EACCES, "Permission denied"), times=1)
+        Failures(monkeypatch, peer, "_tcp_owner", PermissionError(errno.EACCES, "Permission denied"), times=1)
         with tunnel(transport, tmp_path, 9, kind="tcp") as made:
             made.connect()
             assert made.inbox.wait(PeerRejected).peer == "user unknown (Permission denied)"
@@ -1131,19 +1131,6 @@ class TestStrangers:
             made.forwarder.start()
             assert made.inbox.wait(PeerRejected).peer in {"user unknown", f"user {NOBODY}"}
             assert server.channels_opened == 0
-
-    def test_a_socket_that_nobody_holds_any_more_has_no_owner(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Linux before 6.16 says 0, which is root's number, and would let anybody in to root's proxies."""
-        table = tmp_path / "tcp"
-        monkeypatch.setattr(forwarder, "_TCP_TABLES", (table,))
-        ends = (LOOPBACK, 0x1234), (LOOPBACK, 0x5678)
-        row = " 0: 0100007F:1234 0100007F:5678 05 00000000:00000000 00:00000000 00000000 {} 0 {} 1 0\n"
-        for uid, inode, owner in ((1000, 4711, 1000), (0, 4711, 0), (0, 0, None), (1000, 0, 1000)):
-            table.write_text("  sl  local_address rem_address ...\n" + row.format(uid, inode))
-            assert forwarder._tcp_owner(*ends) == owner
-        assert forwarder._tcp_owner(*reversed(ends)) is None
 
     @NOBODY_CAN_KNOCK
     def test_another_user_on_a_unix_socket_is_sent_away(

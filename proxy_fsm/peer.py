@@ -1,0 +1,125 @@
+"""Who is at the other end of a local connection: over TCP anybody on this machine gets as far as to a listener."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["stranger"]
+
+#: Where Linux says who owns the TCP sockets of this machine (proc(5)).
+_TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+
+#: sock_diag(7): its netlink family, its message, the flag of a request, and a cookie that means none.
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST = 1
+_NLMSG_ERROR = 2
+_NO_COOKIE = b"\xff" * 8
+#: netlink(7): length, type, flags, sequence number, port of the sender.
+_HEADER = struct.Struct("=IHHII")
+#: What precedes the socket's ends in a request, and in the answer: family, protocol, extensions and padding, states;
+#: family, state, timer, retransmissions.
+_REQUEST = struct.Struct("=BBHI")
+_ANSWER = struct.Struct("=BBBB")
+#: Two ports, two addresses of 16 bytes, an interface, a cookie.
+_ENDS = struct.Struct("!HH16s16sI8s")
+#: What follows them in the answer: expiry, two queues, user, inode.
+_OWNER = struct.Struct("=IIIII")
+
+_End = tuple[str, int]
+
+
+class _Owner(NamedTuple):
+    """The user who owns a socket, and its inode: 0 where no process holds it any more."""
+
+    uid: int
+    inode: int
+
+
+def stranger(local: socket.socket) -> str | None:
+    """Return who is at the other end of a local socket where that is not our own user, else None.
+
+    Where the system does not tell (outside Linux), nobody is a stranger: a unix socket is private by its directory
+    then, and a TCP port is open to all users of the machine.
+
+    Raises:
+        OSError: It cannot be found out, such as for want of a descriptor.
+    """
+    if sys.platform != "linux":
+        return None
+    if local.family == socket.AF_UNIX:
+        size = struct.calcsize("3i")
+        _, uid, _ = struct.unpack("3i", local.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        return None if uid == os.geteuid() else f"user {uid}"
+    try:
+        ends = local.getpeername(), local.getsockname()
+    except OSError:  # it has gone already
+        return "user unknown"
+    owner = _tcp_owner(*ends)
+    return None if owner == os.geteuid() else f"user {'unknown' if owner is None else owner}"
+
+
+def _tcp_owner(end: _End, other: _End) -> int | None:
+    """Return the user id that owns one end of an IPv4 connection of this machine, or None.
+
+    A socket that no process holds any more has inode 0, and before Linux 6.16 user 0.
+    """
+    try:
+        owner = _asked(end, other)
+    except OSError:  # netlink is kept from this process, as systemd's RestrictAddressFamilies may do
+        owner = _looked_up(end, other)
+    return None if owner in {None, (0, 0)} else owner.uid
+
+
+def _asked(end: _End, other: _End) -> _Owner | None:
+    """Ask the kernel for one socket; it finds an IPv6 socket that is used for IPv4, too.
+
+    Source: sock_diag(7), netlink(7).
+
+    Raises:
+        OSError: It does not answer.
+    """
+    (host, port), (other_host, other_port) = end, other
+    ends = _ENDS.pack(port, other_port, socket.inet_aton(host), socket.inet_aton(other_host), 0, _NO_COOKIE)
+    request = _REQUEST.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends
+    head = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.send(head + request)
+        answer = kernel.recv(1 << 16)
+    _, kind, *_ = _HEADER.unpack_from(answer)
+    if kind == _NLMSG_ERROR:
+        (number,) = struct.unpack_from("=i", answer, _HEADER.size)
+        if number == -errno.ENOENT:
+            return None
+        raise OSError(-number, os.strerror(-number))
+    place = _HEADER.size + _ANSWER.size
+    found_port, found_other_port, *_ = _ENDS.unpack_from(answer, place)
+    if (found_port, found_other_port) != (port, other_port):  # it listens on that port, and is not connected
+        return None
+    *_, uid, inode = _OWNER.unpack_from(answer, place + _ENDS.size)
+    return _Owner(uid, inode)
+
+
+def _looked_up(end: _End, other: _End) -> _Owner | None:
+    """Look one socket up among all of the machine, which takes the longer the more there are.
+
+    Source: proc(5), /proc/net/tcp: addresses are 32-bit words in the machine's order, in hexadecimal. A program that
+    uses an IPv6 socket for IPv4 is found in /proc/net/tcp6, under ``::ffff:a.b.c.d``.
+    """
+    words = [(f"{struct.unpack('=I', socket.inet_aton(host))[0]:08X}", f"{port:04X}") for host, port in (end, other)]
+    mapped = f"{0:016X}{struct.unpack('=I', bytes((0, 0, 255, 255)))[0]:08X}"
+    wanted = ([f"{prefix}{host}:{port}" for host, port in words] for prefix in ("", mapped))
+    for table, pair in zip(_TCP_TABLES, wanted, strict=False):
+        with suppress(FileNotFoundError), table.open(encoding="ascii") as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[1:3] == pair:
+                    return _Owner(int(fields[7]), int(fields[9]))
+    return None

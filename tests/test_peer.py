@@ -1,0 +1,101 @@
+"""Who is at the other end of a TCP connection of this machine: the kernel is asked, or its tables are read."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm import peer
+
+from .tunnel_helpers import LOOPBACK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is a stranger")
+
+Finder = Callable[[tuple[str, int], tuple[str, int]], Any]
+
+FINDERS = pytest.mark.parametrize("find", [peer._asked, peer._looked_up])
+#: An address that nobody has (RFC 5737).
+ELSEWHERE = ("192.0.2.1", 9)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        yield listening
+
+
+@FINDERS
+def test_the_owner_of_either_end_is_found(listener: socket.socket, find: Finder) -> None:
+    with socket.create_connection(listener.getsockname()) as local, listener.accept()[0] as accepted:
+        for sock in (local, accepted):
+            owner = find(sock.getsockname(), sock.getpeername())
+            assert owner == (os.geteuid(), os.fstat(sock.fileno()).st_ino)
+
+
+@FINDERS
+def test_an_ipv6_socket_that_is_used_for_ipv4_is_found(listener: socket.socket, find: Finder) -> None:
+    if not socket.has_ipv6 or not Path("/proc/net/tcp6").exists():
+        pytest.skip("needs IPv6")
+    with socket.socket(socket.AF_INET6) as local:
+        local.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        local.connect(("::ffff:127.0.0.1", listener.getsockname()[1]))
+        with listener.accept()[0] as accepted:
+            assert find(accepted.getpeername(), accepted.getsockname()).inode == os.fstat(local.fileno()).st_ino
+
+
+@FINDERS
+def test_a_socket_that_is_closed_has_no_inode(listener: socket.socket, find: Finder) -> None:
+    local = socket.create_connection(listener.getsockname())
+    with listener.accept()[0] as accepted:
+        local.close()
+        assert find(accepted.getpeername(), accepted.getsockname()).inode == 0
+
+
+@FINDERS
+def test_what_is_not_there_has_no_owner(listener: socket.socket, find: Finder) -> None:
+    assert find(ELSEWHERE, listener.getsockname()) is None
+    assert find(listener.getsockname(), ELSEWHERE) is None, "who listens on a port is not connected"
+
+
+@pytest.mark.parametrize(
+    ("found", "owner"),
+    [((1000, 4711), 1000), ((0, 4711), 0), ((0, 0), None), ((1000, 0), 1000), (None, None)],
+)
+def test_a_socket_that_nobody_holds_any_more_has_no_owner(
+    monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None, owner: int | None
+) -> None:
+    """Linux before 6.16 says 0, which is root's number, and would let anybody in to root's proxies."""
+    monkeypatch.setattr(peer, "_asked", lambda *_: None if found is None else peer._Owner(*found))
+    assert peer._tcp_owner(ELSEWHERE, ELSEWHERE) == owner
+
+
+def test_where_the_kernel_may_not_be_asked_its_tables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Refused:
+        def __init__(self, *_: object) -> None:
+            raise PermissionError
+
+    table = tmp_path / "tcp"
+    row = " 0: 0100007F:1234 0100007F:5678 05 00000000:00000000 00:00000000 00000000 {} 0 {} 1 0\n"
+    monkeypatch.setattr(peer, "_TCP_TABLES", (table,))
+    monkeypatch.setattr(socket, "socket", Refused)
+    ends = (LOOPBACK, 0x1234), (LOOPBACK, 0x5678)
+    for uid, inode, owner in ((1000, 4711, 1000), (0, 0, None)):
+        table.write_text("  sl  local_address rem_address ...\n" + row.format(uid, inode))
+        assert peer._tcp_owner(*ends) == owner
+        assert peer._tcp_owner(*reversed(ends)) is None
+
+
+def test_an_answer_that_is_an_error_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel knows no such request: an error like this leads to the tables."""
+    monkeypatch.setattr(peer, "_SOCK_DIAG_BY_FAMILY", 9999)
+    with pytest.raises(OSError, match=r"\w"):
+        peer._asked(ELSEWHERE, ELSEWHERE)
