@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -42,20 +43,22 @@ connection.recv(1)
 """
 
 
-def measure(count: int) -> dict[str, float]:
-    """Measure in a process of its own, and return what one proxy costs, by name.
+def measure(count: int, runs: int = 1) -> dict[str, float]:
+    """Measure in a process of its own, or in some one after another; return what one proxy costs, the medians by name.
 
     Raises:
         RuntimeError: It did not come to an end; the message has what it said.
     """
-    with ssh_server() as sshd, load.targets(1, workers=count + 1) as targets:
-        server = server_at(sshd, sshd.port, targets)
-        command = [sys.executable, "-m", "benchmarks.costs", str(count), json.dumps(server.__dict__)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-400:])
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    found = []
+    for _ in range(runs):
+        with ssh_server() as sshd, load.targets(1, workers=count + 1) as targets:
+            server = server_at(sshd, sshd.port, targets)
+            command = [sys.executable, "-m", "benchmarks.costs", str(count), json.dumps(server.__dict__)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip()[-400:])
+        found.append(json.loads(done.stdout))
+    return {name: statistics.median(each[name] for each in found) for name in found[0]}
 
 
 def _now() -> dict[str, float]:

@@ -232,6 +232,7 @@ def fixed() -> Results:
             "start_by_hand_ms": [90.0, 98.0, 99.0],
             "stop_ours_ms": [915.0],
             "stop_by_hand_ms": [920.0],
+            "stop_after_exit_ms": [25.0],
         },
         costs={
             "1": {"threads": 6, "kib": 1024, "descriptors": 5, "wake_ups_s": 0.004, "start_ms": 50, "stop_ms": 10},
@@ -263,6 +264,7 @@ class TestReport:
         assert "| up, to `ssh -L` | ≥ 1.0× | 0.50× | **not met** |" in lines
         assert "| round trip p99, to `ssh -L` | ≤ 1.0× | 1.00× | the rounds do not agree: 0.90 to 1.10 |" in lines
         assert "| start, more than by hand | ≤ 10 ms | 5.0 ms | met |" in lines
+        assert "| stop, more than nxproxy takes to exit | ≤ 20 ms | 25.0 ms | **not met** |" in lines
         assert "| a proxy's memory, 1 in one process | ≤ 1,024 KiB | 1,024 KiB | met |" in lines
         assert "| a proxy's threads, 1 in one process | ≤ 5 threads | 6.0 threads | **not met** |" in lines
         assert "| a proxy, idle, 1 in one process | ≤ 0 wake-ups/s | 0.004 wake-ups/s | **not met** |" in lines
@@ -273,6 +275,7 @@ class TestReport:
     def test_sessions_costs_and_small_things_are_told(self) -> None:
         lines = table(fixed()).splitlines()
         assert "| start to running | 103 | 98 | +5 |" in lines
+        assert "| of the stop, after nxproxy's exit | 25.0 | | |" in lines
         assert "| stop | 915 | 920 | -5 |" in lines
         assert "| resident memory, KiB | 1,024 | failed |" in lines
         assert "200 proxies: It did not come up." in lines
