@@ -174,9 +174,31 @@ class TestBytesASecond:
         assert run.tracks[0].flows == (Flow(2, 4, 100, 25), Flow(4, 4.5, 20, 0))
 
     def test_of_connections_at_the_same_time_are_added(self) -> None:
-        assert timeline.picture._steps([(0, 2, 10), (1, 3, 5)]) == [
-            (0, 0), (0, 10), (1, 10), (1, 15), (2, 15), (2, 5), (3, 5), (3, 0)
-        ]  # fmt: skip
+        """In the picture and in the page, which have the same flows."""
+        closed = [tunnel(3, "closed", 4000, 1000, duration_s=2.0), tunnel(4, "closed", 6000, 8000, duration_s=2.0)]
+        run = timeline.read(in_order(*life(), *closed))
+        assert run.tracks[0].flows == (Flow(1, 2, 2000, 500), Flow(2, 3, 5000, 4500), Flow(3, 4, 3000, 4000))
+        assert "max 5 kB/s" in words(drawn(run))
+        page = str(timeline.draw(run, "html"))
+        data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+        assert [flow[2:] for flow in data["tracks"][0]["flows"]] == [[2000, 500], [5000, 4500], [3000, 4000]]
+
+    @given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9), st.integers(0, 10**9), st.integers(0, 10**9))))
+    def test_are_painted_in_their_row_and_lose_nothing(self, ends: list[tuple[float, float, int, int]]) -> None:
+        closed = [tunnel(at_s, "closed", to, back, duration_s=took_s) for at_s, took_s, to, back in ends]
+        run = timeline.read(in_order(*life(), *closed, event(12, "end")))
+        flows = run.tracks[0].flows
+        assert all(one.end_s <= other.begin_s for one, other in pairwise(flows))
+        sums = [
+            sum((flow.end_s - flow.begin_s) * rate for flow, rate in zip(flows, rates, strict=True))
+            for rates in ([flow.to_agent for flow in flows], [flow.from_agent for flow in flows])
+        ]
+        assert sums == pytest.approx([sum(each[2] for each in ends), sum(each[3] for each in ends)], rel=1e-6, abs=1)
+        items = [item for group in timeline.picture.run_scene(run).groups for item in group.items]
+        (middle,) = {t.y - 4 for t in items if isinstance(t, scene.Text) and re.match("max|no bytes", t.words)}
+        for line in (each for each in items if isinstance(each, scene.Line) and each.kind.startswith("flow")):
+            high = timeline.picture._FLOW * (-1 if line.kind == "flow-to" else 1)
+            assert all(-1e-9 <= (y - middle) / high <= 1 + 1e-9 for _, y in line.points)
 
     @pytest.mark.parametrize(
         ("carried", "said"), [(700, "700 B/s"), (2_500, "2.5 kB/s"), (31_400_000, "31.4 MB/s"), (4 * 10**9, "4 GB/s")]

@@ -140,31 +140,20 @@ def _flow_groups(flows: tuple[Flow, ...], scale: _Scale, y: float) -> Iterator[G
         _row_name("to agent", middle - _FLOW / 2),
         _row_name("from agent", middle + _FLOW / 2),
     ]
-    for steps, kind, sign in (
-        (_steps([(flow.begin_s, flow.end_s, flow.to_agent) for flow in flows]), "flow-to", -1),
-        (_steps([(flow.begin_s, flow.end_s, flow.from_agent) for flow in flows]), "flow-from", 1),
-    ):
-        if most > 0 and steps:
-            points = [(scale.x(at_s), middle + sign * rate / most * _FLOW) for at_s, rate in steps]
-            items.append(Line(((points[0][0], middle), *points, (points[-1][0], middle)), kind))
+    if most > 0:
+        for kind, rates, side in (
+            ("flow-to", [flow.to_agent for flow in flows], -1),
+            ("flow-from", [flow.from_agent for flow in flows], 1),
+        ):
+            points: list[tuple[float, float]] = []
+            for flow, rate in zip(flows, rates, strict=True):
+                begin, end, edge = scale.x(flow.begin_s), scale.x(flow.end_s), middle + side * rate / most * _FLOW
+                points += [(begin, middle), (begin, edge), (end, edge), (end, middle)]
+            items.append(Line(tuple(points), kind))
     items.append(Line(((_LEFT, middle), (_WIDTH - _RIGHT, middle)), "grid"))
     words = f"max {_rate(most)}" if most > 0 else "no bytes"
     items.append(Text(_WIDTH - _RIGHT + 6, middle + 4, words, "caption", 10, "start"))
     yield Group(tuple(items))
-
-
-def _steps(spans: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
-    """Return the corners of the sum of rectangles, which may overlap."""
-    changes: dict[float, float] = {}
-    for begin_s, end_s, rate in spans:
-        changes[begin_s] = changes.get(begin_s, 0.0) + rate
-        changes[end_s] = changes.get(end_s, 0.0) - rate
-    corners, rate = [], 0.0
-    for at_s in sorted(changes):
-        corners.append((at_s, rate))
-        rate = max(rate + changes[at_s], 0.0)
-        corners.append((at_s, rate))
-    return corners
 
 
 def _rate(value: float) -> str:

@@ -114,7 +114,7 @@ class Track:
         session: Its session's name.
         stays: Its states, in order.
         events: Its events, in order.
-        flows: What its tunnel carried, in order.
+        flows: What its tunnel carried, in order; none overlaps another, connections at the same time are added.
         reason: Why it ended; None where the record ends before.
         detail: One sentence about that.
         hint: What to do about it.
@@ -394,16 +394,33 @@ def _flows(lines: list[_Line], origin: float, name: str) -> tuple[Flow, ...]:
             closed = (closed[0] + carried[0], closed[1] + carried[1])
             apart.append(_flow(max(at_s - _count(line, "duration_s", name), 0.0), at_s, *carried))
     if looked_s is None:
-        return tuple(apart)
+        return _added(apart)
     rest = (closed[0] - seen[0], closed[1] - seen[1])
     if apart and min(rest) >= 0 and max(rest) > 0 and apart[-1].end_s > looked_s:
         flows.append(_flow(looked_s, apart[-1].end_s, *rest))
-    return tuple(flows)
+    return _added(flows)
 
 
 def _flow(begin_s: float, end_s: float, to_agent: float, from_agent: float) -> Flow:
     took_s = max(end_s - begin_s, 1e-3)  # nothing is timed better
-    return Flow(begin_s, end_s, to_agent / took_s, from_agent / took_s)
+    return Flow(begin_s, begin_s + took_s, to_agent / took_s, from_agent / took_s)
+
+
+def _added(flows: list[Flow]) -> tuple[Flow, ...]:
+    """Return the sums of flows that may overlap."""
+    edges = [(flow.end_s, -1, flow.to_agent, flow.from_agent) for flow in flows]
+    edges += [(flow.begin_s, 1, flow.to_agent, flow.from_agent) for flow in flows]
+    sums: list[Flow] = []
+    open_, before_s, to_agent, from_agent = 0, 0.0, 0.0, 0.0
+    for at_s, step, to_step, from_step in sorted(edges):  # at the same time, what ends comes before what begins
+        if open_ and at_s > before_s:
+            sums.append(Flow(before_s, at_s, to_agent, from_agent))
+        open_ += step
+        # What the rounding of sums leaves is nothing that was carried.
+        to_agent = max(to_agent + step * to_step, 0.0) if open_ else 0.0
+        from_agent = max(from_agent + step * from_step, 0.0) if open_ else 0.0
+        before_s = at_s
+    return tuple(sums)
 
 
 def _printable(text: str) -> str:
