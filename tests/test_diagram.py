@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
-WAY = (Step("idle", "tunnelling", 1.25, 1), Step("tunnelling", "spawning", 0.0123, 2))
+WAY = (Step("start", "idle", "tunnelling", 1.25, 1), Step("tunnel_opened", "tunnelling", "spawning", 0.0123, 2))
 CHANGES = {(str(r.source), str(r.dest), str(r.trigger)) for r in TRANSITIONS if r.dest is not None}
 
 
@@ -152,7 +152,13 @@ class TestTheLifecycle:
         rows = {(row["trigger"], row["source"], row["dest"]) for row in whole["transitions"]}
         assert rows == {(str(r.trigger), str(r.source), r.dest and str(r.dest)) for r in TRANSITIONS}
         assert whole["highlight"] == "running"
-        assert whole["way"][1] == {"source": "tunnelling", "dest": "spawning", "elapsed_s": 0.0123, "number": 2}
+        assert whole["way"][1] == {
+            "trigger": "tunnel_opened",
+            "source": "tunnelling",
+            "dest": "spawning",
+            "elapsed_s": 0.0123,
+            "number": 2,
+        }
 
     def test_dot_is_read_by_graphviz_and_has_each_change(self) -> None:
         graph = AGraph(string=diagram.dot(highlight="running", way=WAY, theme="dark"))
@@ -166,7 +172,7 @@ class TestTheLifecycle:
         }
         assert drawn == CHANGES
         assert {n for n in graph.nodes() if graph.get_node(n).attr["peripheries"] == "2"} == {"stopped", "failed"}
-        assert "after 0.012 s" in graph.get_edge("tunnelling", "spawning").attr["label"]
+        assert "2. tunnel_opened after 0.012 s" in graph.get_edge("tunnelling", "spawning").attr["label"]
         assert graph.get_node("running").attr["penwidth"] == "3"
 
     def test_svg_has_each_state_and_each_change(self) -> None:
@@ -194,15 +200,28 @@ class TestTheLifecycle:
             ("idle", "tunnelling"),
             ("tunnelling", "spawning"),
         ]
-        assert {"1. after 1.250 s", "2. after 0.012 s"} <= set(words(root))
+        kinds = {text.text: text.get("class") for text in root.iter(f"{SVG}text")}
+        assert kinds["1. START after 1.250 s"] == kinds["2. tunnel_opened after 0.012 s"] == "time"
         drawn = diagram.mermaid(highlight="spawning", way=WAY)
-        assert "tunnelling --> spawning: tunnel_opened, 2. after 0.012 s\n" in drawn
+        assert "idle --> tunnelling: START, 1. START after 1.250 s\n" in drawn
+        assert "tunnelling --> spawning: tunnel_opened, 2. tunnel_opened after 0.012 s\n" in drawn
         assert "class spawning here" in drawn
         assert "class idle,tunnelling been" in drawn
 
     def test_the_table_points_at_a_column(self) -> None:
         row = diagram.markdown_table(highlight="running").splitlines()[3]
         assert row == "| `stop` | stopped | stopping | stopping | **stopping** | – | – | – |"
+
+    def test_of_several_triggers_the_one_that_was_taken_is_said(self) -> None:
+        """Three lead from running to stopping: an order, and two observations, one of them a fault."""
+        way = (Step("fault_found", "running", "stopping", 2.161, 4),)
+        said = "4. fault_found after 2.161 s"
+        kinds = {text.text: text.get("class") for text in svg_of(way=way).iter(f"{SVG}text")}
+        assert kinds[said] == "time"
+        light = diagram.scene._rules("light")
+        assert light["", "time"] not in (light["", "order"], light["", "observation"])
+        assert f"running --> stopping: session_ended, fault_found, STOP, {said}\n" in diagram.mermaid(way=way)
+        assert said in diagram.dot(way=way)
 
     @pytest.mark.parametrize("picture", diagram.FORMATS)
     def test_a_state_that_is_not_there_is_told(self, picture: diagram.Format) -> None:
@@ -505,7 +524,7 @@ class TestMachinesOfClients:
         chart = Chart(
             title="x", states=tuple(names), initial="scale", finals=frozenset({"END"}), triggers=("on",), arrows=arrows
         )
-        drawn = diagram.mermaid(chart, highlight="click", way=(Step("scale", "default", 1.0, 1),)).splitlines()
+        drawn = diagram.mermaid(chart, highlight="click", way=(Step("on", "scale", "default", 1.0, 1),)).splitlines()
         assert [line for line in drawn if line.startswith('    state "')] == [
             f'    state "{diagram.text._entities(name)}" as state_{at}' for at, name in enumerate(names)
         ]
@@ -563,7 +582,9 @@ class TestALivePicture:
         root = ET.fromstring(str(proxy.diagram("svg")))  # noqa: S314
         assert [group.get("data-state") for group in groups(root, "here")] == ["running"]
         assert len(list(groups(root, "taken"))) == 3
-        assert {f"{record.sequence}. after {record.elapsed_s:.3f} s" for record in history} <= set(words(root))
+        names = [str(r.trigger).upper() if r.trigger.is_order else str(r.trigger) for r in history]
+        said = {f"{r.sequence}. {name} after {r.elapsed_s:.3f} s" for r, name in zip(history, names, strict=True)}
+        assert said <= set(words(root))
         assert proxy.id in (root.get("aria-label") or "")
         png = proxy.diagram("png", theme="dark")
         assert isinstance(png, bytes)

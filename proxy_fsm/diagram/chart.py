@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from proxy_fsm.lifecycle import Transition
     from proxy_fsm.status import TransitionRecord
 
-__all__ = ["LIFECYCLE", "Arrow", "Chart", "DiagramError", "Step", "chart_of", "way_of"]
+__all__ = ["LIFECYCLE", "Arrow", "Chart", "DiagramError", "Step", "chart_of", "visited", "way_of"]
 
 
 class DiagramError(ProxyFsmError, ValueError):
@@ -38,32 +38,24 @@ class Arrow:
     dest: str
     condition: str = ""
 
-    @property
-    def label(self) -> str:
-        """The trigger, with its condition."""
-        return f"{self.trigger} [{self.condition}]" if self.condition else self.trigger
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One change that a running machine has made.
 
     Attributes:
+        trigger: What led to it.
         source: The state that was left.
         dest: The state that was entered.
         elapsed_s: Time spent in ``source``, in seconds.
         number: Which change it was, from 1.
     """
 
+    trigger: str
     source: str
     dest: str
     elapsed_s: float
     number: int
-
-    @property
-    def label(self) -> str:
-        """Its number, and the time before it, for a person."""
-        return f"{self.number}. after {self.elapsed_s:.3f} s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +94,21 @@ class Chart:
             raise DiagramError(f"{self.title} has no state {state!r}; it has {', '.join(self.states)}.")
         return None if state is None else str(state)
 
+    def label(self, arrow: Arrow) -> str:
+        """Return an arrow's trigger, in capitals where it is an order, and its condition."""
+        return self._shown(arrow.trigger) + (f" [{arrow.condition}]" if arrow.condition else "")
+
+    def taken(self, way: Iterable[Step], source: str, dest: str) -> list[str]:
+        """Return what to write on the arrows between two states: each step's number, trigger and the time before it."""
+        return [
+            f"{step.number}. {self._shown(step.trigger)} after {step.elapsed_s:.3f} s"
+            for step in way
+            if (step.source, step.dest) == (source, dest)
+        ]
+
+    def _shown(self, trigger: str) -> str:
+        return trigger.upper() if trigger in self.orders else trigger
+
     def bundles(self) -> list[tuple[str, str, list[Arrow]]]:
         """Return source, destination and the arrows between them, for each two states that have any, in order."""
         bundles: dict[tuple[str, str], list[Arrow]] = {}
@@ -136,7 +143,15 @@ LIFECYCLE = lifecycle_chart()
 
 def way_of(history: Iterable[TransitionRecord]) -> tuple[Step, ...]:
     """Return the steps that a proxy has made, from the records of its history."""
-    return tuple(Step(str(record.source), str(record.dest), record.elapsed_s, record.sequence) for record in history)
+    return tuple(
+        Step(str(record.trigger), str(record.source), str(record.dest), record.elapsed_s, record.sequence)
+        for record in history
+    )
+
+
+def visited(way: Iterable[Step]) -> frozenset[str]:
+    """Return the states that a way has touched."""
+    return frozenset(state for step in way for state in (step.source, step.dest))
 
 
 def chart_of(thing: object) -> Chart:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.diagram.chart import DiagramError
+from proxy_fsm.diagram.chart import DiagramError, visited
 from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, width_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
         DiagramError: There is no such state, or pygraphviz is not installed.
     """
     highlight = chart.check_state(highlight)
-    been = {state for step in way for state in (step.source, step.dest)}
+    been = visited(way)
     # The names are the caller's; a prefix keeps them apart from those of the other nodes.
     nodes = {} if chart.initial is None else {"initial": Node((), kind="dot")}
     for state in chart.states:
@@ -91,12 +91,12 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
         )
     links = [] if chart.initial is None else [Link("initial", f"state {chart.initial}")]
     for source, dest, arrows in chart.bundles():
-        taken = [(step.label, "time") for step in way if (step.source, step.dest) == (source, dest)]
+        taken = [(words, "time") for words in chart.taken(way, source, dest)]
         links.append(
             Link(
                 f"state {source}",
                 f"state {dest}",
-                (*(_words(chart, arrow) for arrow in arrows), *taken),
+                (*((chart.label(arrow), _kind(chart, arrow)) for arrow in arrows), *taken),
                 ("arrow", *(["taken"] if taken else [])),
                 (("from", source), ("to", dest)),
             )
@@ -114,10 +114,10 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
     return graph_scene(chart.title, nodes, links, caption=caption)
 
 
-def _words(chart: Chart, arrow: Arrow) -> Words:
+def _kind(chart: Chart, arrow: Arrow) -> str:
     if arrow.trigger in chart.orders:
-        return arrow.label.replace(arrow.trigger, arrow.trigger.upper(), 1), "order"
-    return arrow.label, "observation" if chart.orders else "plain"
+        return "order"
+    return "observation" if chart.orders else "plain"
 
 
 def _wrapped(remark: str, letters: int = 40) -> list[str]:

@@ -154,7 +154,7 @@ def _rules(theme: Theme) -> _Rules:
         ("", "plain"): {"fill": ink},
         ("", "order"): {"fill": accent, "font-weight": "bold"},
         ("", "observation"): {"fill": ink, "font-style": "italic"},
-        ("", "time"): {"fill": accent, "font-weight": "bold"},
+        ("", "time"): {"fill": ink, "font-weight": "bold"},
         ("", "caption"): {"fill": faint},
         ("", "fault"): {"fill": "#ff7b72" if dark else "#b32b25", "font-weight": "bold"},
         ("been", "box"): {"fill": been, "stroke": accent},

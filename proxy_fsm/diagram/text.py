@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from proxy_fsm.diagram.chart import LIFECYCLE
+from proxy_fsm.diagram.chart import LIFECYCLE, visited
 from proxy_fsm.lifecycle import State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from proxy_fsm.diagram.chart import Arrow, Chart, Step
+    from proxy_fsm.diagram.chart import Chart, Step
 
 __all__ = ["as_json", "dot", "markdown_table", "mermaid", "table_rows"]
 
@@ -31,7 +31,7 @@ def mermaid(
     Args:
         chart: What to draw; what is ignored is left out.
         highlight: A state to point at.
-        way: The changes that were made; each adds its number and time to its arrow.
+        way: The changes that were made; each adds its number, trigger and time to its arrow.
         theme: ``light`` or ``dark``; by default whatever shows it decides.
 
     Raises:
@@ -45,13 +45,13 @@ def mermaid(
     if chart.initial is not None:
         lines.append(f"    [*] --> {names[chart.initial]}")
     for source, dest, arrows in chart.bundles():
-        labels = [_entities(_shown(chart, arrow)) for arrow in arrows] + _times(way, source, dest)
-        lines.append(f"    {names[source]} --> {names[dest]}: {', '.join(labels)}")
+        labels = [*map(chart.label, arrows), *chart.taken(way, source, dest)]
+        lines.append(f"    {names[source]} --> {names[dest]}: {', '.join(map(_entities, labels))}")
     lines += [f"    {names[state]} --> [*]" for state in chart.states if state in chart.finals]
     for state, remarks in chart.notes:
         words = "<br/>".join(map(_entities, remarks))
         lines += [f"    note right of {names[state]}", f"        {words}", "    end note"]
-    been = {state for step in way for state in (step.source, step.dest)} - {highlight}
+    been = visited(way) - {highlight}
     if been:
         lines += [
             f"    classDef been {_TAKEN}",
@@ -60,16 +60,6 @@ def mermaid(
     if highlight is not None:
         lines += [f"    classDef here {_HIGHLIGHT}", f"    class {names[highlight]} here"]
     return "\n".join(lines) + "\n"
-
-
-def _shown(chart: Chart, arrow: Arrow) -> str:
-    return (
-        arrow.label.replace(arrow.trigger, arrow.trigger.upper(), 1) if arrow.trigger in chart.orders else arrow.label
-    )
-
-
-def _times(way: Sequence[Step], source: str, dest: str) -> list[str]:
-    return [step.label for step in way if (step.source, step.dest) == (source, dest)]
 
 
 def _mermaid_name(chart: Chart, at: int) -> str:
@@ -111,7 +101,7 @@ def dot(
         if theme == "dark"
         else ("#1f2328", "#ffffff", "#0550ae", "#ffd33d")
     )
-    been = {state for step in way for state in (step.source, step.dest)}
+    been = visited(way)
     begin = _quoted(_unused("[*]", chart))
     # Graphviz takes a name that begins with a percent sign for none.
     names = {
@@ -136,10 +126,10 @@ def dot(
             looks.append(f'color="{accent}"')
         lines.append(f"    {names[state]}{' [' + ' '.join(looks) + ']' if looks else ''}")
     for source, dest, arrows in chart.bundles():
-        times = _times(way, source, dest)
-        labels = [f" {words} " for words in [*(_shown(chart, arrow) for arrow in arrows), *times]]
+        taken = chart.taken(way, source, dest)
+        labels = [f" {words} " for words in [*map(chart.label, arrows), *taken]]
         looks = [f"label={_quoted(chr(10).join(labels))}"]
-        if times:
+        if taken:
             looks += [f'color="{accent}"', "penwidth=2.5"]
         lines.append(f"    {names[source]} -> {names[dest]} [{' '.join(looks)}]")
     for at, (state, remarks) in enumerate(chart.notes):
@@ -229,7 +219,13 @@ def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequ
         "notes": {state: list(remarks) for state, remarks in chart.notes},
         "highlight": highlight,
         "way": [
-            {"source": step.source, "dest": step.dest, "elapsed_s": round(step.elapsed_s, 6), "number": step.number}
+            {
+                "trigger": step.trigger,
+                "source": step.source,
+                "dest": step.dest,
+                "elapsed_s": round(step.elapsed_s, 6),
+                "number": step.number,
+            }
             for step in way
         ],
     }
