@@ -400,6 +400,11 @@ class TestThePicture:
         with pytest.raises(DiagramError, match="pip install"):
             timeline.draw(recorded("fault"), "png")
 
+    @pytest.mark.parametrize("picture", ["html", "mermaid"])
+    def test_that_follows_whoever_looks_takes_no_theme(self, picture: timeline.Format) -> None:
+        with pytest.raises(TimelineError, match=r"^The page and the sequence .*: leave the theme out\.$"):
+            timeline.draw(recorded("fault"), picture, theme="dark")
+
     def test_of_a_format_that_is_not_there_is_told(self) -> None:
         with pytest.raises(TimelineError, match="no format 'gif'; there are svg"):
             timeline.draw(recorded("fault"), "gif")  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def timeline(
             Several proxies in it are drawn one below the other.
         output: Where the picture goes; its ending says what it is: ``.svg``, ``.png`` (needs the extra ``timeline``),
             ``.html``: a page that replays the run, or ``.mmd``: a sequence diagram in Mermaid's language.
-        theme: By default SVG and the page follow whoever looks; PNG is light.
+        theme: For SVG and PNG; by default SVG follows whoever looks, and PNG is light.
         log_format: ``json`` writes events on standard output, and nothing else.
     """
     events = Output(log_format, console_level=logging.ERROR)

@@ -50,15 +50,17 @@ def draw(run: Run, picture: Format, *, theme: scene.Theme | None = None) -> str 
         run: The run.
         picture: ``svg``, ``png``: states, events and bytes a second over time, proxies one below the other; ``html``: a
             page of its own that replays it; ``mermaid``: who told whom what, as a sequence diagram.
-        theme: ``light`` or ``dark``. By default SVG and the page follow whoever looks, and PNG is light.
+        theme: For SVG and PNG, ``light`` or ``dark``. By default SVG follows whoever looks, and PNG is light.
 
     Returns:
         The picture, as bytes for PNG and else as text.
 
     Raises:
         DiagramError: The extra is missing.
-        TimelineError: There is no such format.
+        TimelineError: There is no such format, or it takes no theme.
     """
+    if theme is not None and picture in {"html", "mermaid"}:
+        raise TimelineError("The page and the sequence diagram follow whoever looks: leave the theme out.")
     match picture:
         case "svg":
             return scene.svg(run_scene(run), theme)

@@ -54,6 +54,14 @@ def test_a_record_is_not_drawn_over(home: Home) -> None:
     assert (home.path / "run.svg").read_bytes() == RECORDED.read_bytes()
 
 
+def test_a_theme_for_what_takes_none_is_wrong_usage(home: Home) -> None:
+    shutil.copy(RECORDED, home.path / "run.jsonl")
+    program = run(home, "timeline", "run.jsonl", "-o", "x.html", "--theme", "dark")
+    assert program.process.returncode == 2
+    assert "leave the theme out" in program.errors
+    assert not (home.path / "x.html").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "output", "message"),
     [
