@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from enum import Enum
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
@@ -233,10 +234,15 @@ class TestTheLifecycle:
             diagram.draw(picture="gif")  # type: ignore[arg-type]
 
 
+def linear(colour: str) -> list[float]:
+    """Return red, green and blue of a colour in sRGB, in amounts of light."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    return [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+
+
 def luminance(colour: str) -> float:
     """Return the relative luminance, as WCAG 2 defines it."""
-    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    red, green, blue = linear(colour)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
@@ -245,7 +251,52 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+#: What the eye's receptors get of linear red, green and blue where one of the three kinds is missing.
+#: Source: Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency",
+#: IEEE Transactions on Visualization and Computer Graphics 15(6), 2009; severity 1.0.
+VISIONS = {
+    "usual": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "tritanopia": (
+        (1.255528, -0.076749, -0.178779),
+        (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
+}
+
+
+def seen(colour: str, vision: str) -> tuple[float, float, float]:
+    """Return where a colour lies in CIELAB, with the white of sRGB (D65), as it is seen."""
+    rgb = linear(colour)
+    rgb = [min(max(sum(a * b for a, b in zip(row, rgb, strict=True)), 0.0), 1.0) for row in VISIONS[vision]]
+    to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+    x, y, z = (
+        share ** (1 / 3) if share > 0.008856 else 7.787 * share + 16 / 116
+        for share in (sum(a * b for a, b in zip(row, rgb, strict=True)) / sum(row) for row in to_xyz)
+    )
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
 class TestLooks:
+    @pytest.mark.parametrize("vision", VISIONS)
+    @pytest.mark.parametrize("theme", ["light", "dark"])
+    def test_colours_can_be_told_apart_by_whoever_looks(self, theme: diagram.Theme, vision: str) -> None:
+        """CIE 1976: a difference of 2.3 is just seen where two colours touch; these lie apart, and may be thin."""
+        rules = diagram.scene._rules(theme)
+        states = [f"is-{state}" for state in State]
+        for one, other in [*combinations(states, 2), ("flow-to", "flow-from")]:
+            spots = [seen(rules["", kind]["fill"], vision) for kind in (one, other)]
+            assert math.dist(*spots) >= 19, (one, other)
+
     @pytest.mark.parametrize("theme", ["light", "dark"])
     def test_words_stand_out_from_their_ground(self, theme: diagram.Theme) -> None:
         """WCAG 2 asks for 4.5 to 1."""

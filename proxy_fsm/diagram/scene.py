@@ -47,15 +47,16 @@ _BOLD = 1.1
 _PNG_PIXELS = 1 << 16
 _FAMILY = "DejaVu Sans, Verdana, Arial, sans-serif"
 
-#: The ground of each state in pictures of a run: light, dark.
+#: The ground of each state in pictures of a run: light, dark. They differ in lightness too, for those who do not see
+#: colours as most do, and a state's name can be read on each.
 STATE_COLOURS = {
-    "idle": ("#d0d7de", "#484f58"),
-    "tunnelling": ("#a5d6ff", "#1f4b7a"),
-    "spawning": ("#d8c4ff", "#553098"),
-    "running": ("#aceebb", "#196c2e"),
-    "stopping": ("#ffd8a8", "#8a4b00"),
-    "stopped": ("#b6d3e0", "#2f5566"),
-    "failed": ("#ffb8b2", "#a1260d"),
+    "idle": ("#929ba4", "#636b72"),
+    "tunnelling": ("#98c6f6", "#206fae"),
+    "spawning": ("#bc66f0", "#48258a"),
+    "running": ("#57efa1", "#235639"),
+    "stopping": ("#eab44e", "#805d1c"),
+    "stopped": ("#eef1f4", "#161a1f"),
+    "failed": ("#e26054", "#5b120b"),
 }
 
 Style = dict[str, str]
@@ -171,7 +172,7 @@ def _rules(theme: Theme) -> _Rules:
         ("", "tick-warning"): {"fill": "none", "stroke": "#d29922" if dark else "#9a6700", "stroke-width": "2"},
         ("", "tick-error"): {"fill": "none", "stroke": "#ff7b72" if dark else "#cf222e", "stroke-width": "2.4"},
         ("", "flow-to"): {"fill": "#388bfd" if dark else "#54aeff", "stroke": "none"},
-        ("", "flow-from"): {"fill": "#a371f7" if dark else "#c297ff", "stroke": "none"},
+        ("", "flow-from"): {"fill": "#d29922" if dark else "#e08e0b", "stroke": "none"},
     }
     for state, (bright, deep) in STATE_COLOURS.items():
         rules["", f"is-{state}"] = {"fill": deep if dark else bright, "stroke": line, "stroke-width": "0.6"}
