@@ -330,6 +330,17 @@ class TestLooks:
         assert yellow not in found[0]
         assert found[1][yellow] > 1000
 
+    @pytest.mark.parametrize("way", [(), WAY])
+    def test_the_main_story_is_one_straight_column(self, way: tuple[Step, ...]) -> None:
+        middles = {
+            group.get("data-state"): float(box.get("x", 0)) + float(box.get("width", 0)) / 2
+            for group in groups(svg_of(way=way), "state")
+            for box in group.iter(f"{SVG}rect")
+            if box.get("class") == "box"
+        }
+        main = [middles[str(state)] for state in State if state is not State.FAILED]
+        assert main == pytest.approx([main[0]] * 6, abs=0.02)
+
     def test_no_label_lies_on_a_state_or_on_another_label(self) -> None:
         """Judged by the estimated widths, which are those of a wide font."""
         for thing in (diagram.LIFECYCLE, NX3Backend):

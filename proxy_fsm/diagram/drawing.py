@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm.diagram.chart import DiagramError, visited
@@ -21,6 +22,8 @@ _MARGIN = 14.0
 _NAME_SIZE, _LABEL_SIZE, _CAPTION_SIZE = 14.0, 12.0, 11.0
 _LINE = 1.35
 _FRAME = 4.0
+#: What an arrow weighs that leads to the next state: the main story is a straight column.
+_MAIN = 20
 
 #: A word and its kind.
 Words = tuple[str, str]
@@ -53,7 +56,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An arrow between two nodes."""
+    """An arrow between two nodes; the more it weighs, the straighter and shorter it is."""
 
     source: str
     dest: str
@@ -62,6 +65,7 @@ class Link:
     data: tuple[tuple[str, str], ...] = ()
     kind: str = "line"
     headed: bool = True
+    weight: int = 1
 
 
 def _extent(lines: Sequence[Words], size: float) -> tuple[float, float]:
@@ -89,6 +93,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
         nodes[f"state {state}"] = Node(
             ((state, "name"),), tuple(marks), (("state", state),), framed=state in chart.finals
         )
+    main = set(pairwise(chart.states))
     links = [] if chart.initial is None else [Link("initial", f"state {chart.initial}")]
     for source, dest, arrows in chart.bundles():
         taken = [(words, "time") for words in chart.taken(way, source, dest)]
@@ -99,6 +104,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
                 (*((chart.label(arrow), _kind(chart, arrow)) for arrow in arrows), *taken),
                 ("arrow", *(["taken"] if taken else [])),
                 (("from", source), ("to", dest)),
+                weight=_MAIN if (source, dest) in main else 1,
             )
         )
     for at, (state, remarks) in enumerate(chart.notes):
@@ -194,7 +200,7 @@ def _dot(nodes: Mapping[str, Node], links: Sequence[Link], node_gap: float, rank
             size = f'FIXEDSIZE="TRUE" WIDTH="{wide + 14:.0f}" HEIGHT="{high + 4:.0f}"'
             label = f' label=<<TABLE BORDER="0" CELLBORDER="0" {size}><TR><TD></TD></TR></TABLE>>'
         arrow = "" if link.headed else " dir=none"
-        lines.append(f"n{numbers[link.source]} -> n{numbers[link.dest]} [link={at}{label}{arrow}]")
+        lines.append(f"n{numbers[link.source]} -> n{numbers[link.dest]} [link={at} weight={link.weight}{label}{arrow}]")
     return "\n".join([*lines, "}"])
 
 
