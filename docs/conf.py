@@ -45,6 +45,9 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "proxy_fsm"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+html_extra_path = ["../diagrams/run-fault.html"]  # pictures.md shows it
 html_copy_source = False
 
 

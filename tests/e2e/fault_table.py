@@ -51,8 +51,8 @@ Each fault below was caused for real, against sshd, x2goserver with nxagent, nxp
 Times are the median of {runs} runs, the longest in brackets.
 """
 HEAD = """\
-| cause | reason | what its user reads | stopping | final | retryable → second attempt | python-x2go |
-|---|---|---|---|---|---|---|
+| cause, and the reason told | what its user reads | stopping | final | retryable → second attempt | python-x2go |
+|---|---|---|---|---|---|
 """
 SURVIVED = """\
 ## What a session survives
@@ -142,8 +142,7 @@ def _line(fault: Fault, row: dict[str, Any]) -> str:
         final = f"{after_sign}, {final} after {_code(fault.script)} was called"
     return _cells(
         [
-            fault.cause,
-            _code(row["reason"]),
+            f"{fault.cause}<br>{_code(row['reason'])}",
             row["detail"] + (f" *{row['hint']}*" if row["hint"] else ""),
             _time(row, "sign_to_stopping"),
             final,
