@@ -85,6 +85,17 @@ def run(name: str) -> timeline.Run:
         return timeline.read(lines, file.name)
 
 
+def way() -> str | bytes:
+    """Draw the way of the proxy whose agent was killed."""
+    (track,) = run("fault").tracks
+    changes = [event.fields for event in track.events if event.name == "proxy.transition"]
+    steps = [
+        diagram.Step(each["trigger"], each["source"], each["dest"], each["elapsed_s"], each["sequence"])
+        for each in changes
+    ]
+    return diagram.draw(picture="svg", highlight=steps[-1].dest, way=steps)
+
+
 def overview() -> str:
     """Return what a reader of the directory sees first."""
     return "\n".join(
@@ -117,6 +128,10 @@ def overview() -> str:
             "",
             "![The run over time](run-fault.svg)",
             "",
+            "The way of its proxy, and [a page that replays it](run-fault.html), to be opened from disk:",
+            "",
+            "![The lifecycle with the way from idle to failed](way.svg)",
+            "",
             "## The modules",
             "",
             "![Which module imports which](modules.svg)",
@@ -134,6 +149,8 @@ PICTURES: dict[str, Callable[[], str | bytes]] = {
     "diagrams/lifecycle.png": partial(diagram.draw, picture="png"),
     "diagrams/modules.mmd": module_mermaid,
     "diagrams/modules.svg": module_svg,
+    "diagrams/way.svg": way,
+    "diagrams/run-fault.html": lambda: timeline.draw(run("fault"), "html"),
     "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, picture="svg"),
 }
 for _name in RUNS:
