@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, replace
 from enum import Enum
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from transitions import Machine
@@ -13,11 +12,9 @@ from transitions import Machine
 from proxy_fsm.backends import Backend
 from proxy_fsm.errors import ProxyFsmError
 from proxy_fsm.lifecycle import TRANSITIONS, State, Trigger
-from proxy_fsm.status import EndReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from types import CodeType
+    from collections.abc import Iterable, Sequence
 
     from proxy_fsm.lifecycle import Transition
     from proxy_fsm.status import TransitionRecord
@@ -159,10 +156,11 @@ def chart_of(thing: object) -> Chart:
 
     Args:
         thing: One of these, a class or an object of it: a `Chart` itself; what has one as ``__chart__``, as `Proxy` and
-            its subclasses have; a `Backend`: the lifecycle, with what is the backend's own; a ``transitions.Machine``,
-            or anything that holds one in an attribute, as `Lifecycle` and its subclasses do. A class of the last two
-            kinds is called without arguments to have its machine made. Its attribute ``orders`` may name the triggers
-            that are orders of a caller; without it those named as in `Trigger` are told apart.
+            its subclasses have; a `Backend`: the lifecycle, with what is the backend's own, such as the first lines of
+            its docstrings of ``ready`` and ``diagnose``; a ``transitions.Machine``, or anything that holds one in an
+            attribute, as `Lifecycle` and its subclasses do. A class of the last two kinds is called without arguments
+            to have its machine made. Its attribute ``orders`` may name the triggers that are orders of a caller;
+            without it those named as in `Trigger` are told apart.
 
     Raises:
         DiagramError: It is nothing of that kind.
@@ -261,43 +259,15 @@ def _backend_chart(backend: Backend | type[Backend]) -> Chart:
     if backend.needs_display:
         preparing.append("needs an X server")
     notes = [(str(State.TUNNELLING), tuple(preparing))]
-    if readiness := (inspect.getdoc(backend.ready) or "").partition("\n")[0]:
-        notes.append((str(State.SPAWNING), (f"readiness: {readiness}",)))
-    if reasons := sorted(_reasons_of(backend)):
-        notes.append((str(State.STOPPING), ("finds out:", *reasons)))
+    for state, words, name in ((State.SPAWNING, "readiness", "ready"), (State.STOPPING, "causes", "diagnose")):
+        if told := _first_line(backend, name):
+            notes.append((str(state), (f"{words}: {told}",)))
     return replace(LIFECYCLE, title=f"{_name_of(backend)} ({backend.name})", notes=tuple(notes))
 
 
-def _reasons_of(backend: Backend | type[Backend]) -> set[str]:
-    """Return the reasons that a backend's `diagnose` names, itself or in what it uses."""
-    found: set[str] = set()
-    pending: list[Any] = [backend.diagnose]
-    seen: dict[int, Any] = {}  # they are kept, so that no number is given out twice
-    while pending:
-        thing = inspect.unwrap(pending.pop())
-        thing = getattr(thing, "__func__", thing)  # a method is made anew each time it is asked for
-        if id(thing) in seen:
-            continue
-        seen[id(thing)] = thing
-        if isinstance(thing, EndReason):
-            found.add(str(thing))
-        elif isinstance(thing, tuple | list | set | frozenset):
-            pending += thing
-        elif isinstance(thing, dict):
-            pending += [*thing, *thing.values()]
-        elif isinstance(thing, FunctionType):
-            pending += _used(thing.__code__, thing.__globals__, backend)
-    return found
-
-
-def _used(code: CodeType, names: dict[str, Any], backend: object) -> Iterator[Any]:
-    for name in code.co_names:
-        if name in EndReason.__members__ and "EndReason" in code.co_names:
-            yield EndReason[name]
-        value = names.get(name, getattr(backend, name, None))
-        # Functions of other modules judge for others.
-        if not inspect.isroutine(value) or getattr(value, "__module__", None) == names.get("__name__"):
-            yield value
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from _used(constant, names, backend)
+def _first_line(backend: Backend | type[Backend], name: str) -> str:
+    """Return what a method's own docstring begins with; nothing where the backend leaves the method as it was."""
+    method = getattr(backend if isinstance(backend, type) else type(backend), name)
+    if method is getattr(Backend, name):
+        return ""
+    return inspect.cleandoc(method.__doc__ or "").partition("\n")[0]
