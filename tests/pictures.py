@@ -156,7 +156,7 @@ PICTURES: dict[str, Callable[[], str | bytes]] = {
 for _name in RUNS:
     PICTURES |= {
         f"diagrams/sequence-{_name}.mmd": lambda name=_name: timeline.sequence_mermaid(run(name)),  # type: ignore[misc]
-        f"diagrams/sequence-{_name}.svg": lambda name=_name: svg(timeline.sequence_scene(run(name))),  # type: ignore[misc]
+        f"diagrams/sequence-{_name}.svg": lambda name=_name: timeline.draw(run(name), "svg", view="sequence"),  # type: ignore[misc]
         f"diagrams/run-{_name}.svg": lambda name=_name: timeline.draw(run(name), "svg"),  # type: ignore[misc]
     }
 

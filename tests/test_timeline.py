@@ -368,7 +368,7 @@ class TestThePicture:
         lines = in_order(*life("aa", session="a session of a very long name " * 9), *life("bb", 1.5, upto=2))
         lines.append(event(3, "process.spawned", proxy_id="aa", executable="/bin/" + "w" * 250))
         for run in (recorded("fault"), timeline.read(lines)):
-            for whole in (timeline.picture.run_scene(run), timeline.sequence_scene(run)):
+            for whole in (timeline.picture.run_scene(run), timeline.sequence.sequence_scene(run)):
                 for text in (each for group in whole.groups for each in group.items if isinstance(each, scene.Text)):
                     wide = scene.width_of(text.words, text.size, bold=text.kind in {"name", "fault"})
                     left = text.x - wide / 2 if text.anchor == "middle" else text.x
@@ -443,11 +443,30 @@ class TestTheSequence:
 
     def test_is_a_picture_with_the_same_words(self) -> None:
         run = recorded("fault")
-        root = ET.fromstring(scene.svg(timeline.sequence_scene(run)))  # noqa: S314
+        root = ET.fromstring(str(timeline.draw(run, "svg", view="sequence")))  # noqa: S314
         shown = set(words(root))
         told = re.findall(r": (.*?)(?: \([\d.]+ s\))?$", timeline.sequence_mermaid(run), re.MULTILINE)
         assert len(told) > 15
-        assert {line.replace("#95;", "_") for line in told} <= shown
+        assert set(told) <= shown
+        for theme, ground in (("light", (255, 255, 255)), ("dark", (13, 17, 23))):
+            png = timeline.draw(run, "png", view="sequence", theme=theme)  # type: ignore[arg-type]
+            assert Image.open(io.BytesIO(png)).convert("RGB").getpixel((2, 2)) == ground  # type: ignore[arg-type]
+
+    def test_has_the_clock_of_the_run(self) -> None:
+        """So that what is seen in one picture is found in the other."""
+        run = recorded("fault")
+        (started,) = (each.at_s for each in run.tracks[0].events if each.fields.get("trigger") == "start")
+        assert started > 0.05
+        assert f"client->>engine: start() ({started:.3f} s)" in timeline.sequence_mermaid(run)
+        assert f"{started:.3f} s" in words(ET.fromstring(str(timeline.draw(run, "svg", view="sequence"))))  # noqa: S314
+
+    def test_is_no_page_and_no_other_view(self) -> None:
+        run = recorded("fault")
+        assert timeline.draw(run, "mermaid", view="sequence") == timeline.draw(run, "mermaid")
+        with pytest.raises(TimelineError, match="page has no sequence diagram: draw that as SVG"):
+            timeline.draw(run, "html", view="sequence")
+        with pytest.raises(TimelineError, match="no view 'above'; there are run, sequence"):
+            timeline.draw(run, "svg", view="above")  # type: ignore[arg-type]
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> %%DATA%% \u2028 \x1b[2J"

@@ -27,6 +27,7 @@ def timeline(
     /,
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"))],
+    sequence: Annotated[bool, Parameter(negative="")] = False,
     theme: Theme | None = None,
     log_format: LogFormat = LogFormat.CONSOLE,
 ) -> int:
@@ -37,6 +38,7 @@ def timeline(
             Several proxies in it are drawn one below the other.
         output: Where the picture goes; its ending says what it is: ``.svg``, ``.png`` (needs the extra ``timeline``),
             ``.html``: a page that replays the run, or ``.mmd``: a sequence diagram in Mermaid's language.
+        sequence: Draw who told whom what, of the first proxy, instead; the page has no such picture.
         theme: For SVG and PNG; by default SVG follows whoever looks, and PNG is light.
         log_format: ``json`` writes events on standard output, and nothing else.
     """
@@ -51,7 +53,7 @@ def timeline(
         try:
             with file.open("rb") as lines:
                 run = drawing.read(lines, str(file))
-            drawn = drawing.draw(run, picture, theme=theme)
+            drawn = drawing.draw(run, picture, view="sequence" if sequence else "run", theme=theme)
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
         except (drawing.TimelineError, DiagramError) as error:

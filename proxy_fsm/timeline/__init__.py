@@ -9,8 +9,8 @@
     page = timeline.draw(run, "html")
 
 ``proxy-fsm run`` and ``demo`` print such events with ``--log-format json``; so does any program whose structlog renders
-JSON with ``event``, ``level`` and ``timestamp``. SVG, the HTML page and the sequence diagram need nothing else; PNG
-needs the extra ``timeline``.
+JSON with ``event``, ``level`` and ``timestamp``. SVG, the HTML page and Mermaid need nothing else; PNG needs the extra
+``timeline``.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ __all__ = [
     "Stay",
     "TimelineError",
     "Track",
+    "View",
     "draw",
     "read",
     "sequence_mermaid",
-    "sequence_scene",
 ]
 
 Format = Literal["svg", "png", "html", "mermaid"]
+View = Literal["run", "sequence"]
 #: All formats that `draw` knows.
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
-def draw(run: Run, picture: Format, *, theme: scene.Theme | None = None) -> str | bytes:
+def draw(run: Run, picture: Format, *, view: View = "run", theme: scene.Theme | None = None) -> str | bytes:
     """Draw a run.
 
     Args:
         run: The run.
-        picture: ``svg``, ``png``: states, events and bytes a second over time, proxies one below the other; ``html``: a
-            page of its own that replays it; ``mermaid``: who told whom what, as a sequence diagram.
+        picture: ``svg`` or ``png``; ``html``: a page of its own that replays the run; ``mermaid``: a sequence diagram.
+        view: What SVG and PNG show. ``run``: states, events and bytes a second over time, proxies one below the other;
+            ``sequence``: who told whom what, of the first proxy. The page has the one, and Mermaid the other.
         theme: For SVG and PNG, ``light`` or ``dark``. By default SVG follows whoever looks, and PNG is light.
 
     Returns:
@@ -57,15 +59,20 @@ def draw(run: Run, picture: Format, *, theme: scene.Theme | None = None) -> str 
 
     Raises:
         DiagramError: The extra is missing.
-        TimelineError: There is no such format, or it takes no theme.
+        TimelineError: There is no such format or view, or the format has not that view, or takes no theme.
     """
+    if view not in get_args(View):
+        raise TimelineError(f"There is no view {view!r}; there are {', '.join(get_args(View))}.")
+    if view == "sequence" and picture == "html":
+        raise TimelineError("The page has no sequence diagram: draw that as SVG, PNG or Mermaid.")
     if theme is not None and picture in {"html", "mermaid"}:
         raise TimelineError("The page and the sequence diagram follow whoever looks: leave the theme out.")
+    whole = sequence_scene if view == "sequence" else run_scene
     match picture:
         case "svg":
-            return scene.svg(run_scene(run), theme)
+            return scene.svg(whole(run), theme)
         case "png":
-            return scene.png(run_scene(run), theme or "light")
+            return scene.png(whole(run), theme or "light")
         case "html":
             return page(run)
         case "mermaid":

@@ -98,14 +98,13 @@ def _told_by(event: Event) -> Iterator[_Message]:
             yield _Message(at_s, "tunnel", "engine", event.name, is_answer=True)
 
 
-def _stamp(message: _Message, zero_s: float) -> str:
-    return f"{message.at_s - zero_s:.3f} s"
+def _stamp(message: _Message) -> str:
+    return f"{message.at_s:.3f} s"
 
 
 def sequence_mermaid(run: Run) -> str:
-    """Return the sequence diagram of a run's first proxy in Mermaid's language, with seconds since its start."""
+    """Return the sequence diagram of a run's first proxy in Mermaid's language, with the run's seconds."""
     track = run.tracks[0]
-    zero_s = track.stays[0].end_s
     lines = ["sequenceDiagram"]
     lines += [f"    participant {name} as {words}" for name, words in _ACTORS.items()]
     for message in _messages(track):
@@ -114,7 +113,7 @@ def sequence_mermaid(run: Run) -> str:
             lines.append(f"    Note over {message.source}: {words}")
         else:
             arrow = "-->>" if message.is_answer else "->>"
-            lines.append(f"    {message.source}{arrow}{message.dest}: {words} ({_stamp(message, zero_s)})")
+            lines.append(f"    {message.source}{arrow}{message.dest}: {words} ({_stamp(message)})")
     return "\n".join(lines) + "\n"
 
 
@@ -129,7 +128,6 @@ _TIME_WIDTH = 70.0
 def sequence_scene(run: Run) -> Scene:
     """Return the sequence diagram of a run's first proxy as a picture."""
     track = run.tracks[0]
-    zero_s = track.stays[0].end_s
     messages = list(_messages(track))
     columns = {name: _TIME_WIDTH + _COLUMN * (at + 0.5) for at, name in enumerate(_ACTORS)}
     height = _TOP + _ROW * (len(messages) + 1)
@@ -149,7 +147,7 @@ def sequence_scene(run: Run) -> Scene:
     stamp = ""
     for at, message in enumerate(messages):
         y = _TOP + _ROW * (at + 0.75)
-        new = _stamp(message, zero_s)
+        new = _stamp(message)
         if new != stamp:
             scene.groups.append(Group((Text(10, y, new, "caption", 11, "start"),)))
         stamp = new

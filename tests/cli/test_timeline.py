@@ -54,6 +54,17 @@ def test_a_record_is_not_drawn_over(home: Home) -> None:
     assert (home.path / "run.svg").read_bytes() == RECORDED.read_bytes()
 
 
+@pytest.mark.parametrize("ending", ["svg", "mmd", "png"])
+def test_draws_the_sequence(home: Home, ending: str) -> None:
+    shutil.copy(RECORDED, home.path / "run.jsonl")
+    program = run(home, "timeline", "run.jsonl", "-o", f"who.{ending}", "--sequence", "--theme", "dark")
+    assert program.process.returncode == (2 if ending == "mmd" else 0)  # which takes no theme
+    program = run(home, "timeline", "run.jsonl", "-o", f"who.{ending}", "--sequence")
+    assert (program.process.returncode, program.errors) == (0, "")
+    drawn = (home.path / f"who.{ending}").read_bytes()
+    assert drawn.startswith(b"\x89PNG") or b"open channel" in drawn
+
+
 def test_a_theme_for_what_takes_none_is_wrong_usage(home: Home) -> None:
     shutil.copy(RECORDED, home.path / "run.jsonl")
     program = run(home, "timeline", "run.jsonl", "-o", "x.html", "--theme", "dark")
