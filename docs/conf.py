@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import proxy_fsm
+from proxy_fsm.cli.app import make_app
 
 if TYPE_CHECKING:
     from docutils.nodes import Element
@@ -61,7 +62,16 @@ def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, c
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
+def add_verbs(_app: Sphinx, docname: str, source: list[str]) -> None:
+    """Put what each verb takes at the end of its page: what --help says."""
+    if docname == "command-line":
+        whole = make_app().generate_docs(heading_level=2)
+        # Half of how this build was started gets into the usage of a verb.
+        source[0] += whole[whole.index("### proxy-fsm") :].replace(" -m sphinx", "")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
+    app.connect("source-read", add_verbs)
     app.connect("missing-reference", find_by_short_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

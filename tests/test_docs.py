@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from proxy_fsm import testing
+from proxy_fsm import EndReason, testing
 from proxy_fsm.cli.app import make_app
+from proxy_fsm.cli.verb import ExitStatus
 from proxy_fsm.testing import machine, strategies
 
 from .e2e.procs import program
@@ -123,6 +124,15 @@ def test_there_is_something_to_test() -> None:
     assert len(MODULES) > 3
     assert len(PROGRAMS) > 5
     assert COMMANDS
+
+
+def test_the_exit_statuses_are_those_of_the_command_line() -> None:
+    page = (PROJECT / "docs" / "command-line.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    assert rows == [(str(status.value), status.meaning) for status in ExitStatus]
+    first, last = re.findall(r"^\| (\d+) to (\d+) \|", page, re.MULTILINE)[0]
+    faults = sorted(reason.cli_status for reason in EndReason if not reason.clean)
+    assert faults == [*range(int(first), int(last) + 1)]
 
 
 def test_every_name_for_tests_is_documented() -> None:
