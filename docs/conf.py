@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import proxy_fsm
+from proxy_fsm import cli
 from proxy_fsm.cli.app import make_app
 
 if TYPE_CHECKING:
@@ -62,9 +64,11 @@ def find_by_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, c
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
 
 
-def add_verbs(_app: Sphinx, docname: str, source: list[str]) -> None:
+def add_verbs(app: Sphinx, docname: str, source: list[str]) -> None:
     """Put what each verb takes at the end of its page: what --help says."""
     if docname == "command-line":
+        for file in (__file__, *Path(cli.__file__).parent.glob("*.py")):
+            app.env.note_dependency(file)
         whole = make_app().generate_docs(heading_level=2)
         # Half of how this build was started gets into the usage of a verb.
         source[0] += whole[whole.index("### proxy-fsm") :].replace(" -m sphinx", "")
