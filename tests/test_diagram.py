@@ -396,7 +396,7 @@ def test_the_bytes_are_the_same_with_other_fonts_hashes_and_languages(tmp_path: 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(DiagramError, match=r'needs matplotlib: pip install "proxy_fsm\[diagram,timeline\]"'):
+    with pytest.raises(DiagramError, match=r'needs matplotlib: pip install "proxy_fsm\[timeline\]"\.'):
         diagram.draw(picture="png")
     monkeypatch.setitem(sys.modules, "pygraphviz", None)
     drawn: tuple[diagram.Format, ...] = ("svg", "png")

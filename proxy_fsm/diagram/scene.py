@@ -274,7 +274,7 @@ def png(scene: Scene, theme: Theme = "light") -> bytes:
         import matplotlib as mpl  # noqa: PLC0415 - of the extra
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
-        raise DiagramError('PNG needs matplotlib: pip install "proxy_fsm[diagram,timeline]".') from error
+        raise DiagramError('PNG needs matplotlib: pip install "proxy_fsm[timeline]".') from error
     if 2 * max(scene.width, scene.height) >= _PNG_PIXELS:
         raise DiagramError("This picture is too large for PNG: draw SVG.")
     rules = _rules(theme)
