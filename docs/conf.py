@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 project = "proxy_fsm"
 author = "the proxy_fsm authors"
+copyright = f"2026, {author}"  # noqa: A001 - Sphinx reads it
 release = version = proxy_fsm.__version__
 
 extensions = [
@@ -37,6 +38,7 @@ nitpick_ignore_regex = [
 ]
 # A default value that is made when a module is imported holds an address of memory: not the same from build to build.
 autodoc_preserve_defaults = True
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
