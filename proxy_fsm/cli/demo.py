@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shlex
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy_fsm import Proxy, ProxyStatus, State, TransitionRecord, fast_transport
-from proxy_fsm.cli import stage
+from proxy_fsm.cli import setups
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.sampling import sampled
 from proxy_fsm.cli.verb import UsageError, conclude
@@ -57,19 +57,10 @@ def demo(
         log_format: ``json`` writes events on standard output, and nothing else.
     """
     out = Output(log_format, console_level=logging.ERROR)
-    performance = _Performance(out, output, seconds, with_stand_ins=stand_ins, keep=keep)
-    return conclude(out, performance.run)
+    return conclude(out, _Demo(out, output, seconds, with_stand_ins=stand_ins, keep=keep).run)
 
 
-@dataclass
-class _Outcome:
-    """What there is to tell at the end."""
-
-    status: ProxyStatus
-    screenshot: Path | None
-
-
-class _Performance:
+class _Demo:
     def __init__(self, output: Output, folder: Path, seconds: float, *, with_stand_ins: bool, keep: bool) -> None:
         self._output = output
         self._folder = folder
@@ -79,7 +70,7 @@ class _Performance:
         self._console = Console(quiet=output.is_json)
 
     def run(self, interrupts: Interrupts) -> int:
-        """Perform, tell how it went, and return the exit status."""
+        """Run a session, report how it went, and return the exit status."""
         if not math.isfinite(self._seconds) or self._seconds < 0:
             raise UsageError("--seconds must be a finite number, 0 or more.")
         try:
@@ -87,23 +78,23 @@ class _Performance:
         except OSError as error:
             raise UsageError(f"{self._folder} cannot be written to: {error.strerror or error}.") from error
         with contextlib.ExitStack() as stack:
-            scene = stack.enter_context(self._scene(interrupts))
+            setup = stack.enter_context(self._set_up(interrupts))
             server = stack.enter_context(LoopbackSSHServer())
             client = stack.enter_context(contextlib.closing(server.connect(transport_factory=fast_transport)))
             transport = client.get_transport()
             assert transport is not None  # noqa: S101 - it is connected
             proxy = Proxy(
-                scene.session,
+                setup.session,
                 transport,
-                backend=scene.backend,
+                backend=setup.backend,
                 sessions_root=self._sessions,
-                environ=scene.environ,
+                environ=setup.environ,
                 logger=self._output.log,
             )
             stack.callback(proxy.close)
             with self._shown(proxy), sampled(proxy, self._output):
-                outcome = self._play(proxy, scene, interrupts)
-        return self._tell(outcome)
+                screenshot = self._run_session(proxy, setup, interrupts)
+        return self._report(proxy.status(), screenshot)
 
     def _prepare_folder(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -125,15 +116,15 @@ class _Performance:
 
     @property
     def _log(self) -> Path:
-        return self._sessions / f"S-{stage.SESSION_NAME}" / "session.log"
+        return self._sessions / f"S-{setups.SESSION_NAME}" / "session.log"
 
     @contextlib.contextmanager
-    def _scene(self, interrupts: Interrupts) -> Iterator[stage.Stage]:
-        missing = stage.missing_programs()
+    def _set_up(self, interrupts: Interrupts) -> Iterator[setups.Setup]:
+        missing = setups.missing_programs()
         if missing or self._with_stand_ins:
             self._announce("stand-ins", missing)
-            with stage.stand_ins(interrupts) as scene:
-                yield scene
+            with setups.stand_ins(interrupts) as setup:
+                yield setup
             return
         with contextlib.ExitStack() as stack:
             if self._keep:
@@ -141,7 +132,7 @@ class _Performance:
             else:
                 directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy_fsm-demo-"))
             self._announce("real", missing, directory if self._keep else None)
-            yield stack.enter_context(stage.real(Path(directory), interrupts))
+            yield stack.enter_context(setups.real(Path(directory), interrupts))
 
     def _announce(self, kind: str, missing: dict[str, str], kept: str | None = None) -> None:
         self._output.log.info("demo.began", programs=kind, missing=missing, kept=kept)
@@ -181,38 +172,38 @@ class _Performance:
         words = f"{record.source} → {record.dest} after {record.elapsed_s:.3f} s"
         self._console.print(f"{words}  {record.detail}".rstrip(), highlight=False, markup=False)
 
-    def _play(self, proxy: Proxy, scene: stage.Stage, interrupts: Interrupts) -> _Outcome:
+    def _run_session(self, proxy: Proxy, setup: setups.Setup, interrupts: Interrupts) -> Path | None:
+        """Bring the session up, let it run for a while, and end it; returns where its screenshot is."""
         proxy.start()
         interrupts.order(proxy.stop)
         screenshot = None
         if proxy.wait(State.RUNNING) is State.RUNNING:
-            screenshot = self._watch(proxy, scene)
+            screenshot = self._watch(proxy, setup)
         proxy.close()
-        return _Outcome(proxy.status(), screenshot)
+        return screenshot
 
-    def _watch(self, proxy: Proxy, scene: stage.Stage) -> Path | None:
-        """Let it run for a while; returns where its picture is."""
+    def _watch(self, proxy: Proxy, setup: setups.Setup) -> Path | None:
+        """Let it run for a while; returns where its screenshot is."""
         try:
-            scene.paint()
+            setup.paint()
         except (OSError, ValueError) as error:
             self._output.log.warning("demo.not_painted", detail=f"Nothing was painted in the session: {error}")
         deadline = time.monotonic() + _PAINTED_WITHIN_S
-        while scene.screen is not None and not scene.is_painted() and time.monotonic() < deadline:
+        while setup.screen is not None and not setup.is_painted() and time.monotonic() < deadline:
             if _ends_within(proxy, _LOOK_S):
                 return None
         if _ends_within(proxy, self._seconds):
             return None
-        picture = scene.picture()
-        if picture is None:
+        screenshot = setup.screenshot()
+        if screenshot is None:
             return None
-        picture.save(self._screenshot)
-        self._output.log.info("demo.screenshot", path=str(self._screenshot), painter=scene.painter)
+        screenshot.save(self._screenshot)
+        self._output.log.info("demo.screenshot", path=str(self._screenshot), painter=setup.painter)
         return self._screenshot
 
-    def _tell(self, outcome: _Outcome) -> int:
-        status = outcome.status
+    def _report(self, status: ProxyStatus, screenshot: Path | None) -> int:
         assert status.reason is not None  # noqa: S101 - a final state has one
-        files = {"events": self._events, "proxy's log": self._log, "screenshot": outcome.screenshot}
+        files = {"events": self._events, "proxy's log": self._log, "screenshot": screenshot}
         left = {name: str(path) for name, path in files.items() if path is not None and path.exists()}
         self._output.log.info("demo.ended", **_summary(status), files=left)
         self._console.print(_table(status))
@@ -224,6 +215,10 @@ class _Performance:
             self._console.print(Text(status.hint))
         for name, path in left.items():
             self._console.print(Text(f"{name}: {path}"), soft_wrap=True)
+        page = self._folder / "run.html"
+        self._console.print(
+            Text(f"See it: {shlex.join(['proxy-fsm', 'timeline', str(self._events), '-o', str(page)])}"), soft_wrap=True
+        )
         return status.reason.cli_status
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from proxy_fsm import EndReason
-from proxy_fsm.cli import stage
+from proxy_fsm.cli import setups
 from proxy_fsm.testing.scripted import install
 
 from .program import Running, run, started
@@ -65,6 +65,7 @@ class TestWithStandIns:
             assert words in shown.replace("\n", " ")
         assert "out/sessions/S-demo/session.log" in shown
         assert "\x1b" not in shown
+        assert shown.splitlines()[-1] == "See it: proxy-fsm timeline out/events.jsonl -o out/run.html"
         assert (home.path / "out/sessions/S-demo/session.log").read_text()
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -110,7 +111,7 @@ class TestFailures:
     def test_an_x_server_that_does_not_come_up_is_told_and_nothing_is_left(self, home: Home) -> None:
         broken = home.path / "broken"
         broken.mkdir()
-        for name in stage.missing_programs() or ("nxagent", "nxproxy", "Xvfb", "xauth"):
+        for name in setups.missing_programs() or ("nxagent", "nxproxy", "Xvfb", "xauth"):
             install(broken / name, ["/bin/true"])
         program = run(home, "demo", "--log-format", "json", PATH=str(broken))
         assert program.process.returncode == 3
@@ -133,7 +134,7 @@ class TestFailures:
 class TestWithTheRealPrograms:
     @pytest.fixture(autouse=True)
     def real_programs(self) -> None:
-        missing = stage.missing_programs()
+        missing = setups.missing_programs()
         if missing and os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
             pytest.fail(f"missing for the real demo: {', '.join(missing)}", pytrace=False)
         if missing:
@@ -145,12 +146,12 @@ class TestWithTheRealPrograms:
         with Image.open(home.path / "demo-output" / "session.png") as picture:
             assert picture.size == (1024, 768)
             colours = {colour: count for count, colour in picture.getcolors(picture.width * picture.height) or []}
-        desktop = colours[stage.DESKTOP_COLOUR]
+        desktop = colours[setups.DESKTOP_COLOUR]
         (screenshot,) = program.named("demo.screenshot")
         if screenshot["painter"] == "xterm":
             assert colours[PAPER] > 10_000
             desktop += sum(
-                count for colour, count in colours.items() if colour not in {(0, 0, 0), stage.DESKTOP_COLOUR}
+                count for colour, count in colours.items() if colour not in {(0, 0, 0), setups.DESKTOP_COLOUR}
             )
         assert desktop > 0.9 * 768 * 576
 

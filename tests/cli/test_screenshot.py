@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from proxy_fsm.cli.picture import Picture, paint_desktop
+from proxy_fsm.cli.screenshot import Screenshot, paint_desktop
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ def dump(bits_per_pixel: int = 32) -> bytes:
 
 
 def test_a_dump_becomes_a_picture(tmp_path: Path) -> None:
-    Picture.of_screen(dump()).save(tmp_path / "screen.png")
+    Screenshot.of_screen(dump()).save(tmp_path / "screen.png")
     with Image.open(tmp_path / "screen.png") as image:
         image.verify()
     with Image.open(tmp_path / "screen.png") as image:
@@ -41,7 +41,7 @@ def test_a_dump_becomes_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unreadable", [b"", dump()[:90], dump()[:-1], dump(24), bytes(4096)])
 def test_what_is_no_such_dump_is_refused(unreadable: bytes) -> None:
     with pytest.raises(ValueError, match="dump"):
-        Picture.of_screen(unreadable)
+        Screenshot.of_screen(unreadable)
 
 
 def test_an_x_server_that_is_not_there_cannot_be_painted() -> None:

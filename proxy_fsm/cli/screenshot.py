@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Picture", "paint_desktop"]
+__all__ = ["Screenshot", "paint_desktop"]
 
 _HEADER_FIELDS = 25
 _COLOUR_BYTES = 12
@@ -27,7 +27,7 @@ _ANSWER_S = 5.0
 
 
 @dataclass(frozen=True)
-class Picture:
+class Screenshot:
     """Pixels, row by row from the top, three bytes each: red, green, blue."""
 
     width: int

@@ -1,4 +1,4 @@
-"""What the demo plays with: the real programs where all of them are installed, stand-ins where not."""
+"""What the demo runs with: the real programs where all of them are installed, stand-ins where not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from secrets import token_hex
 from typing import IO, TYPE_CHECKING
 
 from proxy_fsm import NX3Backend, SessionInfo
-from proxy_fsm.cli.picture import Picture, paint_desktop
+from proxy_fsm.cli.screenshot import Screenshot, paint_desktop
 from proxy_fsm.cli.verb import NotReachedError
 from proxy_fsm.testing import standins
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from proxy_fsm import BackendContext
     from proxy_fsm.cli.interrupts import Interrupts
 
-__all__ = ["DESKTOP_COLOUR", "SESSION_NAME", "Stage", "missing_programs", "real", "stand_ins"]
+__all__ = ["DESKTOP_COLOUR", "SESSION_NAME", "Setup", "missing_programs", "real", "stand_ins"]
 
 #: What the real demo needs, and the package of Debian, Ubuntu and Fedora, or of Debian and Ubuntu, that has it.
 _PROGRAMS = {"nxagent": "nxagent", "nxproxy": "nxproxy", "Xvfb": "xvfb", "xauth": "xauth"}
@@ -54,7 +54,7 @@ def missing_programs() -> dict[str, str]:
 
 
 @dataclass
-class Stage:
+class Setup:
     """A session that waits for its proxy, and where that is to paint.
 
     Attributes:
@@ -88,13 +88,13 @@ class Stage:
         """Tell whether the remote desktop is on the user's screen."""
         return self.screen is not None and bytes(reversed(DESKTOP_COLOUR)) in self.screen.read_bytes()
 
-    def picture(self) -> Picture | None:
+    def screenshot(self) -> Screenshot | None:
         """Return what the user's screen shows; None where there is no real one."""
-        return None if self.screen is None else Picture.of_screen(self.screen.read_bytes())
+        return None if self.screen is None else Screenshot.of_screen(self.screen.read_bytes())
 
 
 @contextlib.contextmanager
-def real(directory: Path, interrupts: Interrupts) -> Iterator[Stage]:
+def real(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
     """Start an X server and an agent; on the way out, end them.
 
     Args:
@@ -135,7 +135,7 @@ def real(directory: Path, interrupts: Interrupts) -> Iterator[Stage]:
             )
         )
         painter = next((words for words in _PAINTERS if shutil.which(words[0])), ())
-        yield Stage(
+        yield Setup(
             session=SessionInfo(name=SESSION_NAME, cookie=cookie, graphics_port=port, display=number),
             backend=NX3Backend(),
             environ=os.environ | {"DISPLAY": f":{display}", "XAUTHORITY": str(user_authority)},
@@ -149,7 +149,7 @@ def real(directory: Path, interrupts: Interrupts) -> Iterator[Stage]:
 
 
 @contextlib.contextmanager
-def stand_ins(interrupts: Interrupts) -> Iterator[Stage]:
+def stand_ins(interrupts: Interrupts) -> Iterator[Setup]:
     """Start stand-ins for the X server and the agent; on the way out, end them.
 
     Raises:
@@ -165,7 +165,7 @@ def stand_ins(interrupts: Interrupts) -> Iterator[Stage]:
 
         _, display = start("display")
         agent, port = start("agent", **{standins.COOKIE_VARIABLE: cookie})
-        yield Stage(
+        yield Setup(
             session=SessionInfo(name=SESSION_NAME, cookie=cookie, graphics_port=int(port), display=50),
             backend=_StandInBackend(),
             environ={**os.environ, "DISPLAY": display},
