@@ -342,6 +342,11 @@ class TestThePicture:
         assert wide["idle"] == pytest.approx(wide["running"], abs=0.02)
         assert all(one[1] + one[2] == pytest.approx(other[1], abs=0.02) for one, other in pairwise(bands))
 
+    def test_says_what_its_ticks_mean_where_there_are_any(self) -> None:
+        few, many = (timeline.read([line for at in range(count) for line in life(f"p{at}")]) for count in (1, 40))
+        said = [any("a change of state" in line for line in words(drawn(run))) for run in (few, many)]
+        assert said == [True, False]
+
     def test_says_how_it_ended_and_how_long_each_state_took(self) -> None:
         shown = words(drawn(recorded("fault")))
         assert "failed: peer_lost – nxproxy lost the agent, while the SSH connection lives." in shown

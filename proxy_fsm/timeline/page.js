@@ -8,9 +8,16 @@
     if (text !== undefined) made.textContent = text;
     return made;
   };
-  const { tracks, events } = data;
+  const events = data.events.map(([at, track, name, level, words, change]) => (
+    { at, track, name, level, words, change }));
+  const tracks = data.tracks.map((track) => ({
+    ...track,
+    stays: track.stays.map(([state, begin, end]) => ({ state, begin, end })),
+    flows: track.flows.map(([begin, end, to, from]) => ({ begin, end, to, from })),
+  }));
   const duration = Math.max(data.duration, 1e-3);
-  const ROW = 26, BAND = 26, TICKS = 16, FLOW = 26, HEAD = 30, FINAL = 64;
+  const ROW = 26, BAND = 26, TICKS = 16, FLOW = 26, HEAD = 30, NAMES = 56, FINAL = 64;
+  const SPEEDS = [0.1, 0.25, 0.5, 1, 2, 5, 10, 60, 600, 3600];
   const compact = tracks.length > 12;
   const LANE = HEAD + BAND + (compact ? 8 : 10 + TICKS + 6 + 2 * FLOW + 14);
   const AXIS = 26;
@@ -26,7 +33,7 @@
 
   // ---- where things stand at an event ----
   const changes = tracks.map(() => []);
-  events.forEach((event, index) => { if (event[5]) changes[event[1]].push(index); });
+  events.forEach((event, index) => { if (event.change) changes[event.track].push(index); });
   /** The number of values in a sorted list that are not above a limit. */
   const countUpTo = (list, limit, value) => {
     let low = 0, high = list.length;
@@ -39,7 +46,7 @@
   let position = 0, chosen = 0;
   const stateOf = (track, index) => {
     const made = countUpTo(changes[track], index, (at) => at);
-    return { state: tracks[track].stays[made][0], made };
+    return { stay: tracks[track].stays[made], made };
   };
 
   // ---- the diagram ----
@@ -50,10 +57,10 @@
   }
   const mark = (group, kind, on) => { if (group && group.classList.contains(kind) !== on) group.classList.toggle(kind, on); };
   const showDiagram = () => {
-    const { state, made } = stateOf(chosen, position);
+    const { stay: { state, begin }, made } = stateOf(chosen, position);
     const been = new Set(), taken = new Set();
     for (const at of changes[chosen].slice(0, made)) {
-      const [source, dest] = events[at][5];
+      const [source, dest] = events[at].change;
       been.add(source).add(dest);
       taken.add(source + " " + dest);
     }
@@ -63,8 +70,7 @@
       if (name === state) group.setAttribute("aria-current", "step"); else group.removeAttribute("aria-current");
     }
     for (const [name, group] of arrows) mark(group, "taken", taken.has(name));
-    const since = tracks[chosen].stays[made][1];
-    const words = tracks[chosen].session + ": " + state + " since " + seconds(since);
+    const words = tracks[chosen].session + ": " + state + " since " + seconds(begin);
     if (el("where").textContent !== words) el("where").textContent = words;
   };
 
@@ -89,12 +95,12 @@
       if (from !== shownFrom) {
         line.dataset.index = index;
         const cells = line.children;
-        cells[0].textContent = seconds(event[0]);
-        cells[1].textContent = event[2];
-        cells[2].textContent = (tracks.length > 1 && event[1] >= 0 ? tracks[event[1]].session + ": " : "") + event[4];
-        line.title = event[4];
+        cells[0].textContent = seconds(event.at);
+        cells[1].textContent = event.name;
+        cells[2].textContent = (tracks.length > 1 && event.track >= 0 ? tracks[event.track].session + ": " : "") + event.words;
+        line.title = event.words;
       }
-      const kind = (index === position ? "current " : "") + (event[3] === "critical" ? "error" : event[3]);
+      const kind = (index === position ? "current " : "") + (event.level === "critical" ? "error" : event.level);
       if (line.className !== kind) line.className = kind;
     });
     shownFrom = from;
@@ -109,7 +115,8 @@
   // ---- the lanes ----
   const canvas = el("canvas"), playhead = el("playhead");
   let width = 0;
-  const x = (at) => Math.min(Math.max(at / duration, 0), 1) * (width - FINAL);
+  const room = () => width - NAMES - FINAL;
+  const x = (at) => NAMES + Math.min(Math.max(at / duration, 0), 1) * room();
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const drawLanes = () => {
     width = canvas.clientWidth;
@@ -124,7 +131,13 @@
     drawAxis(pen, height, faint, line);
     tracks.forEach((track, at) => {
       let y = at * LANE + HEAD;
-      for (const [state, begin, end] of track.stays) {
+      const name = (words, middle) => {
+        pen.fillStyle = faint;
+        pen.textAlign = "left";
+        pen.fillText(words, 0, middle + 4);
+      };
+      name("states", y + BAND / 2);
+      for (const { state, begin, end } of track.stays) {
         const final = state === "stopped" || state === "failed";
         const left = x(begin), wide = final ? FINAL : Math.max(x(end) - left, 2);
         pen.fillStyle = data.colours[state][dark.matches ? 1 : 0];
@@ -140,7 +153,9 @@
       }
       if (compact) return;
       y += BAND + 10;
+      name("events", y + TICKS / 2);
       drawTicks(pen, at, y);
+      name("bytes", y + TICKS + 6 + FLOW);
       drawFlows(pen, track.flows, y + TICKS + 6 + FLOW, faint, line);
     });
   };
@@ -153,7 +168,7 @@
       pen.fillStyle = line;
       pen.fillRect(left, 0, 1, height - AXIS + 4);
       pen.fillStyle = faint;
-      pen.textAlign = at === 0 ? "left" : "center";
+      pen.textAlign = "center";
       pen.fillText((at * step).toFixed(digits) + " s", left, height - 6);
     }
   };
@@ -161,18 +176,18 @@
     const kinds = { info: "--faint", debug: "--line", warning: "--warning", error: "--fault", critical: "--fault" };
     const drawn = new Set();
     for (const event of events) {
-      if (event[1] !== track) continue;
-      const kind = event[5] ? "--accent" : kinds[event[3]] || "--faint", left = Math.round(x(event[0]));
+      if (event.track !== track) continue;
+      const kind = event.change ? "--accent" : kinds[event.level] || "--faint", left = Math.round(x(event.at));
       if (drawn.has(kind + left)) continue;
       drawn.add(kind + left);
       pen.fillStyle = colour(kind);
-      const tall = event[5] || kind === "--fault" || kind === "--warning";
+      const tall = event.change || kind === "--fault" || kind === "--warning";
       pen.fillRect(left, tall ? y : y + 6, tall ? 2 : 1, tall ? TICKS : TICKS - 6);
     }
   };
   const drawFlows = (pen, flows, middle, faint, line) => {
-    const most = flows.reduce((highest, flow) => Math.max(highest, flow[2], flow[3]), 1);
-    for (const [begin, end, to, from] of flows) {
+    const most = flows.reduce((highest, flow) => Math.max(highest, flow.to, flow.from), 1);
+    for (const { begin, end, to, from } of flows) {
       const left = x(begin), wide = Math.max(x(end) - left, 1);
       pen.fillStyle = colour("--to");
       pen.fillRect(left, middle - to / most * FLOW, wide, to / most * FLOW);
@@ -180,7 +195,7 @@
       pen.fillRect(left, middle, wide, from / most * FLOW);
     }
     pen.fillStyle = line;
-    pen.fillRect(0, middle, width - FINAL, 1);
+    pen.fillRect(NAMES, middle, room(), 1);
     if (flows.length) {
       pen.fillStyle = faint;
       pen.textAlign = "right";
@@ -198,12 +213,13 @@
     position = Math.min(Math.max(index, 0), events.length - 1);
     const event = events[position];
     if (Number(scrubber.value) !== position) scrubber.value = position;
-    if (following.checked && event[1] >= 0 && event[1] !== chosen) choose(event[1]);
-    const who = tracks.length > 1 && event[1] >= 0 ? tracks[event[1]].session + ", " : "";
-    const words = seconds(event[0]) + ", " + who + event[2] + (event[4] ? ": " + event[4] : "");
-    scrubber.setAttribute("aria-valuetext", (position + 1) + " of " + events.length + ": " + words);
-    el("now").textContent = (position + 1) + "/" + events.length + " · " + words;
-    placeHead(event[0]);
+    if (following.checked && event.track >= 0 && event.track !== chosen) choose(event.track);
+    const who = tracks.length > 1 && event.track >= 0 ? tracks[event.track].session + ", " : "";
+    const place = "event " + (position + 1) + " of " + events.length;
+    const words = seconds(event.at) + ", " + who + event.name + (event.words ? ": " + event.words : "");
+    scrubber.setAttribute("aria-valuetext", place + ": " + words);
+    el("now").textContent = place + " · " + words;
+    placeHead(event.at);
     showDiagram();
     follow();
     showList();
@@ -229,13 +245,13 @@
 
   let playing = 0, clock = 0, before = 0;
   const playButton = el("play"), speed = el("speed");
-  for (const factor of [0.1, 0.25, 0.5, 1, 2, 5, 10, 60, 600, 3600]) {
+  for (const factor of SPEEDS) {
     const option = make("option", "", factor + "×");
     option.value = factor;
     speed.append(option);
   }
   // So that the whole run takes between some seconds and a quarter of a minute.
-  speed.value = [0.1, 0.25, 0.5, 1, 2, 5, 10, 60, 600, 3600].find((factor) => duration / factor <= 15) || 3600;
+  speed.value = SPEEDS.find((factor) => duration / factor <= 15) || SPEEDS.at(-1);
   const pause = () => {
     cancelAnimationFrame(playing);
     playing = 0;
@@ -245,14 +261,14 @@
   const tick = (now) => {
     clock += (now - before) / 1000 * Number(speed.value);
     before = now;
-    const reached = countUpTo(events, clock, (event) => event[0]) - 1;
+    const reached = countUpTo(events, clock, (event) => event.at) - 1;
     if (reached > position) move(reached);
     placeHead(Math.min(clock, duration));
     if (position >= events.length - 1) pause(); else playing = requestAnimationFrame(tick);
   };
   const play = () => {
     if (position >= events.length - 1) move(0);
-    clock = events[position][0];
+    clock = events[position].at;
     before = performance.now();
     playButton.textContent = "Pause";
     playButton.setAttribute("aria-pressed", "true");
@@ -266,10 +282,21 @@
   el("back").addEventListener("click", () => go(position - 1));
   el("next").addEventListener("click", () => go(position + 1));
   scrubber.addEventListener("input", () => go(Number(scrubber.value)));
-  canvas.addEventListener("click", (click) => {
-    const at = (click.clientX - canvas.getBoundingClientRect().left) / (width - FINAL) * duration;
-    go(Math.max(countUpTo(events, at, (event) => event[0]) - 1, 0));
+  const goToPointer = (pointer) => {
+    const at = (pointer.clientX - canvas.getBoundingClientRect().left - NAMES) / room() * duration;
+    go(Math.max(countUpTo(events, at, (event) => event.at) - 1, 0));
+  };
+  let held = null;  // the pointer that drags, also where it leaves the lanes
+  canvas.addEventListener("pointerdown", (pointer) => {
+    if (pointer.button !== 0) return;
+    pointer.preventDefault();  // no text is selected on the way
+    held = pointer.pointerId;
+    goToPointer(pointer);
   });
+  addEventListener("pointermove", (pointer) => { if (pointer.pointerId === held) goToPointer(pointer); });
+  for (const end of ["pointerup", "pointercancel"]) {
+    addEventListener(end, (pointer) => { if (pointer.pointerId === held) held = null; });
+  }
   const tenth = () => Math.max(1, Math.round(events.length / 10));
   const keys = {
     ArrowLeft: () => go(position - 1), ArrowRight: () => go(position + 1), Home: () => go(0),
@@ -287,9 +314,12 @@
   });
 
   el("summary").textContent = "began " + data.began + ", took " + seconds(data.duration) + ", " + events.length + " events";
-  el("legend").append("Bytes a second:", make("i", "to"), "to the agent", make("i", "from"), "from the agent");
+  el("legend").append(
+    "Events:", make("i", "change"), "a change of state", make("i", "other"), "others", make("i", "warning"), "a warning",
+    make("i", "error"), "an error", make("br"), "Bytes a second:", make("i", "to"), "to the agent", make("i", "from"),
+    "from the agent");
   el("legend").hidden = compact;
-  const redraw = () => { drawLanes(); placeHead(events[position][0]); };
+  const redraw = () => { drawLanes(); placeHead(events[position].at); };
   new ResizeObserver(() => { if (canvas.clientWidth !== width) redraw(); }).observe(canvas);
   dark.addEventListener("change", redraw);
   chosen = 0;

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 __all__ = ["run_scene"]
 
 _WIDTH, _LEFT, _RIGHT = 1000.0, 92.0, 92.0
-_TOP, _BOTTOM = 66.0, 44.0
+_TOP, _BOTTOM = 66.0, 52.0
 _BAND, _EVENTS, _FLOW = 26.0, 18.0, 34.0
 _FINAL_WIDTH = 72.0
 #: More proxies than this are drawn without their events and bytes.
 _IN_FULL = 12
 _SMALL, _NORMAL = 11.0, 13.0
+_LEGEND = "events: blue, a change of state · grey, others · ochre, a warning · red, an error"
 
 
 def run_scene(run: Run) -> Scene:
@@ -38,6 +39,8 @@ def run_scene(run: Run) -> Scene:
     )
     scale = _Scale(run)
     scene.groups.append(Group(tuple(_grid(scale, scene.height - _BOTTOM))))
+    if in_full:
+        scene.groups.append(Group((Text(_WIDTH / 2, scene.height - 8, _LEGEND, "caption", _SMALL),)))
     for at, track in enumerate(run.tracks):
         scene.groups.extend(_track_groups(track, scale, _TOP + at * each, in_full=in_full))
     return scene

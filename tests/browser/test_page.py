@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
 WAIT_S = 30
+#: Beside the times in the lanes: names of rows at the left, a final state at the right.
+NAMES, FINAL = 56, 64
 
 #: Sets the scrubber as a pointer would.
 SCRUB = "const s = document.getElementById('scrubber'); s.value = arguments[0]; s.dispatchEvent(new Event('input'));"
@@ -58,6 +60,11 @@ class Page:
     @property
     def position(self) -> int:
         return int(self.script("return document.getElementById('scrubber').value"))
+
+    @property
+    def lane_width(self) -> float:
+        """How wide the run is in the lanes."""
+        return float(self.script("return document.getElementById('canvas').clientWidth")) - NAMES - FINAL
 
     def text(self, name: str) -> str:
         return self.browser.find_element(By.ID, name).text
@@ -106,7 +113,7 @@ def test_the_scrubber_moves_the_highlighted_state(opened: Callable[[timeline.Run
         way.add(f"{before} {state}")
         assert page.here == [state]
         assert page.taken == way
-        assert f"desk: {state}".replace("desk", "demo") in page.text("where")
+        assert f"demo: {state}" in page.text("where")
         before = state
     page.scrub(0)
     assert page.here == ["idle"]
@@ -168,7 +175,8 @@ def test_buttons_have_names_and_the_focus_is_seen(opened: Callable[[timeline.Run
     assert {"play", "next", "speed", "scrubber", "events"} <= set(seen)
     page.scrub(6)
     told = page.browser.find_element(By.ID, "scrubber").get_attribute("aria-valuetext")
-    assert "7 of" in str(told)
+    assert str(told).startswith("event 7 of 14: ")
+    assert page.text("now").startswith("event 7 of 14 · ")
     assert "spawning → running" in str(told)
 
 
@@ -210,20 +218,51 @@ def test_it_is_painted_in_light_and_in_dark(opened: Callable[[timeline.Run], Pag
         page = opened(timeline.read(in_order(*life(), tunnel(4.4, "stats", 10, 99, interval_s=1.9))))
         emulated = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
-        width = page.script("return document.getElementById('canvas').clientWidth") - 64
+        width = page.lane_width
         for at, state in enumerate(list(State)[:5]):
             colour = diagram.scene.STATE_COLOURS[state][theme == "dark"]
             wanted = tuple(bytes.fromhex(colour[1:]))
-            is_painted = partial(painted_so, page, (at + 0.1) / 5 * width, 35, wanted)
+            is_painted = partial(painted_so, page, NAMES + (at + 0.1) / 5 * width, 35, wanted)
             WebDriverWait(page.browser, WAIT_S).until(is_painted)
         ground = page.script("return getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(13, 17, 23)" if theme == "dark" else "rgb(255, 255, 255)")
         page.scrub(2)
         head = page.browser.find_element(By.ID, "playhead").rect["x"]
         left = page.browser.find_element(By.ID, "canvas").rect["x"]
-        assert head - left == pytest.approx(3 / 5 * width, abs=2)
+        assert head - left == pytest.approx(NAMES + 3 / 5 * width, abs=2)
     finally:
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_lanes_are_dragged_to_a_time(opened: Callable[[timeline.Run], Page]) -> None:
+    page = opened(timeline.read([*life(), event(6, "note", proxy_id="aa")]))
+    canvas = page.browser.find_element(By.ID, "canvas")
+    second = page.lane_width / 6
+    middle = NAMES + 3 * second - canvas.rect["width"] / 2  # of the lanes' own middle, as selenium counts
+
+    def pointer() -> ActionChains:
+        return ActionChains(page.browser)
+
+    pointer().move_to_element_with_offset(canvas, round(middle + 0.5 * second), 0).perform()
+    assert page.position == 0  # only looked at
+    pointer().click_and_hold().perform()
+    assert (page.position, page.here) == (2, ["running"])
+    pointer().move_by_offset(round(second), 0).perform()
+    assert (page.position, page.here) == (3, ["stopping"])
+    pointer().move_by_offset(round(-4 * second), 0).perform()
+    assert page.position == 0
+    pointer().release().move_by_offset(round(2 * second), 0).perform()
+    assert page.position == 0
+
+
+def test_ticks_and_colours_are_explained(opened: Callable[[timeline.Run], Page]) -> None:
+    page = opened(recorded("fault"))
+    for words in ("a change of state", "others", "a warning", "an error", "to the agent", "from the agent"):
+        assert words in page.text("legend")
+    kinds = page.script(
+        "return [...document.querySelectorAll('#legend i')].map(i => getComputedStyle(i).backgroundColor)"
+    )
+    assert len(set(kinds)) == len(kinds) == 6
 
 
 def test_what_was_recorded_is_shown_and_never_run(opened: Callable[[timeline.Run], Page]) -> None:
