@@ -583,7 +583,7 @@ class TestMachinesOfClients:
         )
         drawn = diagram.mermaid(chart, highlight="click", way=(Step("on", "scale", "default", 1.0, 1),)).splitlines()
         assert [line for line in drawn if line.startswith('    state "')] == [
-            f'    state "{diagram.text._entities(name)}" as state_{at}' for at, name in enumerate(names)
+            f'    state "{diagram.text.mermaid_text(name)}" as state_{at}' for at, name in enumerate(names)
         ]
         rest = "\n".join(line for line in drawn if not line.startswith('    state "'))
         assert not set(names) & set(re.findall(r"\w+", rest))

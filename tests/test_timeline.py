@@ -436,7 +436,7 @@ class TestTheSequence:
 
     def test_of_a_fault_says_who_found_it(self) -> None:
         shown = timeline.sequence_mermaid(recorded("fault"))
-        assert "proxy-->>engine: fault_found: peer_lost" in shown
+        assert "proxy-->>engine: fault_found (peer_lost) (" in shown
         assert "Note over engine: failed (peer_lost)" in shown
 
     def test_has_what_the_engine_finds_itself_as_a_note_alone(self) -> None:

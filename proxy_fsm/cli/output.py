@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import structlog
 
+from proxy_fsm.diagram.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
     from pathlib import Path
@@ -147,8 +149,3 @@ def _without_noise(_logger: Any, _method: str, event: dict[str, Any]) -> dict[st
         for key, value in event.items()
         if key not in _SAME_EVERYWHERE and value is not None and value not in ("", [])
     }
-
-
-def printable(text: str) -> str:
-    """Return a text with its control characters spelled out."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

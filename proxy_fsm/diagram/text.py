@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.diagram.chart import Chart, Step
 
-__all__ = ["as_json", "dot", "markdown_table", "mermaid", "table_rows"]
+__all__ = ["as_json", "dot", "markdown_table", "mermaid", "mermaid_text", "printable", "table_rows"]
 
 #: Names that mean nothing to Mermaid. Its keywords are too many to list, change with its version, and so does what the
 #: page that shows it makes of names such as ``constructor``.
@@ -21,6 +21,19 @@ _PLAIN = frozenset(map(str, State))
 #: The colours of a state that is pointed at; black text on yellow reads well on any ground.
 _HIGHLIGHT = "fill:#ffd33d,stroke:#9a6700,stroke-width:3px,color:#1f2328"
 _TAKEN = "fill:#b6e3ff,stroke:#0969da,color:#1f2328"
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters, and whatever else cannot be shown, spelled out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def mermaid_text(text: str) -> str:
+    """Return a text with all spelled out that would mean something to Mermaid, or to the page that shows it."""
+    return "".join(
+        char if char.isalnum() or char in " _-.,?!()[]{}'/+=…–·*" else f"#{ord(char)};"
+        for char in " ".join(text.split())
+    )
 
 
 def mermaid(
@@ -41,15 +54,15 @@ def mermaid(
     names = {state: _mermaid_name(chart, at) for at, state in enumerate(chart.states)}
     lines = [] if theme is None else [f'%%{{init: {{"theme": "{"dark" if theme == "dark" else "default"}"}}}}%%']
     lines.append("stateDiagram-v2")
-    lines += [f'    state "{_entities(state)}" as {name}' for state, name in names.items() if name != state]
+    lines += [f'    state "{mermaid_text(state)}" as {name}' for state, name in names.items() if name != state]
     if chart.initial is not None:
         lines.append(f"    [*] --> {names[chart.initial]}")
     for source, dest, arrows in chart.bundles():
         labels = [*map(chart.label, arrows), *chart.taken(way, source, dest)]
-        lines.append(f"    {names[source]} --> {names[dest]}: {', '.join(map(_entities, labels))}")
+        lines.append(f"    {names[source]} --> {names[dest]}: {', '.join(map(mermaid_text, labels))}")
     lines += [f"    {names[state]} --> [*]" for state in chart.states if state in chart.finals]
     for state, remarks in chart.notes:
-        words = "<br/>".join(map(_entities, remarks))
+        words = "<br/>".join(map(mermaid_text, remarks))
         lines += [f"    note right of {names[state]}", f"        {words}", "    end note"]
     been = visited(way) - {highlight}
     if been:
@@ -71,14 +84,6 @@ def _unused(name: str, chart: Chart) -> str:
     while name in chart.states:
         name += "_"
     return name
-
-
-def _entities(text: str) -> str:
-    """Spell out what would mean something to Mermaid, or to the page that shows it."""
-    return "".join(
-        char if char.isalnum() or char in " _-.,?!()[]{}'/+=…–·*" else f"#{ord(char)};"
-        for char in " ".join(text.split())
-    )
 
 
 def dot(

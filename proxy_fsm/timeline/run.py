@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from proxy_fsm.diagram.text import printable
 from proxy_fsm.errors import ProxyFsmError
 from proxy_fsm.lifecycle import TRANSITIONS, State
 from proxy_fsm.status import EndReason
@@ -66,11 +67,11 @@ class Event:
         if self.name == "proxy.transition":
             words = f"{fields['source']} → {fields['dest']} ({fields['trigger']})"
             detail = fields.get("detail")
-            return _printable(f"{words}: {detail}" if detail else words)
+            return printable(f"{words}: {detail}" if detail else words)
         said = {
             name: value for name, value in fields.items() if name not in _COMMON and value not in (None, "", [], {})
         }
-        return _printable(", ".join(f"{name} {value}" for name, value in said.items()))
+        return printable(", ".join(f"{name} {value}" for name, value in said.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Run:
     @property
     def title(self) -> str:
         """The names of its sessions."""
-        names = list(dict.fromkeys(_printable(track.session) for track in self.tracks))
+        names = list(dict.fromkeys(printable(track.session) for track in self.tracks))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""  # noqa: PLR2004
         return f"Session{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
@@ -316,18 +317,18 @@ def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str
     expected = before[-1].whole["sequence"] + 1 if before else 1
     if whole.get("sequence") != expected:
         raise TimelineError(
-            f"{where} has change {whole.get('sequence')!r:.40} of proxy {_printable(proxy_id)} where change {expected} "
+            f"{where} has change {whole.get('sequence')!r:.40} of proxy {printable(proxy_id)} where change {expected} "
             "is due: lines are missing before it.",
             line.number,
         )
     if before and before[-1].whole["dest"] != whole["source"]:
         raise TimelineError(
-            f"{where} leaves state {whole['source']}, and proxy {_printable(proxy_id)} was {before[-1].whole['dest']}.",
+            f"{where} leaves state {whole['source']}, and proxy {printable(proxy_id)} was {before[-1].whole['dest']}.",
             line.number,
         )
     if _LEADS.get((whole["trigger"], whole["source"])) != whole["dest"]:
         raise TimelineError(
-            f"{where} goes from {whole['source']} to {whole['dest']} by {_printable(whole['trigger']):.40}, which the "
+            f"{where} goes from {whole['source']} to {whole['dest']} by {printable(whole['trigger']):.40}, which the "
             "lifecycle does not allow: the file is damaged, or is of another version.",
             line.number,
         )
@@ -347,7 +348,7 @@ def _count(line: _Line, key: str, name: str, *, below: float = 1e18) -> float:
 def _event(line: _Line, origin: float) -> Event:
     whole = line.whole
     fields = {key: value for key, value in whole.items() if key not in {"event", "level", "timestamp"}}
-    name, level = _printable(whole["event"]), _printable(str(whole.get("level", "info")))
+    name, level = printable(whole["event"]), printable(str(whole.get("level", "info")))
     return Event(line.at_s - origin, name, level, fields, line.number)
 
 
@@ -364,14 +365,14 @@ def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str)
     if reason is not None and (not isinstance(reason, str) or reason not in _REASONS):
         raise TimelineError(f"{name}, line {last.number} has no reason as 'reason': {reason!r:.40}.", last.number)
     return Track(
-        proxy_id=_printable(proxy_id),
-        session=_printable(str(first.whole.get("session", ""))),
+        proxy_id=printable(proxy_id),
+        session=printable(str(first.whole.get("session", ""))),
         stays=tuple(stays),
         events=tuple(_event(line, origin) for line in draft.lines),
         flows=_flows(draft.lines, origin, name),
         reason=None if reason is None else _REASONS[reason],
-        detail=_printable(str(last.whole.get("detail") or "")),
-        hint=_printable(str(last.whole.get("hint") or "")),
+        detail=printable(str(last.whole.get("detail") or "")),
+        hint=printable(str(last.whole.get("hint") or "")),
     )
 
 
@@ -421,7 +422,3 @@ def _added(flows: list[Flow]) -> tuple[Flow, ...]:
         from_agent = max(from_agent + step * from_step, 0.0) if open_ else 0.0
         before_s = at_s
     return tuple(sums)
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, shortened, width_of
+from proxy_fsm.diagram.text import mermaid_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +66,7 @@ def _told_by_transition(event: Event) -> Iterator[_Message]:
     elif trigger in {"fault_found", "session_ended"}:
         finder = _FOUND_BY.get(str(reason), "engine")
         if finder != "engine":
-            yield _Message(at_s, finder, "engine", f"{trigger}: {reason}", is_answer=True)
+            yield _Message(at_s, finder, "engine", f"{trigger} ({reason})", is_answer=True)
     elif trigger == "tunnel_opened":
         yield _Message(at_s, "tunnel", "engine", trigger, is_answer=True)
     elif trigger == "proxy_ready":
@@ -108,17 +109,13 @@ def sequence_mermaid(run: Run) -> str:
     lines = ["sequenceDiagram"]
     lines += [f"    participant {name} as {words}" for name, words in _ACTORS.items()]
     for message in _messages(track):
-        words = _entities(message.words)
+        words = mermaid_text(message.words)
         if message.source == message.dest:
             lines.append(f"    Note over {message.source}: {words}")
         else:
             arrow = "-->>" if message.is_answer else "->>"
             lines.append(f"    {message.source}{arrow}{message.dest}: {words} ({_stamp(message)})")
     return "\n".join(lines) + "\n"
-
-
-def _entities(text: str) -> str:
-    return "".join(char if char.isalnum() or char in " _-.,:()/" else f"#{ord(char)};" for char in text)
 
 
 _COLUMN, _ROW, _TOP, _SIZE = 168.0, 30.0, 84.0, 12.0
