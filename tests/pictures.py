@@ -140,7 +140,23 @@ def overview() -> str:
     )
 
 
-#: What is committed, by its path.
+def sequence_text(name: str) -> str:
+    return timeline.sequence_mermaid(run(name))
+
+
+def sequence_svg(name: str) -> str | bytes:
+    return timeline.draw(run(name), "svg", view="sequence")
+
+
+def run_svg(name: str) -> str | bytes:
+    return timeline.draw(run(name), "svg")
+
+
+def run_page(name: str) -> str | bytes:
+    return timeline.draw(run(name), "html")
+
+
+#: What is committed, by its path, in the order in which it is drawn: the page holds the lifecycle.
 PICTURES: dict[str, Callable[[], str | bytes]] = {
     "diagrams/README.md": overview,
     "diagrams/lifecycle.mmd": diagram.mermaid,
@@ -150,14 +166,14 @@ PICTURES: dict[str, Callable[[], str | bytes]] = {
     "diagrams/modules.mmd": module_mermaid,
     "diagrams/modules.svg": module_svg,
     "diagrams/way.svg": way,
-    "diagrams/run-fault.html": lambda: timeline.draw(run("fault"), "html"),
     "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, picture="svg"),
+    "diagrams/run-fault.html": partial(run_page, "fault"),
 }
 for _name in RUNS:
     PICTURES |= {
-        f"diagrams/sequence-{_name}.mmd": lambda name=_name: timeline.sequence_mermaid(run(name)),  # type: ignore[misc]
-        f"diagrams/sequence-{_name}.svg": lambda name=_name: timeline.draw(run(name), "svg", view="sequence"),  # type: ignore[misc]
-        f"diagrams/run-{_name}.svg": lambda name=_name: timeline.draw(run(name), "svg"),  # type: ignore[misc]
+        f"diagrams/sequence-{_name}.mmd": partial(sequence_text, _name),
+        f"diagrams/sequence-{_name}.svg": partial(sequence_svg, _name),
+        f"diagrams/run-{_name}.svg": partial(run_svg, _name),
     }
 
 

@@ -195,8 +195,8 @@ class TestTheLifecycle:
 
     def test_the_place_where_it_stands_and_the_way_there_are_shown(self) -> None:
         root = svg_of(highlight="spawning", way=WAY)
-        assert [group.get("data-state") for group in groups(root, "here")] == ["spawning"]
-        assert [group.get("data-state") for group in groups(root, "been")] == ["idle", "tunnelling", "spawning"]
+        assert [group.get("data-state") for group in groups(root, "current")] == ["spawning"]
+        assert [group.get("data-state") for group in groups(root, "visited")] == ["idle", "tunnelling", "spawning"]
         assert [(g.get("data-from"), g.get("data-to")) for g in groups(root, "taken")] == [
             ("idle", "tunnelling"),
             ("tunnelling", "spawning"),
@@ -206,8 +206,8 @@ class TestTheLifecycle:
         drawn = diagram.mermaid(highlight="spawning", way=WAY)
         assert "idle --> tunnelling: START, 1. START after 1.250 s\n" in drawn
         assert "tunnelling --> spawning: tunnel_opened, 2. tunnel_opened after 0.012 s\n" in drawn
-        assert "class spawning here" in drawn
-        assert "class idle,tunnelling been" in drawn
+        assert "class spawning current" in drawn
+        assert "class idle,tunnelling visited" in drawn
 
     def test_the_table_points_at_a_column(self) -> None:
         row = diagram.markdown_table(highlight="running").splitlines()[3]
@@ -219,7 +219,7 @@ class TestTheLifecycle:
         said = "4. fault_found after 2.161 s"
         kinds = {text.text: text.get("class") for text in svg_of(way=way).iter(f"{SVG}text")}
         assert kinds[said] == "time"
-        light = diagram.scene._rules("light")
+        light = diagram.scene.rules("light")
         assert light["", "time"] not in (light["", "order"], light["", "observation"])
         assert f"running --> stopping: session_ended, fault_found, STOP, {said}\n" in diagram.mermaid(way=way)
         assert said in diagram.dot(way=way)
@@ -291,7 +291,7 @@ class TestLooks:
     @pytest.mark.parametrize("theme", ["light", "dark"])
     def test_colours_can_be_told_apart_by_whoever_looks(self, theme: diagram.Theme, vision: str) -> None:
         """CIE 1976: a difference of 2.3 is just seen where two colours touch; these lie apart, and may be thin."""
-        rules = diagram.scene._rules(theme)
+        rules = diagram.scene.rules(theme)
         states = [f"is-{state}" for state in State]
         for one, other in [*combinations(states, 2), ("flow-to", "flow-from")]:
             spots = [seen(rules["", kind]["fill"], vision) for kind in (one, other)]
@@ -300,14 +300,14 @@ class TestLooks:
     @pytest.mark.parametrize("theme", ["light", "dark"])
     def test_words_stand_out_from_their_ground(self, theme: diagram.Theme) -> None:
         """WCAG 2 asks for 4.5 to 1."""
-        rules = diagram.scene._rules(theme)
+        rules = diagram.scene.rules(theme)
         grounds = {kind: style["fill"] for (owner, kind), style in rules.items() if not owner and "fill" in style}
         for word in ("name", "plain", "order", "observation", "time", "caption", "fault"):
             assert contrast(rules["", word]["fill"], grounds["paper"]) >= 4.5, word
         for box in ("box", "note", *(f"is-{state}" for state in State)):
             assert contrast(rules["", "name"]["fill"], grounds[box]) >= 4.5, box
-        assert contrast(rules["here", "name"]["fill"], rules["here", "box"]["fill"]) >= 4.5
-        assert contrast(rules["", "name"]["fill"], rules["been", "box"]["fill"]) >= 4.5
+        assert contrast(rules["current", "name"]["fill"], rules["current", "box"]["fill"]) >= 4.5
+        assert contrast(rules["", "name"]["fill"], rules["visited", "box"]["fill"]) >= 4.5
         assert contrast(rules["", "fault"]["fill"], grounds["note"]) >= 4.5
         assert contrast(rules["", "line"]["stroke"], grounds["paper"]) >= 3
 
@@ -632,12 +632,12 @@ class TestALivePicture:
 
     def test_shows_where_a_proxy_stands_and_how_it_came_there(self) -> None:
         proxy = FakedProxy()
-        assert "class idle here" in str(proxy.diagram())
+        assert "class idle current" in str(proxy.diagram())
         proxy.lead_to(State.RUNNING)
         proxy.wait_running(timeout=5)
         history = proxy.status().history
         root = ET.fromstring(str(proxy.diagram("svg")))  # noqa: S314
-        assert [group.get("data-state") for group in groups(root, "here")] == ["running"]
+        assert [group.get("data-state") for group in groups(root, "current")] == ["running"]
         assert len(list(groups(root, "taken"))) == 3
         names = [str(r.trigger).upper() if r.trigger.is_order else str(r.trigger) for r in history]
         said = {f"{r.sequence}. {name} after {r.elapsed_s:.3f} s" for r, name in zip(history, names, strict=True)}
@@ -647,7 +647,7 @@ class TestALivePicture:
         assert isinstance(png, bytes)
         assert Image.open(io.BytesIO(png)).convert("RGB").getpixel((3, 3)) == (13, 17, 23)
         proxy.close(timeout=10)
-        assert "class stopped here" in str(proxy.diagram())
+        assert "class stopped current" in str(proxy.diagram())
         assert json.loads(str(proxy.diagram("json")))["way"][-1]["dest"] == "stopped"
 
 

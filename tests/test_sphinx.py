@@ -61,7 +61,7 @@ def test_html_gets_svg_that_follows_the_reader(tmp_path: Path) -> None:
     root = ET.fromstring(picture.read_text())  # noqa: S314 - we have written it
     assert root.get("aria-label") == "MyProxy"
     assert "prefers-color-scheme: dark" in picture.read_text()
-    assert [g.get("data-state") for g in root.iter() if "here" in g.get("class", "").split()] == ["running"]
+    assert [g.get("data-state") for g in root.iter() if "current" in g.get("class", "").split()] == ["running"]
 
 
 def test_latex_gets_png(tmp_path: Path) -> None:

@@ -85,11 +85,11 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
         DiagramError: There is no such state, or pygraphviz is not installed.
     """
     highlight = chart.check_state(highlight)
-    been = visited(way)
+    behind = visited(way)
     # The names are the caller's; a prefix keeps them apart from those of the other nodes.
     nodes = {} if chart.initial is None else {"initial": Node((), kind="dot")}
     for state in chart.states:
-        marks = ["state", *(["been"] if state in been else []), *(["here"] if state == highlight else [])]
+        marks = ["state", *(["visited"] if state in behind else []), *(["current"] if state == highlight else [])]
         nodes[f"state {state}"] = Node(
             ((state, "name"),), tuple(marks), (("state", state),), framed=state in chart.finals
         )

@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
+    "COLOURS",
     "STATE_COLOURS",
     "Box",
     "Group",
     "Line",
+    "Rules",
     "Scene",
     "Text",
     "Theme",
     "legal",
     "png",
+    "rules",
     "shortened",
     "svg",
     "width_of",
@@ -47,6 +50,27 @@ _BOLD = 1.1
 _PNG_PIXELS = 1 << 16
 _FAMILY = "DejaVu Sans, Verdana, Arial, sans-serif"
 
+#: The colours of all pictures: light, dark.
+COLOURS = {
+    "ink": ("#1f2328", "#e6edf3"),
+    "paper": ("#ffffff", "#0d1117"),
+    "faint": ("#59636e", "#9198a1"),
+    "line": ("#59636e", "#8b949e"),
+    "grid": ("#d8dee4", "#30363d"),
+    "accent": ("#0550ae", "#79c0ff"),
+    "box": ("#f6f8fa", "#161b22"),
+    "note": ("#fff8c5", "#2d2a16"),
+    "visited": ("#ddf4ff", "#0c2d6b"),
+    "current": ("#ffd33d", "#9e6a03"),
+    "current-line": ("#7d4e00", "#f2cc60"),
+    "current-ink": ("#1f2328", "#ffffff"),
+    "marked": ("#fff3b0", "#5a4500"),
+    "fault": ("#b32b25", "#ff7b72"),
+    "warning": ("#9a6700", "#d29922"),
+    "error": ("#cf222e", "#ff7b72"),
+    "to-agent": ("#54aeff", "#388bfd"),
+    "from-agent": ("#e08e0b", "#d29922"),
+}
 #: The ground of each state in pictures of a run: light, dark. They differ in lightness too, for those who do not see
 #: colours as most do, and a state's name can be read on each.
 STATE_COLOURS = {
@@ -60,7 +84,7 @@ STATE_COLOURS = {
 }
 
 Style = dict[str, str]
-_Rules = dict[tuple[str, str], Style]
+Rules = dict[tuple[str, str], Style]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +159,16 @@ def shortened(words: str, room: float, size: float, *, bold: bool = False) -> st
     return words + "…"
 
 
-def _rules(theme: Theme) -> _Rules:
-    dark = theme == "dark"
-    ink, paper, faint = ("#e6edf3", "#0d1117", "#9198a1") if dark else ("#1f2328", "#ffffff", "#59636e")
-    accent = "#79c0ff" if dark else "#0550ae"
-    box, here, here_line = ("#161b22", "#9e6a03", "#f2cc60") if dark else ("#f6f8fa", "#ffd33d", "#7d4e00")
-    been = "#0c2d6b" if dark else "#ddf4ff"
-    line = "#8b949e" if dark else "#59636e"
-    rules = {
-        ("", "paper"): {"fill": paper},
-        ("", "box"): {"fill": box, "stroke": line, "stroke-width": "1.2"},
+def rules(theme: Theme) -> Rules:
+    """Return the style of each kind of shape and word (by an empty name), and of kinds within a class of groups."""
+    at = 1 if theme == "dark" else 0
+    colour = {name: pair[at] for name, pair in COLOURS.items()}
+    ink, line, accent = colour["ink"], colour["line"], colour["accent"]
+    styles = {
+        ("", "paper"): {"fill": colour["paper"]},
+        ("", "box"): {"fill": colour["box"], "stroke": line, "stroke-width": "1.2"},
         ("", "frame"): {"fill": "none", "stroke": line, "stroke-width": "1.2"},
-        ("", "note"): {"fill": "#2d2a16" if dark else "#fff8c5", "stroke": line, "stroke-width": "0.8"},
+        ("", "note"): {"fill": colour["note"], "stroke": line, "stroke-width": "0.8"},
         ("", "dot"): {"fill": ink},
         ("", "line"): {"fill": "none", "stroke": line, "stroke-width": "1.3"},
         ("", "aside"): {"fill": "none", "stroke": line, "stroke-width": "0.9", "stroke-dasharray": "4 3"},
@@ -156,27 +178,27 @@ def _rules(theme: Theme) -> _Rules:
         ("", "order"): {"fill": accent, "font-weight": "bold"},
         ("", "observation"): {"fill": ink, "font-style": "italic"},
         ("", "time"): {"fill": ink, "font-weight": "bold"},
-        ("", "caption"): {"fill": faint},
-        ("", "fault"): {"fill": "#ff7b72" if dark else "#b32b25", "font-weight": "bold"},
-        ("been", "box"): {"fill": been, "stroke": accent},
-        ("been", "frame"): {"stroke": accent},
+        ("", "caption"): {"fill": colour["faint"]},
+        ("", "fault"): {"fill": colour["fault"], "font-weight": "bold"},
+        ("visited", "box"): {"fill": colour["visited"], "stroke": accent},
+        ("visited", "frame"): {"stroke": accent},
         ("taken", "line"): {"stroke": accent, "stroke-width": "2.6"},
         ("taken", "head"): {"fill": accent},
-        ("here", "box"): {"fill": here, "stroke": here_line, "stroke-width": "3"},
-        ("here", "frame"): {"stroke": here_line},
-        ("here", "name"): {"fill": "#ffffff" if dark else "#1f2328"},
+        ("current", "box"): {"fill": colour["current"], "stroke": colour["current-line"], "stroke-width": "3"},
+        ("current", "frame"): {"stroke": colour["current-line"]},
+        ("current", "name"): {"fill": colour["current-ink"]},
         ("", "dashes"): {"fill": "none", "stroke": line, "stroke-width": "1.3", "stroke-dasharray": "5 3"},
-        ("", "grid"): {"fill": "none", "stroke": "#30363d" if dark else "#d8dee4", "stroke-width": "0.8"},
+        ("", "grid"): {"fill": "none", "stroke": colour["grid"], "stroke-width": "0.8"},
         ("", "tick"): {"fill": "none", "stroke": line, "stroke-width": "0.9"},
         ("", "tick-change"): {"fill": "none", "stroke": accent, "stroke-width": "1.6"},
-        ("", "tick-warning"): {"fill": "none", "stroke": "#d29922" if dark else "#9a6700", "stroke-width": "2"},
-        ("", "tick-error"): {"fill": "none", "stroke": "#ff7b72" if dark else "#cf222e", "stroke-width": "2.4"},
-        ("", "flow-to"): {"fill": "#388bfd" if dark else "#54aeff", "stroke": "none"},
-        ("", "flow-from"): {"fill": "#d29922" if dark else "#e08e0b", "stroke": "none"},
+        ("", "tick-warning"): {"fill": "none", "stroke": colour["warning"], "stroke-width": "2"},
+        ("", "tick-error"): {"fill": "none", "stroke": colour["error"], "stroke-width": "2.4"},
+        ("", "flow-to"): {"fill": colour["to-agent"], "stroke": "none"},
+        ("", "flow-from"): {"fill": colour["from-agent"], "stroke": "none"},
     }
-    for state, (bright, deep) in STATE_COLOURS.items():
-        rules["", f"is-{state}"] = {"fill": deep if dark else bright, "stroke": line, "stroke-width": "0.6"}
-    return rules
+    for state, pair in STATE_COLOURS.items():
+        styles["", f"is-{state}"] = {"fill": pair[at], "stroke": line, "stroke-width": "0.6"}
+    return styles
 
 
 def svg(scene: Scene, theme: Theme | None = None) -> str:
@@ -192,10 +214,10 @@ def svg(scene: Scene, theme: Theme | None = None) -> str:
         f'  width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="{_FAMILY}">',
         f"<title>{_content(scene.title)}</title>",
         "<style>",
-        *_css(_rules(theme or "light")),
+        *_css(rules(theme or "light")),
     ]
     if theme is None:
-        light, dark = _rules("light"), _rules("dark")
+        light, dark = rules("light"), rules("dark")
         changed = {key: style for key, style in dark.items() if style != light[key]}
         lines += ["@media (prefers-color-scheme: dark) {", *_css(changed), "}"]
     lines += ["</style>", f'<rect class="paper" width="{width}" height="{height}"/>']
@@ -208,11 +230,11 @@ def svg(scene: Scene, theme: Theme | None = None) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _css(rules: _Rules) -> list[str]:
+def _css(styles: Rules) -> list[str]:
     return [
         f".proxy-fsm {f'.{owner} ' if owner else ''}.{kind} "
         "{ " + "; ".join(f"{name}: {value}" for name, value in style.items()) + " }"
-        for (owner, kind), style in rules.items()
+        for (owner, kind), style in styles.items()
     ]
 
 
@@ -277,26 +299,26 @@ def png(scene: Scene, theme: Theme = "light") -> bytes:
         raise DiagramError('PNG needs matplotlib: pip install "proxy_fsm[timeline]".') from error
     if 2 * max(scene.width, scene.height) >= _PNG_PIXELS:
         raise DiagramError("This picture is too large for PNG: draw SVG.")
-    rules = _rules(theme)
+    styles = rules(theme)
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         mpl.rcdefaults()
-        figure = Figure(figsize=(scene.width / 72, scene.height / 72), dpi=144, facecolor=rules["", "paper"]["fill"])
+        figure = Figure(figsize=(scene.width / 72, scene.height / 72), dpi=144, facecolor=styles["", "paper"]["fill"])
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set(xlim=(0, scene.width), ylim=(scene.height, 0))
         axes.set_axis_off()
         everything = [(group, item) for group in scene.groups for item in group.items]
         for at, (group, item) in enumerate(everything):
-            _paint(axes, item, partial(_style, rules, group.classes), at)
+            _paint(axes, item, partial(_style, styles, group.classes), at)
         target = io.BytesIO()
         figure.savefig(target, format="png", metadata={"Software": None})
     return target.getvalue()
 
 
-def _style(rules: _Rules, owners: Iterable[str], kind: str) -> Style:
-    style = dict(rules["", kind])
+def _style(styles: Rules, owners: Iterable[str], kind: str) -> Style:
+    style = dict(styles["", kind])
     for owner in owners:
-        style |= rules.get((owner, kind), {})
+        style |= styles.get((owner, kind), {})
     return style
 
 

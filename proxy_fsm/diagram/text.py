@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from proxy_fsm.diagram.chart import LIFECYCLE, visited
+from proxy_fsm.diagram.scene import COLOURS
 from proxy_fsm.lifecycle import State
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ __all__ = ["as_json", "dot", "markdown_table", "mermaid", "mermaid_text", "print
 #: Names that mean nothing to Mermaid. Its keywords are too many to list, change with its version, and so does what the
 #: page that shows it makes of names such as ``constructor``.
 _PLAIN = frozenset(map(str, State))
-#: The colours of a state that is pointed at; black text on yellow reads well on any ground.
-_HIGHLIGHT = "fill:#ffd33d,stroke:#9a6700,stroke-width:3px,color:#1f2328"
-_TAKEN = "fill:#b6e3ff,stroke:#0969da,color:#1f2328"
 
 
 def printable(text: str) -> str:
@@ -64,15 +62,24 @@ def mermaid(
     for state, remarks in chart.notes:
         words = "<br/>".join(map(mermaid_text, remarks))
         lines += [f"    note right of {names[state]}", f"        {words}", "    end note"]
-    been = visited(way) - {highlight}
-    if been:
+    colour = _colours(theme)
+    if behind := visited(way) - {highlight}:
         lines += [
-            f"    classDef been {_TAKEN}",
-            f"    class {','.join(names[s] for s in chart.states if s in been)} been",
+            f"    classDef visited fill:{colour['visited']},stroke:{colour['accent']},color:{colour['ink']}",
+            f"    class {','.join(names[s] for s in chart.states if s in behind)} visited",
         ]
     if highlight is not None:
-        lines += [f"    classDef here {_HIGHLIGHT}", f"    class {names[highlight]} here"]
+        looks = f"fill:{colour['current']},stroke:{colour['current-line']},stroke-width:3px"
+        lines += [
+            f"    classDef current {looks},color:{colour['current-ink']}",
+            f"    class {names[highlight]} current",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _colours(theme: str | None) -> dict[str, str]:
+    """Return a theme's colours; light ones read well on any ground, each with the ink that it brings."""
+    return {name: dark if theme == "dark" else light for name, (light, dark) in COLOURS.items()}
 
 
 def _mermaid_name(chart: Chart, at: int) -> str:
@@ -101,12 +108,9 @@ def dot(
         DiagramError: There is no such state.
     """
     highlight = chart.check_state(highlight)
-    ink, paper, accent, here = (
-        ("#e6edf3", "#0d1117", "#79c0ff", "#9e6a03")
-        if theme == "dark"
-        else ("#1f2328", "#ffffff", "#0550ae", "#ffd33d")
-    )
-    been = visited(way)
+    colour = _colours(theme)
+    ink, accent = colour["ink"], colour["accent"]
+    behind = visited(way)
     begin = _quoted(_unused("[*]", chart))
     # Graphviz takes a name that begins with a percent sign for none.
     names = {
@@ -115,7 +119,7 @@ def dot(
     }
     lines = [
         f"digraph {_quoted(chart.title)} {{",
-        f'    graph [bgcolor="{paper}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5]',
+        f'    graph [bgcolor="{colour["paper"]}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5]',
         f'    node [color="{ink}" fontcolor="{ink}" fontname="sans-serif" shape=box style=rounded]',
         f'    edge [color="{ink}" fontcolor="{ink}" fontname="sans-serif" fontsize=11]',
     ]
@@ -126,8 +130,9 @@ def dot(
         looks = [f"label={_quoted(state)}"] if state.startswith("%") else []
         looks += ["peripheries=2"] if state in chart.finals else []
         if state == highlight:
-            looks += ['style="rounded,filled"', f'fillcolor="{here}"', "penwidth=3"]
-        elif state in been:
+            looks += ['style="rounded,filled"', f'fillcolor="{colour["current"]}"', "penwidth=3"]
+            looks += [f'color="{colour["current-line"]}"', f'fontcolor="{colour["current-ink"]}"']
+        elif state in behind:
             looks.append(f'color="{accent}"')
         lines.append(f"    {names[state]}{' [' + ' '.join(looks) + ']' if looks else ''}")
     for source, dest, arrows in chart.bundles():

@@ -58,15 +58,15 @@
   const mark = (group, kind, on) => { if (group && group.classList.contains(kind) !== on) group.classList.toggle(kind, on); };
   const showDiagram = () => {
     const { stay: { state, begin }, made } = stateOf(chosen, position);
-    const been = new Set(), taken = new Set();
+    const visited = new Set(), taken = new Set();
     for (const at of changes[chosen].slice(0, made)) {
       const [source, dest] = events[at].change;
-      been.add(source).add(dest);
+      visited.add(source).add(dest);
       taken.add(source + " " + dest);
     }
     for (const [name, group] of states) {
-      mark(group, "here", name === state);
-      mark(group, "been", been.has(name));
+      mark(group, "current", name === state);
+      mark(group, "visited", visited.has(name));
       if (name === state) group.setAttribute("aria-current", "step"); else group.removeAttribute("aria-current");
     }
     for (const [name, group] of arrows) mark(group, "taken", taken.has(name));
@@ -127,7 +127,7 @@
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
     pen.font = "12px 'DejaVu Sans', Verdana, Arial, sans-serif";
-    const ink = colour("--ink"), faint = colour("--faint"), line = colour("--line");
+    const ink = colour("--ink"), faint = colour("--faint"), line = colour("--grid");
     drawAxis(pen, height, faint, line);
     tracks.forEach((track, at) => {
       let y = at * LANE + HEAD;
@@ -173,7 +173,7 @@
     }
   };
   const drawTicks = (pen, track, y) => {
-    const kinds = { info: "--faint", debug: "--line", warning: "--warning", error: "--fault", critical: "--fault" };
+    const kinds = { info: "--faint", debug: "--grid", warning: "--warning", error: "--fault", critical: "--fault" };
     const drawn = new Set();
     for (const event of events) {
       if (event.track !== track) continue;
@@ -189,9 +189,9 @@
     const most = flows.reduce((highest, flow) => Math.max(highest, flow.to, flow.from), 1);
     for (const { begin, end, to, from } of flows) {
       const left = x(begin), wide = Math.max(x(end) - left, 1);
-      pen.fillStyle = colour("--to");
+      pen.fillStyle = colour("--to-agent");
       pen.fillRect(left, middle - to / most * FLOW, wide, to / most * FLOW);
-      pen.fillStyle = colour("--from");
+      pen.fillStyle = colour("--from-agent");
       pen.fillRect(left, middle, wide, from / most * FLOW);
     }
     pen.fillStyle = line;

@@ -9,7 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.diagram.scene import STATE_COLOURS
+from proxy_fsm.diagram.scene import COLOURS, STATE_COLOURS
 
 if TYPE_CHECKING:
     from proxy_fsm.timeline.run import Event, Run
@@ -32,7 +32,7 @@ def page(run: Run) -> str:
     parts = {
         "TITLE": escape(run.title),
         "POLICY": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:",
-        "STYLE": (here / "page.css").read_text(encoding="utf-8"),
+        "STYLE": _colours() + (here / "page.css").read_text(encoding="utf-8"),
         "DIAGRAM": (here / "lifecycle.svg").read_text(encoding="utf-8"),
         "DATA": json.dumps(_data(run), ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES),
         "SCRIPT": script,
@@ -43,6 +43,11 @@ def page(run: Run) -> str:
     for at, piece in enumerate(template.split("%%")):
         pieces.append(parts[piece] if at % 2 else piece)
     return "".join(pieces)
+
+
+def _colours() -> str:
+    light, dark = (" ".join(f"--{name}: {pair[at]};" for name, pair in COLOURS.items()) for at in (0, 1))
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
 def _data(run: Run) -> dict[str, Any]:

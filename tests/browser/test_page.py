@@ -50,7 +50,7 @@ class Page:
     @property
     def here(self) -> list[str]:
         """The states that are highlighted."""
-        return list(self.script("return [...document.querySelectorAll('#machine .here')].map(g => g.dataset.state)"))
+        return list(self.script("return [...document.querySelectorAll('#machine .current')].map(g => g.dataset.state)"))
 
     @property
     def taken(self) -> set[str]:
