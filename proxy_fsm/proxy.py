@@ -118,11 +118,11 @@ class Proxy:
         """Return a snapshot of everything that is known."""
         return self._engine.status()
 
-    def diagram(self, picture: drawing.Format = "mermaid", *, theme: drawing.Theme | None = None) -> str | bytes:
+    def diagram(self, format: drawing.Format = "mermaid", *, theme: drawing.Theme | None = None) -> str | bytes:
         """Draw the lifecycle with the present state and the way there; each arrow on it says after how long.
 
         Args:
-            picture: The format; see `proxy_fsm.diagram.draw`.
+            format: What to draw it as; see `proxy_fsm.diagram.draw`.
             theme: ``light`` or ``dark``; see there.
 
         Returns:
@@ -133,7 +133,7 @@ class Proxy:
         """
         status = self.status()
         chart = replace(drawing.chart_of(self), title=f"{type(self).__name__} {status.id} of {status.session}")
-        return drawing.draw(chart, picture, highlight=status.state, way=drawing.way_of(status.history), theme=theme)
+        return drawing.draw(chart, format, highlight=status.state, way=drawing.way_of(status.history), theme=theme)
 
     def start(self) -> None:
         """Start it; returns as soon as it is under way.

@@ -23,9 +23,6 @@ from docutils.parsers.rst import directives
 from sphinx.util.docutils import SphinxDirective
 
 from proxy_fsm import diagram
-from proxy_fsm.diagram.drawing import chart_scene
-from proxy_fsm.diagram.scene import png, svg
-from proxy_fsm.diagram.text import table_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -76,14 +73,12 @@ class ProxyFsmDiagram(SphinxDirective):
             self.env.note_dependency(file)
 
     def _image(self, chart: diagram.Chart) -> nodes.image:
-        shapes = chart_scene(chart, highlight=self.options.get("highlight"))
-        theme = self.options.get("theme")
-        vector = svg(shapes, theme)
-        name = f"proxy-fsm-{hashlib.sha256(vector.encode()).hexdigest()[:16]}"
+        vector, pixels = self._drawn(chart, "svg"), self._drawn(chart, "png")
+        name = f"proxy-fsm-{hashlib.sha256(vector).hexdigest()[:16]}"
         folder = Path(self.env.doctreedir) / "proxy-fsm-diagrams"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.svg").write_text(vector, encoding="utf-8")
-        (folder / f"{name}.png").write_bytes(png(shapes, theme or "light"))
+        (folder / f"{name}.svg").write_bytes(vector)
+        (folder / f"{name}.png").write_bytes(pixels)
         # Sphinx takes the first kind of file that the builder can show.
         here = Path(self.env.doc2path(self.env.docname)).parent
         image = nodes.image(uri=f"{Path(os.path.relpath(folder, here)).as_posix()}/{name}.*")
@@ -95,9 +90,13 @@ class ProxyFsmDiagram(SphinxDirective):
         self.set_source_info(image)
         return image
 
+    def _drawn(self, chart: diagram.Chart, format: diagram.Format) -> bytes:
+        drawn = diagram.draw(chart, format, highlight=self.options.get("highlight"), theme=self.options.get("theme"))
+        return drawn.encode() if isinstance(drawn, str) else drawn
+
     def _table(self, chart: diagram.Chart) -> nodes.table:
         """Build it of nodes: text would have to be of the markup of the document, which may be Markdown."""
-        highlight = chart.check_state(self.options.get("highlight"))
+        highlight = chart.state_named(self.options.get("highlight"))
 
         def row(first: nodes.Node, cells: Iterable[str]) -> nodes.row:
             shown = [
@@ -109,7 +108,9 @@ class ProxyFsmDiagram(SphinxDirective):
         columns = len(chart.states) + 1
         group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in range(columns)), cols=columns)
         group += nodes.thead("", row(nodes.Text("trigger"), chart.states))
-        group += nodes.tbody("", *(row(nodes.literal("", trigger), cells) for trigger, cells in table_rows(chart)))
+        group += nodes.tbody(
+            "", *(row(nodes.literal("", trigger), cells) for trigger, cells in diagram.table_rows(chart))
+        )
         table = nodes.table("", group, classes=["proxy-fsm-diagram"])
         self.set_source_info(table)
         return table

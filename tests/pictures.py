@@ -19,7 +19,7 @@ from PIL import Image
 
 import proxy_fsm
 from proxy_fsm import diagram, timeline
-from proxy_fsm.diagram.drawing import Link, Node, graph_scene
+from proxy_fsm.diagram.layout import Edge, Node, graph_scene
 from proxy_fsm.diagram.scene import svg
 
 from .imports import imports_of
@@ -69,9 +69,9 @@ def reduced(graph: dict[str, set[str]]) -> dict[str, list[str]]:
 def module_svg() -> str:
     graph = reduced(module_map())
     nodes = {name: Node(((name, "name"),)) for name in graph}
-    links = [Link(name, each) for name, used in graph.items() for each in used]
+    edges = [Edge(name, each) for name, used in graph.items() for each in used]
     caption = ["An arrow: imports. What follows from other arrows is left out."]
-    return svg(graph_scene("Modules of proxy_fsm", nodes, links, caption=caption, node_gap=18, rank_gap=26))
+    return svg(graph_scene("Modules of proxy_fsm", nodes, edges, caption=caption, node_gap=18, rank_gap=26))
 
 
 def module_mermaid() -> str:
@@ -93,7 +93,7 @@ def way() -> str | bytes:
         diagram.Step(each["trigger"], each["source"], each["dest"], each["elapsed_s"], each["sequence"])
         for each in changes
     ]
-    return diagram.draw(picture="svg", highlight=steps[-1].dest, way=steps)
+    return diagram.draw(format="svg", highlight=steps[-1].dest, way=steps)
 
 
 def overview() -> str:
@@ -161,12 +161,12 @@ PICTURES: dict[str, Callable[[], str | bytes]] = {
     "diagrams/README.md": overview,
     "diagrams/lifecycle.mmd": diagram.mermaid,
     "diagrams/lifecycle.md": diagram.markdown_table,
-    "diagrams/lifecycle.svg": partial(diagram.draw, picture="svg"),
-    "diagrams/lifecycle.png": partial(diagram.draw, picture="png"),
+    "diagrams/lifecycle.svg": partial(diagram.draw, format="svg"),
+    "diagrams/lifecycle.png": partial(diagram.draw, format="png"),
     "diagrams/modules.mmd": module_mermaid,
     "diagrams/modules.svg": module_svg,
     "diagrams/way.svg": way,
-    "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, picture="svg"),
+    "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, format="svg"),
     "diagrams/run-fault.html": partial(run_page, "fault"),
 }
 for _name in RUNS:

@@ -25,7 +25,7 @@ from transitions.extensions import HierarchicalMachine
 
 from proxy_fsm import Backend, CommandBackend, EndReason, Lifecycle, NX3Backend, Proxy, State, Trigger, diagram
 from proxy_fsm.diagram import Arrow, Chart, DiagramError, Step
-from proxy_fsm.diagram.drawing import chart_scene
+from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.diagram.scene import Box, Text, width_of
 from proxy_fsm.lifecycle import TRANSITIONS
 from proxy_fsm.testing import FakedProxy
@@ -44,14 +44,14 @@ WAY = (Step("start", "idle", "tunnelling", 1.25, 1), Step("tunnel_opened", "tunn
 CHANGES = {(str(r.source), str(r.dest), str(r.trigger)) for r in TRANSITIONS if r.dest is not None}
 
 
-def svg_of(thing: object = diagram.LIFECYCLE, **options: Any) -> ET.Element:
-    drawn = diagram.draw(thing, "svg", **options)
+def svg_of(machine: object = diagram.LIFECYCLE, **options: Any) -> ET.Element:
+    drawn = diagram.draw(machine, "svg", **options)
     assert isinstance(drawn, str)
     return ET.fromstring(drawn)  # noqa: S314 - we have written it
 
 
-def png_of(thing: object = diagram.LIFECYCLE, **options: Any) -> Image.Image:
-    drawn = diagram.draw(thing, "png", **options)
+def png_of(machine: object = diagram.LIFECYCLE, **options: Any) -> Image.Image:
+    drawn = diagram.draw(machine, "png", **options)
     assert isinstance(drawn, bytes)
     return Image.open(io.BytesIO(drawn)).convert("RGB")
 
@@ -87,8 +87,8 @@ class TestWhatIsCommitted:
         assert re.findall(r"\S+/\S+", capsys.readouterr().out) == ["diagrams/lifecycle.mmd", "diagrams/lifecycle.png"]
 
     def test_pictures_that_differ_are_told_apart(self) -> None:
-        light, dark = (diagram.draw(picture="png", theme=theme) for theme in ("light", "dark"))
-        here = diagram.draw(picture="png", highlight="idle")
+        light, dark = (diagram.draw(format="png", theme=theme) for theme in ("light", "dark"))
+        here = diagram.draw(format="png", highlight="idle")
         assert isinstance(light, bytes)
         assert pictures.is_same(light, light)
         assert not pictures.is_same(light, dark)
@@ -227,11 +227,11 @@ class TestTheLifecycle:
     @pytest.mark.parametrize("picture", diagram.FORMATS)
     def test_a_state_that_is_not_there_is_told(self, picture: diagram.Format) -> None:
         with pytest.raises(DiagramError, match=r"no state 'gone'; it has idle, .*failed\."):
-            diagram.draw(picture=picture, highlight="gone")
+            diagram.draw(format=picture, highlight="gone")
 
     def test_a_format_that_is_not_there_is_told(self) -> None:
         with pytest.raises(DiagramError, match="no format 'gif'; there are mermaid, dot"):
-            diagram.draw(picture="gif")  # type: ignore[arg-type]
+            diagram.draw(format="gif")  # type: ignore[arg-type]
 
 
 def linear(colour: str) -> list[float]:
@@ -312,7 +312,7 @@ class TestLooks:
         assert contrast(rules["", "line"]["stroke"], grounds["paper"]) >= 3
 
     def test_svg_follows_whoever_looks_unless_told(self) -> None:
-        both, light, dark = (diagram.draw(picture="svg", theme=theme) for theme in (None, "light", "dark"))
+        both, light, dark = (diagram.draw(format="svg", theme=theme) for theme in (None, "light", "dark"))
         assert "prefers-color-scheme: dark" in str(both)
         assert "prefers-color-scheme" not in str(light) + str(dark)
         assert light != dark
@@ -366,7 +366,7 @@ DRAW_ALL = """
 import sys
 from proxy_fsm import diagram, timeline
 for picture in ("mermaid", "dot", "table", "json", "svg"):
-    sys.stdout.write(diagram.draw(picture=picture, highlight="running"))
+    sys.stdout.write(diagram.draw(format=picture, highlight="running"))
 with open(sys.argv[1], "rb") as lines:
     run = timeline.read(lines)
 for picture in ("svg", "html", "mermaid"):
@@ -397,13 +397,13 @@ def test_the_bytes_are_the_same_with_other_fonts_hashes_and_languages(tmp_path: 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DiagramError, match=r'needs matplotlib: pip install "proxy_fsm\[timeline\]"\.'):
-        diagram.draw(picture="png")
+        diagram.draw(format="png")
     monkeypatch.setitem(sys.modules, "pygraphviz", None)
     drawn: tuple[diagram.Format, ...] = ("svg", "png")
     for picture in drawn:
         with pytest.raises(DiagramError, match=r'need pygraphviz: pip install "proxy_fsm\[diagram\]"'):
-            diagram.draw(picture=picture)
-    assert all(diagram.draw(picture=picture) for picture in diagram.FORMATS if picture not in drawn)
+            diagram.draw(format=picture)
+    assert all(diagram.draw(format=picture) for picture in diagram.FORMATS if picture not in drawn)
 
 
 class Doors(Machine):
@@ -592,15 +592,16 @@ class TestMachinesOfClients:
 class TestLoading:
     @pytest.fixture
     def here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
         monkeypatch.setattr(sys, "modules", dict(sys.modules))
         return tmp_path
 
-    def test_names_a_class_in_the_working_directory(self, here: Path) -> None:
+    def test_names_a_class_of_a_module_that_can_be_imported(self, here: Path) -> None:
         (here / "client_a.py").write_text("from proxy_fsm import Proxy\nclass Mine:\n    class Inner(Proxy): pass\n")
         assert diagram.load("client_a:Mine.Inner").title == "Inner"
+        path = [*sys.path]
         assert diagram.load("proxy_fsm:Proxy").title == "Proxy"
+        assert sys.path == path
 
     @pytest.mark.parametrize("target", ["", "client", "client:", ":Class", "a b:C", "client.py:x-y", "a:b:c", "a..b:C"])
     def test_a_target_that_names_no_class_is_told(self, target: str) -> None:
@@ -613,7 +614,7 @@ class TestLoading:
         (here / "client_d.py").write_text("number = 1")
         (here / "client_e.py").write_text("import sys; sys.exit(3)")
         for target, message in (
-            ("not_there:X", "no module not_there: install its package, or change to the directory"),
+            ("not_there:X", "no module not_there: install its package, or make the directory it is in known"),
             ("client_d.below:X", "no module client_d.below"),
             ("client_b:X", "client_b cannot be imported: it needs not_there_either, which is missing"),
             ("client_c:X", "client_c cannot be imported: ZeroDivisionError: division by zero"),

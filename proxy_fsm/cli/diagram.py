@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path  # noqa: TC003 - the command line's parser reads the annotations
 from typing import TYPE_CHECKING, Annotated
@@ -11,19 +12,19 @@ from cyclopts import Parameter
 
 from proxy_fsm import diagram as drawing
 from proxy_fsm.cli.output import LogFormat, Output
-from proxy_fsm.cli.verb import ExitStatus, UsageError, conclude
+from proxy_fsm.cli.verb import UsageError, conclude, deliver
 
 if TYPE_CHECKING:
     from proxy_fsm.cli.interrupts import Interrupts
 
-__all__ = ["deliver", "diagram"]
+__all__ = ["diagram"]
 
 
 def diagram(
     target: str | None = None,
     /,
     *,
-    picture: Annotated[drawing.Format, Parameter(name=("--format", "-f"))] = "mermaid",
+    format: Annotated[drawing.Format, Parameter(name=("--format", "-f"))] = "mermaid",
     highlight: str | None = None,
     theme: drawing.Theme | None = None,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
@@ -34,7 +35,7 @@ def diagram(
     Args:
         target: ``package.module:Class``: a subclass of Proxy, Lifecycle or Backend, or what holds a
             ``transitions.Machine``. It is imported, from the working directory too. By default the lifecycle.
-        picture: The format; SVG and PNG need the extra ``diagram``.
+        format: What to draw it as; SVG and PNG need the extra ``diagram``.
         highlight: The name of a state to point at.
         theme: By default SVG and Mermaid follow whoever looks; DOT and PNG are light.
         output: The file to write; by default standard output.
@@ -43,37 +44,16 @@ def diagram(
     events = Output(log_format, console_level=logging.ERROR)
 
     def body(_interrupts: Interrupts) -> int:
-        if output is None and (events.is_json or (picture == "png" and sys.stdout.isatty())):
+        if output is None and (events.is_json or (format == "png" and sys.stdout.isatty())):
             raise UsageError("Standard output is not for this picture: say with --output where it is to go.")
+        here = os.getcwd()  # noqa: PTH109 - a string, as sys.path wants it
+        if here not in sys.path and "" not in sys.path:
+            sys.path.insert(0, here)
         try:
             chart = drawing.LIFECYCLE if target is None else drawing.load(target)
-            drawn = drawing.draw(chart, picture, highlight=highlight, theme=theme)
+            drawn = drawing.draw(chart, format, highlight=highlight, theme=theme)
         except drawing.DiagramError as error:
             raise UsageError(str(error)) from error
         return deliver(drawn, output, events)
 
     return conclude(events, body)
-
-
-def deliver(drawn: str | bytes, path: Path | None, events: Output) -> int:
-    """Write a picture to a file, or to standard output.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UsageError: It cannot go there.
-    """
-    data = drawn.encode() if isinstance(drawn, str) else drawn
-    try:
-        if path is None:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
-        else:
-            path.write_bytes(data)
-    except OSError as error:
-        name = "Standard output" if path is None else path
-        raise UsageError(f"{name} cannot be written to: {error.strerror or error}.") from error
-    if path is not None:
-        events.log.info("picture.drawn", path=str(path), size_bytes=len(data))
-    return ExitStatus.CLEAN

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from proxy_fsm import timeline as drawing
-from proxy_fsm.cli.diagram import deliver
 from proxy_fsm.cli.output import LogFormat, Output
-from proxy_fsm.cli.verb import UsageError, conclude
+from proxy_fsm.cli.verb import UsageError, conclude, deliver
 from proxy_fsm.diagram import DiagramError, Theme
 
 if TYPE_CHECKING:

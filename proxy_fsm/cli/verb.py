@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,10 +11,11 @@ from proxy_fsm.cli.interrupts import Interrupted, Interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from proxy_fsm.cli.output import Output
 
-__all__ = ["ExitStatus", "NotReachedError", "UsageError", "conclude"]
+__all__ = ["ExitStatus", "NotReachedError", "UsageError", "conclude", "deliver"]
 
 
 class ExitStatus(IntEnum):
@@ -83,3 +85,27 @@ def conclude(output: Output, body: Callable[[Interrupts], int]) -> int:
         return EndReason.INTERNAL_ERROR.cli_status
     finally:
         output.close()
+
+
+def deliver(drawn: str | bytes, path: Path | None, events: Output) -> int:
+    """Write a picture to a file, or to standard output.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: It cannot go there.
+    """
+    data = drawn.encode() if isinstance(drawn, str) else drawn
+    try:
+        if path is None:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            path.write_bytes(data)
+    except OSError as error:
+        name = "Standard output" if path is None else path
+        raise UsageError(f"{name} cannot be written to: {error.strerror or error}.") from error
+    if path is not None:
+        events.log.info("picture.drawn", path=str(path), size_bytes=len(data))
+    return ExitStatus.CLEAN

@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 from proxy_fsm.diagram import scene
-from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, DiagramError, Step, chart_of, lifecycle_chart, way_of
-from proxy_fsm.diagram.drawing import chart_scene
+from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, DiagramError, Step, chart_of, way_of
+from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.diagram.target import load
-from proxy_fsm.diagram.text import as_json, dot, markdown_table, mermaid
+from proxy_fsm.diagram.text import as_json, dot, markdown_table, mermaid, table_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,10 +38,10 @@ __all__ = [
     "chart_of",
     "dot",
     "draw",
-    "lifecycle_chart",
     "load",
     "markdown_table",
     "mermaid",
+    "table_rows",
     "way_of",
 ]
 
@@ -52,8 +52,8 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def draw(
-    thing: object = LIFECYCLE,
-    picture: Format = "mermaid",
+    machine: object = LIFECYCLE,
+    format: Format = "mermaid",
     *,
     highlight: str | None = None,
     way: Sequence[Step] = (),
@@ -62,8 +62,8 @@ def draw(
     """Draw a state machine.
 
     Args:
-        thing: What to draw; see `chart_of` for what that may be.
-        picture: The format.
+        machine: What to draw; see `chart_of` for what that may be.
+        format: What to draw it as.
         highlight: A state to point at.
         way: The changes that a running machine has made (see `way_of`); the table does not show them.
         theme: ``light`` or ``dark``. By default SVG and Mermaid follow whoever looks, and DOT and PNG are light.
@@ -74,8 +74,8 @@ def draw(
     Raises:
         DiagramError: It is no machine, has no such state, or the extra is missing; or there is no such format.
     """
-    chart = chart_of(thing)
-    match picture:
+    chart = chart_of(machine)
+    match format:
         case "mermaid":
             return mermaid(chart, highlight=highlight, way=way, theme=theme)
         case "dot":
@@ -88,4 +88,4 @@ def draw(
             return scene.svg(chart_scene(chart, highlight=highlight, way=way), theme)
         case "png":
             return scene.png(chart_scene(chart, highlight=highlight, way=way), theme or "light")
-    raise DiagramError(f"There is no format {picture!r}; there are {', '.join(FORMATS)}.")
+    raise DiagramError(f"There is no format {format!r}; there are {', '.join(FORMATS)}.")

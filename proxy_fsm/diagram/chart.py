@@ -14,9 +14,8 @@ from proxy_fsm.errors import ProxyFsmError
 from proxy_fsm.lifecycle import TRANSITIONS, State, Trigger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
-    from proxy_fsm.lifecycle import Transition
     from proxy_fsm.status import TransitionRecord
 
 __all__ = ["LIFECYCLE", "Arrow", "Chart", "DiagramError", "Step", "chart_of", "visited", "way_of"]
@@ -81,8 +80,8 @@ class Chart:
     ignored: frozenset[tuple[str, str]] = frozenset()
     notes: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
-    def check_state(self, state: str | None) -> str | None:
-        """Return the state's name.
+    def state_named(self, state: str | None) -> str | None:
+        """Return the name of one of its states; None for none.
 
         Raises:
             DiagramError: There is no such state.
@@ -116,26 +115,22 @@ class Chart:
         return [(source, dest, bundles[source, dest]) for source, dest in ordered]
 
 
-def lifecycle_chart(transitions: Sequence[Transition] = TRANSITIONS, title: str = "Lifecycle") -> Chart:
-    """Return the chart of proxy_fsm's own table, or of rows like its."""
-    return Chart(
-        title=title,
-        states=tuple(map(str, State)),
-        initial=str(State.IDLE),
-        finals=frozenset(str(state) for state in State if state.is_final),
-        triggers=tuple(map(str, Trigger)),
-        orders=frozenset(str(trigger) for trigger in Trigger if trigger.is_order),
-        arrows=tuple(
-            Arrow(str(row.trigger), str(row.source), str(row.dest)) for row in transitions if row.dest is not None
-        ),
-        ignored=frozenset((str(row.trigger), str(row.source)) for row in transitions if row.dest is None),
-    )
-
-
 #: The package's own triggers in their order, which says more than that of their first use.
 _OWN = [str(trigger) for trigger in Trigger]
+_OWN_ORDERS = frozenset(str(trigger) for trigger in Trigger if trigger.is_order)
 #: The lifecycle of every proxy.
-LIFECYCLE = lifecycle_chart()
+LIFECYCLE = Chart(
+    title="Lifecycle",
+    states=tuple(map(str, State)),
+    initial=str(State.IDLE),
+    finals=frozenset(str(state) for state in State if state.is_final),
+    triggers=tuple(_OWN),
+    orders=_OWN_ORDERS,
+    arrows=tuple(
+        Arrow(str(row.trigger), str(row.source), str(row.dest)) for row in TRANSITIONS if row.dest is not None
+    ),
+    ignored=frozenset((str(row.trigger), str(row.source)) for row in TRANSITIONS if row.dest is None),
+)
 
 
 def way_of(history: Iterable[TransitionRecord]) -> tuple[Step, ...]:
@@ -151,50 +146,50 @@ def visited(way: Iterable[Step]) -> frozenset[str]:
     return frozenset(state for step in way for state in (step.source, step.dest))
 
 
-def chart_of(thing: object) -> Chart:
+def chart_of(machine: object) -> Chart:
     """Return the chart of a class or an object.
 
     Args:
-        thing: One of these, a class or an object of it: a `Chart` itself; what has one as ``__chart__``, as `Proxy` and
-            its subclasses have; a `Backend`: the lifecycle, with what is the backend's own, such as the first lines of
-            its docstrings of ``ready`` and ``diagnose``; a ``transitions.Machine``, or anything that holds one in an
-            attribute, as `Lifecycle` and its subclasses do. A class of the last two kinds is called without arguments
-            to have its machine made. Its attribute ``orders`` may name the triggers that are orders of a caller;
-            without it those named as in `Trigger` are told apart.
+        machine: One of these, a class or an object of it: a `Chart` itself; what has one as ``__chart__``, as `Proxy`
+            and its subclasses have; a `Backend`: the lifecycle, with what is the backend's own, such as the first
+            lines of its docstrings of ``ready`` and ``diagnose``; a ``transitions.Machine``, or anything that holds
+            one in an attribute, as `Lifecycle` and its subclasses do. A class of the last two kinds is called without
+            arguments to have its machine made. Its attribute ``orders`` may name the triggers that are orders of a
+            caller; without it those named as in `Trigger` are told apart.
 
     Raises:
         DiagramError: It is nothing of that kind.
     """
-    if isinstance(thing, Chart):
-        return thing
-    if isinstance(own := getattr(thing, "__chart__", None), Chart):
-        return replace(own, title=_name_of(thing))
-    if isinstance(thing, Backend) or (isinstance(thing, type) and issubclass(thing, Backend)):
-        return _backend_chart(thing)
-    machine = _machine_of(_made(thing), _name_of(thing))
-    return _machine_chart(machine, _name_of(thing), getattr(thing, "orders", None))
+    if isinstance(machine, Chart):
+        return machine
+    if isinstance(own := getattr(machine, "__chart__", None), Chart):
+        return replace(own, title=_name_of(machine))
+    if isinstance(machine, Backend) or (isinstance(machine, type) and issubclass(machine, Backend)):
+        return _backend_chart(machine)
+    found = _machine_of(_made(machine), _name_of(machine))
+    return _machine_chart(found, _name_of(machine), getattr(machine, "orders", None))
 
 
-def _name_of(thing: object) -> str:
-    return thing.__name__ if isinstance(thing, type) else type(thing).__name__
+def _name_of(machine: object) -> str:
+    return machine.__name__ if isinstance(machine, type) else type(machine).__name__
 
 
-def _made(thing: object) -> object:
-    if not isinstance(thing, type):
-        return thing
+def _made(machine: object) -> object:
+    if not isinstance(machine, type):
+        return machine
     try:
-        return thing()
+        return machine()
     except Exception as error:
         raise DiagramError(
-            f"{thing.__name__} cannot be made without arguments, as drawing it needs: {type(error).__name__}: {error}. "
-            "Give it a __chart__, or name a machine that is made already."
+            f"{machine.__name__} cannot be made without arguments, as drawing it needs: {type(error).__name__}: "
+            f"{error}. Give it a __chart__, or name a machine that is made already."
         ) from error
 
 
-def _machine_of(thing: object, name: str) -> Machine:
-    if isinstance(thing, Machine):
-        return thing
-    for value in getattr(thing, "__dict__", {}).values():
+def _machine_of(machine: object, name: str) -> Machine:
+    if isinstance(machine, Machine):
+        return machine
+    for value in getattr(machine, "__dict__", {}).values():
         if isinstance(value, Machine):
             return value
     raise DiagramError(
@@ -230,10 +225,7 @@ def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -
             name for key, name in states.items() if getattr(machine.states[key], "final", False) or name not in left
         ),
         triggers=tuple(sorted(triggers, key=_OWN.index) if set(triggers) <= set(_OWN) else triggers),
-        orders=frozenset(
-            {str(trigger) for trigger in Trigger if trigger.is_order} if orders is None else map(str, orders)
-        )
-        & frozenset(triggers),
+        orders=(_OWN_ORDERS if orders is None else frozenset(map(str, orders))) & frozenset(triggers),
         arrows=tuple(arrows),
         ignored=frozenset((trigger, states[source]) for trigger, source, row in rows if row.dest is None),
     )

@@ -134,9 +134,9 @@ class Group:
     title: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scene:
-    """A whole picture; ``title`` says what it shows to those who do not see it."""
+    """A whole picture, to which groups are added; ``title`` says what it shows to those who do not see it."""
 
     width: float
     height: float

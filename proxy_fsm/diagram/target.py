@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from functools import reduce
 
 from proxy_fsm.diagram.chart import Chart, DiagramError, chart_of
@@ -15,7 +13,7 @@ __all__ = ["load"]
 def load(target: str) -> Chart:
     """Return the chart of ``package.module:Class`` (or ``package.module:object.attribute``); see `chart_of`.
 
-    The module is imported, from the working directory too: only name code that you trust.
+    The module is imported: only name code that you trust.
 
     Raises:
         DiagramError: It is not written like that, cannot be imported, has no such attribute, or is no machine.
@@ -23,21 +21,18 @@ def load(target: str) -> Chart:
     module_name, colon, path = target.partition(":")
     if not colon or not all(word.isidentifier() for word in [*module_name.split("."), *path.split(".")]):
         raise DiagramError(f"{target!r} names no class: write it as package.module:Class.")
-    here = os.getcwd()  # noqa: PTH109 - a string, as sys.path wants it
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise DiagramError(f"{module_name} cannot be imported: it needs {error.name}, which is missing.") from error
         raise DiagramError(
-            f"There is no module {error.name}: install its package, or change to the directory it is in."
+            f"There is no module {error.name}: install its package, or make the directory it is in known (PYTHONPATH)."
         ) from error
     except (Exception, SystemExit) as error:  # a program that runs when it is imported ends so
         raise DiagramError(f"{module_name} cannot be imported: {type(error).__name__}: {error}.") from error
     try:
-        thing = reduce(getattr, path.split("."), module)
+        found = reduce(getattr, path.split("."), module)
     except AttributeError as error:
         raise DiagramError(f"The module {module_name} has no {path}: {error}.") from error
-    return chart_of(thing)
+    return chart_of(found)

@@ -48,7 +48,7 @@ def mermaid(
     Raises:
         DiagramError: There is no such state.
     """
-    highlight = chart.check_state(highlight)
+    highlight = chart.state_named(highlight)
     names = {state: _mermaid_name(chart, at) for at, state in enumerate(chart.states)}
     lines = [] if theme is None else [f'%%{{init: {{"theme": "{"dark" if theme == "dark" else "default"}"}}}}%%']
     lines.append("stateDiagram-v2")
@@ -107,7 +107,7 @@ def dot(
     Raises:
         DiagramError: There is no such state.
     """
-    highlight = chart.check_state(highlight)
+    highlight = chart.state_named(highlight)
     colour = _colours(theme)
     ink, accent = colour["ink"], colour["accent"]
     behind = visited(way)
@@ -173,7 +173,7 @@ def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) ->
     Raises:
         DiagramError: There is no such state.
     """
-    highlight = chart.check_state(highlight)
+    highlight = chart.state_named(highlight)
 
     def shown(state: str, words: str) -> str:
         return f"**{words}**" if state == highlight else words
@@ -205,7 +205,7 @@ def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequ
     Raises:
         DiagramError: There is no such state.
     """
-    highlight = chart.check_state(highlight)
+    highlight = chart.state_named(highlight)
     rows: list[dict[str, str | None]] = [
         {"trigger": arrow.trigger, "source": arrow.source, "dest": arrow.dest, "condition": arrow.condition or None}
         for arrow in chart.arrows

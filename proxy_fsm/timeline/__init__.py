@@ -44,12 +44,12 @@ View = Literal["run", "sequence"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
-def draw(run: Run, picture: Format, *, view: View = "run", theme: scene.Theme | None = None) -> str | bytes:
+def draw(run: Run, format: Format, *, view: View = "run", theme: scene.Theme | None = None) -> str | bytes:
     """Draw a run.
 
     Args:
         run: The run.
-        picture: ``svg`` or ``png``; ``html``: a page of its own that replays the run; ``mermaid``: a sequence diagram.
+        format: ``svg`` or ``png``; ``html``: a page of its own that replays the run; ``mermaid``: a sequence diagram.
         view: What SVG and PNG show. ``run``: states, events and bytes a second over time, proxies one below the other;
             ``sequence``: who told whom what, of the first proxy. The page has the one, and Mermaid the other.
         theme: For SVG and PNG, ``light`` or ``dark``. By default SVG follows whoever looks, and PNG is light.
@@ -63,12 +63,12 @@ def draw(run: Run, picture: Format, *, view: View = "run", theme: scene.Theme | 
     """
     if view not in get_args(View):
         raise TimelineError(f"There is no view {view!r}; there are {', '.join(get_args(View))}.")
-    if view == "sequence" and picture == "html":
+    if view == "sequence" and format == "html":
         raise TimelineError("The page has no sequence diagram: draw that as SVG, PNG or Mermaid.")
-    if theme is not None and picture in {"html", "mermaid"}:
+    if theme is not None and format in {"html", "mermaid"}:
         raise TimelineError("The page and the sequence diagram follow whoever looks: leave the theme out.")
     whole = sequence_scene if view == "sequence" else run_scene
-    match picture:
+    match format:
         case "svg":
             return scene.svg(whole(run), theme)
         case "png":
@@ -77,4 +77,4 @@ def draw(run: Run, picture: Format, *, view: View = "run", theme: scene.Theme | 
             return page(run)
         case "mermaid":
             return sequence_mermaid(run)
-    raise TimelineError(f"There is no format {picture!r}; there are {', '.join(FORMATS)}.")
+    raise TimelineError(f"There is no format {format!r}; there are {', '.join(FORMATS)}.")

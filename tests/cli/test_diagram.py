@@ -26,7 +26,7 @@ def test_writes_what_the_library_draws(home: Home, picture: diagram.Format) -> N
     program = run(home, "diagram", f"--format={picture}", "--highlight", "running", "--theme", "dark")
     assert program.errors == ""
     assert program.process.returncode == 0
-    assert shown(program) == diagram.draw(picture=picture, highlight="running", theme="dark")
+    assert shown(program) == diagram.draw(format=picture, highlight="running", theme="dark")
 
 
 def test_is_mermaid_of_the_lifecycle_by_default(home: Home) -> None:
@@ -38,7 +38,7 @@ def test_png_goes_to_a_pipe_and_never_to_a_terminal(home: Home) -> None:
     piped = subprocess.run(command("diagram", "-f", "png"), stdout=subprocess.PIPE, check=False, **arguments)
     assert piped.returncode == 0
     assert b"Traceback" not in piped.stderr  # matplotlib may tell there that it looks for fonts
-    assert piped.stdout == diagram.draw(picture="png")
+    assert piped.stdout == diagram.draw(format="png")
     ours, theirs = os.openpty()
     try:
         refused = subprocess.run(command("diagram", "-f", "png"), stdout=theirs, check=False, **arguments)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from proxy_fsm.diagram.chart import Arrow, Chart, Step
     from proxy_fsm.diagram.scene import Point
 
-__all__ = ["Link", "Node", "chart_scene", "graph_scene"]
+__all__ = ["Edge", "Node", "chart_scene", "graph_scene"]
 
 _MARGIN = 14.0
 _NAME_SIZE, _LABEL_SIZE, _CAPTION_SIZE = 14.0, 12.0, 11.0
@@ -55,7 +55,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Edge:
     """An arrow between two nodes; the more it weighs, the straighter and shorter it is."""
 
     source: str
@@ -84,7 +84,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
     Raises:
         DiagramError: There is no such state, or pygraphviz is not installed.
     """
-    highlight = chart.check_state(highlight)
+    highlight = chart.state_named(highlight)
     behind = visited(way)
     # The names are the caller's; a prefix keeps them apart from those of the other nodes.
     nodes = {} if chart.initial is None else {"initial": Node((), kind="dot")}
@@ -94,11 +94,11 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
             ((state, "name"),), tuple(marks), (("state", state),), framed=state in chart.finals
         )
     main = set(pairwise(chart.states))
-    links = [] if chart.initial is None else [Link("initial", f"state {chart.initial}")]
+    edges = [] if chart.initial is None else [Edge("initial", f"state {chart.initial}")]
     for source, dest, arrows in chart.bundles():
         taken = [(words, "time") for words in chart.taken(way, source, dest)]
-        links.append(
-            Link(
+        edges.append(
+            Edge(
                 f"state {source}",
                 f"state {dest}",
                 (*((chart.label(arrow), _kind(chart, arrow)) for arrow in arrows), *taken),
@@ -113,11 +113,11 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
             kind="note",
             beside=f"state {state}",
         )
-        links.append(Link(f"state {state}", f"note {at}", kind="aside", headed=False))
+        edges.append(Edge(f"state {state}", f"note {at}", kind="aside", headed=False))
     caption = ["double frame: a final state"]
     if chart.orders:
         caption.insert(0, "CAPITALS: ordered by the caller · italics: observed")
-    return graph_scene(chart.title, nodes, links, caption=caption)
+    return graph_scene(chart.title, nodes, edges, caption=caption)
 
 
 def _kind(chart: Chart, arrow: Arrow) -> str:
@@ -138,7 +138,7 @@ def _wrapped(remark: str, letters: int = 40) -> list[str]:
 def graph_scene(
     title: str,
     nodes: Mapping[str, Node],
-    links: Sequence[Link],
+    edges: Sequence[Edge],
     *,
     caption: Sequence[str] = (),
     node_gap: float = 30.0,
@@ -149,7 +149,7 @@ def graph_scene(
     Raises:
         DiagramError: pygraphviz is not installed.
     """
-    plan = _layout(_dot(nodes, links, node_gap, rank_gap))
+    plan = _layout(_layout_source(nodes, edges, node_gap, rank_gap))
     wide, high = (float(value) for value in plan["bb"].split(",")[2:])
     top = _MARGIN + _NAME_SIZE * _LINE + 6
     caption_wide = max((width_of(line, _CAPTION_SIZE) for line in caption), default=0.0)
@@ -163,11 +163,11 @@ def graph_scene(
     scene = Scene(full, top + high + _MARGIN + len(caption) * _CAPTION_SIZE * _LINE + 4, title)
     scene.groups.append(Group((Text(full / 2, _MARGIN + _NAME_SIZE, title, "plain", _NAME_SIZE),)))
     by_name = {item["name"]: item for item in plan["objects"]}
-    edges = {int(item["link"]): item for item in plan.get("edges", ())}
+    drawn = {int(item["at"]): item for item in plan.get("edges", ())}
     places = {name: place(by_name[f"n{at}"]["pos"]) for at, name in enumerate(nodes)}
-    scene.groups.extend(_link_group(link, edges[at], place) for at, link in enumerate(links))
+    scene.groups.extend(_edge_group(edge, drawn[at], place) for at, edge in enumerate(edges))
     scene.groups.extend(_node_group(node, places[name]) for name, node in nodes.items())
-    scene.groups.extend(_label_group(link, edges[at], place) for at, link in enumerate(links) if link.lines)
+    scene.groups.extend(_label_group(edge, drawn[at], place) for at, edge in enumerate(edges) if edge.lines)
     base = top + high + 8
     scene.groups.append(
         Group(
@@ -180,7 +180,7 @@ def graph_scene(
     return scene
 
 
-def _dot(nodes: Mapping[str, Node], links: Sequence[Link], node_gap: float, rank_gap: float) -> str:
+def _layout_source(nodes: Mapping[str, Node], edges: Sequence[Edge], node_gap: float, rank_gap: float) -> str:
     """Write a graph for the layout alone: it holds no text, so that no font has a say."""
     numbers = {name: at for at, name in enumerate(nodes)}
     lines = [
@@ -193,14 +193,14 @@ def _dot(nodes: Mapping[str, Node], links: Sequence[Link], node_gap: float, rank
     lines += [
         f"{{ rank=same n{numbers[node.beside]} n{numbers[name]} }}" for name, node in nodes.items() if node.beside
     ]
-    for at, link in enumerate(links):
+    for at, edge in enumerate(edges):
         label = ""
-        if link.lines:
-            wide, high = _extent(link.lines, _LABEL_SIZE)
+        if edge.lines:
+            wide, high = _extent(edge.lines, _LABEL_SIZE)
             size = f'FIXEDSIZE="TRUE" WIDTH="{wide + 14:.0f}" HEIGHT="{high + 4:.0f}"'
             label = f' label=<<TABLE BORDER="0" CELLBORDER="0" {size}><TR><TD></TD></TR></TABLE>>'
-        arrow = "" if link.headed else " dir=none"
-        lines.append(f"n{numbers[link.source]} -> n{numbers[link.dest]} [link={at} weight={link.weight}{label}{arrow}]")
+        arrow = "" if edge.headed else " dir=none"
+        lines.append(f"n{numbers[edge.source]} -> n{numbers[edge.dest]} [at={at} weight={edge.weight}{label}{arrow}]")
     return "\n".join([*lines, "}"])
 
 
@@ -215,27 +215,27 @@ def _layout(source: str) -> dict[str, Any]:
     return plan
 
 
-def _link_group(link: Link, edge: Mapping[str, str], place: Callable[[str], Point]) -> Group:
+def _edge_group(edge: Edge, drawn: Mapping[str, str], place: Callable[[str], Point]) -> Group:
     points, tip = [], None
-    for pair in edge["pos"].split():
+    for pair in drawn["pos"].split():
         if pair.startswith("e,"):
             tip = place(pair[2:])
         else:
             points.append(place(pair))
-    line = Line(tuple(points), link.kind, curved=True, tip=tip if link.headed else None)
-    return Group((line,), link.classes, link.data)
+    line = Line(tuple(points), edge.kind, curved=True, tip=tip if edge.headed else None)
+    return Group((line,), edge.classes, edge.data)
 
 
-def _label_group(link: Link, edge: Mapping[str, str], place: Callable[[str], Point]) -> Group:
-    x, y = place(edge["lp"])
-    top = y - len(link.lines) * _LABEL_SIZE * _LINE / 2
+def _label_group(edge: Edge, drawn: Mapping[str, str], place: Callable[[str], Point]) -> Group:
+    x, y = place(drawn["lp"])
+    top = y - len(edge.lines) * _LABEL_SIZE * _LINE / 2
     return Group(
         tuple(
             Text(x, top + (at + 0.78) * _LABEL_SIZE * _LINE, words, kind, _LABEL_SIZE)
-            for at, (words, kind) in enumerate(link.lines)
+            for at, (words, kind) in enumerate(edge.lines)
         ),
         ("arrow-label",),
-        link.data,
+        edge.data,
     )
 
 
