@@ -20,7 +20,8 @@ from typing import Literal, get_args
 from proxy_fsm.diagram import scene
 from proxy_fsm.timeline.page import page
 from proxy_fsm.timeline.picture import run_scene
-from proxy_fsm.timeline.run import Event, Flow, Run, Stay, TimelineError, Track, read
+from proxy_fsm.timeline.reading import read
+from proxy_fsm.timeline.run import Event, Flow, Run, Stay, TimelineError, Track
 from proxy_fsm.timeline.sequence import sequence_mermaid, sequence_scene
 
 __all__ = [
