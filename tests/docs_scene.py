@@ -1,6 +1,7 @@
-"""Runs an example of the documentation as it stands, with stand-ins for the server, the agent, nxproxy and the display.
+"""Runs an example as it stands, with stand-ins for the server, the agent, nxproxy and the display.
 
-``python -m tests.docs_scene FILE`` executes a file as a program; with ``--window`` there is a real X server for it.
+``python -m tests.docs_scene [--window] FILE [ARGUMENT…]`` executes a file as a program; with ``--window`` there is a
+real X server for it.
 Whatever host it connects to is an embedded SSH server, with the commands of an X2Go server. A session that stands ends
 by itself a moment later, as if its user had logged out, so that an example that waits for the end comes to it.
 """
@@ -121,6 +122,7 @@ def scene(*, window: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    *options, file = sys.argv[1:]
-    with scene(window="--window" in options):
-        runpy.run_path(file, run_name="__main__")
+    window = sys.argv[1] == "--window"
+    sys.argv = sys.argv[2 if window else 1 :]
+    with scene(window=window):
+        runpy.run_path(sys.argv[0], run_name="__main__")

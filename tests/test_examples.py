@@ -1,0 +1,89 @@
+"""The programs in examples/ run as they stand, and end as they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROJECT = Path(__file__).parents[1]
+EXAMPLES = sorted((PROJECT / "examples").glob("*.py"))
+WAIT_S = 50
+LIFE = ["tunnelling", "spawning", "running", "stopping", "stopped"]
+
+
+@contextmanager
+def started(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run an example with stand-ins for all that it connects to; it ends with the block."""
+    command = [sys.executable, "-W", "error", "-m", "tests.docs_scene", str(PROJECT / "examples" / name), *arguments]
+    program = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield program
+    finally:
+        program.kill()
+        program.communicate()
+
+
+def test_the_client_shows_a_session_to_its_end() -> None:
+    with started("client.py", "server.example") as program:
+        told, errors = program.communicate(timeout=WAIT_S)
+    assert (program.returncode, errors) == (0, "")
+    lines = told.splitlines()
+    assert [line.partition(" → ")[2] for line in lines[:5]] == LIFE
+    assert lines[5].startswith("session_ended: ")
+
+
+def test_the_client_ends_in_order_on_a_signal() -> None:
+    with started("client.py", "server.example") as program:
+        assert program.stdout is not None
+        while "running" not in program.stdout.readline():
+            assert program.poll() is None
+        program.send_signal(signal.SIGTERM)
+        told, errors = program.communicate(timeout=WAIT_S)
+    assert (program.returncode, errors) == (0, "")
+    assert told.splitlines()[-1].startswith(("stop_requested: ", "session_ended: "))  # it may have ended just before
+
+
+def test_the_client_says_when_there_is_no_session() -> None:
+    with started("client.py", "127.0.0.1") as program:  # whose port 22 is nobody's, or knows us not
+        told, errors = program.communicate(timeout=WAIT_S)
+    assert program.returncode == 1
+    assert told == ""
+    assert errors.startswith("127.0.0.1 gave no session: ")
+    assert "Traceback" not in errors
+
+
+def test_the_gateway_holds_several_sessions() -> None:
+    with started("gateway.py", "server.example", "3") as program:
+        told, errors = program.communicate(timeout=WAIT_S)
+    assert (program.returncode, errors) == (0, "")
+    changes = [json.loads(line) for line in told.splitlines()]
+    names = {each["session"] for each in changes}
+    assert len(names) == 3
+    for name in names:
+        assert [each["state"] for each in changes if each["session"] == name] == LIFE
+    assert {each["reason"] for each in changes if each["state"] == "stopped"} == {"session_ended"}
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_each_says_what_it_takes(file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(file), "--help"], capture_output=True, text=True, timeout=WAIT_S, check=True
+    )
+    assert "the server; its host key must be known" in done.stdout
