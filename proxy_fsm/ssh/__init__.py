@@ -1,7 +1,7 @@
 """Channels that cannot harm their transport, and the signs of life of a transport.
 
 This is the only part that knows paramiko's insides. What it touches beyond the public API, all of it checked
-by `tests/test_ssh.py` so that a paramiko that changes it fails there with its name:
+by `tests/ssh/test_reliance.py` so that a paramiko that changes it fails there with its name:
 
 * ``Transport``: ``lock``, ``_channels`` (``put``, ``delete``), ``_next_channel``, ``channel_events``,
   ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``_send_message``, ``clear_to_send``,
