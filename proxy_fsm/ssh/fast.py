@@ -100,7 +100,7 @@ class Packetizer(packet.Packetizer):
         self.__sent_bytes += sum(map(len, out))
         self.__sent_packets += len(pieces)
         if self.__sent_bytes >= self.REKEY_BYTES or self.__sent_packets >= self.REKEY_PACKETS:
-            self._want_keys("sent")
+            self._want_keys(f"{self.__sent_packets} packets, {self.__sent_bytes} bytes sent")
 
     def _write(self, out: list[bytes]) -> None:
         try:
@@ -157,11 +157,11 @@ class Packetizer(packet.Packetizer):
             ):
                 raise paramiko.SSHException("Remote transport is ignoring rekey requests")
         elif self.__received_bytes >= self.REKEY_BYTES or self.__received_packets >= self.REKEY_PACKETS:
-            self._want_keys("received")
+            self._want_keys(f"{self.__received_packets} packets, {self.__received_bytes} bytes received")
 
-    def _want_keys(self, why: str) -> None:
+    def _want_keys(self, after: str) -> None:
         if not self.need_rekey():
-            self._log(DEBUG, f"Rekeying (enough was {why})")  # type: ignore[attr-defined]
+            self._log(DEBUG, f"Rekeying (hit {after})")  # type: ignore[attr-defined]
             self.__received_bytes_overflow = self.__received_packets_overflow = 0
             self._trigger_rekey()  # type: ignore[attr-defined]
 
