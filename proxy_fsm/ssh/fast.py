@@ -242,12 +242,12 @@ def acknowledge(sock: socket.socket | None) -> None:
 
 
 def fast_transport(sock: Any, **kwargs: Any) -> paramiko.Transport:
-    """Make a transport set up for speed: AES-GCM first, TCP_NODELAY set, and reading ahead.
+    """Make a transport set up for speed: AES-GCM first, TCP_NODELAY set, packets packed and unpacked with less work.
 
     Pass it as ``SSHClient.connect(transport_factory=fast_transport)``. Everything that runs over the connection gains,
-    and nothing else changes: it is a plain ``paramiko.Transport``, and the other ciphers stay on offer. Reading ahead
-    costs 256 KiB a transport; it is left out where the transport does not run over a socket (a ``ProxyCommand``, a
-    channel of another connection). benchmarks/README.md has what it gains.
+    and nothing else changes: it is a plain ``paramiko.Transport``, and the other ciphers stay on offer. Its packetizer
+    reads ahead, which costs 256 KiB a transport; it is paramiko's own where `sock` is no socket object (an address, a
+    ``ProxyCommand``, a channel of another connection). docs/performance.md has what it gains.
 
     Args:
         sock: A connected socket, or what else ``paramiko.Transport`` takes.
