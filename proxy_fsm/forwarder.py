@@ -93,7 +93,8 @@ class Forwarder:
         self._acceptor: threading.Thread | None = None
         self._accepting = False
         self._open: list[_Connection] = []
-        self._gone = [0, 0]
+        self._past_to_agent = 0  # by connections that have ended
+        self._past_from_agent = 0
         self._connections = 0
         self._opened_at: datetime | None = None
         self._told_closed = False
@@ -150,7 +151,7 @@ class Forwarder:
         self._tell_if_closed()
 
     def cut(self) -> None:
-        """End the connections that stand without waiting for what is still under way."""
+        """After `close`: end the connections that stand without waiting for what is still under way."""
         with self._lock:
             connections = tuple(self._open)
         for connection in connections:
@@ -171,8 +172,8 @@ class Forwarder:
         """Return what was carried so far."""
         with self._lock:
             return TunnelStats(
-                bytes_to_agent=self._gone[0] + sum(c.bytes_to_agent for c in self._open),
-                bytes_from_agent=self._gone[1] + sum(c.bytes_from_agent for c in self._open),
+                bytes_to_agent=self._past_to_agent + sum(c.bytes_to_agent for c in self._open),
+                bytes_from_agent=self._past_from_agent + sum(c.bytes_from_agent for c in self._open),
                 opened_at=self._opened_at,
                 connections=self._connections,
             )
@@ -193,8 +194,8 @@ class Forwarder:
             )
         with self._lock:  # told before: what is forgotten here may be the last, and nothing comes after TunnelClosed
             self._open.remove(connection)
-            self._gone[0] += connection.bytes_to_agent
-            self._gone[1] += connection.bytes_from_agent
+            self._past_to_agent += connection.bytes_to_agent
+            self._past_from_agent += connection.bytes_from_agent
         self._tell_if_closed()
 
     def _tell_if_closed(self) -> None:

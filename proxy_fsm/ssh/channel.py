@@ -48,6 +48,7 @@ class SafeChannel(paramiko.Channel):
     Attributes:
         ended: Set once the channel is closed from either side, or its transport is gone.
         transport_ended: Whether the transport went away under it.
+        opening: The open that waits for it; None once that was answered.
     """
 
     def __init__(self, chanid: int) -> None:
@@ -170,7 +171,7 @@ class SafeChannel(paramiko.Channel):
     def _unlink(self) -> None:
         self.transport_ended = True
         super()._unlink()  # type: ignore[misc]
-        if self.opening is not None:
+        if self.opening is not None:  # a transport that is closed by its owner sets no event of a pending open
             self.opening.set()
 
 

@@ -131,8 +131,10 @@ class ChannelOpening:
         if isinstance(answer, SafeChannel):
             _discard(answer)
 
+    # Called by the transport, on its own thread.
+
     def set(self) -> None:
-        """Take the answer, on the transport's thread: paramiko takes this object for an event."""
+        """Take the answer: paramiko takes this object for an event."""
         channel = self._channel
         if channel is None:
             return
@@ -143,7 +145,7 @@ class ChannelOpening:
             self._settle(TransportGone("The SSH transport ended."))
 
     def refuse(self, code: int) -> None:
-        """Take a refusal, on the transport's thread."""
+        """Take a refusal."""
         self._settle(ChannelRefused(code, CONNECTION_FAILED_CODE.get(code, "The server refused the channel.")))
 
     def _withdraw(self, channel: SafeChannel) -> None:
