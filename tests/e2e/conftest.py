@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.real import lack
 
 from .agent import plain_agent
 from .attempt import Holdings, nothing_gained_since
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from .x2go import AgentSession
 
-REQUIRE = "PROXY_FSM_REQUIRE_REAL"
 ACCEPTED_LINE = "Accepted connection"  # of an agent that a proxy has reached
 
 
@@ -41,14 +41,6 @@ def real_programs() -> None:
     """Skip where programs are missing, or fail where they were promised."""
     if missing := missing_programs():
         lack(missing)
-
-
-def lack(missing: list[str]) -> None:
-    """Skip, or fail where nothing may be missing."""
-    message = f"missing for tests against the real programs: {', '.join(missing)}"
-    if os.environ.get(REQUIRE) == "1":
-        pytest.fail(f"{message} ({REQUIRE} is 1)", pytrace=False)
-    pytest.skip(f"{message} (tests/install-system-packages installs them)")
 
 
 @pytest.fixture(scope="session")

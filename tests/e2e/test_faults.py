@@ -18,10 +18,11 @@ import pytest
 
 from proxy_fsm import Link, ProxyStatus, State, Timeouts
 from proxy_fsm.evidence import ProcessExited
+from tests.real import lack
 
 from .attempt import FINAL_S, RUNNING_S, Attempt, Holdings, WatchedViewer, nothing_gained_since
 from .causes import viewer
-from .conftest import check_untouched, lack
+from .conftest import check_untouched
 from .fault_table import RECORD, masked
 from .faults import FAULTS, MISHAPS, Fault, Left, Mishap, When
 from .namespace import is_allowed

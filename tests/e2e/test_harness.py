@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import paramiko
 import pytest
 
+from tests.real import REQUIRE
+
 from . import conftest
 from .byhand import ESTABLISHED, Forwarder, NxProxy
 from .procs import alive, is_listening, processes_of
@@ -33,10 +35,10 @@ def test_missing_programs_fail_where_they_were_promised(monkeypatch: pytest.Monk
     """Elsewhere they skip; both name what is missing."""
     monkeypatch.setattr(conftest, "missing_programs", lambda: ["nxagent", "root"])
     check = conftest.real_programs.__wrapped__  # type: ignore[attr-defined]  # pytest's wrapper has no type
-    monkeypatch.delenv(conftest.REQUIRE, raising=False)
+    monkeypatch.delenv(REQUIRE, raising=False)
     with pytest.raises(pytest.skip.Exception, match="nxagent, root"):
         check()
-    monkeypatch.setenv(conftest.REQUIRE, "1")
+    monkeypatch.setenv(REQUIRE, "1")
     with pytest.raises(pytest.fail.Exception, match="nxagent, root"):
         check()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import proxy_fsm
+from tests.real import PYTHON_X2GO, lack
 
-from .conftest import REQUIRE
 from .procs import SYSTEM_PATH, alive, eventually, program_name, send_signal
 from .scene import RED, shows
 from .x2go import X2GoServer
@@ -34,21 +33,26 @@ if TYPE_CHECKING:
 
 PYTHON = Path("/usr/bin/python3")
 PYHOCA = Path("/usr/bin/pyhoca-cli")
-PYTHON_X2GO = Path("/usr/lib/python3/dist-packages/x2go")
 HERE = Path(__file__).parent
 CHECKOUT = Path(proxy_fsm.__file__).parents[1]
 RED_XTERM = "xterm -bg red -geometry 60x20+10+10"
-#: What the documentation shows: the two lines that switch python-x2go to our proxy, and pyhoca-cli started with them.
-TWO_LINES, SWITCHED = re.findall(
-    r"^```python\n(.*?)^```$",
-    (CHECKOUT / "docs" / "moving-from-python-x2go.md").read_text(),
-    re.DOTALL | re.MULTILINE,
-)
 UP_S = 60.0
 END_S = 60.0
 SOON_S = 5.0
 
 pytestmark = pytest.mark.timeout(240)
+
+
+def shown_code() -> tuple[str, str]:
+    """What the documentation shows: the two lines that switch python-x2go, and pyhoca-cli started with them."""
+    page = (CHECKOUT / "docs" / "moving-from-python-x2go.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    lines = [block for block in blocks if "BACKENDS" in block and "runpy" not in block]
+    programs = [block for block in blocks if "BACKENDS" in block and "runpy" in block]
+    assert (len(lines), len(programs)) == (1, 1), (
+        "The page must show the two lines once, and the file for pyhoca-cli once."
+    )
+    return lines[0], programs[0]
 
 
 @pytest.fixture(scope="session")
@@ -58,10 +62,7 @@ def debian_python(real_programs: None, pytestconfig: pytest.Config) -> Path:
     places = {"python3": PYTHON, "pyhoca-cli": PYHOCA, "python3-x2go": PYTHON_X2GO}
     missing = [name for name, path in places.items() if not path.exists()]
     if missing:
-        message = f"missing for tests with python-x2go: {', '.join(missing)}"
-        if os.environ.get(REQUIRE) == "1":
-            pytest.fail(f"{message} ({REQUIRE} is 1)", pytrace=False)
-        pytest.skip(f"{message} (tests/install-system-packages installs them)")
+        lack(missing)
     version = hashlib.sha256((CHECKOUT / "pyproject.toml").read_bytes()).hexdigest()[:12]
     place = pytestconfig.cache.mkdir("python-x2go") / version
     python, ready = place / "bin" / "python", place / "ready"
@@ -95,7 +96,7 @@ class Pyhoca:
     def __init__(self, python: Path, server: X2GoServer, environ: dict[str, str], *arguments: str) -> None:
         self.log = Path(environ["HOME"], f"pyhoca-{time.monotonic_ns()}.log")
         place = ["--server", "127.0.0.1", "-p", str(server.port), "-u", server.user, "--add-to-known-hosts"]
-        command = [str(python), "-c", SWITCHED, *place, "--debug", "--libdebug", *arguments]
+        command = [str(python), "-c", shown_code()[1], *place, "--debug", "--libdebug", *arguments]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -173,7 +174,11 @@ from importlib import import_module
 print({import_module(BACKENDS["X2GoProxy"][name]).X2GoProxy.__module__ for name in ("NX3", "KDRIVE")})
 """
     told = subprocess.run(
-        [debian_python, "-c", TWO_LINES + load], env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+        [debian_python, "-c", shown_code()[0] + load],
+        env={"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "proxy_fsm.x2go.nx3" in told
     assert "proxy_fsm.x2go.kdrive" in told
@@ -233,44 +238,48 @@ def test_python_x2gos_api_runs_on_a_class_that_it_is_given(
     display: Display,
     environ: dict[str, str],
     way: str,
+    tmp_path: Path,
     record_property: Any,
 ) -> None:
     """Ours, and python-x2go's own nx3 class with our base class in the place of its own."""
     # -P: the directory of the program has an x2go module too, ours.
     program = [debian_python, "-P", HERE / "x2go_program.py"]
     command = [*program, "127.0.0.1", server.port, server.user, RED_XTERM, way]
-    with subprocess.Popen(
-        list(map(str, command)),
-        env=environ,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            seen: dict[str, Any] = {}
-            while "session" not in seen:
+    errors = tmp_path / "errors"
+    with (
+        errors.open("wb") as told,
+        subprocess.Popen(
+            list(map(str, command)),
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+            start_new_session=True,
+        ) as process,
+    ):
+        seen: dict[str, Any] = {}
+
+        def read_until(what: str) -> None:
+            assert process.stdout is not None
+            while what not in seen:
                 line = process.stdout.readline()
-                assert line, process.stderr.read()
+                assert line, errors.read_text(errors="replace")[-5000:]
                 if line.startswith("{"):
                     seen[json.loads(line)["what"]] = json.loads(line)
+
+        try:
+            read_until("session")
             assert seen["started"]["ok"]
             assert seen["started"]["state"] == "running"
             assert seen["session"]["ok"]
             record_property("start_proxy_s", seen["started"]["seconds"])
             shows(display, RED)
             assert cookie_of(server, seen["session"]["name"]).encode() not in b"".join(command_lines().values())
+            assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-            while "suspended" not in seen:
-                line = process.stdout.readline()
-                assert line, process.stderr.read()
-                if line.startswith("{"):
-                    seen[json.loads(line)["what"]] = json.loads(line)
+            read_until("suspended")
             record_property("stop_thread_s", seen["stopped"]["seconds"])
             assert seen["stopped"]["reason"] in {"stop_requested", "session_ended"}
             status_becomes(server, seen["session"]["name"], "S")
