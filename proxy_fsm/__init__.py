@@ -14,6 +14,7 @@ from proxy_fsm.errors import (
 )
 from proxy_fsm.evidence import Evidence
 from proxy_fsm.lifecycle import TRANSITIONS, Lifecycle, State, Transition, Trigger
+from proxy_fsm.preflight import rehearse
 from proxy_fsm.proxy import Proxy
 from proxy_fsm.session import (
     ListedSession,
@@ -64,4 +65,5 @@ __all__ = [
     "parse_agent_output",
     "parse_resume_output",
     "parse_session_list",
+    "rehearse",
 ]

@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,19 +28,19 @@ from proxy_fsm.evidence import (
 )
 from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from proxy_fsm.redaction import HiddenEnvironment
+from proxy_fsm.session import SessionInfo
 from proxy_fsm.ssh import set_nodelay
-from proxy_fsm.status import EndReason
-from proxy_fsm.x11 import DisplayError, DisplayWatch
+from proxy_fsm.status import EndReason, Timeouts
+from proxy_fsm.x11 import DisplayError, DisplayWatch, open_display
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from proxy_fsm.backends.base import Backend
     from proxy_fsm.evidence import Observation
     from proxy_fsm.forwarder import Forwarder
-    from proxy_fsm.session import SessionInfo
 
-__all__ = ["Launch", "Preparation", "open_private"]
+__all__ = ["Launch", "Preparation", "open_private", "rehearse"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
 _DISPLAY_SHARE = 0.8
@@ -49,6 +49,8 @@ _NO_PORT_HINT = (
 )
 #: Before what each attempt writes into the session's log.
 _START_LINE = b"--- a new attempt\n"
+#: What a backend is asked with while there is no session: one like those that there are.
+_LIKELY_SESSION = SessionInfo(name="user-50-1700000000_stDprogram_dp24", cookie="0" * 32, graphics_port=1, display=50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,7 @@ class Preparation:
             scratch=scratch,
         )
         self._backend.preflight(context)
-        environment = HiddenEnvironment({**environ, **self._backend.environment(context)})
+        environment = _merged(environ, self._backend.environment(context))
         self.launch = Launch(self._backend.command(context), environment, session_root, log)
         return address
 
@@ -175,11 +177,7 @@ class Preparation:
             self._keep(lambda: os.close(log))
             os.write(log, _START_LINE)  # a full disk lets a file be made, and refuses the first byte
         except OSError as error:
-            raise BackendError(
-                EndReason.LISTEN_FAILED,
-                f"The session root {root} cannot be used: {error.strerror or error}.",
-                "Make sure that the sessions root is a directory of yours, writable and not full.",
-            ) from error
+            raise _unusable("session root", root, error) from error
         return root, log
 
     def _open_display(self, environ: Mapping[str, str]) -> None:
@@ -202,17 +200,100 @@ class Preparation:
             self._keep(lambda: shutil.rmtree(directory, ignore_errors=True))
             address = self._forwarder.bind(self._backend.listen_kind, directory)
         except OSError as error:
-            raise BackendError(
-                EndReason.LISTEN_FAILED,
-                f"The local end of the tunnel cannot be bound: {error.strerror or error}.",
-                _NO_PORT_HINT if self._backend.listen_kind == "tcp" else None,
-            ) from error
+            raise _unbound(self._backend, error) from error
         self._keep(self._forwarder.close)
         return address, directory
 
 
 class _ClosedError(Exception):
     """The owner does not want it any more."""
+
+
+@contextmanager
+def rehearse(
+    backend: Backend,
+    *,
+    sessions_root: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Iterator[None]:
+    """Make sure that a session could be shown here, before a server is asked for one; nothing is left behind.
+
+    A proxy does all of this again, as its preflight: then, though, a session would be lost. As long as this is
+    entered, an X server that has no other client is not left by the last of them, which would make it start anew.
+
+    Args:
+        backend: What would run.
+        sessions_root: As in `Proxy`; it is made where it is not there.
+        environ: As in `Proxy`.
+
+    Raises:
+        BackendError: Something is not good.
+    """
+    executable = backend.find_executable()
+    inherited = _inherited(os.environ if environ is None else environ)
+    root = (Path.home() / ".x2go" if sessions_root is None else Path(sessions_root)).absolute()
+    with ExitStack() as held:
+        with ExitStack() as briefly:
+            session_root = _try_sessions_root(root, briefly)
+            if backend.needs_display:
+                try:
+                    held.enter_context(open_display(inherited, timeout_s=_DISPLAY_SHARE * Timeouts().preflight_s))
+                except DisplayError as error:
+                    raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
+            try:
+                scratch = _make_socket_directory(inherited)
+            except OSError as error:
+                raise _unbound(backend, error) from error
+            briefly.callback(shutil.rmtree, scratch, ignore_errors=True)
+            context = BackendContext(
+                session=_LIKELY_SESSION,
+                executable=executable,
+                listen_address="127.0.0.1:1" if backend.listen_kind == "tcp" else str(scratch / SOCKET_NAME),
+                sessions_root=root,
+                session_root=session_root,
+                environ=inherited,
+                scratch=scratch,
+            )
+            backend.preflight(context)
+        yield
+
+
+def _try_sessions_root(root: Path, held: ExitStack) -> Path:
+    """Make a session root in the sessions root, and a log in it; it goes when this is left.
+
+    Raises:
+        BackendError: It cannot be.
+    """
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        session_root = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=root)))
+        _make_private(session_root)
+        with os.fdopen(open_private(session_root / "session.log"), "wb", buffering=0) as log:
+            log.write(_START_LINE)
+    except OSError as error:
+        raise _unusable("sessions root", root, error) from error
+    return session_root
+
+
+def _unusable(what: str, root: Path, error: OSError) -> BackendError:
+    return BackendError(
+        EndReason.LISTEN_FAILED,
+        f"The {what} {root} cannot be used: {error.strerror or error}.",
+        "Make sure that the sessions root is a directory of yours, writable and not full.",
+    )
+
+
+def _unbound(backend: Backend, error: OSError) -> BackendError:
+    return BackendError(
+        EndReason.LISTEN_FAILED,
+        f"The local end of the tunnel cannot be bound: {error.strerror or error}.",
+        _NO_PORT_HINT if backend.listen_kind == "tcp" else None,
+    )
+
+
+def _merged(environ: Mapping[str, str], changes: Mapping[str, str | None]) -> HiddenEnvironment:
+    """Add what a backend adds, and take out what it has None for."""
+    return HiddenEnvironment({name: value for name, value in {**environ, **changes}.items() if value is not None})
 
 
 def _inherited(environ: Mapping[str, str]) -> HiddenEnvironment:

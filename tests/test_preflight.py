@@ -22,7 +22,7 @@ from proxy_fsm.backends import Backend, BackendContext
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import Observation, PreparationEnded, Prepared, TunnelClosed, WorkerFailed, WorkerRefused
 from proxy_fsm.forwarder import Forwarder
-from proxy_fsm.preflight import Preparation
+from proxy_fsm.preflight import Preparation, rehearse
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.status import EndReason
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
@@ -637,6 +637,85 @@ class TestSocketDirectory:
         trial.close()
         assert not address.parent.exists()
         assert list(long.iterdir()) == []
+
+
+class TestRehearsal:
+    """The same steps without a session, before a server is asked for one."""
+
+    @pytest.mark.parametrize("kind", ["unix", "tcp"])
+    def test_a_backend_is_asked_as_it_will_be(self, tmp_path: Path, runtime: Path, kind: ListenKind) -> None:
+        backend = FakeBackend(kind=kind)
+        inherited = {"XDG_RUNTIME_DIR": str(runtime), "NX_DISPLAY": "an outer session's", "XAUTHORITY": "x"}
+        with rehearse(backend, sessions_root=tmp_path / "root", environ=inherited):
+            (context,) = backend.contexts
+        assert context.executable == "/bin/true"
+        assert context.scratch.parent == runtime
+        assert dict(context.environ) == {"XDG_RUNTIME_DIR": str(runtime), "XAUTHORITY": str(Path.cwd() / "x")}
+        assert (context.port is None) == (kind == "unix")
+        assert kind == "tcp" or Path(context.listen_address).parent == context.scratch
+        assert context.session_root.parent == context.sessions_root == tmp_path / "root"
+        assert len(context.session.cookie or "") == 32
+
+    def test_an_x_server_is_held_while_it_is_entered_and_nothing_else(self, tmp_path: Path, runtime: Path) -> None:
+        backend = FakeBackend()
+        backend.needs_display = True
+        with Display(runtime) as display:
+            environ = {"XDG_RUNTIME_DIR": str(runtime), "DISPLAY": display.name}
+            with rehearse(backend, sessions_root=tmp_path / "root", environ=environ):
+                (client,) = display.clients
+                client.setblocking(False)  # noqa: FBT003 - socket's own
+                with pytest.raises(BlockingIOError):
+                    client.recv(1)
+                assert [path.name for path in runtime.iterdir()] == [Path(display.name).name]
+                assert list((tmp_path / "root").iterdir()) == []
+            client.settimeout(WAIT_S)
+            assert client.recv(1) == b""
+
+    def test_a_place_for_sockets_is_looked_for_as_a_proxy_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        long = tmp_path / ("x" * 100)
+        long.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        backend = FakeBackend()
+        with rehearse(backend, sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(long)}):
+            assert backend.contexts[0].scratch.parent == Path("/tmp")
+        assert not backend.contexts[0].scratch.exists()
+        assert list(long.iterdir()) == []
+
+    @pytest.mark.parametrize("lacking", ["root", "display", "preflight"])
+    def test_what_is_not_good_is_told_and_nothing_is_left(self, tmp_path: Path, runtime: Path, lacking: str) -> None:
+        def refuse() -> None:
+            raise BackendError(EndReason.PROXY_NOT_STARTABLE, "Not today.")
+
+        backend, root = FakeBackend("preflight" if lacking == "preflight" else "", refuse), tmp_path / "root"
+        backend.needs_display = lacking == "display"
+        if lacking == "root":
+            root.touch()
+        reasons = {
+            "root": EndReason.LISTEN_FAILED,
+            "display": EndReason.DISPLAY_UNAVAILABLE,
+            "preflight": EndReason.PROXY_NOT_STARTABLE,
+        }
+        with (
+            pytest.raises(BackendError) as caught,
+            rehearse(backend, sessions_root=root, environ={"XDG_RUNTIME_DIR": str(runtime)}),
+        ):
+            raise AssertionError("It is not good.")
+        assert caught.value.reason is reasons[lacking]
+        assert list(runtime.iterdir()) == []
+        assert root.is_file() or list(root.iterdir()) == []
+
+    def test_by_default_it_is_this_users_root_and_this_processs_environment(
+        self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        backend = FakeBackend()
+        with rehearse(backend):
+            assert backend.contexts[0].sessions_root == tmp_path / ".x2go"
+            assert backend.contexts[0].scratch.parent == runtime
+        assert mode(tmp_path / ".x2go") == 0o700
 
 
 TRACED = (

@@ -6,7 +6,7 @@ import contextlib
 import re
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,20 +19,19 @@ from proxy_fsm import (
     Proxy,
     SessionInfo,
     SessionStatus,
-    State,
     parse_resume_output,
+    rehearse,
 )
 from proxy_fsm.cli.connecting import SSHOptions, connected
-from proxy_fsm.cli.doctor import made_ready
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.run import AttachOptions, attach
 from proxy_fsm.cli.sampling import sampled
 from proxy_fsm.cli.sessions import WORDS
-from proxy_fsm.cli.verb import NotReachedError, UsageError, conclude
+from proxy_fsm.cli.verb import NotReachedError, UsageError, as_words, conclude
 from proxy_fsm.cli.x2go_server import X2GoServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from proxy_fsm import Backend, Timeouts
     from proxy_fsm.cli.interrupts import Interrupts
@@ -45,7 +44,7 @@ _GEOMETRY = re.compile(r"[1-9][0-9]{1,4}x[1-9][0-9]{1,4}|fullscreen", re.ASCII)
 _PACK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
 _KEYBOARD = re.compile(r"[a-z]{2,16}", re.ASCII)
 _PROGRAM = re.compile(r"[A-Za-z0-9_./+-]+", re.ASCII)
-_COMMAND_MAX = 1000
+_MAX_COMMAND_CHARS = 1000
 #: The desktops and kinds of program that x2goruncommand itself looks up.
 _GENERIC = frozenset(
     {
@@ -161,7 +160,7 @@ def connect(
         with contextlib.ExitStack() as held:
             ready = held.enter_context(contextlib.ExitStack())
             try:
-                ready.enter_context(made_ready(backend, attach_options.sessions_root))
+                ready.enter_context(rehearse(backend, sessions_root=attach_options.sessions_root))
             except BackendError as error:
                 hint = error.hint or error.reason.hint
                 output.log.error("preflight.failed", reason=str(error.reason), detail=error.detail, hint=hint)  # noqa: TRY400
@@ -175,7 +174,7 @@ def connect(
                 backend=backend,
                 timeouts=timeouts,
                 sessions_root=attach_options.sessions_root,
-                again=_again(host, ssh_options),
+                resume_command=_resume_command(host, ssh_options, attach_options, session_options),
                 on_shown=ready.close,
             )
             if session is not None:
@@ -195,8 +194,8 @@ def _check_choice(session: str | None, command: str | None, *, take_over: bool) 
         SessionInfo(name=session, graphics_port=1)  # raises where no session can have this name
     if command is None:
         return
-    if not command.isprintable() or not command.isascii() or len(command) > _COMMAND_MAX:
-        raise UsageError(f"--command must be printable ASCII, and at most {_COMMAND_MAX} characters long.")
+    if not command.isprintable() or not command.isascii() or len(command) > _MAX_COMMAND_CHARS:
+        raise UsageError(f"--command must be printable ASCII, and at most {_MAX_COMMAND_CHARS} characters long.")
     if not command.split() or not _PROGRAM.fullmatch(command.split()[0]) or command.startswith("-"):
         raise UsageError("--command must begin with a program's name, out of letters, digits and _ . / + -.")
 
@@ -212,9 +211,16 @@ def _x2go_backend(options: AttachOptions, command: str | None) -> Backend:
     return options.make_backend(())
 
 
-def _again(host: str, options: SSHOptions) -> Callable[[str], str]:
-    port = [] if options.port is None else ["-p", str(options.port)]
-    return lambda name: shlex.join(["proxy-fsm", "connect", host, *port, "--session", name])
+def _resume_command(
+    host: str, ssh_options: SSHOptions, attach_options: AttachOptions, session_options: SessionOptions
+) -> list[str]:
+    """Return the command that resumes a session as this one is connected to, but for the session's name at its end."""
+    words = [
+        *as_words(ssh_options),
+        *as_words(attach_options, without=frozenset({"ask_server"})),  # connect always asks
+        *as_words(session_options, without=frozenset({"kind"})),  # a session that is there has one
+    ]
+    return ["proxy-fsm", "connect", host, *words, "--session"]
 
 
 @dataclass(kw_only=True)
@@ -222,7 +228,7 @@ class _Visit:
     """One session on one server, from its start or resumption to its end.
 
     Attributes:
-        again: Returns the command that resumes a session, given its name.
+        resume_command: The command that resumes a session, which the session's name is added to.
         on_shown: Called when the proxy runs.
     """
 
@@ -233,9 +239,14 @@ class _Visit:
     backend: Backend
     timeouts: Timeouts
     sessions_root: Path | None
-    again: Callable[[str], str]
+    resume_command: Sequence[str]
     on_shown: Callable[[], None]
-    _shown: bool = False
+    _shown: bool = field(default=False, init=False)
+    #: What is done about a session that was not shown.
+    _undo: Callable[[SessionInfo], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._undo = self._tell
 
     def start(self, command: str) -> int:
         """Start a session that runs a program; returns the exit status."""
@@ -244,7 +255,8 @@ class _Visit:
             detail = f"The server has no program {program}, with which the new session would end at once."
             raise NotReachedError("server.failed", detail, "Install it there, or give another --command.")
         info = self.server.start(self.options.to_start(program))
-        with self._kept(info, self._terminate):
+        self._undo = self._terminate
+        with self._undo_unless_shown(info):
             self.output.log.info("session.started", kind=self.options.kind, display=info.display)
 
             def once_running() -> None:
@@ -258,8 +270,10 @@ class _Visit:
 
     def resume(self, name: str, *, take_over: bool) -> int:
         """Resume a session; returns the exit status."""
-        info = self._suspended(name, take_over=take_over)
-        with self._kept(info, self._suspend):
+        found = self._find(name, take_over=take_over)
+        with self._undo_unless_shown(found.info):
+            info = self._ensure_suspended(found).info
+            self._undo = self._suspend
             printed = self.server.resume(self.options.to_resume(name))
             try:
                 info = parse_resume_output(printed, info)
@@ -269,40 +283,48 @@ class _Visit:
             self.output.log.info("session.resumed", display=info.display)
             return self._show(info, lambda: None, resumed=True)
 
-    def _suspended(self, name: str, *, take_over: bool) -> SessionInfo:
-        """Return a session that can be resumed, once it is suspended."""
+    def _find(self, name: str, *, take_over: bool) -> ListedSession:
+        """Return a session that can be resumed, though it may have to be suspended first."""
         listed = self.server.sessions()
         found = next((each for each in listed if each.info.name == name), None)
         if found is None or found.status is SessionStatus.FINISHED:
             raise UsageError(f"The server lists no session {name}, or it has ended.", _what_there_is(listed))
-        if found.status is SessionStatus.RUNNING:
-            if not take_over:
-                raise UsageError(
-                    f"The session {name} is shown elsewhere, at {found.client or 'an unknown address'}.",
-                    "End it there, or suspend it with x2gosuspend-session on the server, or pass --take-over.",
-                )
-            self.server.suspend(name)
-            self.output.log.info("session.taken_over", session=name, client=found.client)
-            found = self._wait_suspended(name)
-        return found.info
+        if found.status is SessionStatus.RUNNING and not take_over:
+            raise UsageError(
+                f"The session {name} is shown elsewhere, at {found.client or 'an unknown address'}.",
+                "End it there, or suspend it with x2gosuspend-session on the server, or pass --take-over.",
+            )
+        return found
 
-    def _wait_suspended(self, name: str) -> ListedSession:
-        deadline = time.monotonic() + _SUSPENDED_WITHIN_S
-        while time.monotonic() < deadline:
-            found = self.server.session(name)
-            if found is None or found.status is SessionStatus.FINISHED:
-                raise NotReachedError("server.failed", f"The session {name} has ended instead of being suspended.")
-            if found.status is SessionStatus.SUSPENDED:
+    def _ensure_suspended(self, found: ListedSession) -> ListedSession:
+        """Suspend a session that runs, and wait until it is."""
+        if found.status is SessionStatus.SUSPENDED:
+            return found
+        name = found.info.name
+        self.server.suspend(name)
+        self.output.log.info("session.taken_over", client=found.client)
+
+        now = self._poll(name, _SUSPENDED_WITHIN_S, interruptible=True)
+        if now is None or now.status is SessionStatus.FINISHED:
+            raise NotReachedError("server.failed", f"The session {name} has ended instead of being suspended.")
+        if now.status is SessionStatus.RUNNING:
+            detail = f"The session {name} was not suspended within {_SUSPENDED_WITHIN_S:g} s."
+            raise NotReachedError("server.failed", detail, "Try again, or ask the server's administrator.")
+        return now
+
+    def _poll(self, name: str, within_s: float, *, interruptible: bool) -> ListedSession | None:
+        """Ask for a session until the server does not list it as running, or the time is up; return what it lists."""
+        deadline = time.monotonic() + within_s
+        while True:
+            found = self.server.session(name, interruptible=interruptible)
+            if found is None or found.status is not SessionStatus.RUNNING or time.monotonic() > deadline:
                 return found
-            with self.interrupts.waiting():
+            with self.interrupts.waiting() if interruptible else contextlib.nullcontext():
                 time.sleep(_PAUSE_S)  # the server tells nobody: it must be asked
-        detail = f"The session {name} was not suspended within {_SUSPENDED_WITHIN_S:g} s."
-        raise NotReachedError("server.failed", detail, "Try again, or ask the server's administrator.")
 
     def _show(self, info: SessionInfo, once_running: Callable[[], None], *, resumed: bool) -> int:
         """Attach, until the session ends or a signal comes."""
-        with self.interrupts.waiting():
-            pass  # one that came while the server was busy
+        self.interrupts.check()  # for one that came while the server was busy
         proxy = Proxy(
             info,
             self.server.transport,
@@ -324,10 +346,9 @@ class _Visit:
                 return attach(proxy, self.interrupts, once_running=shown)
         finally:
             proxy.close()
-            assert proxy.state in {State.STOPPED, State.FAILED}  # noqa: S101 - close waits for it
 
     @contextlib.contextmanager
-    def _kept(self, info: SessionInfo, undo: Callable[[SessionInfo], None]) -> Iterator[None]:
+    def _undo_unless_shown(self, info: SessionInfo) -> Iterator[None]:
         """Whatever happens: leave no session behind that nobody has seen, and say what became of it."""
         self.output.log = self.output.log.bind(session=info.name)
         try:
@@ -337,13 +358,13 @@ class _Visit:
                 if self._shown:
                     self._tell(info)
                 else:
-                    undo(info)
+                    self._undo(info)
             except NotReachedError as error:
                 self.output.log.warning(
                     "session.left",
                     status="unknown",
                     detail=f"The server could not be asked what became of the session: {error}",
-                    hint=f"See proxy-fsm sessions; where it is suspended: {self.again(info.name)}",
+                    hint=f"See proxy-fsm sessions; where it is suspended: {self._resuming(info)}",
                 )
 
     def _terminate(self, info: SessionInfo) -> None:
@@ -354,12 +375,12 @@ class _Visit:
     def _suspend(self, info: SessionInfo) -> None:
         self.server.suspend(info.name)
         detail = "The session was resumed and not shown: it was suspended again."
-        hint = f"Go on with it: {self.again(info.name)}"
+        hint = f"Go on with it: {self._resuming(info)}"
         self.output.log.warning("session.left", status="suspended", detail=detail, hint=hint)
 
     def _tell(self, info: SessionInfo) -> None:
-        status = self._settled(info.name)
-        again = self.again(info.name)
+        status = self._wait_settled(info.name)
+        again = self._resuming(info)
         detail, hint = {
             SessionStatus.SUSPENDED: ("The session is suspended.", f"Go on with it: {again}"),
             SessionStatus.RUNNING: (
@@ -370,14 +391,12 @@ class _Visit:
         }[status]
         self.output.log.info("session.left", status=WORDS[status], detail=detail, hint=hint)
 
-    def _settled(self, name: str) -> SessionStatus:
-        deadline = time.monotonic() + _SETTLED_WITHIN_S
-        while True:
-            found = self.server.session(name, interruptible=False)
-            status = SessionStatus.FINISHED if found is None else found.status
-            if status is not SessionStatus.RUNNING or time.monotonic() > deadline:
-                return status
-            time.sleep(_PAUSE_S)  # the server tells nobody: it must be asked
+    def _wait_settled(self, name: str) -> SessionStatus:
+        found = self._poll(name, _SETTLED_WITHIN_S, interruptible=False)
+        return SessionStatus.FINISHED if found is None else found.status
+
+    def _resuming(self, info: SessionInfo) -> str:
+        return shlex.join([*self.resume_command, info.name])
 
 
 def _what_there_is(listed: tuple[ListedSession, ...]) -> str:

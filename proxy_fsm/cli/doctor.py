@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
@@ -12,22 +11,13 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import paramiko
 from rich.console import Console
 from rich.text import Text
 
-from proxy_fsm import (
-    Backend,
-    BackendContext,
-    BackendError,
-    DisplayError,
-    EndReason,
-    NX3Backend,
-    SessionInfo,
-    open_display,
-)
+from proxy_fsm import BackendError, DisplayError, KDriveBackend, NX3Backend, open_display
 from proxy_fsm.cli.output import LogFormat, Output, printable
 from proxy_fsm.cli.verb import ExitStatus, conclude
 
@@ -36,7 +26,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.cli.interrupts import Interrupts
 
-__all__ = ["Check", "doctor", "made_ready"]
+__all__ = ["Check", "doctor"]
 
 _DISPLAY_S = 4.0
 _VERSION_S = 5.0
@@ -54,76 +44,6 @@ _GET_XAUTH = (
 _GET_KDRIVE = "It is only for sessions of the kind KDrive, and comes from the X2Go project, x2go.org."
 
 
-@contextlib.contextmanager
-def made_ready(backend: Backend, sessions_root: Path | None) -> Iterator[None]:
-    """Make sure that a session could be shown here, before a server is asked for one.
-
-    A proxy does all of this again: then, though, a session would be lost. As long as this is entered an X server that
-    has no other client is not left by the last of them, which would make it start anew.
-
-    Raises:
-        BackendError: Something is not good.
-    """
-    executable = backend.find_executable()
-    root = Path.home() / ".x2go" if sessions_root is None else sessions_root
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        scratch = _scratch(root)
-    except OSError as error:
-        raise BackendError(
-            EndReason.LISTEN_FAILED,
-            f"The sessions root {root} cannot be used: {error.strerror or error}.",
-            "Make sure that it is a directory of yours, writable and not full.",
-        ) from error
-    with contextlib.ExitStack() as held:
-        with scratch as session_root:
-            if backend.needs_display:
-                try:
-                    held.enter_context(open_display(os.environ, timeout_s=_DISPLAY_S))
-                except DisplayError as error:
-                    raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
-            with _proxy_scratch() as proxy_scratch:
-                backend.preflight(_context(backend, executable, root, Path(session_root), Path(proxy_scratch)))
-        yield
-
-
-def _context(backend: Backend, executable: str, root: Path, session_root: Path, scratch: Path) -> BackendContext:
-    """Return what a backend's preflight is asked with while there is no session: one like those that there are."""
-    session = SessionInfo(name="user-50-1700000000_stDprogram_dp24", cookie="0" * 32, graphics_port=1, display=50)
-    return BackendContext(
-        session=session,
-        executable=executable,
-        listen_address="127.0.0.1:1" if backend.listen_kind == "tcp" else str(scratch / "proxy.sock"),
-        sessions_root=root,
-        session_root=session_root,
-        environ=dict(os.environ),
-        scratch=scratch,
-    )
-
-
-def _proxy_scratch() -> tempfile.TemporaryDirectory[str]:
-    """Make what a proxy has as its scratch directory, where it would be; it goes when it is left.
-
-    Raises:
-        BackendError: There is no place for it.
-    """
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if os.path.isabs(runtime):  # noqa: PTH117 - it may be empty
-        with contextlib.suppress(OSError):  # then in the temporary directory, as a proxy does
-            return _scratch(Path(runtime))
-    try:
-        return _scratch(None)
-    except OSError as error:
-        raise BackendError(
-            EndReason.LISTEN_FAILED, f"The local end of the tunnel cannot be bound: {error.strerror or error}."
-        ) from error
-
-
-def _scratch(directory: Path | None) -> tempfile.TemporaryDirectory[str]:
-    """Make a directory in another one, to see that this can be written to; it goes when it is left."""
-    return tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=directory)
-
-
 def doctor(*, log_format: LogFormat = LogFormat.CONSOLE) -> int:
     """Tell what this machine lacks, and how to get it; no server is asked, and nothing is left behind.
 
@@ -135,10 +55,10 @@ def doctor(*, log_format: LogFormat = LogFormat.CONSOLE) -> int:
     output = Output(log_format)
 
     def body(interrupts: Interrupts) -> int:
-        del interrupts  # nothing here waits for long
         console = Console(quiet=output.is_json, soft_wrap=True)
         lacking = False
         for check in _checks():
+            interrupts.check()  # each takes some seconds at the most
             lacking |= check.needed and not check.ok
             if output.is_json:
                 _log(output, check)
@@ -157,8 +77,9 @@ class Check:
         name: What it is.
         ok: Whether it is there and as it should be.
         detail: What was found, for a person.
-        hint: How to get it; None where it is there.
+        hint: How to get it, or to make it better; None where it is fine.
         needed: Whether no X2Go session can be shown without it.
+        there: Whether it is there, and only could be better, where it is not ok.
     """
 
     name: str
@@ -166,17 +87,18 @@ class Check:
     detail: str
     hint: str | None = None
     needed: bool = False
+    there: bool = False
 
     @property
-    def result(self) -> str:
-        """``ok``, ``missing`` (and needed) or ``missing_optional``."""
+    def result(self) -> Literal["ok", "missing", "advice"]:
+        """``ok``, ``missing`` (`needed` tells whether that matters), or ``advice``: it is there and could be better."""
         if self.ok:
             return "ok"
-        return "missing" if self.needed else "missing_optional"
+        return "advice" if self.there else "missing"
 
 
 def _log(output: Output, check: Check) -> None:
-    level = {"ok": output.log.info, "missing": output.log.error, "missing_optional": output.log.warning}[check.result]
+    level = output.log.info if check.ok else output.log.error if check.needed else output.log.warning
     level(
         "doctor.check",
         check=check.name,
@@ -190,8 +112,8 @@ def _log(output: Output, check: Check) -> None:
 def _print(console: Console, check: Check) -> None:
     words, style = {
         "ok": ("ok", "green"),
-        "missing": ("missing (needed)", "red"),
-        "missing_optional": ("missing (optional)", "yellow"),
+        "missing": ("missing (needed)", "red") if check.needed else ("missing (optional)", "yellow"),
+        "advice": ("advice", "yellow"),
     }[check.result]
     console.print(Text.assemble((f"{words:<20}", style), f"{check.name}: {printable(check.detail)}"))
     if check.hint is not None:
@@ -203,10 +125,11 @@ def _checks() -> Iterator[Check]:
     yield _display()
     yield _xauth()
     yield _sessions_root()
-    yield _program("x2gokdriveclient", _GET_KDRIVE)
+    yield _kdrive()
     yield _known_hosts()
     yield _ssh_keys()
     yield _extra("diagram", "pygraphviz")
+    yield _extra("timeline", "matplotlib")
 
 
 def _nxproxy() -> Check:
@@ -260,25 +183,32 @@ def _sessions_root() -> Check:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     try:
-        _scratch(place).cleanup()
+        tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=place).cleanup()
         info = place.stat()
     except OSError as error:
         detail = f"{place} cannot be written to: {error.strerror or error}."
         return Check(name, ok=False, detail=detail, hint="Make it a directory of yours, writable.", needed=True)
     if place != root:
         return Check(name, ok=True, detail=f"{root} is not there yet, and can be made.", needed=True)
-    if info.st_uid != os.geteuid() or info.st_mode & _OTHERS_WRITE:
-        detail = f"{root} belongs to another user, or others may write to it."
-        return Check(name, ok=False, detail=detail, hint=f"Make it yours alone: chmod 700 {root}", needed=False)
+    if info.st_uid != os.geteuid():
+        detail = f"{root} belongs to another user, who can read and replace what is in it."
+        hint = f"Move it away, or have root make it yours: chown $(id -un) {root}"
+        return Check(name, ok=False, there=True, detail=detail, hint=hint)
+    if info.st_mode & _OTHERS_WRITE:
+        detail = f"{root} can be written to by others."
+        return Check(name, ok=False, there=True, detail=detail, hint=f"Make it yours alone: chmod 700 {root}")
     if info.st_mode & _OTHERS_READ:
         detail = f"{root} can be read by others; what is in it is still private."
-        return Check(name, ok=False, detail=detail, hint=f"chmod 700 {root}")
+        return Check(name, ok=False, there=True, detail=detail, hint=f"chmod 700 {root}")
     return Check(name, ok=True, detail=f"{root} is yours alone, and writable.", needed=True)
 
 
-def _program(name: str, hint: str) -> Check:
-    path = shutil.which(name)
-    return Check(name, ok=path is not None, detail=f"{path or 'not found'}.", hint=None if path else hint)
+def _kdrive() -> Check:
+    try:
+        path = KDriveBackend().find_executable()
+    except BackendError as error:
+        return Check("x2gokdriveclient", ok=False, detail=error.detail, hint=_GET_KDRIVE)
+    return Check("x2gokdriveclient", ok=True, detail=f"{path}.")
 
 
 def _known_hosts() -> Check:

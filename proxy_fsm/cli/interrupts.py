@@ -55,11 +55,19 @@ class Interrupts:
         """
         self._waiting = True
         try:
-            if self.received is not None:
-                raise Interrupted(self.received)
+            self.check()
             yield
         finally:
             self._waiting = False
+
+    def check(self) -> None:
+        """Let a signal that has come before raise; put it where nothing has to be undone.
+
+        Raises:
+            Interrupted: One has come.
+        """
+        if self.received is not None:
+            raise Interrupted(self.received)
 
     def order(self, order: Callable[[], object]) -> None:
         """Have a signal call this from now on; at once where one has come before.

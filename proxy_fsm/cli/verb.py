@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.cli.output import Output
 
-__all__ = ["ExitStatus", "NotReachedError", "UsageError", "conclude", "deliver"]
+__all__ = ["ExitStatus", "NotReachedError", "UsageError", "as_words", "conclude", "deliver"]
 
 
 class ExitStatus(IntEnum):
@@ -60,6 +61,24 @@ class NotReachedError(Exception):
         self.event = event
         self.fields = {**fields, "detail": detail, "hint": hint}
         super().__init__(detail)
+
+
+def as_words(options: Any, *, without: frozenset[str] = frozenset()) -> list[str]:
+    """Return the words of the command line that give options again, as far as they are not the defaults.
+
+    Args:
+        options: A dataclass, each field of which is an option by its name.
+        without: Fields that are left out.
+    """
+    words = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in without or value == field.default:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return words
 
 
 def conclude(output: Output, body: Callable[[Interrupts], int]) -> int:

@@ -18,7 +18,7 @@ from proxy_fsm.cli.output import printable
 from proxy_fsm.cli.verb import NotReachedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from proxy_fsm.cli.interrupts import Interrupts
     from proxy_fsm.cli.output import Output
@@ -30,7 +30,7 @@ _ANSWER_S = 30.0
 #: programs, and has taken 21 s on a busy machine.
 _START_S = 60.0
 _MAX_ANSWER_BYTES = 1 << 20
-_EXCERPT_MAX = 200
+_MAX_EXCERPT_CHARS = 200
 _NOT_FOUND = 127
 _SECRET_LIKE = re.compile(r"[0-9A-Fa-f]{16,}")
 _SESSION_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*-[0-9]+-[0-9]+_st[A-Za-z0-9_.-]+", re.ASCII)
@@ -38,7 +38,7 @@ _SESSION_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*-[0-9]+-[0-9]+_st[A-Za-
 _NAME_LINE = 3
 #: Beyond its time, a command's thread gets this to tell how it went.
 _GRACE_S = 1.0
-_NO_NAME = "It may have started one all the same: see proxy-fsm sessions."
+_MAYBE_STARTED_HINT = "It may have started one all the same: see proxy-fsm sessions."
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Answer:
         """The last line of its standard error that has these words in it, fit to be shown; empty where none has."""
         lines = [line.strip() for line in self.errors.decode("utf-8", "replace").splitlines()]
         line = next((line for line in reversed(lines) if line and words in line), "")
-        return _SECRET_LIKE.sub("…", printable(line))[:_EXCERPT_MAX]
+        return _SECRET_LIKE.sub("…", printable(line))[:_MAX_EXCERPT_CHARS]
 
 
 class X2GoServer:
@@ -90,7 +90,7 @@ class X2GoServer:
             NotReachedError: The server cannot tell.
             Interrupted: A signal came meanwhile.
         """
-        answer = self._asked(["x2golistsessions"], interruptible=interruptible)
+        answer = self._run_checked(["x2golistsessions"], interruptible=interruptible)
         try:
             sessions = parse_session_list(answer.text)
         except InvalidSession as error:
@@ -105,12 +105,13 @@ class X2GoServer:
 
     def has_program(self, program: str) -> bool:
         """Tell whether the server finds a program."""
-        return self._ask(["sh", "-c", 'command -v "$1"', "sh", program]).exit_code == 0
+        return self._run(["sh", "-c", 'command -v "$1"', "sh", program]).exit_code == 0
 
     def start(self, arguments: Sequence[str]) -> SessionInfo:
         """Start an agent. A signal does not end the waiting: nobody would know what was started.
 
-        Where the answer cannot be read, the session that it names is terminated, since nobody could use it.
+        Where the answer cannot be read, or the command says that it failed, the session that the answer names is
+        terminated, since nobody could use it.
 
         Args:
             arguments: Those of ``x2gostartagent``.
@@ -118,20 +119,27 @@ class X2GoServer:
         Raises:
             NotReachedError: There is no new session.
         """
-        answer = self._ask(["x2gostartagent", *arguments], interruptible=False, timeout_s=_START_S, hint=_NO_NAME)
+        words = ["x2gostartagent", *arguments]
+        answer = self._run(words, interruptible=False, timeout_s=_START_S, hint=_MAYBE_STARTED_HINT)
+        said = f" It said: {answer.complaint}" if answer.complaint else ""
+        hint = None
         try:
+            # Where it refuses, such as for too many sessions, the words for it come on standard error alone.
             info = parse_agent_output(
                 answer.text if answer.output.strip() else answer.errors.decode("utf-8", "replace")
             )
         except InvalidSession as error:
-            said = f" It said: {answer.complaint}" if answer.complaint else ""
             if not answer.output.strip():
-                detail, hint = f"The server started no session: {error.problem}{said}", None
+                detail = f"The server started no session: {error.problem}{said}"
             else:
                 detail = f"What the server says of the new session cannot be read: {error.problem}{said}"
-                hint = self._given_up(answer.text.strip().split("\n"))
+                hint = self._terminate_named_in(answer.text)
             raise _failure("not_started", detail, hint, exit_code=answer.exit_code) from error
         self._hide(info)
+        if answer.exit_code != 0:
+            detail = f"x2gostartagent ended with status {answer.exit_code} on the server.{said}"
+            hint = self._terminate_named_in(answer.text)
+            raise _failure("not_started", detail, hint, exit_code=answer.exit_code)
         return info
 
     def resume(self, arguments: Sequence[str]) -> str:
@@ -143,18 +151,18 @@ class X2GoServer:
         Raises:
             NotReachedError: It was not resumed.
         """
-        answer = self._asked(["x2goresume-session", *arguments], interruptible=False, timeout_s=_START_S)
+        answer = self._run_checked(["x2goresume-session", *arguments], interruptible=False, timeout_s=_START_S)
         if complaint := answer.complaint_with("failed to resume"):  # and its exit status is 0
             raise _failure("not_resumed", f"The server did not resume the session: {complaint}")
         return answer.text
 
     def suspend(self, name: str) -> None:
         """Suspend a session; a signal does not end the waiting."""
-        self._asked(["x2gosuspend-session", name], interruptible=False)
+        self._run_checked(["x2gosuspend-session", name], interruptible=False)
 
     def terminate(self, name: str) -> None:
         """End a session and all that runs in it; a signal does not end the waiting."""
-        self._asked(["x2goterminate-session", name], interruptible=False)
+        self._run_checked(["x2goterminate-session", name], interruptible=False)
 
     def run_command(self, session: ListedSession, command: str, kind: str) -> None:
         """Have a session run a program; a signal does not end the waiting.
@@ -167,13 +175,14 @@ class X2GoServer:
         words = ["setsid", "x2goruncommand", str(session.info.display), str(session.agent_pid), session.info.name]
         words += [str(session.sound_port or -1), command.replace(" ", "X2GO_SPACE_CHAR"), "none", kind]
         # In sh, whatever the user's own shell is; and with nothing of this channel, which would wait for its end.
-        self._asked(["sh", "-c", f"{shlex.join(words)} >/dev/null 2>&1 </dev/null &"], interruptible=False)
+        self._run_checked(["sh", "-c", f"{shlex.join(words)} >/dev/null 2>&1 </dev/null &"], interruptible=False)
 
-    def _given_up(self, lines: list[str]) -> str:
+    def _terminate_named_in(self, text: str) -> str:
         """Terminate the session that an answer names; return what there is to know."""
+        lines = text.strip().split("\n")
         name = lines[_NAME_LINE].strip() if len(lines) > _NAME_LINE else ""
         if not _SESSION_NAME.fullmatch(name):
-            return _NO_NAME
+            return _MAYBE_STARTED_HINT
         try:
             self.terminate(name)
         except NotReachedError:
@@ -184,16 +193,16 @@ class X2GoServer:
         if info.cookie is not None:
             self._output.hide(info.cookie)
 
-    def _asked(self, words: Sequence[str], *, interruptible: bool = True, timeout_s: float = _ANSWER_S) -> Answer:
+    def _run_checked(self, words: Sequence[str], *, interruptible: bool = True, timeout_s: float = _ANSWER_S) -> Answer:
         """Run a command that must succeed."""
-        answer = self._ask(words, interruptible=interruptible, timeout_s=timeout_s)
+        answer = self._run(words, interruptible=interruptible, timeout_s=timeout_s)
         if answer.exit_code != 0:
             said = f": {answer.complaint}" if answer.complaint else "."
             detail = f"{words[0]} ended with status {answer.exit_code} on the server{said}"
             raise _failure("command_failed", detail, command=words[0], exit_code=answer.exit_code)
         return answer
 
-    def _ask(
+    def _run(
         self,
         words: Sequence[str],
         *,
@@ -259,9 +268,8 @@ def _exchange(transport: paramiko.Transport, command: str, timeout_s: float, ope
         channel.close()
 
 
-def _read(channel: paramiko.Channel, receive: object, deadline: float) -> bytes:
+def _read(channel: paramiko.Channel, receive: Callable[[int], bytes], deadline: float) -> bytes:
     received = bytearray()
-    assert callable(receive)  # noqa: S101 - a bound method, which paramiko's types do not tell
     while True:
         channel.settimeout(max(0.0, deadline - time.monotonic()))
         piece = receive(1 << 16)

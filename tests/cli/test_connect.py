@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ class User:
         server = x2go.ssh
         self.home = home
         self.x2go = x2go
-        self.access = [f"{server.username}@{server.host}", "-p", str(server.port)]
+        self.access = [f"{server.username}@{server.host}", "--port", str(server.port)]
         self.access += ["--key", str(home.keep_key(server)), "--known-hosts", str(home.know(server, "hosts"))]
         nxproxy = install(home.path / "nxproxy", standins.command("proxy"))
         self.environ = {"DISPLAY": display, "NXPROXY_BINARY": str(nxproxy)}
@@ -49,12 +50,13 @@ class User:
             yield program
             assert COOKIE not in program.raw
 
-    def with_broken_nxproxy(self) -> None:
-        """It is there, runs, and connects to nothing."""
+    def with_broken_nxproxy(self) -> str:
+        """It is there, runs, and connects to nothing; returns its path."""
         broken = self.home.path / "broken"
         broken.write_text("#!/bin/sh\nexit 0\n")
         broken.chmod(0o755)
         self.environ["NXPROXY_BINARY"] = str(broken)
+        return str(broken)
 
 
 @pytest.fixture
@@ -99,8 +101,8 @@ class TestANewSession:
             program.process.send_signal(number)
             assert program.finish() == 0
             assert program.errors == ""
-        again = f"Go on with it: proxy-fsm connect {user.access[0]} -p {x2go.ssh.port} --session {NAME}"
-        assert left(program) == ("suspended", again)
+        again = shlex.join(["proxy-fsm", "connect", *user.access, "--session", NAME])
+        assert left(program) == ("suspended", f"Go on with it: {again}")
         assert x2go.ran == [
             ["50", "4711", NAME, "30002", "xtermX2GO_SPACE_CHAR-geometryX2GO_SPACE_CHAR80x24", "none", "D"]
         ]
@@ -275,6 +277,14 @@ class TestAServer:
         assert f"{NAME} may have been started" in words
         assert "proxy-fsm sessions" in words
 
+    def test_that_says_that_it_failed_is_believed_whatever_else_it_says(self, user: User, x2go: FakeX2Go) -> None:
+        output = f"50\n{COOKIE}\n4711\n{NAME}\n30001\n30002\n30003\n"
+        x2go.answer("x2gostartagent", 1, output=output, errors="no database today\n")
+        words = failure(user.run(*FRESH))
+        assert words.startswith("not_started: x2gostartagent ended with status 1")
+        assert "no database today" in words
+        assert x2go.called("x2goterminate-session") == [[NAME]]
+
     def test_that_says_anything_else_may_have_started_one(self, user: User, x2go: FakeX2Go) -> None:
         x2go.answer("x2gostartagent", output="Welcome\nto\nour\nserver\n")
         words = failure(user.run(*FRESH))
@@ -326,6 +336,16 @@ class TestASuspendedSession:
         assert f"--session {NAME}" in hint
         assert x2go.called("x2gosuspend-session") == [[NAME]]
         assert x2go.called("x2goterminate-session") == []
+
+    def test_is_gone_on_with_as_it_was_connected_to(self, user: User) -> None:
+        """With everything that was said but for the session's kind and how events are written."""
+        root = str(user.home.path / "a root")
+        said = ["--accept-unknown-host", "--backend", "kdrive", "--sessions-root", root, "--ready-timeout", "7.5"]
+        said += ["--geometry", "1024x768", "--link", "lan", "--clipboard", "none"]
+        user.environ["X2GOKDRIVECLIENT_BINARY"] = user.with_broken_nxproxy()
+        program = user.run("--session", NAME, *said, "--kind", "rootless", "--ask-server", "-v")
+        again = shlex.join(["proxy-fsm", "connect", *user.access, *said, "--session", NAME])
+        assert left(program) == ("suspended", f"Go on with it: {again}")
 
     def test_that_the_server_does_not_resume_is_told(self, user: User, x2go: FakeX2Go) -> None:
         """It prints a port all the same, and its status is 0."""
@@ -389,16 +409,22 @@ class TestASessionThatIsShownElsewhere:
             return 0, b"", b""
 
         x2go.ssh.commands = {**x2go.ssh.commands, "x2gosuspend-session": end}
-        assert "ended instead" in failure(user.run("--session", NAME, "--take-over"))
+        program = user.run("--session", NAME, "--take-over")
+        assert "ended instead" in failure(program)
+        assert left(program) == ("finished", "")
 
     def test_a_signal_ends_the_waiting(self, user: User, x2go: FakeX2Go) -> None:
         x2go.answer("x2gosuspend-session")
         with user.started("--session", NAME, "--take-over") as program:
             program.until(lambda event: event["event"] == "session.taken_over")
             program.process.send_signal(signal.SIGINT)
+            x2go.status = "S"
             assert program.finish() == 0
         assert program.events[-1]["event"] == "interrupted"
         assert x2go.called("x2goresume-session") == []
+        status, hint = left(program)
+        assert status == "suspended"
+        assert hint.endswith(f"--session {NAME}")
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from proxy_fsm.cli import main
 from proxy_fsm.testing import standins
-from proxy_fsm.testing.scripted import install
+from proxy_fsm.testing.scripted import Gate, install
 
 from .fake_x2go import COOKIE
-from .program import Running, run
+from .program import Running, run, started
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,8 +60,8 @@ def doctor(home: Home, environ: dict[str, str]) -> Running:
 
 def check(program: Running, name: str) -> dict[str, Any]:
     (event,) = [event for event in program.events if event["check"] == name]
-    levels = {"ok": "info", "missing": "error", "missing_optional": "warning"}
-    assert event["level"] == levels[event["result"]]
+    assert event["result"] in {"ok", "missing", "advice"}
+    assert event["level"] == ("info" if event["result"] == "ok" else "error" if event["needed"] else "warning")
     assert (event["hint"] is None) == (event["result"] == "ok")
     return event
 
@@ -71,13 +74,20 @@ def missing(program: Running, name: str) -> str:
     return f"{event['detail']} {event['hint']}"
 
 
+def missing_optional(program: Running, name: str) -> str:
+    """Return the words on what is missing, and not needed."""
+    event = check(program, name)
+    assert (event["result"], event["needed"]) == ("missing", False)
+    return f"{event['detail']} {event['hint']}"
+
+
 def test_a_machine_with_all_that_is_needed_is_fine(home: Home, environ: dict[str, str]) -> None:
     program = doctor(home, environ)
     assert program.process.returncode == 0
     for name in ("nxproxy", "X server", "xauth", "~/.x2go"):
         assert check(program, name)["result"] == "ok"
     assert "version 3.5.99.26" in check(program, "nxproxy")["detail"]
-    assert check(program, "x2gokdriveclient")["result"] == "missing_optional"
+    missing_optional(program, "x2gokdriveclient")
 
 
 def test_it_leaves_nothing_behind(home: Home, environ: dict[str, str]) -> None:
@@ -136,7 +146,7 @@ def test_an_x_server_that_refuses(home: Home, environ: dict[str, str]) -> None:
 def test_xauth_is_needed_where_the_x_server_wants_a_cookie(home: Home, environ: dict[str, str]) -> None:
     (programs(home) / "xauth").unlink()
     program = doctor(home, environ)
-    assert check(program, "xauth")["result"] == "missing_optional"
+    missing_optional(program, "xauth")
     assert program.process.returncode == 0
     with x_server(COOKIE) as display:
         assert "xorg-x11-xauth" in missing(doctor(home, environ | {"DISPLAY": display}), "xauth")
@@ -149,8 +159,45 @@ def test_a_sessions_root_that_is_private(home: Home, environ: dict[str, str]) ->
     for mode in (0o755, 0o777):
         root.chmod(mode)
         event = check(doctor(home, environ), "~/.x2go")
-        assert event["result"] == "missing_optional"
+        assert event["result"] == "advice"
         assert f"chmod 700 {root}" in event["hint"]
+
+
+def test_a_sessions_root_of_another_user(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which chmod does not cure."""
+    (home.path / ".x2go").mkdir(mode=0o777)
+    monkeypatch.setenv("HOME", str(home.path))
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "~/.x2go" in line]
+    assert line.startswith("advice ")
+    assert "belongs to another user" in line
+
+
+def test_x2gokdriveclient_where_its_variable_says(home: Home, environ: dict[str, str]) -> None:
+    program = install(home.path / "kdrive", standins.command("proxy"))
+    variable = {"X2GOKDRIVECLIENT_BINARY": str(program)}
+    assert str(program) in check(doctor(home, environ | variable), "x2gokdriveclient")["detail"]
+    program.chmod(0o600)
+    assert "executable" in missing_optional(doctor(home, environ | variable), "x2gokdriveclient")
+
+
+def test_a_signal_ends_it(home: Home, environ: dict[str, str]) -> None:
+    """Between two checks; here, at one that takes its time."""
+    with Gate(home.path / "gate") as gate, Gate(home.path / "begun") as begun:
+        (programs(home) / "nxproxy").unlink()
+        script = f"#!/bin/sh\necho x > {begun.path}\nread x < {gate.path}\n"
+        (programs(home) / "nxproxy").write_text(script)
+        (programs(home) / "nxproxy").chmod(0o700)
+        with started(home, "doctor", "--log-format", "json", **environ) as program:
+            with begun.path.open("rb") as waiting:
+                waiting.readline()
+            program.process.send_signal(signal.SIGTERM)
+            os.write(gate._fd, b"go on\n")
+            assert program.finish() == 0
+    assert [event["event"] for event in program.events] == ["interrupted"]
 
 
 def test_a_sessions_root_that_is_no_directory(home: Home, environ: dict[str, str]) -> None:
@@ -159,7 +206,7 @@ def test_a_sessions_root_that_is_no_directory(home: Home, environ: dict[str, str
 
 
 def test_keys_and_known_hosts_are_told_of(home: Home, environ: dict[str, str]) -> None:
-    assert check(doctor(home, environ), "SSH keys")["result"] == "missing_optional"
+    missing_optional(doctor(home, environ), "SSH keys")
     for name in ("id_ed25519", "known_hosts"):
         (home.ssh / name).touch()
     program = doctor(home, environ)

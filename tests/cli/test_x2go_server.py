@@ -31,7 +31,7 @@ def test_that_takes_the_channel_and_never_answers_is_given_up(
 
         def ask() -> None:
             with pytest.raises(NotReachedError) as error:
-                server._ask(["x2golistsessions"], interruptible=interruptible, timeout_s=0.2)
+                server._run(["x2golistsessions"], interruptible=interruptible, timeout_s=0.2)
             caught.append(error.value)
 
         asking = threading.Thread(target=ask, daemon=True)

@@ -154,7 +154,8 @@ def test_a_session_is_started_suspended_listed_resumed_taken_over_and_ended(
         assert connection.finish() == 0
     left = connection.events[-1]
     assert (left["event"], left["status"]) == ("session.left", "suspended")
-    assert left["hint"].endswith(f"@127.0.0.1 -p {x2go_server.port} --session {name}")
+    assert f"@127.0.0.1 --port {x2go_server.port} --key " in left["hint"]
+    assert left["hint"].endswith(f" --link lan --session {name}")
     assert x2go_server.status(ssh_client, name) == "S"
     eventually(lambda: display.share_of(RED) < RED_SHARE, EXIT_S)
 
