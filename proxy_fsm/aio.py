@@ -62,10 +62,10 @@ async def wait(proxy: Proxy, *states: State, timeout: float | None = None) -> St
         TimeoutError: It was not within that time; the proxy goes on.
         RuntimeError: Called in a forked child.
     """
+    current = len(proxy.status().history)  # the newest record counts: waiters may not have been told of it yet
     with suppress(TimeoutError):
         return proxy.wait(*states, timeout=0)
     wanted = frozenset(State(state) for state in states)
-    current = len(proxy.status().history)  # its change may still be being told
     try:
         async with asyncio.timeout(timeout):
             async with aclosing(transitions(proxy)) as records:

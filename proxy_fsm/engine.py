@@ -15,6 +15,7 @@ the trigger itself.
 
 from __future__ import annotations
 
+import _queue
 import os
 import secrets
 import signal
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.backends import Backend
 
-__all__ = ["LIVE", "Engine", "Workers"]
+__all__ = ["LIVE", "Engine", "Workers", "is_patched"]
 
 _TAIL_LINES = 20
 #: How long what the proxy sent last may take to get through, once it is gone, before its channel is cut.
@@ -102,6 +103,11 @@ _HOW_IT_ENDED: dict[SessionStatus | None, _Cause] = {
 
 #: Engines that hold something, for the end of the interpreter.
 LIVE: set[Engine] = set()
+
+
+def is_patched() -> bool:
+    """Tell whether gevent had patched the standard library's queues when this module took them."""
+    return SimpleQueue is not _queue.SimpleQueue
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-__all__ = ["EventLog"]
+__all__ = ["EventLog", "report_failure"]
 
 #: What a program that has not configured structlog gets: the standard library's logger, silent by default.
 _FALLBACK = logging.getLogger("proxy_fsm")
@@ -38,12 +38,13 @@ class EventLog:
         try:
             getattr(self._logger, level)(event, **self._always, **fields)
         except BaseException:  # noqa: BLE001 - a foreign logger may raise anything, SystemExit too
-            self._report_failure(event)
+            report_failure(event)
 
-    @staticmethod
-    def _report_failure(event: str) -> None:
-        with suppress(BaseException):  # both loggers fail: there is nobody left to tell
-            _FALLBACK.exception("The logger failed on the event %s.", event)
+
+def report_failure(event: str) -> None:
+    """Tell the standard library's logger what another one has just raised."""
+    with suppress(BaseException):  # both loggers fail: there is nobody left to tell
+        _FALLBACK.exception("The logger failed on the event %s.", event)
 
 
 def _wrapped(logger: logging.Logger | logging.LoggerAdapter[Any]) -> Any:

@@ -39,6 +39,24 @@ def test_the_state_that_it_is_in_is_waited_for_already(
     assert asyncio.run(aio.wait(proxy, state, timeout=0)) is state
 
 
+def test_a_state_that_is_entered_and_left_just_after_the_first_look_counts(
+    faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = faked_proxy(State.SPAWNING)
+
+    def look(*states: State, timeout: float | None = None) -> State:
+        try:
+            return FakedProxy.wait(proxy, *states, timeout=timeout)
+        except TimeoutError:
+            get_running(proxy)
+            proxy.process.exits(1)
+            FakedProxy.wait(proxy, timeout=WAIT_S)
+            raise
+
+    monkeypatch.setattr(proxy, "wait", look)
+    assert asyncio.run(aio.wait(proxy, State.RUNNING, timeout=WAIT_S)) is State.RUNNING
+
+
 def test_a_state_that_was_left_is_waited_for_in_vain(faked_proxy: Callable[[State], FakedProxy]) -> None:
     proxy = faked_proxy(State.RUNNING)
     with pytest.raises(TimeoutError, match=r"^The proxy was not in spawning within 0\.05 s; it is running\.$"):

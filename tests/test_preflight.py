@@ -64,9 +64,9 @@ class FakeBackend(Backend):
         self.contexts.append(context)
         self._asked("preflight")
 
-    def environment(self, context: BackendContext) -> Mapping[str, str]:
+    def environment(self, context: BackendContext) -> Mapping[str, str | None]:
         self._asked("environment")
-        return {"NX_DISPLAY": f"cookie={COOKIE}", "OVERRIDDEN": context.session.name}
+        return {"NX_DISPLAY": f"cookie={COOKIE}", "OVERRIDDEN": context.session.name, "UNWANTED": None}
 
     def command(self, context: BackendContext) -> Sequence[str]:
         self._asked("command")
@@ -253,7 +253,8 @@ class TestAllIsGood:
             proxy.connect((host, int(port)))
 
     def test_what_the_proxy_is_started_with(self, make: Callable[..., Trial], tmp_path: Path) -> None:
-        trial = make(environ={"HOME": "/home/alice", "NX_ROOT": "stale", "NX_": "", "NXPROXY": "x", "OVERRIDDEN": "y"})
+        environ = {"HOME": "/home/alice", "NX_ROOT": "stale", "NX_": "", "NXPROXY": "x", "OVERRIDDEN": "y"}
+        trial = make(environ={**environ, "UNWANTED": "z"})
         address = trial.prepared().listen_address
         launch = trial.preparation.launch
         assert launch is not None

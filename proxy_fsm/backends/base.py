@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ntpath
 import os
 import re
 import shutil
@@ -13,13 +14,13 @@ from proxy_fsm.evidence import AgentClosed, AgentSpoke, ChannelOpened, Connectio
 from proxy_fsm.status import EndReason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from proxy_fsm.evidence import Evidence
     from proxy_fsm.session import SessionInfo
 
-__all__ = ["Backend", "BackendContext", "CommandBackend", "ListenKind", "ReadyWhen", "find_program"]
+__all__ = ["Backend", "BackendContext", "CommandBackend", "ListenKind", "Program", "ReadyWhen", "find_program"]
 
 ListenKind = Literal["unix", "tcp"]
 ReadyWhen = Literal["first_bytes", "connected"]
@@ -60,7 +61,8 @@ class Backend:
 
     Subclass it, and set or override what differs. An engine asks in this order: `check_session` when it is made;
     `find_executable`, `preflight`, `command` and `environment` in its preflight; `ready` and `diagnose` after each
-    observation. Whatever raises `BackendError` ends the engine with that error's reason.
+    observation. Whatever raises `BackendError` ends the engine with that error's reason. `process_options` is asked by
+    the program that has options to hand over, before it makes the engine, which never asks it.
 
     Attributes:
         name: A short name for events and messages.
@@ -100,8 +102,8 @@ class Backend:
         """Return the argument vector. Everybody on this machine can read it: no secret in it."""
         raise NotImplementedError
 
-    def environment(self, context: BackendContext) -> Mapping[str, str]:  # noqa: ARG002 - for subclasses
-        """Return what is added to the inherited environment; secrets may be in it."""
+    def environment(self, context: BackendContext) -> Mapping[str, str | None]:  # noqa: ARG002 - for subclasses
+        """Return what is added to the inherited environment, None for what is taken out; secrets may be in it."""
         return {}
 
     def ready(self, evidence: Evidence) -> bool:
@@ -119,6 +121,47 @@ class Backend:
     def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Take the options that this backend knows; return the others."""
         return dict(options)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program, and where it is looked for.
+
+    Attributes:
+        name: Its name, without ``.exe``.
+        variable: The environment variable that overrules everything.
+        folders: Where it is on Windows, below ``%ProgramFiles%``. The engine does not run there: these are kept for a
+            port to come.
+        hint: How to get it.
+    """
+
+    name: str
+    variable: str
+    folders: tuple[str, ...]
+    hint: str
+
+    def look_up(
+        self,
+        environ: Mapping[str, str] | None = None,
+        *,
+        windows: bool = os.name == "nt",
+        exists: Callable[[str], bool] = os.path.exists,
+    ) -> str:
+        """Return what to start: a path, or a bare name that is looked up in PATH when it starts.
+
+        Args:
+            environ: The environment; by default this process's.
+            windows: Whether this is Windows.
+            exists: Tells whether a path exists.
+        """
+        environ = os.environ if environ is None else environ
+        if environ.get(self.variable):
+            return environ[self.variable]
+        if not windows:
+            return self.name
+        root = environ.get("ProgramFiles", r"C:\Program Files")
+        places = [ntpath.join(root, folder, f"{self.name}.exe") for folder in self.folders]
+        return next(filter(exists, places), f"{self.name}.exe")
 
 
 def find_program(program: str, *, hint: str | None = None) -> str:

@@ -1,10 +1,10 @@
 """The backend for x2gokdriveclient, the viewer of X2Go's KDrive sessions.
 
-**Not tried against the program itself**, which no package source reached here has. What is known of it is what
-python-x2go 0.6.1.3 does with it (``x2go/backends/proxy/kdrive.py``), and stand-ins are what the tests run: it takes
-nxproxy's option string, by ``options=FILE``; it connects by TCP, once; it needs an X display. What is assumed here
-beyond that: that the agent's first bytes mean that the session stands, and exit code 0 after them that its user has
-closed it.
+**Not tried against the program itself**: no package repository that we know of offers it (November 2026). What is
+known of it is what python-x2go 0.6.1.3 does with it (``x2go/backends/proxy/kdrive.py``), and stand-ins are what the
+tests run: it takes nxproxy's option string, by ``options=FILE``; it connects by TCP, once; it needs an X display. What
+is assumed here beyond that: that the agent's first bytes mean that the session stands, and exit code 0 after them that
+its user has closed it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from proxy_fsm.backends.base import BackendContext, find_program
-from proxy_fsm.backends.nx3 import NX3Backend
+from proxy_fsm.backends.base import BackendContext, Program
+from proxy_fsm.backends.option_string import OptionStringBackend
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import AgentClosed, AgentSpoke, ConnectionEnded
 from proxy_fsm.status import EndReason
@@ -25,13 +25,21 @@ if TYPE_CHECKING:
     from proxy_fsm.backends.base import ListenKind
     from proxy_fsm.evidence import Evidence
 
-__all__ = ["OPTIONS_NAME", "KDriveBackend", "write_options"]
+__all__ = ["OPTIONS_NAME", "X2GOKDRIVECLIENT", "KDriveBackend", "write_options"]
+
+#: The program.
+X2GOKDRIVECLIENT = Program(
+    "x2gokdriveclient",
+    "X2GOKDRIVECLIENT_BINARY",
+    (r"PyHoca-GUI\x2gokdrive", "x2goclient"),
+    "Install x2gokdriveclient, which comes from the X2Go project, or name it in X2GOKDRIVECLIENT_BINARY.",
+)
 
 #: Name of the options file, in the scratch directory.
 OPTIONS_NAME = "options"
 
 
-class KDriveBackend(NX3Backend):
+class KDriveBackend(OptionStringBackend):
     """Runs ``x2gokdriveclient -S``, its options in a file that its owner alone can read, removed afterwards.
 
     Args:
@@ -45,11 +53,7 @@ class KDriveBackend(NX3Backend):
 
     name = "kdrive"
     listen_kind: ListenKind = "tcp"
-
-    def find_executable(self) -> str:
-        """Find x2gokdriveclient."""
-        program = self._executable or os.environ.get("X2GOKDRIVECLIENT_BINARY") or "x2gokdriveclient"
-        return find_program(program, hint="Install x2gokdriveclient, or name it in X2GOKDRIVECLIENT_BINARY.")
+    PROGRAM = X2GOKDRIVECLIENT
 
     def preflight(self, context: BackendContext) -> None:
         """Write the options file."""
@@ -60,7 +64,7 @@ class KDriveBackend(NX3Backend):
         options = context.scratch / OPTIONS_NAME
         return [context.executable, "-S", f"nx/nx,options={options}:{context.session.display}"]
 
-    def environment(self, context: BackendContext) -> Mapping[str, str]:
+    def environment(self, context: BackendContext) -> Mapping[str, str | None]:
         """Return the session root."""
         return {"NX_ROOT": str(context.sessions_root)}
 
@@ -83,10 +87,9 @@ class KDriveBackend(NX3Backend):
         return None
 
     def _option_string(self, context: BackendContext) -> str:
-        given = "".join(f",{key}={value}" for key, value in self._options.items())
         return (
             f"nx/nx,connect=127.0.0.1,port={context.port},cookie={context.session.cookie}"
-            f"{given}:{context.session.display}"
+            f"{self._given}:{context.session.display}"
         )
 
 

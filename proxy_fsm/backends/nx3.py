@@ -6,12 +6,12 @@ Source for wording and meaning of nxproxy's lines: nx-libs 3.5.99, nxcomp/src/Lo
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from proxy_fsm.backends.base import Backend, BackendContext, find_program
-from proxy_fsm.errors import BackendError, InvalidSession
+from proxy_fsm.backends.base import BackendContext, Program
+from proxy_fsm.backends.option_string import MAX_STRING_BYTES, OptionStringBackend, fits
+from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import ChannelOpened, OutputLine
 from proxy_fsm.status import EndReason
 from proxy_fsm.x11 import DisplayError, open_display
@@ -21,16 +21,24 @@ if TYPE_CHECKING:
 
     from proxy_fsm.backends.base import ListenKind
     from proxy_fsm.evidence import Evidence
-    from proxy_fsm.session import SessionInfo
 
-__all__ = ["MAX_STRING_BYTES", "NX3Backend", "check_xauth"]
+__all__ = ["NXPROXY", "NX3Backend", "check_xauth"]
+
+#: The program.
+NXPROXY = Program(
+    "nxproxy",
+    "NXPROXY_BINARY",
+    (r"PyHoca-GUI\nxproxy", "x2goclient", r"NX Client for Windows\bin"),
+    "Install nxproxy (on Debian, Ubuntu and Fedora the package nxproxy), or name it in NXPROXY_BINARY.",
+)
 
 _READY = "Established X server connection"
 _TERMINATING = "Session: Terminating session at"
 #: It says the first before the session stands, the second after.
 _CAUGHT_SIGNAL = ("Aborting the procedure due to signal", "Waiting the cleanup timeout")
 _SIGNALLED = EndReason.PROXY_KILLED, "nxproxy was told to end by a signal TERM, INT or HUP from outside."
-_NOT_CONNECTED = "Connection to Unix file socket '"
+#: What it calls a unix socket, and anything else: the tunnel's address where that is TCP, and the display's.
+_SOCKET_UNREACHED, _ADDRESS_UNREACHED = "Connection to Unix file socket '", "Connection to '"
 _NEGOTIATION = (
     "Failure negotiating the session in stage",
     "Wrong version or invalid session authentication cookie",
@@ -42,20 +50,13 @@ _NO_DISPLAY = (
     "Host X server DISPLAY is not set",
     "X connection failed with error",
     "closed before reaching a usable state",
-    "Connection to '",  # the display's address: that of the tunnel is called a Unix file socket
 )
 
 #: How long an X server, which has let us in a moment ago, may take to do so again.
 _DISPLAY_S = 2.0
-_MAX_VALUE_BYTES = 255
-#: The longest option string that nxproxy reads.
-MAX_STRING_BYTES = 1023
-_KEY = re.compile(r"[a-z0-9_]+")
-#: Printable ASCII without blank, comma and equals sign; and no per cent sign, since nxproxy decodes %2C and its like.
-_VALUE = re.compile(r"[!-$&-+\--<>-~]+")
 
 
-class NX3Backend(Backend):
+class NX3Backend(OptionStringBackend):
     """Runs ``nxproxy -S``, its options in the environment alone, where only its owner can read the cookie.
 
     Args:
@@ -68,39 +69,11 @@ class NX3Backend(Backend):
 
     name = "nx3"
     listen_kind: ListenKind = "unix"
-    max_connections = 1
-    needs_display = True
-
-    #: What python-x2go passes too. The first connect always succeeds here, so the number of retries is small.
-    DEFAULT_OPTIONS: Mapping[str, str] = {"retry": "5", "composite": "1", "clipboard": "1"}
-    #: Set from the session and the tunnel. ``listen`` and ``accept`` would have nxproxy listen on every interface.
-    _OWN_OPTIONS = frozenset({"connect", "cookie", "port", "id", "root", "errors", "listen", "accept", "options"})
-
-    def __init__(self, executable: str | None = None, options: Mapping[str, str] | None = None) -> None:
-        self._executable = executable
-        self._options = dict(self.DEFAULT_OPTIONS)
-        for key, value in (options or {}).items():
-            if key in self._OWN_OPTIONS:
-                raise ValueError(f"The NX option {key!r} is set by the engine and cannot be given.")
-            if not _fits(key, value):
-                raise ValueError(f"The NX option {key!r} cannot be written into an NX option string.")
-            self._options[key] = value
-
-    def check_session(self, session: SessionInfo) -> None:
-        """An NX session has a cookie and a display number."""
-        if session.cookie is None:
-            raise InvalidSession("cookie", "an NX session needs one; it is printed by x2gostartagent.")
-        if session.display is None:
-            raise InvalidSession("display", "an NX session needs its display number on the server.")
-
-    def find_executable(self) -> str:
-        """Find nxproxy."""
-        program = self._executable or os.environ.get("NXPROXY_BINARY") or "nxproxy"
-        return find_program(program, hint="Install nxproxy (on Debian, Ubuntu and Fedora the package nxproxy).")
+    PROGRAM = NXPROXY
 
     def preflight(self, context: BackendContext) -> None:
         """Make sure that nxproxy will read the options as they are meant, and the X server's cookie."""
-        if not _fits("connect", f"unix:{context.listen_address}"):
+        if not fits("connect", f"unix:{context.listen_address}"):
             raise BackendError(
                 EndReason.LISTEN_FAILED,
                 f"The path {context.listen_address} cannot be written into an NX option string.",
@@ -118,7 +91,7 @@ class NX3Backend(Backend):
         """With a bare ``-S`` nxproxy takes its options from the environment."""
         return [context.executable, "-S"]
 
-    def environment(self, context: BackendContext) -> Mapping[str, str]:
+    def environment(self, context: BackendContext) -> Mapping[str, str | None]:
         """Return the options, the session root, and a stand-in for the dialog that would block nxproxy."""
         return {
             "NX_DISPLAY": self._option_string(context),
@@ -144,38 +117,27 @@ class NX3Backend(Backend):
         output = "\n".join(line.text for line in lines)
         return self._after_ready(evidence, output) if evidence.ready else self._before_ready(evidence, output)
 
-    def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Take what fits into an NX option string and is not set by the engine; return the others."""
-        ignored = {}
-        for key, value in options.items():
-            if key not in self._OWN_OPTIONS and _fits(key, value):
-                self._options[key] = value
-            else:
-                ignored[key] = value
-        return ignored
-
     def _option_string(self, context: BackendContext) -> str:
-        session = context.session
-        given = "".join(f",{key}={value}" for key, value in self._options.items())
         # connect comes first: without it nxproxy would listen on every interface. And the cookie is in no local
         # variable, since a traceback may show those.
         return (
-            f"nx/nx,connect=unix:{context.listen_address},cookie={session.cookie},id={session.name}"
-            f"{given}:{session.display}"
+            f"nx/nx,connect=unix:{context.listen_address},cookie={context.session.cookie},id={context.session.name}"
+            f"{self._given}:{context.session.display}"
         )
 
     @staticmethod
     def _before_ready(evidence: Evidence, output: str) -> tuple[EndReason, str] | None:
-        if _any_in(output, _NO_DISPLAY):
+        connected = evidence.saw(ChannelOpened)  # to the tunnel comes first, to the X server second
+        if _any_in(output, _NO_DISPLAY) or (connected and _ADDRESS_UNREACHED in output):
             return (
                 EndReason.DISPLAY_UNAVAILABLE,
                 "The X server refused nxproxy, or DISPLAY does not reach one.",
             )
         if _any_in(output, _CAUGHT_SIGNAL):
             return _SIGNALLED
-        if not evidence.saw(ChannelOpened):
+        if not connected:
             unconnected = EndReason.LISTEN_FAILED, "nxproxy could not connect to the local end of the tunnel."
-            return unconnected if _NOT_CONNECTED in output else None
+            return unconnected if _any_in(output, (_SOCKET_UNREACHED, _ADDRESS_UNREACHED)) else None
         if _any_in(output, _NEGOTIATION):
             return EndReason.NEGOTIATION_FAILED, (
                 "The agent closed the connection during negotiation: "
@@ -221,13 +183,3 @@ def check_xauth(environ: Mapping[str, str]) -> None:
             "The X server wants a cookie, and the program xauth, with which nxproxy reads it, was not found.",
             "Install xauth (on Debian and Ubuntu the package xauth, on Fedora xorg-x11-xauth), or put it into PATH.",
         ) from error
-
-
-def _fits(key: object, value: object) -> bool:
-    return (
-        isinstance(key, str)
-        and isinstance(value, str)
-        and _KEY.fullmatch(key) is not None
-        and _VALUE.fullmatch(value) is not None
-        and len(value.encode()) <= _MAX_VALUE_BYTES
-    )

@@ -6,7 +6,6 @@ for every public name what it does here, what is different, and why.
 
 from __future__ import annotations
 
-import _queue
 import os
 import sys
 import threading
@@ -14,19 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from proxy_fsm import engine as engine_module
-from proxy_fsm.engine import Workers
+from proxy_fsm.engine import Workers, is_patched
 from proxy_fsm.errors import BackendError, InvalidTransition
 from proxy_fsm.lifecycle import State
-from proxy_fsm.preflight import open_private
 from proxy_fsm.process import ProxyProcess
 from proxy_fsm.proxy import Proxy
 from proxy_fsm.redaction import Redactor
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.status import EndReason
+from proxy_fsm.x2go.backends import HookedBackend, HookedKDrive, HookedNX3, HookedViewer, Hooks
 from proxy_fsm.x2go.handles import ProcessHandle, TunnelHandle
-from proxy_fsm.x2go.hooked import HookedBackend, HookedKDrive, HookedNX3, HookedViewer
 from proxy_fsm.x2go.logs import DEBUG, DEFAULT, ERROR, INFO, NOTICE, EventsToX2Go, X2GoLog
+from proxy_fsm.x2go.session_files import SessionFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +39,6 @@ __all__ = ["X2GoProxy"]
 
 #: The server refused the channel: that is what python-x2go's session wants to be told.
 _TUNNEL_REFUSED = {EndReason.AGENT_UNREACHABLE, EndReason.FORWARDING_DENIED}
-#: How much of one run goes into `session_errors`.
-_MAX_ERRORS_BYTES = 16 << 20
 
 
 class X2GoProxy(threading.Thread):
@@ -55,7 +51,8 @@ class X2GoProxy(threading.Thread):
 
     Args:
         session_info: The session: ``name``, ``cookie``, ``graphics_port``, ``display`` and ``local_container``
-            are read, when it starts. With None nothing is ever started.
+            are read, when it starts, and ``status``: S is a session that is being resumed, which survives a failed
+            attempt. With None nothing is ever started.
         ssh_transport: A connected transport; None as above.
         session_log: Name of the log file in the session's directory; holds what the program prints.
         session_errors: Name of another, which holds the same for programs that take an NX option string.
@@ -83,6 +80,9 @@ class X2GoProxy(threading.Thread):
     PROXY_MODE: str = ""
     PROXY_OPTIONS: list[str] = []  # noqa: RUF012 - as above
     PROXY_DISPLAY: Any = None
+
+    #: What it is called in messages.
+    subsystem: str = "X2Go Proxy"
 
     session_info: Any = None
     session_log_stdout: IO[str] | None = None
@@ -116,21 +116,17 @@ class X2GoProxy(threading.Thread):
         self.sessions_rootdir = str(Path.home() / ".x2go") if sessions_rootdir is None else os.fspath(sessions_rootdir)
         self.proxy_options = dict(proxy_options or {})
         self.session_instance = session_instance
-        self.subsystem = "X2Go Proxy"
-        self.PROXY_ARGS, self.PROXY_OPTIONS = list(type(self).PROXY_ARGS), list(type(self).PROXY_OPTIONS)
-        self.PROXY_ENV = {**_without_nx(os.environ), **type(self).PROXY_ENV}
-        self._own_environ = self.PROXY_ENV
+        self.PROXY_ARGS, self.PROXY_OPTIONS = list(self.PROXY_ARGS), list(self.PROXY_OPTIONS)
+        self.PROXY_ENV = {**_without_nx(os.environ), **self.PROXY_ENV}
+        self._own_environ = self.PROXY_ENV  # while it is the same dict, what is missing in it was taken out
         self._environ_at_start: Mapping[str, str] = {}
 
         self._making = threading.Lock()
-        self._proxy_engine: Proxy | None = None
+        self._fsm_proxy: Proxy | None = None
         self._stop_ordered = False
         self._began = False
-        self._known = threading.Event()  # whether it is ok
-        self._released = threading.Event()  # all that is held while it runs
+        self._outcome_known = threading.Event()  # set when start_proxy may return
         self._preparing: int | None = None  # the thread that calls the hooks, while it does
-        self._errors_file: IO[str] | None = None
-        self._errors_room_bytes = _MAX_ERRORS_BYTES
         self.logger = X2GoLog(
             logger,
             loglevel=loglevel,
@@ -139,29 +135,31 @@ class X2GoProxy(threading.Thread):
             describe=self._describe,
         )
         self._events = None if logger is None else EventsToX2Go(self.logger)
+        self._files = SessionFiles(lambda problem: self.logger(problem, loglevel=ERROR))
 
     def __del__(self) -> None:
         """End it, as `stop_thread` does; python-x2go calls this by name."""
-        if hasattr(self, "_released"):  # else it never became anything
+        if hasattr(self, "_files"):  # else it never became anything
             self.stop_thread()
 
     @property
     def engine(self) -> Proxy | None:
-        """The engine: its exact status, its records; made when it is first asked for, or started.
+        """The `proxy_fsm.Proxy` behind it: its exact status, its records; made when first asked for, or started.
 
         None without a session or a transport.
 
         Raises:
+            AttributeError: The session has no ``name`` or no ``graphics_port``.
             InvalidSession: The session lacks what the program needs.
-            TypeError: The transport is none.
-            ValueError: A number of the session is none.
+            TypeError: The transport is not a `paramiko.Transport`.
+            ValueError: ``graphics_port`` or ``display`` is not a number.
         """
         with self._making:
-            if self._proxy_engine is None and self.session_info is not None and self.ssh_transport is not None:
-                self._proxy_engine = self._make_engine(self.session_info, self.ssh_transport)
+            if self._fsm_proxy is None and self.session_info is not None and self.ssh_transport is not None:
+                self._fsm_proxy = self._make_proxy(self.session_info, self.ssh_transport)
                 if self._stop_ordered:
-                    self._proxy_engine.stop()
-            return self._proxy_engine
+                    self._fsm_proxy.stop()
+            return self._fsm_proxy
 
     # ---- what programs call ----
 
@@ -169,19 +167,19 @@ class X2GoProxy(threading.Thread):
         """Start it, and wait until it is known whether the session stands.
 
         Returns:
-            The process, None where none was started; and whether it is `ok`.
+            The process, None where none was started, or where it was stopped meanwhile; and whether it is `ok`.
 
         Raises:
             RuntimeError: It was started before.
         """
         self.logger(f"Starting the {self.subsystem}.", loglevel=INFO)
         self.start()
-        self._known.wait()
+        self._outcome_known.wait()
         return self.proxy, self.ok()
 
     def ok(self) -> bool:
         """Tell whether the session stands and can be used, now; in every state, at once."""
-        return self._proxy_engine is not None and self._proxy_engine.ok()
+        return self._fsm_proxy is not None and self._fsm_proxy.ok()
 
     def run(self) -> None:
         """Run it until it ends, however that comes; nothing where it was stopped, or run, before."""
@@ -192,7 +190,7 @@ class X2GoProxy(threading.Thread):
             self.logger(f"The {self.subsystem} cannot be started: {error}", loglevel=ERROR)
         finally:
             if engine is None:
-                self._known.set()
+                self._outcome_known.set()
         if engine is not None:
             self._run_engine(engine)
 
@@ -204,16 +202,17 @@ class X2GoProxy(threading.Thread):
         """
         with self._making:
             self._stop_ordered = True
-            engine = self._proxy_engine
-        if engine is not None:
-            engine.stop()
-            if self._preparing == threading.get_ident():
-                return
-            with suppress(RuntimeError):  # a subscriber's call: what it waits for waits for it
-                engine.wait()
-                if self._began:
-                    self._released.wait()
-                self.proxy = self.fw_tunnel = None
+            engine = self._fsm_proxy
+        if engine is None:
+            return
+        engine.stop()
+        if self._preparing == threading.get_ident():
+            return
+        try:
+            engine.wait()
+        except RuntimeError:  # on a subscriber's thread, which the end waits for; or in a forked child
+            return
+        self._close()
 
     # ---- what subclasses override ----
 
@@ -236,10 +235,10 @@ class X2GoProxy(threading.Thread):
             command.append(",".join(self.PROXY_OPTIONS) + display)
         return command
 
-    # ---- what the backend asks ----
+    # ---- what the backend asks, by `Hooks` ----
 
-    def prepare(self, context: BackendContext) -> list[str]:
-        """Open the logs, call the hooks, and return the command line; called by the engine's backend.
+    def _prepare_command(self, context: BackendContext) -> list[str]:
+        """Open the logs, call the hooks, and return the command line.
 
         Raises:
             BackendError: A file cannot be opened, or a hook has failed.
@@ -249,6 +248,7 @@ class X2GoProxy(threading.Thread):
         try:
             self._update_local_proxy_socket(context.port or 0)
             self._call_process_proxy_options()
+            # A subclass of python-x2go's base may have one that only prepares: that base's own returns an empty string.
             line: Any = self._generate_cmdline() or X2GoProxy._generate_cmdline(self)
         except Exception as error:
             raise BackendError(
@@ -261,21 +261,26 @@ class X2GoProxy(threading.Thread):
         words = [line] if isinstance(line, str) else [str(word) for word in line]
         return [word.replace("{port}", str(context.port)) for word in words]
 
-    def environment(self) -> dict[str, str]:
-        """Return what `PROXY_ENV` has beside what was inherited when the engine was made."""
-        before = self._environ_at_start
-        return {
-            name: value for name, value in self.PROXY_ENV.items() if name.startswith("NX_") or before.get(name) != value
-        }
+    def _changed_environment(self) -> dict[str, str | None]:
+        """Return how `PROXY_ENV` differs from what the engine was made with; None for what was taken out.
+
+        The rest stays as the engine hands it on: it has left out the ``NX_*`` of an outer session, and made
+        ``XAUTHORITY`` absolute.
+        """
+        before, now = self._environ_at_start, self.PROXY_ENV
+        gone = before.keys() - now.keys() if now is self._own_environ else set()
+        changed = {name: value for name, value in now.items() if name.startswith("NX_") or before.get(name) != value}
+        return {**changed, **dict.fromkeys(gone)}
 
     # ---- inside ----
 
-    def _make_engine(self, info: Any, transport: paramiko.Transport) -> Proxy:
+    def _make_proxy(self, info: Any, transport: paramiko.Transport) -> Proxy:
         if self.PROXY_ENV is not self._own_environ:  # the subclass has put one in its place: it is added
             self.PROXY_ENV = {**_without_nx(os.environ), **self.PROXY_ENV}
+        self._own_environ = self.PROXY_ENV
         self._environ_at_start = dict(self.PROXY_ENV)
         display = getattr(info, "display", None)
-        return _Engine(
+        return _ObservedProxy(
             self._make_process,
             SessionInfo(
                 name=info.name,
@@ -292,27 +297,31 @@ class X2GoProxy(threading.Thread):
         )
 
     def _make_backend(self) -> HookedBackend:
-        if self._backend_class is not None:
-            return self._backend_class(self)
+        kind: type[HookedNX3 | HookedKDrive | HookedViewer] = HookedViewer
         name = Path(self.PROXY_CMD).name.lower()
-        if "nxproxy" in name or self.subsystem == "NX Proxy":
-            return HookedNX3(self)
-        if "x2gokdriveclient" in name or self.subsystem == "X2Go KDrive Client":
-            return HookedKDrive(self)
-        return HookedViewer(self)
+        if self._backend_class is not None:
+            kind = self._backend_class
+        elif "nxproxy" in name or self.subsystem == "NX Proxy":
+            kind = HookedNX3
+        elif "x2gokdriveclient" in name or self.subsystem == "X2Go KDrive Client":
+            kind = HookedKDrive
+        return kind(Hooks(lambda: self.PROXY_CMD, self._prepare_command, self._changed_environment))
 
     def _make_process(self, command: Sequence[str], **options: Any) -> ProxyProcess:
         """Make the engine's process: it writes into `session_log`, and is seen as `proxy`."""
-        assert self._proxy_engine is not None  # noqa: S101 - it calls this
+        assert self._fsm_proxy is not None  # noqa: S101 - it calls this
         assert self.session_log_stdout is not None  # noqa: S101 - opened in the preflight
-        handle = ProcessHandle(self._proxy_engine, list(command), self._spawned)
+        handle = ProcessHandle(self._fsm_proxy, list(command), self._spawned)
         post: Callable[[Observation], None] = options.pop("post")
         options["log"] = self.session_log_stdout.fileno()
-        handle.process = ProxyProcess(command, post=handle.watching(post, self._write_errors), **options)
-        return handle.process
+        process = ProxyProcess(command, post=handle.watching(post, self._files.write_errors), **options)
+        handle.attach(process)
+        return process
 
     def _spawned(self, handle: ProcessHandle) -> None:
-        self.proxy = handle
+        with self._making:
+            if not self._stop_ordered:
+                self.proxy = handle
 
     def _run_engine(self, engine: Proxy) -> None:
         """Start the engine, and stay until it has ended and all is told."""
@@ -320,23 +329,27 @@ class X2GoProxy(threading.Thread):
             if self._began:
                 return
             self._began = True
-        self.fw_tunnel = TunnelHandle(engine)
+            if not self._stop_ordered:
+                self.fw_tunnel = TunnelHandle(engine)
         try:
             with suppress(InvalidTransition):  # it was stopped before, or the program has started it
                 engine.start()
             if engine.wait(State.RUNNING) is State.RUNNING:
                 self.logger(f"The {self.subsystem} is up.", loglevel=INFO)
-                self._known.set()
+                self._outcome_known.set()
             engine.wait()
         finally:
-            self._close_logs()
-            if self._stop_ordered:
-                self.proxy = self.fw_tunnel = None
-            self._released.set()
+            self._close()
             try:
                 self._tell_end(engine)
             finally:
-                self._known.set()
+                self._outcome_known.set()
+
+    def _close(self) -> None:
+        """Let go of what is held while it runs; any number of times."""
+        self._files.close()
+        if self._stop_ordered:
+            self.proxy = self.fw_tunnel = None
 
     def _tell_end(self, engine: Proxy) -> None:
         status = engine.status()
@@ -362,46 +375,17 @@ class X2GoProxy(threading.Thread):
 
     def _open_logs(self, context: BackendContext) -> None:
         container = Path(getattr(self.session_info, "local_container", None) or context.session_root)
-        try:
-            container.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.session_log_stdout = os.fdopen(open_private(container / self.session_log), "a")
-            self.session_log_stderr = os.fdopen(open_private(container / self.session_log), "a")
-            if self.PROXY_OPTIONS:
-                self._errors_file = os.fdopen(open_private(container / self.session_errors), "a")
-        except OSError as error:
-            raise BackendError(
-                EndReason.LISTEN_FAILED,
-                f"The session's log in {container} cannot be opened: {error.strerror or error}.",
-                "Make sure that it is a directory of yours, writable and not full.",
-            ) from error
-        self.logger(f"The {self.subsystem} writes its log to {container / self.session_log}.", loglevel=DEBUG)
-
-    def _write_errors(self, line: str) -> None:
-        """Write what the program says where its own option ``errors`` would have it; on its own thread."""
-        file = self._errors_file
-        self._errors_room_bytes -= len(line.encode()) + 1
-        if file is None or self._errors_room_bytes < 0:
-            return
-        try:
-            file.write(f"{line}\n")
-            file.flush()
-        except OSError as error:
-            self._errors_room_bytes = 0
-            self.logger(f"{self.session_errors} cannot be written any more: {error.strerror}.", loglevel=ERROR)
-
-    def _close_logs(self) -> None:
-        for file in (self.session_log_stdout, self.session_log_stderr, self._errors_file):
-            if file is not None:
-                with suppress(OSError):  # what could not be written was told when it was
-                    file.close()
+        log, errors = container / self.session_log, container / self.session_errors
+        self.session_log_stdout, self.session_log_stderr = self._files.open(log, errors if self.PROXY_OPTIONS else None)
+        self.logger(f"The {self.subsystem} writes its log to {log}.", loglevel=DEBUG)
 
     def _describe(self) -> dict[str, str]:
-        engine = self._proxy_engine
+        engine = self._fsm_proxy
         return {"proxy_id": "" if engine is None else engine.id, "session": self.session_name or ""}
 
 
-class _Engine(Proxy):
-    """The engine behind an `X2GoProxy`, which makes its process."""
+class _ObservedProxy(Proxy):
+    """The proxy behind an `X2GoProxy`, which makes its process."""
 
     def __init__(self, make_process: Callable[..., ProxyProcess], *args: Any, **options: Any) -> None:
         self._make_process = make_process
@@ -423,11 +407,7 @@ def _refuse_late_patching() -> None:
         RuntimeError: gevent has patched the standard library after this package was imported.
     """
     monkey: Any = sys.modules.get("gevent.monkey")
-    if (
-        monkey is not None
-        and monkey.is_module_patched("queue")
-        and vars(engine_module)["SimpleQueue"] is _queue.SimpleQueue
-    ):
+    if monkey is not None and monkey.is_module_patched("queue") and not is_patched():
         raise RuntimeError(
             "gevent has patched the standard library after proxy_fsm was imported: import x2go (or call "
             "gevent.monkey.patch_all()) before anything of proxy_fsm."

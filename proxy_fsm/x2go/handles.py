@@ -36,10 +36,14 @@ class ProcessHandle:
         self.args = args
         self.pid = 0
         self.returncode: int | None = None
-        self.process: ProxyProcess | None = None
+        self._process: ProxyProcess | None = None
         self._engine = engine
         self._on_spawned = on_spawned
         self._exited = threading.Event()
+
+    def attach(self, process: ProxyProcess) -> None:
+        """Name what the signals go to."""
+        self._process = process
 
     def watching(
         self, post: Callable[[Observation], None], on_line: Callable[[str], object]
@@ -51,14 +55,14 @@ class ProcessHandle:
                 case ProcessSpawned(pid=pid):
                     self.pid = pid
                     self._on_spawned(self)
-                case OutputLine(text=text):
-                    on_line(text)
                 case ProcessExited(exit_code=code, signal=number):
                     self.returncode = -number if number is not None else code or 0
                     self._exited.set()
                 case _:
                     pass
             post(seen)
+            if isinstance(seen, OutputLine):  # whatever comes of it, the engine has heard it
+                on_line(seen.text)
 
         return take
 
@@ -92,8 +96,8 @@ class ProcessHandle:
 
     def send_signal(self, sig: int) -> None:
         """Send it a signal; a no-op once it has ended."""
-        if self.process is not None:
-            self.process.signal(signal.Signals(sig))
+        if self._process is not None:
+            self._process.signal(signal.Signals(sig))
 
     def __repr__(self) -> str:
         return f"<ProcessHandle: pid: {self.pid} returncode: {self.returncode}>"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.events import EventLog
+from proxy_fsm.events import EventLog, report_failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +18,7 @@ ERROR, WARN, NOTICE, INFO, DEBUG = 8, 16, 32, 64, 128
 DEFAULT = ERROR | WARN | NOTICE
 
 _OUR_LEVELS = {ERROR: "error", WARN: "warning", NOTICE: "info", INFO: "info", DEBUG: "debug"}
-_THEIR_LEVELS = {ours: theirs for theirs, ours in _OUR_LEVELS.items()}
+_THEIR_LEVELS = {"error": ERROR, "warning": WARN, "info": INFO, "debug": DEBUG}
 
 
 class X2GoLog:
@@ -66,8 +65,8 @@ class X2GoLog:
             return
         try:
             self._logger(text, loglevel=loglevel, **({} if tag is None else {"tag": tag}))
-        except Exception:
-            logging.getLogger("proxy_fsm").exception("The logger failed on a message.")
+        except BaseException:  # noqa: BLE001 - a foreign logger may raise anything, SystemExit too
+            report_failure("x2go.message")
 
     message = __call__
 

@@ -59,7 +59,9 @@ def context(address: str = ADDRESS, *, name: str = NAME, display: int = 51) -> B
 
 
 def option_string(backend: NX3Backend, address: str = ADDRESS) -> str:
-    return backend.environment(context(address))["NX_DISPLAY"]
+    string = backend.environment(context(address))["NX_DISPLAY"]
+    assert string is not None
+    return string
 
 
 class TestOptions:
@@ -393,6 +395,17 @@ class TestDiagnosis:
         assert not backend.ready(Evidence(OutputLine("Session: Session started at 'Sun Nov 22 12:07:31 2026'.")))
         assert backend.ready(Evidence(ready, AgentSpoke(1)))
         assert not backend.ready(Evidence(AgentSpoke(1), OutputLine("Info: Using shared memory parameters 0/0K.")))
+
+    @pytest.mark.parametrize(
+        ("opened", "reason"), [(False, EndReason.LISTEN_FAILED), (True, EndReason.DISPLAY_UNAVAILABLE)]
+    )
+    def test_what_was_not_reached_by_tcp_is_the_tunnel_first_and_the_display_then(
+        self, *, opened: bool, reason: EndReason
+    ) -> None:
+        """By TCP its words are the same for both; by a unix socket they are not."""
+        where = "localhost:6000" if opened else "127.0.0.1:40001"
+        line = OutputLine(f"Error: Connection to '{where}' failed. Error is 111 'Connection refused'.")
+        assert judge([*([ChannelOpened(1)] if opened else []), line])[1][0] is reason
 
     @pytest.mark.parametrize("opened", [True, False])
     @pytest.mark.parametrize("number", [1, 2, 15])

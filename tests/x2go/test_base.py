@@ -13,14 +13,16 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from proxy_fsm import EndReason, InvalidSession, State
+from proxy_fsm.evidence import OutputLine
 from proxy_fsm.testing import Forwarding
 from proxy_fsm.testing.scripted import Step, connect, exit_with, ignore, print_cookie, record_call, say, wait_eof
 from proxy_fsm.x2go.base import X2GoProxy
+from proxy_fsm.x2go.handles import ProcessHandle
 from proxy_fsm.x2go.logs import DEBUG, ERROR, INFO
 from tests.engine_helpers import COOKIE, children, descriptors, engine_threads, eventually
 
@@ -107,6 +109,52 @@ class TestASubclassThatSetsItsProgram:
         assert environ["NX_CLIENT"] == "own"
         assert "NX_DISPLAY" not in environ
 
+    def test_a_hook_takes_a_variable_out(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The environment that was inherited is none of its business any more."""
+        monkeypatch.setenv("UNWANTED", "1")
+
+        class Viewer(viewer(scene)):  # type: ignore[misc]
+            def process_proxy_options(self) -> None:
+                del self.PROXY_ENV["UNWANTED"]
+
+        assert scene.make(Viewer).start_proxy()[1]
+        assert "UNWANTED" not in call(scene)["environ"]
+        assert call(scene)["environ"]["PATH"] == os.environ["PATH"]
+
+    def test_a_dict_that_a_hook_puts_in_its_place_is_added(self, scene: Scene) -> None:
+        class Viewer(viewer(scene)):  # type: ignore[misc]
+            def process_proxy_options(self) -> None:
+                self.PROXY_ENV = {"FRUIT": "fig"}
+
+        assert scene.make(Viewer).start_proxy()[1]
+        environ = call(scene)["environ"]
+        assert (environ["FRUIT"], environ["PATH"]) == ("fig", os.environ["PATH"])
+
+    def test_may_have_methods_of_names_that_are_the_backends_too(self, scene: Scene) -> None:
+        """Somebody else's class has any name that python-x2go's base class has not."""
+
+        def fail(*_: Any) -> None:
+            raise LookupError("not meant for us")
+
+        names = ("prepare", "environment", "program", "command", "preflight", "ready", "diagnose", "close", "files")
+        assert scene.make(viewer(scene, **dict.fromkeys(names, fail))).start_proxy()[1]
+
+    def test_may_set_its_attributes_before_the_base_class_is_made(self, scene: Scene) -> None:
+        class Viewer(X2GoProxy):
+            subsystem = "Fruit Viewer"
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                self.PROXY_CMD = scene.program((record_call(scene.home / "call"), connect(), wait_eof()))
+                self.PROXY_ARGS = ["127.0.0.1:{port}"]
+                self.PROXY_ENV = {"FRUIT": "plum"}
+                super().__init__(*args, **kwargs)
+
+        proxy = scene.make(Viewer)
+        assert proxy.start_proxy()[1]
+        assert call(scene)["environ"]["FRUIT"] == "plum"
+        assert proxy.subsystem == "Fruit Viewer"
+        assert "The Fruit Viewer is up." in scene.log.text
+
     def test_mode_options_and_display_make_an_x2go_programs_command_line(self, scene: Scene) -> None:
         kind = viewer(scene, PROXY_MODE="-S", PROXY_OPTIONS=["nx/nx", "port=0", "link=lan"], PROXY_DISPLAY=7)
         proxy = scene.make(kind)
@@ -158,6 +206,36 @@ class TestTheCookie:
         assert status.reason is EndReason.PROXY_NOT_STARTABLE
         assert "cookie" in status.detail
         assert not (scene.home / "call").exists()
+
+
+class TestAnOptionString:
+    @pytest.mark.parametrize("name", ["viewer", "nxproxy"])
+    @pytest.mark.parametrize(
+        "options", [[], ["connect=192.0.2.7"], ["connect=127.0.0.1", "Listen=4000"], ["connect=127.0.0.1", "accept=x"]]
+    )
+    def test_by_which_nxproxy_would_listen_for_everybody_is_refused(
+        self, scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch, options: list[str], name: str
+    ) -> None:
+        monkeypatch.setenv("DISPLAY", x_display)
+        string = ["nx/nx", *options, "port=0", f"cookie={COOKIE}"]
+        proxy = scene.make(viewer(scene, PROXY_MODE="-S", PROXY_OPTIONS=string, PROXY_DISPLAY=51))
+        proxy.PROXY_CMD = scene.program((record_call(scene.home / "call"), connect(), wait_eof()), name)
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
+        status = proxy.engine.status()
+        assert status.reason is EndReason.PROXY_NOT_STARTABLE
+        assert "connect=127.0.0.1" in status.hint
+        assert not (scene.home / "call").exists()
+
+    @pytest.mark.parametrize("errors", ["/home/a:b/x.err", "x.err", "/home/a:1/x:51"])
+    @pytest.mark.parametrize("last", [False, True])
+    def test_keeps_nothing_of_its_option_errors(self, scene: Scene, errors: str, *, last: bool) -> None:
+        options = ["nx/nx", f"cookie={COOKIE}", "connect=127.0.0.1", "port=0"]
+        options.insert(len(options) if last else 2, f"errors={errors}")
+        proxy = scene.make(viewer(scene, PROXY_MODE="-S", PROXY_OPTIONS=options, PROXY_DISPLAY=51))
+        assert proxy.start_proxy()[1]
+        port = proxy.engine.status().listen_address.rpartition(":")[2]
+        string = call(scene)["environ"]["NX_DISPLAY"]
+        assert string == f"nx/nx,cookie={COOKIE},connect=127.0.0.1,port={port}:51"
 
 
 class TestHooks:
@@ -312,6 +390,18 @@ class TestAttributes:
             assert file.stat().st_mode & 0o777 == 0o600
         assert Path(info.local_container).stat().st_mode & 0o777 == 0o700
 
+    def test_what_the_locale_cannot_write_does_no_harm(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file has the locale's encoding where none is asked for: here, one that has no ellipsis."""
+        plain = os.fdopen
+        monkeypatch.setattr(os, "fdopen", lambda *args, **options: plain(*args, **{"encoding": "latin-1", **options}))
+        steps = (say("… 漢字"), connect(), wait_eof())
+        options = ["nx/nx", "connect=127.0.0.1", "port=0"]
+        proxy = scene.make(viewer(scene, *steps, PROXY_MODE="-S", PROXY_OPTIONS=options, PROXY_DISPLAY=51))
+        assert proxy.start_proxy()[1]
+        proxy.stop_thread()
+        assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
+        assert (scene.container / "session.err").read_text(encoding="utf-8") == "… 漢字\n"
+
     def test_a_log_that_cannot_be_opened_is_told(self, scene: Scene) -> None:
         (scene.container / "session.log").mkdir(parents=True)
         proxy = scene.make(viewer(scene))
@@ -353,6 +443,19 @@ class TestTheProcess:
         proxy.join(SOON_S)
         assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
         getattr(process, order)()  # a no-op now
+
+    def test_is_heard_by_the_engine_before_its_line_is_kept(self) -> None:
+        """What goes wrong with a file is nothing to the session."""
+        heard: list[Any] = []
+
+        def fail(_line: str) -> None:
+            raise LookupError("no file today")
+
+        watching = ProcessHandle(cast("Any", None), [], lambda _: None).watching(heard.append, fail)
+        line = OutputLine("hello")
+        with pytest.raises(LookupError):
+            watching(line)
+        assert heard == [line]
 
     def test_is_killed_at_once_where_it_does_not_listen(self, scene: Scene) -> None:
         process, _ = scene.make(viewer(scene, ignore(), connect(), wait_eof())).start_proxy()
@@ -423,18 +526,14 @@ class TestStartAndStop:
         for name, value in change.items():
             setattr(info, name, value)
         proxy = scene.make(viewer(scene), session_info=info)
-        proxy.start()
-        assert proxy._known.wait(SOON_S)
-        assert (proxy.proxy, proxy.ok()) == (None, False)
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
         assert [line for level, line in scene.log.lines if level == ERROR and "cannot be started" in line]
 
     @pytest.mark.parametrize("lacking", ["name", "graphics_port"])
     def test_a_session_that_lacks_something_is_told(self, scene: Scene, lacking: str) -> None:
         fields = {name: value for name, value in vars(scene.info).items() if name != lacking}
         proxy = scene.make(viewer(scene), session_info=SimpleNamespace(**fields))
-        proxy.start()
-        assert proxy._known.wait(SOON_S)
-        assert (proxy.proxy, proxy.ok()) == (None, False)
+        assert within(SOON_S, proxy.start_proxy) == (None, False)
         assert [line for level, line in scene.log.lines if level == ERROR and lacking in line]
 
     @pytest.mark.parametrize("hook", ["_update_local_proxy_socket", "process_proxy_options", "_generate_cmdline"])
@@ -504,6 +603,15 @@ class TestStartAndStop:
         proxy.engine.wait_running(SOON_S)
         assert proxy.start_proxy()[1]
 
+    def test_what_only_the_engine_has_started_is_closed_too(self, scene: Scene) -> None:
+        proxy = scene.make(viewer(scene))
+        proxy.engine.start()
+        proxy.engine.wait_running(SOON_S)
+        assert not proxy.session_log_stdout.closed
+        proxy.stop_thread()
+        assert proxy.session_log_stdout.closed
+        assert (proxy.proxy, proxy.fw_tunnel) == (None, None)
+
     def test_nothing_is_left_of_many(self, scene: Scene) -> None:
         kind = viewer(scene)
         scene.make(kind).start_proxy()
@@ -516,7 +624,7 @@ class TestStartAndStop:
             scene.made[-1].join(SOON_S)
             assert not scene.made.pop().is_alive()
         gc.collect()
-        assert engine_threads() == []
+        eventually(lambda: engine_threads() == [], "no thread of an engine")
         assert children() == others
         assert descriptors() == before
 
@@ -551,9 +659,12 @@ class TestLoggers:
         assert proxy.start_proxy()[1]
         assert lines
 
-    def test_one_that_fails_changes_nothing(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("error", [LookupError, SystemExit])
+    def test_one_that_fails_changes_nothing(
+        self, scene: Scene, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+    ) -> None:
         def fail(*_: Any, **__: Any) -> None:
-            raise LookupError("no log today")
+            raise error("no log today")
 
         assert scene.make(viewer(scene), logger=fail).start_proxy()[1]
         assert "no log today" in caplog.text

@@ -9,32 +9,36 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy_fsm import EndReason
-from proxy_fsm.testing.scripted import Step, record_call, wait_eof
-from proxy_fsm.x2go import kdrive
+from proxy_fsm.testing.scripted import Gate, Step, exit_with, record_call, wait_eof, wait_file
+from proxy_fsm.x2go import kdrive, nx3
 from tests.engine_helpers import COOKIE, eventually
 
 if TYPE_CHECKING:
     from .conftest import Scene
 
-#: Reads its options as x2gokdriveclient does, keeps what it saw of their file, and connects where they say.
-READ_OPTIONS = """\
+#: Reads its options as x2gokdriveclient does.
+READ_OPTIONS = Step("""\
 path = sys.argv[2].removeprefix("nx/nx,options=").rpartition(":")[0]
 mode = os.stat(path).st_mode & 0o777
-words = open(path).read().rpartition(":")[0].split(",")
-options = dict(word.split("=", 1) for word in words if "=" in word)
+text = open(path).read()
+options = dict(word.split("=", 1) for word in text.rpartition(":")[0].split(",") if "=" in word)
+""")
+#: Connects where they say, and shows the agent the cookie.
+CONNECT_AND_SEND = Step("""\
 connection = join((options["connect"], int(options["port"])))
 connection.sendall(options["cookie"].encode())
-"""
+""")
 
 
 def keep(path: Path) -> Step:
-    return Step(f"open({str(path)!r}, 'w').write(str([path, oct(mode), open(path).read()]))")
+    """Keep what was seen of the options' file; before the agent hears of the program, and so the test."""
+    return Step(f"import json; open({str(path)!r}, 'w').write(json.dumps([path, oct(mode), text]))")
 
 
 @pytest.fixture
 def kd(scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch) -> Scene:
     """A scene with a display and a stand-in for x2gokdriveclient."""
-    steps = (record_call(scene.home / "call"), Step(READ_OPTIONS), keep(scene.home / "options"), wait_eof())
+    steps = (record_call(scene.home / "call"), READ_OPTIONS, keep(scene.home / "options"), CONNECT_AND_SEND, wait_eof())
     monkeypatch.setenv("X2GOKDRIVECLIENT_BINARY", scene.program(steps, "x2gokdriveclient"))
     monkeypatch.setenv("DISPLAY", x_display)
     return scene
@@ -57,7 +61,7 @@ def test_the_options_file_is_private_and_goes_with_the_proxy(kd: Scene) -> None:
     assert called["argv"][1] == "-S"
     assert COOKIE not in "".join(called["argv"])
     assert not [value for value in called["environ"].values() if COOKIE in value]
-    path, mode, text = eval((kd.home / "options").read_text())  # noqa: S307 - what the stand-in has just written
+    path, mode, text = json.loads((kd.home / "options").read_text())
     assert called["argv"][2] == f"nx/nx,options={path}:51"
     assert mode == "0o600"
     port = proxy.engine.status().listen_address.rpartition(":")[2]
@@ -67,11 +71,26 @@ def test_the_options_file_is_private_and_goes_with_the_proxy(kd: Scene) -> None:
     assert not Path(path).parent.exists()
 
 
-def test_it_is_told_apart_who_ended_it(kd: Scene) -> None:
+def test_a_session_that_the_agent_ends_has_ended(kd: Scene) -> None:
     proxy = started(kd)
     kd.agent.let_go()
     proxy.join(10)
     assert proxy.engine.status().reason is EndReason.SESSION_ENDED
+
+
+def test_a_viewer_that_its_user_closes_was_closed(kd: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Gate(kd.home / "gate") as gate:
+        steps = (READ_OPTIONS, CONNECT_AND_SEND, wait_file(gate.path), exit_with(0))
+        monkeypatch.setenv("X2GOKDRIVECLIENT_BINARY", kd.program(steps, "closing"))
+        proxy = started(kd)
+        gate.open()
+        proxy.join(10)
+    assert proxy.engine.status().reason is EndReason.VIEWER_CLOSED
+
+
+def test_is_no_kind_of_nx3(kd: Scene) -> None:
+    """As in python-x2go."""
+    assert not isinstance(kd.make(kdrive.X2GoProxy), nx3.X2GoProxy)
 
 
 def test_has_the_apis_attributes(kd: Scene) -> None:

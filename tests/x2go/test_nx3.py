@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,16 +15,15 @@ from proxy_fsm import EndReason, State
 from proxy_fsm.testing.scripted import connect, exit_with, record_call, say, wait_eof
 from proxy_fsm.x2go import base, nx3
 from tests.engine_helpers import COOKIE, READY_LINE, eventually
+from tests.real import PYTHON_X2GO, lack
 
 from .conftest import NAME
+from .test_kdrive import CONNECT_AND_SEND, READ_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .conftest import Scene
-
-#: Where Debian's package python3-x2go is.
-PYTHON_X2GO = Path("/usr/lib/python3/dist-packages/x2go")
 
 
 @pytest.fixture
@@ -101,6 +100,21 @@ class TestOurs:
         assert proxy.engine.status().reason is EndReason.DISPLAY_UNAVAILABLE
         assert nx.agent.connections == []
 
+    def test_that_is_not_there_is_told_with_its_package(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NXPROXY_BINARY", "/nowhere/nxproxy")
+        proxy = nx.make(nx3.X2GoProxy)
+        assert proxy.start_proxy() == (None, False)
+        assert proxy.engine.status().reason is EndReason.PROXY_NOT_FOUND
+        assert "the package nxproxy" in proxy.engine.status().hint
+
+    @pytest.mark.parametrize("lacking", ["name", "cookie", "display", "graphics_port"])
+    def test_a_session_that_lacks_something_is_told_when_it_starts(self, nx: Scene, lacking: str) -> None:
+        fields = {name: value for name, value in vars(nx.info).items() if name != lacking}
+        proxy = nx.make(nx3.X2GoProxy, session_info=SimpleNamespace(**fields))
+        assert proxy.start_proxy() == (None, False)
+        assert lacking in nx.log.text
+        assert nx.agent.connections == []
+
     def test_a_string_that_nxproxy_would_cut_is_refused(self, nx: Scene) -> None:
         options = {f"option{number}": "x" * 200 for number in range(5)}
         proxy = nx.make(nx3.X2GoProxy, proxy_options=options)
@@ -126,7 +140,7 @@ class TestOurs:
 def foreign(nx: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Load python-x2go's own module of a name, its base class replaced by ours; nothing else of it is run."""
     if not PYTHON_X2GO.is_dir():
-        pytest.skip("missing: python3-x2go (tests/install-system-packages installs it)")
+        lack(["python3-x2go"])
     for name in ("x2go", "x2go.log", "x2go.defaults", "x2go.backends", "x2go.backends.proxy"):
         module = ModuleType(name)
         module.__path__ = []
@@ -182,10 +196,13 @@ class TestPythonX2GosOwnSource:
 
     def test_of_kdrive_works_too(self, nx: Scene, foreign: Any) -> None:
         proxy = nx.make(foreign("kdrive"))
-        steps = (record_call(nx.home / "call"), connect(None), wait_eof())
+        steps = (record_call(nx.home / "call"), READ_OPTIONS, CONNECT_AND_SEND, wait_eof())
         proxy.PROXY_CMD = nx.program(steps, "x2gokdriveclient")
         nx.container.mkdir(parents=True)
-        process, _ = proxy.start_proxy()
-        called = call(nx)
-        assert called["argv"][1:] == ["-S", f"nx/nx,options={nx.container}/options:51"]
-        assert COOKIE not in "".join(process.args)
+        proxy.start()
+        eventually(lambda: bytes(nx.agent.received) == COOKIE.encode(), "the cookie at the agent")
+        assert not proxy.ok()
+        nx.agent.say(b"a picture")
+        eventually(proxy.ok, "ok")
+        assert call(nx)["argv"][1:] == ["-S", f"nx/nx,options={nx.container}/options:51"]
+        assert COOKIE not in "".join(proxy.proxy.args)
