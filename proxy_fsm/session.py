@@ -92,14 +92,16 @@ class SessionInfo:
 
 
 class SessionStatus(StrEnum):
-    """What a server's database says of a session; it writes no other letter.
+    """What a server's database says of a session."""
 
-    Source: ``x2gochangestatus`` and its callers, ``db_createsession`` in ``X2Go/Server/DB``.
-    """
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    FINISHED = "finished"
 
-    RUNNING = "R"
-    SUSPENDED = "S"
-    FINISHED = "F"
+
+#: The database's letters; it writes no other. Source: ``x2gochangestatus`` and its callers, ``db_createsession`` in
+#: ``X2Go/Server/DB``.
+_STATUS = {"R": SessionStatus.RUNNING, "S": SessionStatus.SUSPENDED, "F": SessionStatus.FINISHED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,9 +275,9 @@ def _number(title: str, text: str, low: int, high: int) -> int:
 
 
 def _status(letter: str) -> SessionStatus:
-    if letter not in set(SessionStatus):
-        raise InvalidSession("status", f"{_excerpt(letter)} is none of {', '.join(SessionStatus)}.")
-    return SessionStatus(letter)
+    if letter not in _STATUS:
+        raise InvalidSession("status", f"{_excerpt(letter)} is none of {', '.join(_STATUS)}.")
+    return _STATUS[letter]
 
 
 def _text(title: str, text: str, cookie: str) -> str:

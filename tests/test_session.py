@@ -386,7 +386,8 @@ class TestParseSessionList:
 
     def test_keeps_the_servers_order(self) -> None:
         text = "\n".join(row(c4=letter) for letter in "SRFR")
-        assert [str(session.status) for session in parse_session_list(text)] == list("SRFR")
+        words = [str(session.status) for session in parse_session_list(text)]
+        assert words == ["suspended", "running", "finished", "running"]
 
     @pytest.mark.parametrize("text", ["", "\n", " \r\n\n"])
     def test_an_empty_list_has_no_sessions(self, text: str) -> None:

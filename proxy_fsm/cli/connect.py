@@ -26,7 +26,6 @@ from proxy_fsm.cli.connecting import SSHOptions, connected
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.run import AttachOptions, attach
 from proxy_fsm.cli.sampling import sampled
-from proxy_fsm.cli.sessions import WORDS
 from proxy_fsm.cli.verb import NotReachedError, UsageError, as_words, conclude
 from proxy_fsm.cli.x2go_server import X2GoServer
 
@@ -389,7 +388,7 @@ class _Visit:
             ),
             SessionStatus.FINISHED: ("The session has ended.", None),
         }[status]
-        self.output.log.info("session.left", status=WORDS[status], detail=detail, hint=hint)
+        self.output.log.info("session.left", status=str(status), detail=detail, hint=hint)
 
     def _wait_settled(self, name: str) -> SessionStatus:
         found = self._poll(name, _SETTLED_WITHIN_S, interruptible=False)
@@ -400,5 +399,5 @@ class _Visit:
 
 
 def _what_there_is(listed: tuple[ListedSession, ...]) -> str:
-    names = [f"{each.info.name} ({WORDS[each.status]})" for each in listed]
+    names = [f"{each.info.name} ({each.status})" for each in listed]
     return f"There is: {', '.join(names)}." if names else "There is no session. Start one with --command."

@@ -20,14 +20,8 @@ if TYPE_CHECKING:
 
     from proxy_fsm.cli.interrupts import Interrupts
 
-__all__ = ["WORDS", "sessions"]
+__all__ = ["sessions"]
 
-#: What a status is called.
-WORDS = {
-    SessionStatus.RUNNING: "running",
-    SessionStatus.SUSPENDED: "suspended",
-    SessionStatus.FINISHED: "finished",
-}
 _RESUMABLE = {
     SessionStatus.RUNNING: "with --take-over",
     SessionStatus.SUSPENDED: "yes",
@@ -70,7 +64,7 @@ def _log(output: Output, session: ListedSession) -> None:
     output.log.info(
         "session.listed",
         session=session.info.name,
-        status=WORDS[session.status],
+        status=str(session.status),
         display=session.info.display,
         created=session.created,
         client=session.client,
@@ -89,7 +83,7 @@ def _print(output: Output, listed: Sequence[ListedSession]) -> None:
     for session in listed:
         cells = (
             session.info.name,
-            WORDS[session.status],
+            str(session.status),
             f":{session.info.display}",
             session.created,
             session.client,
