@@ -25,6 +25,8 @@ __all__ = ["Backend", "BackendContext", "CommandBackend", "ListenKind", "Program
 ListenKind = Literal["unix", "tcp"]
 ReadyWhen = Literal["first_bytes", "connected"]
 
+_WINDOWS = os.name == "nt"
+
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
@@ -144,7 +146,7 @@ class Program:
         self,
         environ: Mapping[str, str] | None = None,
         *,
-        windows: bool = os.name == "nt",
+        windows: bool = _WINDOWS,
         exists: Callable[[str], bool] = os.path.exists,
     ) -> str:
         """Return what to start: a path, or a bare name that is looked up in PATH when it starts.

@@ -46,7 +46,7 @@ class X2GoProxy(threading.Thread):
 
     Subclasses say what to run, by class or instance attributes (`PROXY_CMD`, `PROXY_ARGS`, `PROXY_ENV`, and for
     programs that take an NX option string `PROXY_MODE`, `PROXY_OPTIONS`, `PROXY_DISPLAY`), and by the hooks
-    `_update_local_proxy_socket`, `process_proxy_options` and `_generate_cmdline`, which are called in this order in
+    ``_update_local_proxy_socket``, `process_proxy_options` and ``_generate_cmdline``, which are called in this order in
     the engine's preflight, on a thread of its own, before anything remote is touched.
 
     Args:
@@ -144,7 +144,7 @@ class X2GoProxy(threading.Thread):
 
     @property
     def engine(self) -> Proxy | None:
-        """The `proxy_fsm.Proxy` behind it: its exact status, its records; made when first asked for, or started.
+        """The `Proxy` behind it: its exact status, its records; made when first asked for, or started.
 
         None without a session or a transport.
 
@@ -217,7 +217,7 @@ class X2GoProxy(threading.Thread):
     # ---- what subclasses override ----
 
     def process_proxy_options(self) -> None:
-        """Take options out of `proxy_options` and into the command line; then call this, which logs the others."""
+        """Take options out of ``proxy_options`` and into the command line; then call this, which logs the others."""
         if self.proxy_options:
             self.logger(f"These proxy options are ignored: {self.proxy_options}", loglevel=INFO)
 
@@ -248,7 +248,7 @@ class X2GoProxy(threading.Thread):
         try:
             self._update_local_proxy_socket(context.port or 0)
             self._call_process_proxy_options()
-            # A subclass of python-x2go's base may have one that only prepares: that base's own returns an empty string.
+            # python-x2go's own base returns an empty string: a subclass that does so too means the usual one.
             line: Any = self._generate_cmdline() or X2GoProxy._generate_cmdline(self)
         except Exception as error:
             raise BackendError(

@@ -27,7 +27,7 @@ class ProcessHandle:
         args: Program and arguments.
         pid: Its process id, kept after its end.
         returncode: None while it runs, then its exit code, or a signal's number below 0; 0 where somebody else has
-            taken it, as in `subprocess`.
+            taken it, as in ``subprocess``.
     """
 
     stdin = stdout = stderr = None
@@ -67,7 +67,7 @@ class ProcessHandle:
         return take
 
     def poll(self) -> int | None:
-        """Return `returncode`."""
+        """Return ``returncode``."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:

@@ -16,7 +16,7 @@ __all__ = ["X2GoProxy"]
 class X2GoProxy(OptionStringProxy):
     """Runs ``x2gokdriveclient -S``; the session's cookie goes by a file that its owner alone can read.
 
-    The file is removed when the program has ended. `proxy_options` as in `proxy_fsm.x2go.nx3.X2GoProxy`.
+    The file is removed when the program has ended. ``proxy_options`` as in `proxy_fsm.x2go.nx3.X2GoProxy`.
 
     Args:
         args: As in `proxy_fsm.x2go.base.X2GoProxy`.

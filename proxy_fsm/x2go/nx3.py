@@ -14,7 +14,7 @@ __all__ = ["X2GoProxy"]
 class X2GoProxy(OptionStringProxy):
     """Runs ``nxproxy -S``; the session's cookie goes by the environment, where its owner alone can read it.
 
-    `proxy_options` that can stand in an NX option string, and are not set from the session, are taken into it.
+    ``proxy_options`` that can stand in an NX option string, and are not set from the session, are taken into it.
 
     Args:
         args: As in `proxy_fsm.x2go.base.X2GoProxy`.

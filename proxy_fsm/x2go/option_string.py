@@ -16,7 +16,7 @@ __all__ = ["OptionStringProxy"]
 class OptionStringProxy(base.X2GoProxy):
     """A proxy whose program takes ``nx/nx,key=value,…:DISPLAY`` after ``-S``.
 
-    `proxy_options` that can stand in an option string, and are not set from the session, are taken into it.
+    ``proxy_options`` that can stand in an option string, and are not set from the session, are taken into it.
 
     Args:
         args: As in `proxy_fsm.x2go.base.X2GoProxy`.
