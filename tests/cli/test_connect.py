@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy_fsm import EndReason
+from proxy_fsm.cli.app import make_app
+from proxy_fsm.cli.connect import connect
 from proxy_fsm.testing import standins
 from proxy_fsm.testing.scripted import install
 
@@ -344,8 +346,12 @@ class TestASuspendedSession:
         said += ["--geometry", "1024x768", "--link", "lan", "--clipboard", "none"]
         user.environ["X2GOKDRIVECLIENT_BINARY"] = user.with_broken_nxproxy()
         program = user.run("--session", NAME, *said, "--kind", "rootless", "--ask-server", "-v")
-        again = shlex.join(["proxy-fsm", "connect", *user.access, *said, "--session", NAME])
-        assert left(program) == ("suspended", f"Go on with it: {again}")
+        words = ["connect", *user.access, *said, "--session", NAME]
+        assert left(program) == ("suspended", f"Go on with it: {shlex.join(['proxy-fsm', *words])}")
+        verb, bound, _ = make_app().parse_args(words, exit_on_error=False)
+        assert verb is connect
+        assert bound.arguments["attach_options"].backend == "kdrive"
+        assert bound.arguments["ssh_options"].accept_unknown_host
 
     def test_that_the_server_does_not_resume_is_told(self, user: User, x2go: FakeX2Go) -> None:
         """It prints a port all the same, and its status is 0."""
