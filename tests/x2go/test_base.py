@@ -363,6 +363,7 @@ class TestAttributes:
         proxy = scene.make(viewer(scene))
         process, ok = proxy.start_proxy()
         assert ok
+        eventually(lambda: scene.agent.connections, "the connection at the agent, which takes it on its own thread")
         scene.agent.let_go()
         proxy.join(SOON_S)
         assert proxy.ok() is False
