@@ -707,6 +707,26 @@ class TestRehearsal:
         assert list(runtime.iterdir()) == []
         assert root.is_file() or list(root.iterdir()) == []
 
+    def test_without_a_place_for_sockets_it_says_so(
+        self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Such as where every temporary directory is full."""
+        plain = tempfile.mkdtemp
+
+        def refuse(*args: Any, **options: Any) -> Any:
+            if options.get("dir") == tmp_path / "root":
+                return plain(*args, **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        with (
+            pytest.raises(BackendError) as caught,
+            rehearse(FakeBackend(), sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(runtime)}),
+        ):
+            raise AssertionError("There is no place.")
+        assert caught.value.reason is EndReason.LISTEN_FAILED
+        assert list((tmp_path / "root").iterdir()) == []
+
     def test_by_default_it_is_this_users_root_and_this_processs_environment(
         self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
