@@ -53,11 +53,13 @@ def timed(kind: Any) -> Any:
             )
             return process, ok
 
+        told = False
+
         def stop_thread(self) -> None:
             began = time.monotonic()
-            alive = self.proxy is not None
             super().stop_thread()
-            if alive:
+            if self.engine is not None and not self.told:  # python-x2go's guardian may call it in the same moment
+                self.told = True
                 say(what="stopped", reason=str(self.engine.status().reason), seconds=time.monotonic() - began)
 
     return Timed
