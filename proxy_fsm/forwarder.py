@@ -394,8 +394,9 @@ class _Connection:
 
     def _up(self, channel: SafeChannel) -> None:
         try:
-            # Whole messages, so that none is sent that is hardly filled.
-            buffer = memoryview(bytearray(max(1, _READ_BYTES // channel.message_bytes) * channel.message_bytes))
+            # Whole messages, so that none is sent that is hardly filled; how long they may be is the server's to say.
+            size = min(channel.message_bytes, _READ_BYTES)
+            buffer = memoryview(bytearray(_READ_BYTES // size * size))
             while count := self._local.recv_into(buffer):
                 data = buffer[:count]
                 while data:

@@ -74,6 +74,8 @@ def _tcp_owner(end: _End, other: _End) -> int | None:
     try:
         owner = _asked(end, other)
     except OSError:  # netlink is kept from this process, as systemd's RestrictAddressFamilies may do
+        owner = None
+    if owner is None:
         owner = _looked_up(end, other)
     return None if owner in {None, (0, 0)} else owner.uid
 

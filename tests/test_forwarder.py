@@ -33,7 +33,7 @@ from proxy_fsm.evidence import (
     WorkerRefused,
 )
 from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
-from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, set_nodelay
+from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, SafeChannel, set_nodelay
 from proxy_fsm.status import EndReason, TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
@@ -429,6 +429,15 @@ class TestProxyResets:
             made.inbox.wait(ConnectionEnded)
             server.wait_for(lambda: server.channels_open == 0)
             assert made.inbox.kinds() == [ChannelOpened, AgentSpoke, ConnectionEnded]
+
+
+def test_a_server_that_takes_endless_messages_costs_no_memory(
+    transport: paramiko.Transport, tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SafeChannel, "message_bytes", 1 << 50)
+    with connected(transport, tmp_path, agent) as (_, local, peer):
+        local.sendall(b"carried")
+        assert peer.recv(7) == b"carried"
 
 
 class TestTransportEnds:

@@ -75,7 +75,18 @@ def test_a_socket_that_nobody_holds_any_more_has_no_owner(
 ) -> None:
     """Linux before 6.16 says 0, which is root's number, and would let anybody in to root's proxies."""
     monkeypatch.setattr(peer, "_asked", lambda *_: None if found is None else peer._Owner(*found))
+    monkeypatch.setattr(peer, "_looked_up", lambda *_: None)
     assert peer._tcp_owner(ELSEWHERE, ELSEWHERE) == owner
+
+
+def test_where_the_kernel_finds_nothing_its_tables_have_the_last_word(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that was built without this question answers as if there were no such socket."""
+    monkeypatch.setattr(peer, "_asked", lambda *_: None)
+    with socket.create_connection(listener.getsockname()) as local, listener.accept()[0] as accepted:
+        assert peer._tcp_owner(accepted.getpeername(), accepted.getsockname()) == os.geteuid()
+        assert local.fileno() >= 0
 
 
 def test_where_the_kernel_may_not_be_asked_its_tables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

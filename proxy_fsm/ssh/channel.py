@@ -36,7 +36,7 @@ _ROOM_BYTES = 64
 #: How much is handed on before its window is given back.
 _PIECE_BYTES = 512 << 10
 
-#: How many messages are sent in one go at most; each is two entries of ``writev``, which takes 1,024 on Linux.
+#: How many messages are sent in one go at most; each is two entries of ``sendmsg``, which takes 1,024 on Linux.
 _MOST_MESSAGES = 64
 
 
@@ -57,7 +57,7 @@ class SafeChannel(paramiko.Channel):
         self.transport_ended = False
         self._most_messages = 1
         self.opening: ChannelOpening | None = None
-        self.in_buffer = ReceiveBuffer()
+        self.in_buffer = ReceiveBuffer(WINDOW_BYTES)
         self._close_sent = threading.Lock()
 
     @property
@@ -178,6 +178,9 @@ class SafeChannel(paramiko.Channel):
 class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub alone
     """What came for a channel: handed straight on where a socket takes it, kept in order where it does not.
 
+    Args:
+        most_bytes: How much is kept. A server that sends more heeds no window, and nothing more is taken from it.
+
     Attributes:
         delivered: How many bytes were handed on.
         carrier: The TCP socket that it came over, if it is one.
@@ -187,8 +190,9 @@ class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its s
     _buffer: array[int]
     _closed: bool
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int) -> None:
         super().__init__()
+        self._most_bytes = most_bytes
         self._lock = threading.RLock()  # feed() as a whole is one step
         self._cv = threading.Condition(self._lock)
         self.delivered = 0
@@ -203,7 +207,10 @@ class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its s
         with self._lock:
             if not self._over:
                 rest = self._hand_on(data)
-                if rest:
+                if len(self._buffer) + len(rest) > self._most_bytes:
+                    self.stop()
+                    self.close()
+                elif rest:
                     super().feed(rest)
         acknowledge(self.carrier)
 

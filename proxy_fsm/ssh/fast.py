@@ -30,16 +30,22 @@ _FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 _LENGTH_BYTES = 4
 _BLOCK_BYTES = 16
 _TAG_BYTES = 16
+#: No packet is longer: more than any that is asked for here, and than a program would ask for.
+_LONGEST_BYTES = 64 << 20
 #: The least padding of any packet (RFC 4253, 6).
 _LEAST_PADDING_BYTES = 4
 
 
 class Messages(Message):
-    """Messages that are sent in one go by a `Packetizer`; who takes this for one message sees the first."""
+    """Messages that a `Packetizer` sends in one go; nobody else can take them for one."""
 
     def __init__(self, pieces: Sequence[tuple[bytes, memoryview]]) -> None:
-        super().__init__(b"".join(pieces[0]))
+        super().__init__()
         self.pieces = pieces
+
+    def asbytes(self) -> bytes:
+        """Raise an error: these are several messages."""
+        raise TypeError("Several messages have no bytes of one.")
 
 
 class Packetizer(packet.Packetizer):
@@ -88,14 +94,16 @@ class Packetizer(packet.Packetizer):
 
     def _send_sealed(self, pieces: Sequence[tuple[bytes | memoryview, ...]]) -> None:
         out: list[bytes] = []
+        iv = self.__iv_out
         for piece in pieces:
             length = sum(map(len, piece))
             padding = _LEAST_PADDING_BYTES + -(1 + length + _LEAST_PADDING_BYTES) % _BLOCK_BYTES
             head = (1 + length + padding).to_bytes(_LENGTH_BYTES, "big")
             plain = b"".join((bytes((padding,)), *piece, os.urandom(padding)))
-            out += (head, self.__block_engine_out.encrypt(self.__iv_out, plain, head))
-            self.__iv_out = self._inc_iv_counter(self.__iv_out)  # type: ignore[attr-defined]
-            self.__sequence_number_out = (self.__sequence_number_out + 1) & 0xFFFFFFFF
+            out += (head, self.__block_engine_out.encrypt(iv, plain, head))
+            iv = self._inc_iv_counter(iv)  # type: ignore[attr-defined]
+        self.__iv_out = iv
+        self.__sequence_number_out = (self.__sequence_number_out + len(pieces)) & 0xFFFFFFFF
         self._write(out)
         self.__sent_bytes += sum(map(len, out))
         self.__sent_packets += len(pieces)
@@ -104,8 +112,9 @@ class Packetizer(packet.Packetizer):
 
     def _write(self, out: list[bytes]) -> None:
         try:
-            sent = os.writev(self._sock.fileno(), out)  # the socket does not block: paramiko gives it a timeout
-        except BlockingIOError:
+            # Not writev() on its number: whoever closes it meanwhile may have that number in use for something else.
+            sent = self._sock.sendmsg(out)
+        except (TimeoutError, BlockingIOError):
             sent = 0
         except OSError as error:
             raise EOFError from error  # as paramiko does
@@ -126,6 +135,8 @@ class Packetizer(packet.Packetizer):
             return super().read_message()
         self._hold(_LENGTH_BYTES, check_rekey=True)
         length = int.from_bytes(self._ahead[self._start : self._start + _LENGTH_BYTES], "big")
+        if length % _BLOCK_BYTES or length > _LONGEST_BYTES:  # it is not sealed: anybody on the way can change it
+            raise paramiko.SSHException(f"A packet cannot be {length} bytes long.")
         count = _LENGTH_BYTES + length + _TAG_BYTES
         if count > len(self._ahead):
             return super().read_message()
@@ -136,7 +147,7 @@ class Packetizer(packet.Packetizer):
             plain = self.__block_engine_in.decrypt(self.__iv_in, whole[_LENGTH_BYTES:], whole[:_LENGTH_BYTES])
         except InvalidTag as error:
             raise paramiko.SSHException("Mismatched MAC") from error
-        if length < 2 or plain[0] > length - 2:  # noqa: PLR2004 - the padding's length, and the message's number
+        if length == 0 or plain[0] > length - 2:
             raise paramiko.SSHException("A packet without a message.")
         self.__iv_in = self._inc_iv_counter(self.__iv_in)  # type: ignore[attr-defined]
         message = Message(plain[2 : length - plain[0]])
@@ -167,6 +178,8 @@ class Packetizer(packet.Packetizer):
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:  # noqa: FBT001, FBT002 - paramiko's signature
         """Return exactly so many bytes; waiting for them is as in paramiko."""
+        if n <= 0:  # of a length that is too small; the MAC will tell
+            return b""
         if not self.__remainder and n <= len(self._ahead):
             self._hold(n, check_rekey=check_rekey)
             return self._take(n)
@@ -253,7 +266,7 @@ def fast_transport(sock: Any, **kwargs: Any) -> paramiko.Transport:
         sock: A connected socket, or what else ``paramiko.Transport`` takes.
         kwargs: Passed on to ``paramiko.Transport``.
     """
-    if isinstance(sock, socket.socket):
+    if type(sock) is socket.socket:  # one of TLS is another kind, and wants every byte to go through it
         kwargs.setdefault("packetizer_class", Packetizer)
     transport = paramiko.Transport(sock, **kwargs)
     options = transport.get_security_options()

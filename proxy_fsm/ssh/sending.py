@@ -103,3 +103,5 @@ class PatientTransport:
             send_patiently(self._transport, message)
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise TransportGone(str(error) or "The SSH transport ended.") from error
+        if not self._transport.is_active():  # then paramiko drops what it is to send, and says nothing
+            raise TransportGone("The SSH transport ended.")

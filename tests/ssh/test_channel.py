@@ -245,7 +245,7 @@ class TestAcknowledging:
         near, far = socket.socketpair()
         carrier: Any = Acknowledged()
         with near, far:
-            received = ReceiveBuffer()
+            received = ReceiveBuffer(64 << 20)
             received.carrier = carrier
             received.feed(b"kept")
             assert carrier.times == 1
@@ -297,7 +297,7 @@ class TestDelivering:
     def test_nothing_goes_straight_on_while_something_is_kept(self) -> None:
         near, far = socket.socketpair()
         with near, far:
-            passage = ReceiveBuffer()
+            passage = ReceiveBuffer(64 << 20)
             passage.delivered, passage._sink = 1, near
             passage.feed(bytes(8 << 20))
             taken = passage.delivered - 1
@@ -319,11 +319,22 @@ class TestDelivering:
         """A server that goes on sending until it hears of the end fills no memory."""
         near, far = socket.socketpair()
         with near, far:
-            passage = ReceiveBuffer()
+            passage = ReceiveBuffer(64 << 20)
             passage.feed(bytes(1 << 20))
             passage.stop()
             passage.feed(bytes(1 << 20))
             assert len(passage) == 0
+
+    def test_a_server_that_heeds_no_window_fills_no_memory(self) -> None:
+        near, far = socket.socketpair()
+        with near, far:
+            received = ReceiveBuffer(1000)
+            received.feed(bytes(1000))
+            assert len(received) == 1000
+            received.feed(b"x")
+            assert len(received) == 0
+            kept, passed = received.take(near)
+            assert (bytes(kept), passed) == (b"", 0), "nothing more comes"
 
     def test_the_order_stays_whichever_thread_hands_it_on(self, small_switch_interval: None) -> None:
         del small_switch_interval

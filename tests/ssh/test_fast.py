@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
+import ssl
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +38,7 @@ from tests.tunnel_helpers import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from proxy_fsm.testing import LoopbackSSHServer
 
@@ -212,6 +215,21 @@ class TestReadingAhead:
         with pytest.raises(EOFError):
             packetizer.read_all(6)
 
+    def test_of_a_length_that_is_too_small_nothing_is_read(self, pair: tuple[Any, socket.socket]) -> None:
+        packetizer, far = pair
+        far.sendall(b"headerbody")
+        assert [packetizer.read_all(count) for count in (6, -6, 0, 4)] == [b"header", b"", b"", b"body"]
+
+    def test_over_tls_every_byte_goes_through_tls(self) -> None:
+        near, far = socket.socketpair()
+        with (
+            far,
+            ssl.create_default_context().wrap_socket(near, do_handshake_on_connect=False, server_hostname="x") as over,
+        ):
+            transport: Any = fast_transport(over)
+            assert type(transport.packetizer) is Packetizer
+            transport.close()
+
     def test_a_transport_over_something_else_than_a_socket_reads_as_ever(
         self, transport: paramiko.Transport, agent: Agent
     ) -> None:
@@ -291,7 +309,27 @@ class TestSealing:
             ends.theirs.send_message(Message(b"^"))
         assert [ends.ours.read_message()[1].seqno for _ in range(3)] == [0, 1, 2]
 
-    @pytest.mark.parametrize("place", [0, 4, 20, -1])
+    def test_they_pass_for_no_single_message(self) -> None:
+        with pytest.raises(TypeError):
+            fast.Messages([(b"^", memoryview(b"one")), (b"^", memoryview(b"two"))]).asbytes()
+
+    def test_a_failure_in_the_middle_leaves_the_connection_as_it_was(self, ends: Ends) -> None:
+        broken: Any = memoryview(b"one"), "no bytes"
+        with pytest.raises(TypeError):
+            ends.ours.send_message(fast.Messages([(b"^", piece) for piece in broken]))
+        assert self.carried(ends.ours, ends.theirs, b"after") == [b"after"]
+
+    @pytest.mark.parametrize("length", [1, 17, 0xFFFFFFF0])
+    def test_a_length_that_cannot_be_is_refused(self, length: int) -> None:
+        near, far = socket.socketpair()
+        with near, far:
+            ours: Any = fast.Packetizer(near)
+            ours.set_inbound_cipher(AESGCM(bytes(16)), 16, None, 16, None, aead=True, iv_in=bytes(12))
+            far.sendall(length.to_bytes(4, "big") + bytes(100))
+            with pytest.raises(paramiko.SSHException, match=f"cannot be {length} bytes"):
+                ours.read_message()
+
+    @pytest.mark.parametrize("place", [4, 20, -1])
     def test_a_packet_that_was_changed_on_the_way_is_refused(self, place: int) -> None:
         near, far = socket.socketpair()
         wire, sink = socket.socketpair()
@@ -300,13 +338,12 @@ class TestSealing:
             agree_on_keys(ends)
             ends.theirs.send_message(Message(b"^" + bytes(100)))
             packet = bytearray(sink.recv(1000))
-            packet[place] ^= 8 if place else 0
-            packet[3] ^= 1 if place == 0 else 0
-            far.sendall(packet + bytes(100))
+            packet[place] ^= 8
+            far.sendall(packet)
             with pytest.raises(paramiko.SSHException, match="Mismatched MAC"):
                 ends.ours.read_message()
 
-    @pytest.mark.parametrize("plain", [b"", b"\x00", b"\x01x", b"\xff" + bytes(15)])
+    @pytest.mark.parametrize("plain", [b"", b"\x0f" + bytes(15), b"\xff" + bytes(15)])
     def test_a_packet_without_a_message_is_refused(self, plain: bytes) -> None:
         near, far = socket.socketpair()
         with near, far:
@@ -347,6 +384,22 @@ class TestSealing:
         ends.theirs.close()
         with pytest.raises(EOFError):
             ends.ours.send_message(Message(b"^"))
+
+    def test_a_number_that_is_in_use_for_something_else_gets_nothing(self, ends: Ends, tmp_path: Path) -> None:
+        """The socket may be closed, and its number be used again, in the moment before it is written to."""
+
+        class Closed:
+            def fileno(self) -> int:
+                return file.fileno()
+
+            def sendmsg(self, *_: object) -> int:
+                raise OSError(errno.EBADF, "Bad file descriptor")
+
+        with (tmp_path / "foreign").open("wb") as file:
+            ends.ours._sock = Closed()
+            with pytest.raises(EOFError):
+                ends.ours.send_message(Message(b"^"))
+        assert (tmp_path / "foreign").read_bytes() == b""
 
     def test_a_keepalive_waits_for_what_was_sent_last(self, ends: Ends) -> None:
         called: list[None] = []

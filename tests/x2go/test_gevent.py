@@ -52,7 +52,7 @@ import gevent, socket
 from proxy_fsm.ssh.channel import ReceiveBuffer
 
 near, far = socket.socketpair()
-passage = ReceiveBuffer()
+passage = ReceiveBuffer(64 << 20)
 passage.delivered, passage._sink = 1, near
 with gevent.Timeout(20):
     passage.feed(bytes(8 << 20))
