@@ -66,7 +66,8 @@ class Agent:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def say(self, data: bytes) -> None:
-        """Send bytes on the newest connection."""
+        """Send bytes on the newest connection, once there is one."""
+        eventually(lambda: self.connections, "a connection at the agent")
         self.connections[-1].sendall(data)
 
     def _accept(self) -> None:

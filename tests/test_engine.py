@@ -1074,6 +1074,7 @@ def test_a_viewer_with_a_connection_gone_is_not_running_for_long(make: Maker) ->
     steps = (connect(), say(READY_LINE), wait_eof(), Step("connection.close()"), pause())
     proxy = make(steps, timeouts=Timeouts(stop_grace_s=0.2))
     with proxy:
+        eventually(lambda: make.agent.connections, "the viewer connected")
         make.agent.let_go()
         assert proxy.wait(timeout=5) is State.STOPPED
     assert proxy.status().reason is EndReason.SESSION_ENDED
