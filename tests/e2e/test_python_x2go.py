@@ -280,7 +280,7 @@ def test_python_x2gos_api_runs_on_a_class_that_it_is_given(
             process.stdin.write("\n")
             process.stdin.flush()
             read_until("suspended")
-            assert "stopped" in seen, errors.read_text(errors="replace")[-5000:]
+            read_until("stopped")  # by this client, or by python-x2go's guardian, which may be later
             record_property("stop_thread_s", seen["stopped"]["seconds"])
             assert seen["stopped"]["reason"] in {"stop_requested", "session_ended"}
             status_becomes(server, seen["session"]["name"], "S")

@@ -1,7 +1,8 @@
 """A program on python-x2go's API, told to load our proxy by the keyword ``proxy_backend``.
 
 Called with a host, a port, a user, a command and a way to the backend (``ours``, or ``theirs``: python-x2go's own
-nx3 class on our base). Says on standard output, a JSON object a line, what it sees; ends at a line on standard input.
+nx3 class on our base). Says on standard output, a JSON object a line, what it sees; suspends at a line on standard input, and ends at
+another.
 """
 
 from __future__ import annotations
@@ -82,9 +83,15 @@ def main() -> None:
     client.connect_session(session)
     client.start_session(session)
     say(what="session", ok=client.session_ok(session), name=client.get_session_name(session))
-    select.select([sys.stdin], [], [])  # reading would block gevent's hub, and all that runs on it
+    wait_for_a_line()
     client.suspend_session(session)
     say(what="suspended")
+    wait_for_a_line()  # where the guardian was first, its stop is still under way
+
+
+def wait_for_a_line() -> None:
+    select.select([sys.stdin], [], [])  # reading what is not there would block gevent's hub, and all that runs on it
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":
