@@ -1,8 +1,8 @@
 """A program on python-x2go's API, told to load our proxy by the keyword ``proxy_backend``.
 
 Called with a host, a port, a user, a command and a way to the backend (``ours``, or ``theirs``: python-x2go's own
-nx3 class on our base). Says on standard output, a JSON object a line, what it sees; suspends at a line on standard input, and ends at
-another.
+nx3 class on our base). Says on standard output, a JSON object a line, what it sees; suspends at a line on standard
+input, and ends at another.
 """
 
 from __future__ import annotations
