@@ -259,7 +259,7 @@ def fast_transport(sock: Any, **kwargs: Any) -> paramiko.Transport:
 
     Pass it as ``SSHClient.connect(transport_factory=fast_transport)``. Everything that runs over the connection gains,
     and nothing else changes: it is a plain ``paramiko.Transport``, and the other ciphers stay on offer. Its packetizer
-    reads ahead, which costs 256 KiB a transport; it is paramiko's own where there is no socket object (but an address, a
+    reads ahead, which costs 256 KiB a transport; it is paramiko's own where there is no socket object (an address, a
     ``ProxyCommand``, a channel of another connection). docs/performance.md has what it gains.
 
     Args:
