@@ -88,12 +88,12 @@ class SessionFiles:
 
     def close(self) -> None:
         """Close them all; what is opened after this is closed at once."""
-        with self._lock:
+        with self._lock:  # held meanwhile: whoever closes them too finds them closed
             held, self._held = self._held, None
             self._errors = None
-        if held is not None:
-            with suppress(OSError):  # what could not be written was told when it was
-                held.close()
+            if held is not None:
+                with suppress(OSError):  # what could not be written was told when it was
+                    held.close()
 
 
 def _appended(path: Path) -> IO[str]:
