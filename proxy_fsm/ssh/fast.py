@@ -10,7 +10,7 @@ from logging import DEBUG
 from typing import TYPE_CHECKING, Any
 
 import paramiko
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidTag  # paramiko's own ciphers come from there
 from paramiko import packet
 from paramiko.message import Message
 

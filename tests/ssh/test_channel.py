@@ -17,11 +17,13 @@ from proxy_fsm import ssh
 from proxy_fsm.ssh import (
     ChannelOpening,
     SafeChannel,
+    TransportGone,
+    fast_transport,
 )
 from proxy_fsm.ssh import channel as channel_module
 from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh.channel import ReceiveBuffer
-from proxy_fsm.ssh.fast import acknowledge
+from proxy_fsm.ssh.fast import Messages, acknowledge
 from tests.e2e.procs import eventually
 from tests.ssh.helpers import ENDS, End, do_nothing, open_to, packets_sent
 from tests.tunnel_helpers import (
@@ -224,6 +226,38 @@ def small_switch_interval() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+def test_over_a_fast_transport_a_long_piece_goes_out_at_once(
+    server: LoopbackSSHServer, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server.connect(transport_factory=fast_transport) as client:
+        transport: Any = client.get_transport()
+        channel = open_to(transport, agent.port)
+        calls: list[object] = []
+        send = transport.packetizer.send_message
+
+        def note(message: object) -> None:
+            calls.append(message)
+            send(message)
+
+        monkeypatch.setattr(transport.packetizer, "send_message", note)
+        size = 3 * channel.message_bytes
+        assert channel.send(bytes(size)) == size
+        assert [len(call.pieces) for call in calls if isinstance(call, Messages)] == [3]
+        channel.send_close()
+
+
+def test_what_is_dropped_is_not_counted_as_sent(
+    transport: paramiko.Transport, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paramiko says nothing where a transport has ended before its message went out."""
+    channel = open_to(transport, agent.port)
+    with monkeypatch.context() as patch:
+        patch.setattr(transport, "active", False)
+        with pytest.raises(TransportGone):
+            channel.send(b"dropped")
+    channel.send_close()
 
 
 class Acknowledged:
