@@ -1,4 +1,4 @@
-"""Who is at the other end of a local connection: over TCP anybody on this machine gets as far as to a listener."""
+"""The other end of a local connection: whose it is (over TCP anybody here reaches a listener), what it has written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["stranger"]
+__all__ = ["stranger", "written_bytes"]
 
 #: Where Linux says who owns the TCP sockets of this machine (proc(5)).
 _TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
@@ -32,6 +32,14 @@ _ANSWER = struct.Struct("=BBBB")
 _ENDS = struct.Struct("!HH16s16sI8s")
 #: What follows them in the answer: expiry, two queues, user, inode.
 _OWNER = struct.Struct("=IIIII")
+#: Then attributes come, each with its length and kind before it; one of them, if it is asked for, is a tcp_info.
+_ATTRIBUTE = struct.Struct("=HH")
+_INET_DIAG_INFO = 2
+#: Of a tcp_info (linux/tcp.h, Linux 4.19): what waits to be sent, what was sent, and how much of that again.
+_NOT_SENT = struct.Struct("=144xI")
+_SENT = struct.Struct("=200xQQ")
+#: tcp(7): the states of an end that may still write. From all others its last byte is on its way already.
+_WRITING = {1, 8}  # ESTABLISHED, CLOSE_WAIT
 
 _End = tuple[str, int]
 
@@ -66,6 +74,31 @@ def stranger(local: socket.socket) -> str | None:
     return None if owner == os.geteuid() else f"user {'unknown' if owner is None else owner}"
 
 
+def written_bytes(local: socket.socket) -> int | None:
+    """Return how many bytes the other end of a TCP connection of this machine has written until now, received or not.
+
+    None where it writes no more, so that the connection ends by itself behind its last byte; and where the system
+    does not tell (outside Linux; where netlink is kept from this process).
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        answer = _ask(local.getpeername(), local.getsockname(), 1 << (_INET_DIAG_INFO - 1))
+    except OSError:  # it has gone, or the kernel may not be asked
+        return None
+    if answer is None or answer[1] not in _WRITING:
+        return None
+    place = _ANSWER.size + _ENDS.size + _OWNER.size
+    while place < len(answer):
+        size, kind = _ATTRIBUTE.unpack_from(answer, place)
+        info = answer[place + _ATTRIBUTE.size : place + size]
+        if kind == _INET_DIAG_INFO and len(info) >= _SENT.size:
+            (waiting,), (sent, again) = _NOT_SENT.unpack_from(info), _SENT.unpack_from(info)
+            return int(sent - again + waiting)
+        place += -(-size // 4) * 4  # the next one begins at a multiple of 4
+    return None
+
+
 def _tcp_owner(end: _End, other: _End) -> int | None:
     """Return the user id that owns one end of an IPv4 connection of this machine, or None.
 
@@ -81,7 +114,23 @@ def _tcp_owner(end: _End, other: _End) -> int | None:
 
 
 def _asked(end: _End, other: _End) -> _Owner | None:
-    """Ask the kernel for one socket; it finds an IPv6 socket that is used for IPv4, too.
+    """Ask the kernel who owns one socket.
+
+    Raises:
+        OSError: It does not answer.
+    """
+    answer = _ask(end, other)
+    if answer is None:
+        return None
+    *_, uid, inode = _OWNER.unpack_from(answer, _ANSWER.size + _ENDS.size)
+    return _Owner(uid, inode)
+
+
+def _ask(end: _End, other: _End, extensions: int = 0) -> bytes | None:
+    """Ask the kernel about one socket; it finds an IPv6 socket that is used for IPv4, too.
+
+    Returns:
+        The answer from its family on, or None where there is no such connection.
 
     Source: sock_diag(7), netlink(7).
 
@@ -90,7 +139,7 @@ def _asked(end: _End, other: _End) -> _Owner | None:
     """
     (host, port), (other_host, other_port) = end, other
     ends = _ENDS.pack(port, other_port, socket.inet_aton(host), socket.inet_aton(other_host), 0, _NO_COOKIE)
-    request = _REQUEST.pack(socket.AF_INET, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + ends
+    request = _REQUEST.pack(socket.AF_INET, socket.IPPROTO_TCP, extensions, 0xFFFFFFFF) + ends
     head = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
         kernel.send(head + request)
@@ -101,12 +150,10 @@ def _asked(end: _End, other: _End) -> _Owner | None:
         if number == -errno.ENOENT:
             return None
         raise OSError(-number, os.strerror(-number))
-    place = _HEADER.size + _ANSWER.size
-    found_port, found_other_port, *_ = _ENDS.unpack_from(answer, place)
+    found_port, found_other_port, *_ = _ENDS.unpack_from(answer, _HEADER.size + _ANSWER.size)
     if (found_port, found_other_port) != (port, other_port):  # it listens on that port, and is not connected
         return None
-    *_, uid, inode = _OWNER.unpack_from(answer, place + _ENDS.size)
-    return _Owner(uid, inode)
+    return answer[_HEADER.size :]
 
 
 def _looked_up(end: _End, other: _End) -> _Owner | None:

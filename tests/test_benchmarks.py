@@ -19,7 +19,7 @@ from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, free_ports, wait_
 from benchmarks.delay import DelayingRelay, delayed
 from benchmarks.report import RELAY, Results, table, write
 
-from .tunnel_helpers import LOOPBACK, WAIT_S, Agent, Task, needs_sshd, read_all
+from .tunnel_helpers import LOOPBACK, WAIT_S, Agent, Task, needs_sshd, read_all, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +97,7 @@ class TestDelayingRelay:
                 task = Task(read_all, receiver)
                 sender.sendall(data)
                 sender.shutdown(socket.SHUT_WR)
-                assert task.result() == data
+                same(task.result(), data)
             near.close()
 
     def test_every_byte_is_held_back_both_ways(self) -> None:

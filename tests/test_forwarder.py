@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import socket
@@ -52,6 +51,7 @@ from .tunnel_helpers import (
     own_threads,
     read_all,
     reset,
+    same,
     since,
 )
 
@@ -259,12 +259,13 @@ class TestBytes:
         with connected(transport, tmp_path, agent) as (made, local, peer):
             writers = [Task(send_all, local, up), Task(send_all, peer, down)]
             readers = [Task(read_all, peer), Task(read_all, local)]
-            digests = [hashlib.sha256(reader.result(50)).digest() for reader in readers]
+            came = [reader.result(50) for reader in readers]
             for writer in writers:
                 writer.result()
             made.inbox.wait(ConnectionEnded)
             assert made.forwarder.stats().bytes_to_agent == made.forwarder.stats().bytes_from_agent == 32 << 20
-        assert digests == [hashlib.sha256(each).digest() for each in (up, down)]
+        same(came[0], up)
+        same(came[1], down)
 
 
 class TestBackPressure:
@@ -753,11 +754,60 @@ class TestClose:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
             local.sendall(sent)
             made.forwarder.close()
-            assert read_all(peer) == sent
+            same(read_all(peer), sent)
             peer.close()
             made.inbox.wait(TunnelClosed)
             assert made.inbox.all(ConnectionEnded)[0].bytes_to_agent == len(sent)
             assert AgentClosed not in made.inbox.kinds()
+
+    @KINDS
+    @pytest.mark.parametrize("ends", ["stays", "has closed", "has ended its direction"])
+    def test_of_what_waited_for_a_slow_agent_nothing_is_lost(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str, ends: str
+    ) -> None:
+        """Over TCP megabytes of it are still the kernel's of the proxy, who has long gone on, or away."""
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            sent = send_until_stuck(local, 256 << 20)
+            if ends == "has closed":
+                local.close()
+            elif ends == "has ended its direction":
+                local.shutdown(socket.SHUT_WR)
+            made.forwarder.close()
+            assert len(read_all(peer)) == sent
+            peer.close()
+            made.inbox.wait(TunnelClosed)
+            assert made.inbox.all(ConnectionEnded)[0].bytes_to_agent == sent
+            assert AgentClosed not in made.inbox.kinds()
+
+    def test_a_proxy_that_goes_on_writing_over_tcp_is_ended(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
+    ) -> None:
+        def pour(sock: socket.socket) -> None:
+            with suppress(OSError):
+                while True:
+                    sock.sendall(bytes(1 << 16))
+
+        with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
+            writing, reading = Task(pour, local), Task(read_all, peer)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent, WAIT_S)
+            made.forwarder.close()
+            made.inbox.wait(TunnelClosed)
+            writing.result()
+            assert len(reading.result()) == made.inbox.all(ConnectionEnded)[0].bytes_to_agent
+
+    def test_where_the_kernel_does_not_tell_what_is_on_its_way_the_end_of_the_proxy_is_awaited(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("proxy_fsm.peer.written_bytes", lambda _: None)
+        with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
+            sent = send_until_stuck(local, 256 << 20)
+            made.forwarder.close()
+            reading = Task(read_all, peer)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent == sent, WAIT_S)
+            assert TunnelClosed not in made.inbox.kinds()
+            local.close()
+            assert len(reading.result()) == sent
+            made.inbox.wait(TunnelClosed)
 
     def test_while_both_relays_are_busy_it_ends_them(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent

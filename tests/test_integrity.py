@@ -9,7 +9,6 @@ import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,18 @@ from proxy_fsm.testing import LoopbackSSHServer
 
 from .e2e.procs import eventually
 from .e2e.sshd import SshServer, transport_of
-from .tunnel_helpers import LOOPBACK, WAIT_S, Agent, Inbox, Task, connect_fast, connect_local, needs_sshd, own_threads
+from .tunnel_helpers import (
+    LOOPBACK,
+    WAIT_S,
+    Agent,
+    Inbox,
+    Task,
+    connect_fast,
+    connect_local,
+    needs_sshd,
+    own_threads,
+    same,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,15 +134,6 @@ def read(sock: socket.socket, side: Side, expected_bytes: int) -> bytes:
             break
         got += piece
     return bytes(got)
-
-
-def same(got: bytes, sent: bytes) -> None:
-    """Compare; name the place where they differ, and not megabytes."""
-    if got == sent:
-        return
-    at = next((i for i, (one, other) in enumerate(zip(got, sent, strict=False)) if one != other), len(got))
-    digests = sha256(got).hexdigest()[:8], sha256(sent).hexdigest()[:8]
-    pytest.fail(f"{len(got)} bytes of {len(sent)} came, the first wrong one at {at}, digests {digests}")
 
 
 def converse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from proxy_fsm import peer
 
-from .tunnel_helpers import LOOPBACK
+from .tunnel_helpers import LOOPBACK, reset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,3 +111,61 @@ def test_an_answer_that_is_an_error_is_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(peer, "_SOCK_DIAG_BY_FAMILY", 9999)
     with pytest.raises(OSError, match=r"\w"):
         peer._asked(ELSEWHERE, ELSEWHERE)
+
+
+class TestWrittenBytes:
+    def test_it_counts_what_was_received_what_waits_and_what_is_on_its_way(self, listener: socket.socket) -> None:
+        with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
+            assert peer.written_bytes(local) == 0
+            other.settimeout(0)
+            written = 0
+            for _ in range(4):
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        written += other.send(bytes(77_777))
+                assert peer.written_bytes(local) == written
+                local.recv(1 << 20)
+            assert written > 1 << 20, "the window of the other end was full"
+
+    def test_an_end_that_we_have_told_that_we_write_no_more_may_still_write(self, listener: socket.socket) -> None:
+        with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
+            local.shutdown(socket.SHUT_WR)
+            other.sendall(b"reply")
+            assert peer.written_bytes(local) == len(b"reply")
+
+    @pytest.mark.parametrize("end", [lambda sock: sock.shutdown(socket.SHUT_WR), socket.socket.close])
+    def test_of_an_end_that_writes_no_more_none_is_said(
+        self, listener: socket.socket, end: Callable[[socket.socket], None]
+    ) -> None:
+        with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
+            other.sendall(b"last words")
+            end(other)
+            assert peer.written_bytes(local) is None
+
+    def test_of_an_end_that_has_gone_none_is_said(self, listener: socket.socket) -> None:
+        with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
+            reset(other)
+            with pytest.raises(ConnectionResetError):
+                local.recv(1)
+            assert peer.written_bytes(local) is None
+
+    def test_where_the_kernel_may_not_be_asked_none_is_said(
+        self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as local:
+            monkeypatch.setattr(peer, "_SOCK_DIAG_BY_FAMILY", 9999)
+            assert peer.written_bytes(local) is None
+
+    def test_of_a_kernel_that_does_not_say_that_much_none_is_said(
+        self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before Linux 4.19 a tcp_info ends before what is wanted."""
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as local:
+            ask = peer._ask
+            monkeypatch.setattr(peer, "_ask", lambda end, other, _: ask(end, other))
+            assert peer.written_bytes(local) is None
+
+    def test_outside_linux_none_is_said(self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as local:
+            monkeypatch.setattr(sys, "platform", "darwin")
+            assert peer.written_bytes(local) is None

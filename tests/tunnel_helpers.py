@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -42,6 +43,7 @@ __all__ = [
     "own_threads",
     "read_all",
     "reset",
+    "same",
     "since",
 ]
 
@@ -185,6 +187,15 @@ def reset(sock: socket.socket) -> None:
 
 def read_all(sock: socket.socket) -> bytes:
     return b"".join(iter(lambda: sock.recv(1 << 20), b""))
+
+
+def same(got: bytes, sent: bytes) -> None:
+    """Compare; name the place where they differ, and not megabytes."""
+    if got == sent:
+        return
+    at = next((i for i, (one, other) in enumerate(zip(got, sent, strict=False)) if one != other), len(got))
+    digests = sha256(got).hexdigest()[:8], sha256(sent).hexdigest()[:8]
+    pytest.fail(f"{len(got)} bytes of {len(sent)} came, the first wrong one at {at}, digests {digests}")
 
 
 def own_threads(*names: str) -> list[threading.Thread]:

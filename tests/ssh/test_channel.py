@@ -32,6 +32,7 @@ from tests.tunnel_helpers import (
     Agent,
     Task,
     read_all,
+    same,
     since,
 )
 
@@ -172,7 +173,7 @@ class TestSending:
             sizes.append(channel.send(left))
             left = left[sizes[-1] :]
         channel.shutdown_write()
-        assert reader.result() == data
+        same(reader.result(), data)
         assert max(sizes) <= channel.out_max_packet_size
         assert channel.send(b"after the end") == 0
         channel.send_close()

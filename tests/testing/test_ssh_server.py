@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import socket
 import threading
@@ -16,6 +15,7 @@ import paramiko
 import pytest
 
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+from tests.tunnel_helpers import same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,8 +135,8 @@ class TestForwarding:
             received["down"] = _read_all(channel)
             for thread in threads:
                 thread.join()
-        assert hashlib.sha256(received["up"]).digest() == hashlib.sha256(up).digest()
-        assert hashlib.sha256(received["down"]).digest() == hashlib.sha256(down).digest()
+        same(received["up"], up)
+        same(received["down"], down)
         server.wait_for(lambda: server.channels_open == 0)
         assert server.channels_opened == 1
 
@@ -182,7 +182,7 @@ class TestForwarding:
             assert not done.wait(0.2)  # the window, not the memory, bounds what is under way
             received = _read_all(agent)
             sender.join()
-            assert received == sent
+            same(received, sent)
         channel.close()
 
     def test_what_was_sent_before_a_close_arrives(
