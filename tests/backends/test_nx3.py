@@ -9,12 +9,13 @@ import os
 import shutil
 import socket
 import struct
+import sys
 import tempfile
 import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,9 @@ from proxy_fsm.evidence import (
 from proxy_fsm.process import LineReader
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.status import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RECORDINGS = Path(__file__).parents[1] / "data" / "nxproxy"
 COOKIE = "0123456789abcdef0123456789abcdef"
@@ -330,6 +334,18 @@ def read(output: bytes) -> list[str]:
     return [*reader.feed(output), *reader.finish()]
 
 
+def calls_of(function: Callable[[], object]) -> int:
+    """Count the calls that a function makes, of Python's functions and of C's."""
+    events: list[str] = []
+    before = sys.getprofile()
+    sys.setprofile(lambda _frame, event, _argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return sum(event.endswith("call") for event in events)
+
+
 def replay(name: str) -> list[Observation]:
     """What an engine sees when nxproxy does what was recorded."""
     opened, at_action, *_ = EXPECTED[name]
@@ -457,7 +473,17 @@ class TestDiagnosis:
     @given(
         name=st.sampled_from(sorted(EXPECTED)),
         cuts=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 4000)), max_size=4),
-        noise=st.lists(st.tuples(st.integers(0, 60), st.binary(max_size=30)), max_size=5),
+        noise=st.lists(
+            st.tuples(
+                st.integers(0, 60),
+                st.binary(max_size=30)
+                | st.sampled_from([b"x", b"\xff", b"\x1b[", b"cookie=", b"Error: ", b"\r"]).map(
+                    lambda part: part * 3000
+                )
+                | st.just(b"\nError: \n" * 2 * Evidence.KEPT),
+            ),
+            max_size=5,
+        ),
         others=st.lists(
             st.tuples(
                 st.integers(0, 60),
@@ -497,3 +523,21 @@ class TestDiagnosis:
             assert verdict is None or verdict[0].name in EndReason.__members__
             assert verdict is None or verdict[1].endswith(".")
             assert verdict is None or not signalled
+
+    @pytest.mark.parametrize("length", [0, 9_000, 20_000])
+    def test_however_much_it_says_a_verdict_costs_no_more(self, length: int) -> None:
+        """Counted in calls and in characters, so that no clock is asked."""
+
+        def flooded(lines: int) -> tuple[int, int]:
+            backend, evidence = NX3Backend(), Evidence(ChannelOpened(1))
+            for text in read((b"x" * length + b"\n") * lines):
+                evidence.add(OutputLine(text))
+            calls = calls_of(lambda: (backend.ready(evidence), backend.diagnose(evidence)))
+            evidence.add(ProcessExited(0, None))
+            calls += calls_of(lambda: (backend.ready(evidence), backend.diagnose(evidence)))
+            return calls, sum(len(line.text) for line in evidence.lines)
+
+        calls, chars = flooded(Evidence.KEPT)
+        assert calls < 20 * Evidence.KEPT
+        assert chars <= Evidence.KEPT * 8_192
+        assert flooded(3 * Evidence.KEPT) == (calls, chars)
