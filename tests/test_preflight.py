@@ -27,7 +27,7 @@ from proxy_fsm.session import SessionInfo
 from proxy_fsm.status import EndReason
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 
-from .tunnel_helpers import own_threads
+from .tunnel_helpers import descriptors, nothing_left_open, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -224,12 +224,8 @@ def make(transport: paramiko.Transport, tmp_path: Path, runtime: Path) -> Iterat
         trial.close()
         assert_ended_once(trial)
     assert list(runtime.iterdir()) == []
-    assert descriptors() == before
+    nothing_left_open(before)
     assert not own_threads()
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def assert_ended_once(trial: Trial) -> None:
@@ -830,4 +826,4 @@ class TestClosing:
             assert_ended_once(trial)
             assert [type(each) for each in trial.seen].count(TunnelClosed) == 1
         assert list(runtime.iterdir()) == []
-        assert descriptors() == before
+        nothing_left_open(before)

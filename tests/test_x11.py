@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
 import pickle
 import queue
@@ -25,6 +24,8 @@ from hypothesis import strategies as st
 
 from proxy_fsm import x11
 from proxy_fsm.x11 import DisplayError, DisplayName, DisplayWatch, find_authorisation, open_display
+
+from .tunnel_helpers import descriptors, nothing_left_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -160,13 +161,6 @@ def display_error(environ: dict[str, str], *, timeout_s: float = WAIT_S) -> Disp
     assert COOKIE.hex() not in str(error).lower()
     assert COOKIE.decode("latin-1") not in str(error)
     return error
-
-
-def open_descriptors() -> set[str]:
-    """The numbers of this process's open files, where the system tells them."""
-    gc.collect()
-    place = Path("/proc/self/fd")
-    return {link.name for link in place.iterdir() if link.is_symlink()} if place.is_dir() else set()
 
 
 class TestDisplayName:
@@ -500,11 +494,11 @@ class TestOpenDisplay:
         assert "no X server" in error.detail
 
     def test_no_descriptor_is_left(self, place: dict[str, str]) -> None:
-        before = open_descriptors()
+        before = descriptors()
         with serving(place, hang_up, sends(refused(b"no"))):
             display_error(place)
         display_error(place)
-        assert open_descriptors() == before
+        nothing_left_open(before)
 
     def test_the_error_survives_pickle(self) -> None:
         error = display_error({})
@@ -682,9 +676,9 @@ class TestDisplayWatch:
         with serving(place, accept) as server:
             watch = Heard(place).watch
             watch.open()
-            before = open_descriptors()
+            with_it = descriptors()
             watch.close()
-            assert len(open_descriptors()) < len(before) or not before
+            assert with_it - descriptors() or not with_it
             client = server.clients.get(timeout=WAIT_S)
             client.sock.settimeout(WAIT_S)
             assert client.sock.recv(1) == b""

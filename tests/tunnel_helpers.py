@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import statistics
@@ -18,7 +19,7 @@ import pytest
 from proxy_fsm.evidence import Observation
 from proxy_fsm.ssh import fast_transport
 
-from .e2e.procs import missing_programs, program
+from .e2e.procs import eventually, missing_programs, program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ __all__ = [
     "descriptors",
     "median_s",
     "needs_sshd",
+    "nothing_left_open",
     "own_threads",
     "read_all",
     "reset",
@@ -211,12 +213,25 @@ def own_threads(*names: str) -> list[threading.Thread]:
 
 
 def descriptors() -> set[str]:
-    """Name what this process holds open."""
+    """Name what this process holds open, where the system tells it."""
     found = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
+    place = Path("/proc/self/fd")
+    for descriptor in place.iterdir() if place.is_dir() else ():
         with suppress(OSError):
             found.add(f"{descriptor.name} {descriptor.readlink()}")
     return {name for name in found if "/proc/" not in name}
+
+
+def nothing_left_open(before: set[str]) -> None:
+    """Make sure that whatever was opened since is closed, or will be soon.
+
+    What a thread of an earlier test closes meanwhile is no matter.
+    """
+    gc.collect()
+    with suppress(TimeoutError):
+        eventually(lambda: descriptors() <= before, WAIT_S)
+    left = descriptors() - before
+    assert not left, f"left open: {left}"
 
 
 def median_s(measure: Callable[[], float], runs: int = 5) -> float:

@@ -24,7 +24,8 @@ from proxy_fsm.testing.scripted import Step, connect, exit_with, ignore, print_c
 from proxy_fsm.x2go.base import X2GoProxy
 from proxy_fsm.x2go.handles import ProcessHandle
 from proxy_fsm.x2go.logs import DEBUG, ERROR, INFO
-from tests.engine_helpers import COOKIE, children, descriptors, engine_threads, eventually
+from tests.engine_helpers import COOKIE, children, engine_threads, eventually
+from tests.tunnel_helpers import descriptors, nothing_left_open
 
 from .conftest import NAME, Session
 
@@ -627,7 +628,7 @@ class TestStartAndStop:
         gc.collect()
         eventually(lambda: engine_threads() == [], "no thread of an engine")
         assert children() == others
-        assert descriptors() == before
+        nothing_left_open(before)
 
     def test_a_lost_connection_ends_it_with_its_reason(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))

@@ -10,7 +10,7 @@ import pytest
 from proxy_fsm import BackendError
 from proxy_fsm.x2go import session_files
 from proxy_fsm.x2go.session_files import SessionFiles
-from tests.engine_helpers import descriptors
+from tests.tunnel_helpers import descriptors, nothing_left_open
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ def test_what_is_opened_too_late_is_closed_at_once(files: SessionFiles, tmp_path
     files.close()
     with pytest.raises(BackendError, match="had ended"):
         files.open(tmp_path / "log", tmp_path / "errors")
-    assert descriptors() == before
+    nothing_left_open(before)
     files.close()
 
 
@@ -41,7 +41,7 @@ def test_nothing_stays_open_where_one_cannot_be_opened(files: SessionFiles, tmp_
     (tmp_path / "errors").mkdir()
     with pytest.raises(BackendError, match="cannot be opened"):
         files.open(tmp_path / "log", tmp_path / "errors")
-    assert descriptors() == before
+    nothing_left_open(before)
 
 
 def test_lines_before_and_after_are_nobodys(files: SessionFiles, tmp_path: Path, told: list[str]) -> None:
