@@ -136,7 +136,8 @@ class Forwarder:
     def close(self) -> None:
         """Take no more connections, and end those that stand once what the proxy sent is through.
 
-        Returns at once; `TunnelClosed` is posted when all are gone.
+        Returns at once; `TunnelClosed` is posted when all are gone. Over TCP, where the system does not tell how much
+        the proxy sent, its own end is awaited: then `cut` has to follow.
         """
         with self._lock:
             self.closing.set()
@@ -285,7 +286,7 @@ class _Connection:
         self._lock = threading.Lock()
         self._relays = 1
         self._up_done = False
-        self._last_byte: int | None = None  # where the way up ends, though the proxy may go on
+        self._due_bytes: int | None = None  # so many go up before it ends, though the proxy may go on
         self._ended_here = False  # by the proxy or by us, before the agent
         self._told_lost = False
         local.settimeout(None)  # whatever the program's default is
@@ -338,16 +339,19 @@ class _Connection:
         if channel is not None and up_done:
             channel.close()
         with self._lock, suppress(OSError):  # it is closed: that is what is wanted
-            if self._local.family == socket.AF_UNIX:
-                self._local.shutdown(socket.SHUT_RD)  # all that was sent is here, and can still be read
-                return
-            self._last_byte = peer.written_bytes(self._local)  # over TCP some of it may be on its way
-            if self._up_ends():
-                self._local.shutdown(socket.SHUT_RD)
+            all_here = self._local.family == socket.AF_UNIX  # over TCP some of it may be on its way
+            if not all_here and self._due_bytes is None:
+                self._due_bytes = peer.written_bytes(self._local)
+            if all_here or self._up_is_through():
+                self._local.shutdown(socket.SHUT_RD)  # what was received before can still be read, then comes the end
 
-    def _up_ends(self) -> bool:
-        """Tell whether all that the proxy had sent when it was to finish has gone to the agent."""
-        return self._last_byte is not None and self.bytes_to_agent >= self._last_byte
+    def _up_is_through(self) -> bool:
+        """Tell whether all that the proxy had sent when it was to finish has gone to the agent.
+
+        Who finishes sets what is due and then looks at the counter, the relay counts and then looks at what is due:
+        one of the two sees the other.
+        """
+        return self._due_bytes is not None and self.bytes_to_agent >= self._due_bytes
 
     def cut(self) -> None:
         """End without waiting for what is under way."""
@@ -407,7 +411,7 @@ class _Connection:
             # Whole messages, so that none is sent that is hardly filled; how long they may be is the server's to say.
             size = min(channel.message_bytes, _READ_BYTES)
             buffer = memoryview(bytearray(_READ_BYTES // size * size))
-            while not self._up_ends() and (count := self._local.recv_into(buffer)):
+            while not self._up_is_through() and (count := self._local.recv_into(buffer)):
                 data = buffer[:count]
                 while data:
                     sent = channel.send(data)

@@ -9,7 +9,10 @@ import struct
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["stranger", "written_bytes"]
 
@@ -35,10 +38,12 @@ _OWNER = struct.Struct("=IIIII")
 #: Then attributes come, each with its length and kind before it; one of them, if it is asked for, is a tcp_info.
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO = 2
+#: Another is there where something stands between program and TCP (MPTCP, TLS), which holds data of its own.
+_INET_DIAG_ULP_INFO = 19
 #: Of a tcp_info (linux/tcp.h, Linux 4.19): what waits to be sent, what was sent, and how much of that again.
 _NOT_SENT = struct.Struct("=144xI")
 _SENT = struct.Struct("=200xQQ")
-#: tcp(7): the states of an end that may still write. From all others its last byte is on its way already.
+#: tcp(7): the states of an end that may still write.
 _WRITING = {1, 8}  # ESTABLISHED, CLOSE_WAIT
 
 _End = tuple[str, int]
@@ -78,7 +83,7 @@ def written_bytes(local: socket.socket) -> int | None:
     """Return how many bytes the other end of a TCP connection of this machine has written until now, received or not.
 
     None where it writes no more, so that the connection ends by itself behind its last byte; and where the system
-    does not tell (outside Linux; where netlink is kept from this process).
+    does not tell (outside Linux, or before Linux 4.19; where netlink is kept from this process; of MPTCP).
     """
     if sys.platform != "linux":
         return None
@@ -88,15 +93,20 @@ def written_bytes(local: socket.socket) -> int | None:
         return None
     if answer is None or answer[1] not in _WRITING:
         return None
-    place = _ANSWER.size + _ENDS.size + _OWNER.size
-    while place < len(answer):
-        size, kind = _ATTRIBUTE.unpack_from(answer, place)
-        info = answer[place + _ATTRIBUTE.size : place + size]
-        if kind == _INET_DIAG_INFO and len(info) >= _SENT.size:
-            (waiting,), (sent, again) = _NOT_SENT.unpack_from(info), _SENT.unpack_from(info)
-            return int(sent - again + waiting)
-        place += -(-size // 4) * 4  # the next one begins at a multiple of 4
-    return None
+    attributes = dict(_attributes(answer[_ANSWER.size + _ENDS.size + _OWNER.size :]))
+    info = attributes.get(_INET_DIAG_INFO, b"")
+    if len(info) < _SENT.size or _INET_DIAG_ULP_INFO in attributes:
+        return None
+    (waiting,), (sent, again) = _NOT_SENT.unpack_from(info), _SENT.unpack_from(info)
+    return int(sent - again + waiting)
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Give kind and value of each attribute of a netlink message; each begins at a multiple of 4."""
+    while len(data) >= _ATTRIBUTE.size:
+        size, kind = _ATTRIBUTE.unpack_from(data)
+        yield kind, data[_ATTRIBUTE.size : size]
+        data = data[max(_ATTRIBUTE.size, -(-size // 4) * 4) :]
 
 
 def _tcp_owner(end: _End, other: _End) -> int | None:
@@ -105,7 +115,7 @@ def _tcp_owner(end: _End, other: _End) -> int | None:
     A socket that no process holds any more has inode 0, and before Linux 6.16 user 0.
     """
     try:
-        owner = _asked(end, other)
+        owner = _asked_owner(end, other)
     except OSError:  # netlink is kept from this process, as systemd's RestrictAddressFamilies may do
         owner = None
     if owner is None:
@@ -113,7 +123,7 @@ def _tcp_owner(end: _End, other: _End) -> int | None:
     return None if owner in {None, (0, 0)} else owner.uid
 
 
-def _asked(end: _End, other: _End) -> _Owner | None:
+def _asked_owner(end: _End, other: _End) -> _Owner | None:
     """Ask the kernel who owns one socket.
 
     Raises:
@@ -129,10 +139,10 @@ def _asked(end: _End, other: _End) -> _Owner | None:
 def _ask(end: _End, other: _End, extensions: int = 0) -> bytes | None:
     """Ask the kernel about one socket; it finds an IPv6 socket that is used for IPv4, too.
 
+    Source: sock_diag(7), netlink(7).
+
     Returns:
         The answer from its family on, or None where there is no such connection.
-
-    Source: sock_diag(7), netlink(7).
 
     Raises:
         OSError: It does not answer.

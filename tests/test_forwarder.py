@@ -180,6 +180,13 @@ def send_until_stuck(sock: socket.socket, limit_bytes: int) -> int:
     return sent
 
 
+def pour(sock: socket.socket) -> None:
+    """Send until the other end has enough of it."""
+    with suppress(OSError):
+        while True:
+            sock.sendall(bytes(1 << 16))
+
+
 # ---- the local end ----
 
 
@@ -780,14 +787,21 @@ class TestClose:
             assert made.inbox.all(ConnectionEnded)[0].bytes_to_agent == sent
             assert AgentClosed not in made.inbox.kinds()
 
+    @KINDS
+    @pytest.mark.parametrize("said", [b"", b"all of it"])
+    def test_a_proxy_that_stays_and_has_nothing_on_its_way_is_ended_at_once(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str, said: bytes
+    ) -> None:
+        with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
+            local.sendall(said)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent == len(said), WAIT_S)
+            made.forwarder.close()
+            assert read_all(peer) == said
+            made.inbox.wait(TunnelClosed)
+
     def test_a_proxy_that_goes_on_writing_over_tcp_is_ended(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
-        def pour(sock: socket.socket) -> None:
-            with suppress(OSError):
-                while True:
-                    sock.sendall(bytes(1 << 16))
-
         with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
             writing, reading = Task(pour, local), Task(read_all, peer)
             eventually(lambda: made.forwarder.stats().bytes_to_agent, WAIT_S)
@@ -805,7 +819,7 @@ class TestClose:
             made.forwarder.close()
             reading = Task(read_all, peer)
             eventually(lambda: made.forwarder.stats().bytes_to_agent == sent, WAIT_S)
-            assert TunnelClosed not in made.inbox.kinds()
+            assert made.inbox.stays_without(TunnelClosed, 0.2)
             local.close()
             assert len(reading.result()) == sent
             made.inbox.wait(TunnelClosed)
@@ -813,11 +827,6 @@ class TestClose:
     def test_while_both_relays_are_busy_it_ends_them(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
-        def pour(sock: socket.socket) -> None:
-            with suppress(OSError):
-                while True:
-                    sock.sendall(bytes(1 << 16))
-
         def drain(sock: socket.socket) -> None:
             with suppress(OSError):
                 while sock.recv(1 << 16):
