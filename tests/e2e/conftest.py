@@ -16,6 +16,7 @@ from .agent import plain_agent
 from .attempt import Holdings, nothing_gained_since
 from .procs import alive, established
 from .scene import Scene, WaitingAgents, opened_scene
+from .stalls import Stalls
 from .x2go import Display, X2GoServer, missing_programs
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ def real_programs() -> None:
     """Skip where programs are missing, or fail where they were promised."""
     if missing := missing_programs():
         lack(missing)
+
+
+@pytest.fixture(scope="session")
+def stalls() -> Iterator[Stalls]:
+    """What knows when the machine held everybody up."""
+    with Stalls() as stalls:
+        yield stalls
 
 
 @pytest.fixture(scope="session")

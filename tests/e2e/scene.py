@@ -8,11 +8,12 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import Timeouts, parse_agent_output
 
-from .attempt import Attempt, Holdings, nothing_gained_since
+from .attempt import FINAL_S, Attempt, Holdings, nothing_gained_since
 from .procs import send_signal
 from .x2go import eventually, run, transport_of
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 PAINT_S = 20.0
 FRESH_S = 30.0
 RED, BLUE = (255, 0, 0), (0, 0, 255)
+SETTLED_S = 0.6  # after so long a session certainly survives; before, `retryable` is None
 SHARE = 0.1  # of the screen: an xterm covers about an eighth
 
 
@@ -106,6 +108,13 @@ class Scene:
     def settled(self) -> None:
         """Wait until the agent serves programs: before that, it does not survive the loss of its proxy."""
         run(self.admin, f"DISPLAY=:{self.agent.display} xwininfo -root")
+
+    def stood_long_enough(self, attempt: Attempt) -> None:
+        """Wait until the session serves programs, and has stood for so long that it certainly survives."""
+        if attempt.session.display is not None:
+            self.settled()
+        since = attempt.proxy.status().since
+        eventually(lambda: (datetime.now(UTC) - since).total_seconds() > SETTLED_S, FINAL_S)
 
     def shows(self, colour: tuple[int, int, int] = RED) -> None:
         """Wait until a window of this colour is on the X display."""

@@ -6,6 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import paramiko
@@ -19,10 +22,9 @@ from .procs import alive, is_listening, processes_of
 from .x2go import CommandError, Display, SshServer, X2GoServer, eventually, kill, missing_programs, run
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .x2go import AgentSession
 
+ROOT = Path(__file__).parents[2]
 RED = (255, 0, 0)
 RED_SHARE = 0.1  # the xterm covers about an eighth of the screen
 
@@ -48,6 +50,36 @@ def test_eventually_returns_what_it_waited_for() -> None:
     assert eventually(lambda: next(answers), 1.0, 0.001) == "found"
     with pytest.raises(TimeoutError, match="None"):
         eventually(lambda: None, 0.01, 0.001)
+
+
+STANDING = """
+import sys, time
+from tests.e2e.stalls import Stalls
+with Stalls() as stalls:
+    start = time.monotonic()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    stood = time.monotonic()
+    time.sleep(0.3)
+    end = time.monotonic()
+print(stood - start, stalls.took_s(start, stood), stalls.took_s(stood, end), stalls.took_s(end, end))
+"""
+
+
+def test_time_in_which_everybody_was_held_up_does_not_count() -> None:
+    command = [sys.executable, "-c", STANDING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        program.send_signal(signal.SIGCONT)
+        whole, stood, slept, nothing = map(float, program.communicate("go on\n")[0].split())
+    assert whole > 0.5
+    assert stood < whole - 0.4
+    assert slept > 0.2, "one thread alone waited"
+    assert nothing == 0
 
 
 def test_session_by_hand(

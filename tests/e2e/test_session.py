@@ -1,8 +1,8 @@
 """The engine against real programs: sshd, an X2Go server with nxagent, nxproxy, and an X server to look at.
 
 Times are those of design.md, section 6. This machine may be shared, so what is asserted is the design's figure plus
-`SLACK_S`; what was measured is recorded as a property of each test: see it with
-``--junitxml=FILE -o junit_family=xunit1``.
+`SLACK_S`, and time in which the machine held everybody up does not count; what was measured is recorded as a property
+of each test: see it with ``--junitxml=FILE -o junit_family=xunit1``.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ from .x2go import (
 if TYPE_CHECKING:
     import paramiko
 
+    from .stalls import Stalls
+
 
 SLACK_S = 0.4  # what a busy machine of two cores may add to any time below
 STOP_HEARD_S = 0.01
@@ -75,7 +77,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 # ---- a session, from its first picture to its end ----
 
 
-def test_session_is_seen_suspended_resumed_and_seen_again(scene: Scene, record_property: Any) -> None:
+def test_session_is_seen_suspended_resumed_and_seen_again(scene: Scene, stalls: Stalls, record_property: Any) -> None:
     """A window of it is on the display; stop() suspends it; a second engine resumes it, and sees it terminated."""
     first = scene.attempt().run()
     record_property("start_to_running_s", first.entered[State.RUNNING] - first.started_at)
@@ -90,8 +92,8 @@ def test_session_is_seen_suspended_resumed_and_seen_again(scene: Scene, record_p
     record_property("stop_to_stopping_s", first.entered[State.STOPPING] - stop_at)
     record_property("stop_to_final_s", first.final_at - stop_at)
     record_property("exit_to_final_s", first.final_at - exited_at)
-    assert first.entered[State.STOPPING] - stop_at < STOP_HEARD_S + SLACK_S
-    assert first.final_at - exited_at < AFTER_EXIT_S + SLACK_S
+    assert stalls.took_s(stop_at, first.entered[State.STOPPING]) < STOP_HEARD_S + SLACK_S
+    assert stalls.took_s(exited_at, first.final_at) < AFTER_EXIT_S + SLACK_S
     status = first.proxy.status()
     assert (status.reason, status.retryable, status.abandoned) == (EndReason.STOP_REQUESTED, True, ())
     assert (status.exit_code, status.signal) == (0, None)
@@ -243,7 +245,7 @@ def test_lost_transport_is_told_by_the_tunnel_where_the_monitor_is_late(
 # ---- a server that hangs ----
 
 
-def test_stop_during_a_hanging_channel_open(scene: Scene, record_property: Any) -> None:
+def test_stop_during_a_hanging_channel_open(scene: Scene, stalls: Stalls, record_property: Any) -> None:
     """It is heard at once, ends in time, and a channel that opens late is closed."""
     before = Holdings.now([transport_of(scene.client)])
     attempt = scene.attempt()
@@ -257,8 +259,8 @@ def test_stop_during_a_hanging_channel_open(scene: Scene, record_property: Any) 
         assert attempt.wait() is State.STOPPED
     record_property("stop_to_stopping_s", attempt.entered[State.STOPPING] - stop_at)
     record_property("stop_to_final_s", attempt.final_at - stop_at)
-    assert attempt.entered[State.STOPPING] - stop_at < STOP_HEARD_S + SLACK_S
-    assert attempt.final_at - attempt.sign_at(ProcessExited) < AFTER_EXIT_S + SLACK_S
+    assert stalls.took_s(stop_at, attempt.entered[State.STOPPING]) < STOP_HEARD_S + SLACK_S
+    assert stalls.took_s(attempt.sign_at(ProcessExited), attempt.final_at) < AFTER_EXIT_S + SLACK_S
     status = attempt.proxy.status()
     assert status.reason is EndReason.STOP_REQUESTED
     assert status.tunnel is not None
