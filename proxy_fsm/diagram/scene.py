@@ -146,7 +146,8 @@ class Scene:
 
 def width_of(words: str, size: float, *, bold: bool = False) -> float:
     """Return how much room a line of words takes, estimated."""
-    share = sum(_NARROW.get(char, _LETTER if ord(char) < 0x1100 else 1.05) for char in words)  # noqa: PLR2004 - wide ones
+    # fsum, since what sum makes of floats differs by Python's version
+    share = math.fsum(_NARROW.get(char, _LETTER if ord(char) < 0x1100 else 1.05) for char in words)  # noqa: PLR2004 - wide
     return share * size * (_BOLD if bold else 1.0)
 
 
