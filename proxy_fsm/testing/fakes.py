@@ -333,6 +333,8 @@ class FakedProxy(Proxy):
         timer = engine._timer  # noqa: SLF001 - time is what this makes pass
         if timer is not None:
             engine._timer = (0.0, timer[1])  # noqa: SLF001
+            self._woken += 1
+            engine._inbox.put(None)  # noqa: SLF001 - it comes round and looks at its timer before it takes what follows
         self.settle()
 
     def _make_workers(self) -> Workers:
