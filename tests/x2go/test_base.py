@@ -430,7 +430,7 @@ class TestTheProcess:
             thread.join(SOON_S)
         assert codes == [-signal.SIGKILL] * 5
         assert process.wait() == process.poll() == process.returncode == -signal.SIGKILL
-        assert children() == others
+        assert set(children()) <= set(others)
 
     def test_that_ends_by_itself_has_its_exit_code(self, scene: Scene) -> None:
         process, ok = scene.make(viewer(scene, exit_with(7))).start_proxy()
@@ -627,7 +627,7 @@ class TestStartAndStop:
             assert not scene.made.pop().is_alive()
         gc.collect()
         eventually(lambda: engine_threads() == [], "no thread of an engine")
-        assert children() == others
+        assert set(children()) <= set(others)
         nothing_left_open(before)
 
     def test_a_lost_connection_ends_it_with_its_reason(self, scene: Scene) -> None:
