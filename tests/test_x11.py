@@ -651,11 +651,22 @@ class TestDisplayWatch:
             assert suspects.get(timeout=WAIT_S)
             assert "no more" in heard.next()
 
-    def test_a_server_that_hangs_up_again_and_again_is_lost(self, place: dict[str, str]) -> None:
+    def test_a_server_that_hangs_up_again_and_again_is_lost(
+        self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(x11, "_SHORT_LIFE_S", 3600)  # however slow the machine is, each of these is short
         with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
             said = [heard.next() for _ in range(x11._SHORT_LIVES_MAX + 1)]
             assert said[:-1] == ["restored, suspect=False"] * x11._SHORT_LIVES_MAX
             assert said[-1] == "The X server lets us in and hangs up at once."
+
+    def test_one_whose_connections_last_is_never_lost(
+        self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(x11, "_SHORT_LIFE_S", 0)
+        with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
+            for _ in range(2 * x11._SHORT_LIVES_MAX):
+                assert heard.next() == "restored, suspect=False"
 
     def test_close_ends_thread_and_descriptor(self, place: dict[str, str]) -> None:
         with serving(place, accept) as server:
