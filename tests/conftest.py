@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import signal
 
+import pytest
 from hypothesis import settings
-
-if TYPE_CHECKING:
-    import pytest
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _late_alarms_are_harmless() -> None:
+    """One that a test's timer sent may come when the test's own handler is gone again: it must not end the run.
+
+    A forked child that an alarm is to end calls `tests.engine_helpers.end_after`.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: None)
+
 
 #: Of what went wrong, so much is said once more at the very end, characters.
 _REMINDER = 400
