@@ -23,7 +23,8 @@ from proxy_fsm.testing import LoopbackSSHServer
 from proxy_fsm.testing import ssh_server as embedded
 
 from .e2e.procs import eventually
-from .tunnel_helpers import LOOPBACK, SOON_S, WAIT_S, Inbox, dead_port, median_s, own_threads, since
+from .engine_helpers import assert_prompt
+from .tunnel_helpers import LOOPBACK, SOON_S, WAIT_S, Inbox, dead_port, own_threads, since
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -296,7 +297,7 @@ class TestEnd:
                 assert told.detail.endswith(".")
                 return told.at - began
 
-        assert median_s(measure) < SOON_S
+        assert_prompt(measure, SOON_S)
 
     def test_one_that_has_ended_already_is_told_at_once(self, transport: paramiko.Transport) -> None:
         transport.close()
@@ -308,7 +309,7 @@ class TestEnd:
             with attached(transport, QUIET, inbox.post):
                 return inbox.wait(TransportEnded).at - began
 
-        assert median_s(measure) < SOON_S
+        assert_prompt(measure, SOON_S)
 
     def test_one_that_ends_in_the_very_moment_is_told(
         self, server: LoopbackSSHServer, transport: paramiko.Transport

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -48,7 +49,8 @@ from proxy_fsm.testing.scripted import (
     wait_file,
 )
 
-from .tunnel_helpers import own_threads
+from .engine_helpers import assert_prompt
+from .tunnel_helpers import descriptors, nothing_left_open, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -308,12 +310,12 @@ class Run:
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     """No test here leaves a descriptor, a thread or a child behind."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     yield
     for thread in own_threads():
         thread.join(WAIT_S)
         assert not thread.is_alive()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    nothing_left_open(before)
 
 
 @pytest.fixture(params=["pidfd", "pidfd refused", "no pidfd"])
@@ -495,15 +497,20 @@ class TestLife:
 
     @pytest.mark.usefixtures("exit_seen_by")
     def test_a_child_that_it_leaves_hides_its_end_from_nobody_and_is_ended(self, tmp_path: Path) -> None:
-        with Gate(tmp_path / "gate") as gate:
-            run = Run(script(fork_holding_output(), wait_file(gate.path), exit_with(3)), tmp_path).start()
-            child = int(run.until(OutputLine).text.removeprefix("child "))
-            gate.open()
-            began = time.monotonic()
-            assert run.until(ProcessExited).exit_code == 3
-            assert time.monotonic() - began < 0.5
-            eventually(lambda: is_gone(child))
-            run.finish()
+        def measure() -> float:
+            directory = Path(tempfile.mkdtemp(dir=tmp_path))
+            with Gate(directory / "gate") as gate:
+                run = Run(script(fork_holding_output(), wait_file(gate.path), exit_with(3)), directory).start()
+                child = int(run.until(OutputLine).text.removeprefix("child "))
+                gate.open()
+                began = time.monotonic()
+                assert run.until(ProcessExited).exit_code == 3
+                took_s = time.monotonic() - began
+                eventually(lambda: is_gone(child))
+                run.finish()
+            return took_s
+
+        assert_prompt(measure, 0.5)
 
     @pytest.mark.parametrize("talk", ["signal.pause()", "while True: os.write(1, b'x' * 65536)"])
     def test_one_that_escaped_into_a_session_of_its_own_does_not_hide_it_either(
@@ -511,18 +518,23 @@ class TestLife:
     ) -> None:
         """Even where it never stops talking."""
         fork = f"if os.fork() == 0:\n    os.setsid()\n    put(1, 'child ' + str(os.getpid()))\n    {talk}"
-        run = Run(script(Step(fork), pause()), tmp_path).start()
-        child = int(run.until(OutputLine).text.removeprefix("child "))
-        try:
-            began = time.monotonic()
-            run.process.signal(signal.SIGKILL)
-            assert run.until(ProcessExited).signal == signal.SIGKILL
-            assert time.monotonic() - began < 2
-            assert not is_gone(child) or "write" in talk  # nobody reads any more what it writes: that ends it
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        run.finish()
+
+        def measure() -> float:
+            run = Run(script(Step(fork), pause()), tmp_path).start()
+            child = int(run.until(OutputLine).text.removeprefix("child "))
+            try:
+                began = time.monotonic()
+                run.process.signal(signal.SIGKILL)
+                assert run.until(ProcessExited).signal == signal.SIGKILL
+                took_s = time.monotonic() - began
+                assert not is_gone(child) or "write" in talk  # nobody reads any more what it writes: that ends it
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            run.finish()
+            return took_s
+
+        assert_prompt(measure, 2)
 
 
 class TestSignals:
