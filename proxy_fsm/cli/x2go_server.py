@@ -252,9 +252,16 @@ class X2GoServer:
 
 def _exchange(transport: paramiko.Transport, command: str, timeout_s: float, opened: list[paramiko.Channel]) -> Answer:
     deadline = time.monotonic() + timeout_s
-    channel = transport.open_session(timeout=timeout_s)
+    try:
+        channel = transport.open_session(timeout=timeout_s)
+    except paramiko.SSHException as error:
+        if transport.is_active() and time.monotonic() >= deadline:  # paramiko has no exception of its own for it
+            raise TimeoutError from error
+        raise
     opened.append(channel)
     try:
+        if time.monotonic() >= deadline:  # whoever gave up may not have seen this channel, to close it
+            raise TimeoutError
         channel.settimeout(max(0.0, deadline - time.monotonic()))
         channel.exec_command(command)
         output = _read(channel, channel.recv, deadline)

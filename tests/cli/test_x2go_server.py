@@ -18,11 +18,15 @@ from .program import eventually
 
 
 @pytest.mark.parametrize("interruptible", [True, False])
-def test_that_takes_the_channel_and_never_answers_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, *, interruptible: bool
+@pytest.mark.parametrize("unanswered", ["_parse_channel_open", "_handle_channel_request"])
+def test_that_never_answers_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, unanswered: str, *, interruptible: bool
 ) -> None:
-    """In paramiko the wait for its word on the command has no limit; the thread that waits ends too."""
-    monkeypatch.setattr("proxy_fsm.testing.ssh_server._Connection._handle_channel_request", lambda *_: None)
+    """Neither the wish for a channel nor, where it opened one, the command, for which paramiko waits without limit.
+
+    The connection lives, and is not said to be lost; the thread that waits ends too.
+    """
+    monkeypatch.setattr(f"proxy_fsm.testing.ssh_server._Connection.{unanswered}", lambda *_: None)
     with LoopbackSSHServer() as ssh, contextlib.closing(ssh.connect()) as client:
         transport = client.get_transport()
         assert transport is not None
