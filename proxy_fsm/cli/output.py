@@ -48,6 +48,7 @@ class Output:
         # Without this, the standard library prints a library's complaints itself, with tracebacks.
         logging.getLogger("paramiko").addHandler(logging.NullHandler())
         self.is_json = log_format is LogFormat.JSON
+        self._lock = threading.Lock()
         self._secrets: list[re.Pattern[str]] = []
         self._record: TextIO | None = None
         self._sinks = [
@@ -93,10 +94,11 @@ class Output:
             self._record.close()
 
     def _write(self, _logger: Any, method: str, event: MutableMapping[str, Any]) -> NoReturn:
-        for sink in self._sinks:
-            if logging.getLevelNamesMapping()[event["level"].upper()] < sink.level:
-                continue
-            sink.write(self.without_secrets(sink.render(method, event)))
+        with self._lock:  # so that events have one order, wherever they are written
+            for sink in self._sinks:
+                if logging.getLevelNamesMapping()[event["level"].upper()] < sink.level:
+                    continue
+                sink.write(self.without_secrets(sink.render(method, event)))
         raise structlog.DropEvent
 
 
@@ -107,7 +109,6 @@ class _Sink:
         self.level = level
         self._file = file
         self._processors = processors
-        self._lock = threading.Lock()
 
     def render(self, method: str, event: MutableMapping[str, Any]) -> str:
         rendered: Any = dict(event)
@@ -118,15 +119,14 @@ class _Sink:
     def write(self, line: str) -> None:
         if self._file is None:
             return
-        with self._lock:
-            try:
-                self._file.write(line + "\n")
-                self._file.flush()
-            except OSError:
-                # What is left in the buffer would be tried again, and complained about, when the interpreter ends.
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._file.fileno())
-                os.close(nowhere)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError:
+            # What is left in the buffer would be tried again, and complained about, when the interpreter ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
 
 
 _JSON = (structlog.processors.format_exc_info, structlog.processors.JSONRenderer())

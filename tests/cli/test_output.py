@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 
-from proxy_fsm.cli.output import LogFormat, Output
+from proxy_fsm.cli.output import LogFormat, Output, _Sink
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +65,29 @@ def test_debug_events_come_on_demand_and_a_record_gets_what_the_console_does_not
         shown = capsys.readouterr().err
         assert "one-error" in shown
         assert "one-info" not in shown
+
+
+def test_events_of_several_threads_have_one_order_wherever_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = Output(LogFormat.JSON)
+    output.record_to(tmp_path / "events.jsonl")
+    other = threading.Thread(target=lambda: output.log.info("two"))
+    write = _Sink.write
+
+    def write_and_let_another_try(sink: _Sink, line: str) -> None:
+        write(sink, line)
+        if "one" in line and other.ident is None:
+            other.start()
+            other.join(0.3)
+
+    monkeypatch.setattr(_Sink, "write", write_and_let_another_try)
+    output.log.info("one")
+    other.join()
+    output.close()
+    recorded = (tmp_path / "events.jsonl").read_text()
+    assert [json.loads(line)["event"] for line in recorded.splitlines()] == ["one", "two"]
+    assert capsys.readouterr().out == recorded
 
 
 def test_without_a_standard_stream_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
