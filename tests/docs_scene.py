@@ -3,7 +3,8 @@
 ``python -m tests.docs_scene [--window] FILE [ARGUMENT…]`` executes a file as a program; with ``--window`` there is a
 real X server for it.
 Whatever host it connects to is an embedded SSH server, with the commands of an X2Go server. A session that stands ends
-by itself a moment later, as if its user had logged out, so that an example that waits for the end comes to it.
+by itself a moment later, as if its user had logged out, so that an example that waits for the end comes to it; or
+after ``DOCS_SCENE_STANDS_S`` seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .e2e.display import Display
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STANDS_S = 0.7  # for how long a session stands: longer than it takes to count as one that survives
+#: For how long a session stands: longer than it takes to count as one that survives.
+STANDS_S = float(os.environ.get("DOCS_SCENE_STANDS_S", "0.7"))
 
 
 class Agents:

@@ -464,8 +464,8 @@ class TestSSHConfig:
         key = home.keep_key(server)
         environ = {**os.environ, "SSH_AUTH_SOCK": str(socket_path)}
         with subprocess.Popen(["ssh-agent", "-D", "-a", socket_path], stdout=subprocess.DEVNULL) as ssh_agent:
-            eventually(socket_path.exists)
-            subprocess.run(["ssh-add", "-q", key], env=environ, check=True)
+            # It is there before anybody listens on it.
+            eventually(lambda: subprocess.run(["ssh-add", "-q", key], env=environ, check=False).returncode == 0)
             key.unlink()
             program = self.attach(home, agent, SSH_AUTH_SOCK=str(socket_path))
             ssh_agent.terminate()

@@ -10,7 +10,7 @@ import pytest
 
 from proxy_fsm import timeline
 
-from .program import run
+from .program import run, started
 
 if TYPE_CHECKING:
     from .program import Home
@@ -35,7 +35,10 @@ def test_writes_what_the_ending_says(home: Home, ending: str) -> None:
 
 
 def test_draws_what_a_demo_leaves(home: Home) -> None:
-    assert run(home, "demo", "--stand-ins", "--seconds", "1.2", "--log-format", "json").process.returncode == 0
+    with started(home, "demo", "--stand-ins", "--seconds", "1000", "--log-format", "json") as demo:
+        demo.until(lambda _: "running" in demo.states and demo.named("tunnel.stats"))
+        demo.process.terminate()
+        assert demo.finish() == 0
     program = run(home, "timeline", "demo-output/events.jsonl", "-o", "run.svg")
     assert program.errors == ""
     assert program.process.returncode == 0
