@@ -7,6 +7,7 @@ import itertools
 import random
 import socket
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from .tunnel_helpers import (
     needs_sshd,
     own_threads,
     same,
+    since,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ def write(sock: socket.socket, side: Side, reader: Task[bytes]) -> None:
     for number, size in enumerate(steps(side.writes_bytes, side.size_bytes)):
         time.sleep(side.write_stalls_s.get(number, 0.0))
         if side.keeps_back is not None and sent >= now_bytes:
-            reader.result()
+            reader.result(threading.TIMEOUT_MAX)  # whether it comes on is looked at where all are
         if sent >= side.size_bytes:
             break
         until = min(sent + size, now_bytes if sent < now_bytes else side.size_bytes)
@@ -124,9 +126,8 @@ def write(sock: socket.socket, side: Side, reader: Task[bytes]) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-def read(sock: socket.socket, side: Side, expected_bytes: int) -> bytes:
-    """Read to the end."""
-    got = bytearray()
+def read(sock: socket.socket, side: Side, expected_bytes: int, got: bytearray) -> bytes:
+    """Read to the end; what has come so far can be seen meanwhile."""
     for number, size in enumerate(steps(side.reads_bytes, expected_bytes)):
         time.sleep(side.read_stalls_s.get(number, 0.0))
         piece = sock.recv(size)
@@ -134,6 +135,17 @@ def read(sock: socket.socket, side: Side, expected_bytes: int) -> bytes:
             break
         got += piece
     return bytes(got)
+
+
+def come_to_their_ends(readers: list[tuple[Task[bytes], bytearray]]) -> None:
+    """Wait until all readers have ended, for as long as anything comes."""
+    came, moved_at = -1, time.monotonic()
+    while any(reader.running for reader, _ in readers):
+        now = sum(len(got) for _, got in readers)
+        if now != came:
+            came, moved_at = now, time.monotonic()
+        assert since(moved_at) < WAIT_S, f"nothing came for {WAIT_S:g} s after {came} bytes"
+        time.sleep(0.005)
 
 
 def converse(
@@ -153,7 +165,8 @@ def converse(
         )
         address = forwarder.bind(kind, Path(stack.enter_context(tempfile.TemporaryDirectory())))
         forwarder.start()
-        readers: list[tuple[Task[bytes], bytes]] = []
+        readers: list[tuple[Task[bytes], bytearray]] = []
+        expected: list[bytes] = []
         writers: list[Task[None]] = []
         for talk in conversations:
             near = stack.enter_context(connect_local(kind, address))
@@ -162,10 +175,13 @@ def converse(
                 if talk.buffer_bytes is not None:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, talk.buffer_bytes)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, talk.buffer_bytes)
-                reader = Task(read, sock, side, other.size_bytes)
-                readers.append((reader, other.content))
+                got = bytearray()
+                reader = Task(read, sock, side, other.size_bytes, got)
+                readers.append((reader, got))
+                expected.append(other.content)
                 writers.append(Task(write, sock, side, reader))
-        for reader, sent in readers:
+        come_to_their_ends(readers)
+        for (reader, _), sent in zip(readers, expected, strict=True):
             same(reader.result(), sent)
         for writer in writers:
             writer.result()
