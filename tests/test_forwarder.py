@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import socket
 import stat
@@ -128,6 +129,38 @@ class Tunnel:
         self._locals.append(local)
         return local
 
+    def send_until_stuck(self, sock: socket.socket, limit_bytes: int = 256 << 20) -> int:
+        """Send until the tunnel has come to a stand, return how much was sent.
+
+        That nothing is taken for a while may be the machine's fault: a window, or the connection, must be full too, and
+        nothing may move on the way.
+        """
+        sock.settimeout(0.1)
+        sent = quiet = 0
+        before = None
+        took_at = time.monotonic()
+        while sent < limit_bytes and quiet < 5:
+            try:
+                sent += sock.send(bytes(1 << 16))
+                quiet, took_at = 0, time.monotonic()
+            except TimeoutError:
+                now = self.forwarder.stats(), [len(channel.in_buffer) for channel in self._channels()]
+                quiet = quiet + 1 if self._is_full() and now == before else 0
+                before = now
+                assert since(took_at) < WAIT_S, "nothing is taken, and nothing is full"
+        sock.settimeout(WAIT_S)
+        return sent
+
+    def _channels(self) -> list[SafeChannel]:
+        return [each._channel for each in self.forwarder._open if each._channel is not None]
+
+    def _is_full(self) -> bool:
+        return not takes_bytes(self.forwarder.transport) or any(
+            # The server's window for us is used up, or most of ours for it is.
+            channel.out_window_size == 0 or len(channel.in_buffer) > WINDOW_BYTES // 2
+            for channel in self._channels()
+        )
+
     def end(self) -> None:
         """Close, cut, and see that its last word is the last, and that nothing is left."""
         threads = self.forwarder.threads()
@@ -168,15 +201,9 @@ def connected(
         yield made, local, peer
 
 
-def send_until_stuck(sock: socket.socket, limit_bytes: int) -> int:
-    """Send until nothing is taken for a while, return how much was."""
-    sock.settimeout(0.5)
-    sent = 0
-    with suppress(TimeoutError):
-        while sent < limit_bytes:
-            sent += sock.send(bytes(1 << 16))
-    sock.settimeout(WAIT_S)
-    return sent
+def takes_bytes(transport: paramiko.Transport) -> bool:
+    """Tell whether the system takes anything more for the SSH connection."""
+    return bool(select.select([], [transport.sock], [], 0)[1])
 
 
 def pour(sock: socket.socket) -> None:
@@ -280,7 +307,7 @@ class TestBackPressure:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
-            sent = send_until_stuck(peer, 256 << 20)
+            sent = made.send_until_stuck(peer)
             assert sent < 64 << 20, "the agent was stopped"
             channel = made.forwarder._open[0]._channel
             assert channel is not None
@@ -294,7 +321,7 @@ class TestBackPressure:
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
-            sent = send_until_stuck(local, 256 << 20)
+            sent = made.send_until_stuck(local)
             assert sent < 64 << 20, "the proxy was stopped"
             local.shutdown(socket.SHUT_WR)
             assert len(read_all(peer)) == sent
@@ -304,7 +331,7 @@ class TestBackPressure:
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent, max_connections=2) as (made, _, peer):
-            send_until_stuck(peer, 256 << 20)
+            made.send_until_stuck(peer)
             other = made.connect()
             other.sendall(b"question")
             other_peer = agent.accept()
@@ -432,7 +459,7 @@ class TestProxyResets:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
-            send_until_stuck(peer, 256 << 20)
+            made.send_until_stuck(peer)
             local.close()
             made.inbox.wait(ConnectionEnded)
             server.wait_for(lambda: server.channels_open == 0)
@@ -775,7 +802,7 @@ class TestClose:
     ) -> None:
         """Over TCP megabytes of it are still the kernel's of the proxy, who has long gone on, or away."""
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
-            sent = send_until_stuck(local, 256 << 20)
+            sent = made.send_until_stuck(local)
             if ends == "has closed":
                 local.close()
             elif ends == "has ended its direction":
@@ -815,7 +842,7 @@ class TestClose:
     ) -> None:
         monkeypatch.setattr("proxy_fsm.peer.written_bytes", lambda _: None)
         with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
-            sent = send_until_stuck(local, 256 << 20)
+            sent = made.send_until_stuck(local)
             made.forwarder.close()
             reading = Task(read_all, peer)
             eventually(lambda: made.forwarder.stats().bytes_to_agent == sent, WAIT_S)
@@ -849,7 +876,7 @@ class TestClose:
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, _):
-            send_until_stuck(local, 256 << 20)
+            made.send_until_stuck(local)
             made.forwarder.close()
             assert made.inbox.stays_without(TunnelClosed, 0.2)
             assert made.forwarder.standing() == ("channel 1 of the tunnel",)
@@ -860,7 +887,7 @@ class TestClose:
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, _, peer):
-            send_until_stuck(peer, 256 << 20)
+            made.send_until_stuck(peer)
             made.forwarder.close()
             assert made.inbox.stays_without(TunnelClosed, 0.2)
             made.forwarder.cut()
@@ -873,9 +900,11 @@ class TestClose:
             pairs = [(made.connect(), agent.accept()) for _ in range(12)]
             made.inbox.wait(ChannelOpened, 12)
             server.freeze()
-            uploads = [Task(send_until_stuck, local, 64 << 20) for local, _ in pairs]
+            uploads = [Task(made.send_until_stuck, local, 64 << 20) for local, _ in pairs]
             for upload in uploads:
-                upload.result()  # their windows together are more than what the connection takes
+                upload.result()
+            # Their windows together are more than what the connection takes.
+            eventually(lambda: not takes_bytes(transport), WAIT_S)
             made.forwarder.close()
             made.forwarder.cut()  # neither waits: the server goes on below
             assert made.inbox.stays_without(TunnelClosed, 0.2)
