@@ -35,7 +35,7 @@ def test_writes_what_the_ending_says(home: Home, ending: str) -> None:
 
 
 def test_draws_what_a_demo_leaves(home: Home) -> None:
-    with started(home, "demo", "--stand-ins", "--seconds", "1000", "--log-format", "json") as demo:
+    with started(home, "demo", "--stand-ins", "--seconds", "30", "--log-format", "json") as demo:
         demo.until(lambda _: "running" in demo.states and demo.named("tunnel.stats"))
         demo.process.terminate()
         assert demo.finish() == 0
