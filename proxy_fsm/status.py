@@ -312,7 +312,7 @@ def is_retryable(reason: EndReason, *, channel_opened: bool, running_s: float | 
     Returns:
         True or False, or None where only the server knows.
     """
-    if reason in _SERVER_KNOWS:
+    if reason in _SERVER_KNOWS or (resumed and reason is EndReason.NEGOTIATION_FAILED):
         return None
     if reason in {EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED}:
         return reason is EndReason.SESSION_SUSPENDED

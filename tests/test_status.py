@@ -128,7 +128,7 @@ RETRYABLE = [
     (EndReason.DISPLAY_UNAVAILABLE, False, NEVER, False, True),
     (EndReason.DISPLAY_UNAVAILABLE, True, NEVER, False, False),
     (EndReason.NEGOTIATION_FAILED, True, NEVER, False, False),
-    (EndReason.NEGOTIATION_FAILED, True, NEVER, True, True),
+    (EndReason.NEGOTIATION_FAILED, True, NEVER, True, None),
     (EndReason.TRANSPORT_LOST, True, NEVER, False, False),
     (EndReason.TRANSPORT_LOST, True, BRIEFLY, False, None),
     (EndReason.TRANSPORT_LOST, True, BRIEFLY, True, True),

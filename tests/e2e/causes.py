@@ -215,22 +215,39 @@ def wrong_cookie(scene: Scene) -> Attempt:
     return scene.attempt(dataclasses.replace(scene.session, cookie=token_hex(16)))
 
 
+def resumed(scene: Scene) -> SessionInfo:
+    """Let the session stand, be suspended and be resumed: its agent waits on a new port."""
+    first = scene.attempt().run()
+    scene.stood_long_enough(first)
+    first.proxy.stop()
+    scene.server.wait_status(scene.admin, scene.agent.name, "S")
+    return scene.resumed()
+
+
+def resumed_wrong_cookie(scene: Scene) -> Attempt:
+    return scene.attempt(dataclasses.replace(resumed(scene), cookie=token_hex(16)), resumed=True)
+
+
+def resumed_agent_stopped(scene: Scene) -> Attempt:
+    return agent_stopped(scene, resumed(scene), resumed=True)
+
+
 def agent_dead(scene: Scene) -> Attempt:
     os.kill(scene.agent.pid, signal.SIGKILL)
     eventually(lambda: not alive(scene.agent.pid), WAIT_S)
     return scene.attempt()
 
 
-def agent_stopped(scene: Scene) -> Attempt:
+def agent_stopped(scene: Scene, session: SessionInfo | None = None, **options: Any) -> Attempt:
     """It takes the connection, but says nothing."""
     os.kill(scene.agent.pid, signal.SIGSTOP)
     scene.repairs.callback(send_signal, [scene.agent.pid], signal.SIGCONT)
-    return scene.attempt()
+    return scene.attempt(session, **options)
 
 
-def kill_agent_in_negotiation(scene: Scene, attempt: Attempt) -> None:
+def start_and_connect(attempt: Attempt) -> None:
+    attempt.start()
     eventually(lambda: attempt.named("tunnel.connected"), WAIT_S)
-    kill_agent(scene, attempt)
 
 
 def kill_agent(scene: Scene, _attempt: Attempt) -> None:

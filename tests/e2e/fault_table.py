@@ -66,7 +66,7 @@ METHOD = """\
 ## How it was measured
 
 `tests/e2e/test_faults.py` causes each fault, and holds the proxy to what the tables say of it and to these limits, with
-400 ms more for a busy machine:
+400 ms more for a busy machine, and without the time in which the machine held everybody up:
 
 - 50 ms from the first sign to `stopping`;
 - 100 ms from there to the final state where the proxy is dead or the transport gone, else 20 ms from the proxy's exit.

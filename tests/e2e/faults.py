@@ -33,6 +33,7 @@ class When(StrEnum):
 
     START = "before the start"
     NEGOTIATION = "in negotiation"
+    RESUMING = "in the negotiation of a resumed session"
     RUNNING = "in mid-session"
 
 
@@ -94,7 +95,7 @@ class Fault:
     @property
     def needs_x2goserver(self) -> bool:
         """Whether the server's list of sessions, or a resume, has a part in it."""
-        return self.when is When.RUNNING and self.left is not Left.UNTOUCHED
+        return self.when is When.RESUMING or (self.when is When.RUNNING and self.left is not Left.UNTOUCHED)
 
     @property
     def final_s(self) -> float:
@@ -129,6 +130,7 @@ class Mishap:
 E, EXIT = EndReason, ProcessExited
 START = partial(Fault, when=When.START, left=Left.UNTOUCHED)
 NEGOTIATION = partial(Fault, when=When.NEGOTIATION, left=Left.DEAD)
+RESUMING = partial(Fault, when=When.RESUMING, left=Left.SUSPENDED)
 RUNNING = partial(Fault, when=When.RUNNING, left=Left.SUSPENDED)
 YES, NO, UNKNOWN = True, False, None
 # what nxproxy says
@@ -169,10 +171,22 @@ FAULTS: tuple[Fault, ...] = (
     NEGOTIATION("wrong cookie", E.NEGOTIATION_FAILED, "cookie is wrong, or the agent has gone", NO,
                 make=causes.wrong_cookie, sign=REFUSED, orderly=True),
     NEGOTIATION("agent killed in negotiation", E.NEGOTIATION_FAILED, "the agent has gone", NO,
-                make=causes.agent_stopped, limits={"ready_s": 3}, strike=causes.kill_agent_in_negotiation, sign=REFUSED,
+                make=causes.agent_stopped, start=causes.start_and_connect, strike=causes.kill_agent, sign=REFUSED,
                 orderly=True),
     NEGOTIATION("agent silent in negotiation", E.START_TIMEOUT, "the proxy's sign that the session stands", NO,
                 make=causes.agent_stopped, limits={"ready_s": 3}, due_s=3, orderly=True),
+    NEGOTIATION("proxy killed in negotiation", E.PROXY_KILLED, "SIGKILL", NO,
+                make=causes.agent_stopped, start=causes.start_and_connect, strike=causes.kill_proxy),
+
+    RESUMING("wrong cookie, resumed", E.NEGOTIATION_FAILED, "cookie is wrong, or the agent has gone", UNKNOWN,
+             make=causes.resumed_wrong_cookie, sign=REFUSED, orderly=True),
+    RESUMING("agent killed in negotiation, resumed", E.NEGOTIATION_FAILED, "the agent has gone", UNKNOWN,
+             make=causes.resumed_agent_stopped, start=causes.start_and_connect, strike=causes.kill_agent,
+             left=Left.DEAD, sign=REFUSED, orderly=True),
+    RESUMING("agent silent in negotiation, resumed", E.START_TIMEOUT, "the proxy's sign that the session stands", YES,
+             make=causes.resumed_agent_stopped, limits={"ready_s": 3}, due_s=3, orderly=True),
+    RESUMING("proxy killed in negotiation, resumed", E.PROXY_KILLED, "SIGKILL", YES,
+             make=causes.resumed_agent_stopped, start=causes.start_and_connect, strike=causes.kill_proxy),
 
     RUNNING("agent killed", E.PEER_LOST, "lost the agent", UNKNOWN,
             strike=causes.kill_agent, left=Left.DEAD, sign=BROKEN, orderly=True),
