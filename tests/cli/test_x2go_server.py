@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
+from proxy_fsm.cli import x2go_server
 from proxy_fsm.cli.interrupts import Interrupts
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.verb import NotReachedError
@@ -15,6 +17,11 @@ from proxy_fsm.cli.x2go_server import X2GoServer
 from proxy_fsm.testing import LoopbackSSHServer
 
 from .program import eventually
+
+if TYPE_CHECKING:
+    import paramiko
+
+TIMEOUT_S = 0.2
 
 
 @pytest.mark.parametrize("interruptible", [True, False])
@@ -47,4 +54,32 @@ def test_that_never_answers_is_given_up(
         assert caught[0].fields["reason"] == "no_answer"
         assert caught[0].fields["detail"] == "x2golistsessions did not end within 0.2 s on the server."
         eventually(lambda: not [each for each in threading.enumerate() if each.name == "x2go-command"])
+        assert transport.is_active()
+
+
+def test_a_channel_that_opens_too_late_is_closed_and_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gave up has not seen it; and of a command that the server does not run paramiko waits for ever."""
+    monkeypatch.setattr("proxy_fsm.testing.ssh_server._Connection._handle_channel_request", lambda *_: None)
+    with LoopbackSSHServer() as ssh, contextlib.closing(ssh.connect()) as client:
+        transport = client.get_transport()
+        assert transport is not None
+        opened: list[paramiko.Channel] = []
+        open_session = transport.open_session
+
+        def open_late(**_: float) -> paramiko.Channel:
+            channel = open_session()
+            time.sleep(TIMEOUT_S)
+            return channel
+
+        monkeypatch.setattr(transport, "open_session", open_late)
+
+        def ask() -> None:
+            with pytest.raises(TimeoutError):
+                x2go_server._exchange(transport, "x2golistsessions", TIMEOUT_S, opened)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(10)
+        assert not asking.is_alive()
+        assert [channel.closed for channel in opened] == [True]
         assert transport.is_active()
