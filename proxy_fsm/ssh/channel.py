@@ -171,8 +171,11 @@ class SafeChannel(paramiko.Channel):
     def _unlink(self) -> None:
         self.transport_ended = True
         super()._unlink()  # type: ignore[misc]
-        if self.opening is not None:  # a transport that is closed by its owner sets no event of a pending open
-            self.opening.set()
+        # paramiko leaves out a channel that is closed already, and no CLOSE of the server will remove it any more.
+        cast("Any", self.transport)._channels.delete(self.chanid)  # noqa: SLF001
+        opening = self.opening
+        if opening is not None:  # a transport that is closed by its owner sets no event of a pending open
+            opening.set()
 
 
 class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub alone

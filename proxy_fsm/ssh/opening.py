@@ -74,6 +74,9 @@ class ChannelOpening:
         It raises nothing: `wait` tells how it went.
         """
         transport = cast("Any", self._transport)
+        if not transport.is_active():
+            self._settle(TransportGone("The SSH transport is not active."))
+            return
         message = Message()
         with transport.lock:
             _prepare(transport)
@@ -104,8 +107,8 @@ class ChannelOpening:
                 self._settle(ChannelRefused(ChannelRefused.RESOURCE_SHORTAGE, str(error)))
         except (OSError, EOFError) as error:
             self._settle(TransportGone(str(error)))
-        if not transport.is_active():
-            self._settle(TransportGone("The SSH transport is not active."))
+        if not transport.is_active():  # it ended meanwhile, and may have unlinked its channels before
+            self._transport_ended(channel)
 
     def wait(self) -> SafeChannel:
         """Wait for the answer, however long it takes, and return the channel, which is the caller's from then on.
@@ -118,8 +121,10 @@ class ChannelOpening:
         self._settled.wait()
         with self._lock:
             answer, self._answer = self._answer, None
+        if answer is not None and self._channel is not None:  # without an answer the channel may still open
+            self._channel.opening = None  # else each would keep the other, and what the channel keeps
+            self._channel = None
         if isinstance(answer, SafeChannel):
-            answer.opening = self._channel = None  # else each would keep the other, and what the channel keeps
             return answer
         raise answer or OpenAbandoned("The open was abandoned.")
 
@@ -142,11 +147,16 @@ class ChannelOpening:
             self._settle(channel)
             acknowledge(tcp_socket(self._transport))  # the server may have something to send already
         else:
-            self._settle(TransportGone("The SSH transport ended."))
+            self._transport_ended(channel)
 
     def refuse(self, code: int) -> None:
         """Take a refusal."""
         self._settle(ChannelRefused(code, CONNECTION_FAILED_CODE.get(code, "The server refused the channel.")))
+
+    def _transport_ended(self, channel: SafeChannel) -> None:
+        """Report the end; the transport's own thread may be reading its list of events, so that entry stays."""
+        cast("Any", self._transport)._channels.delete(channel.chanid)  # noqa: SLF001
+        self._settle(TransportGone("The SSH transport ended."))
 
     def _withdraw(self, channel: SafeChannel) -> None:
         """Take back what was registered for an answer that cannot come."""

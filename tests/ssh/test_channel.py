@@ -156,6 +156,19 @@ class TestClosing:
         transport.join(WAIT_S)
         channel.send_close()
 
+    @ENDS
+    def test_closed_channel_has_no_entry_once_its_transport_ends(
+        self, *, server: LoopbackSSHServer, transport: Any, agent: Agent, end: End
+    ) -> None:
+        """Even while something holds it, such as paramiko's exception, whose traceback has the last channel served."""
+        channel = open_to(transport, agent.port)
+        channel.close()  # the server's CLOSE, which would remove the entry, never comes
+        assert transport._channels.get(channel.chanid) is channel
+        end(server, transport)
+        transport.join(WAIT_S)
+        assert channel.transport_ended
+        assert len(transport._channels) == 0
+
 
 class TestSending:
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])

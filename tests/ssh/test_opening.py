@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from typing import Any
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import paramiko
 import pytest
@@ -19,6 +20,7 @@ from proxy_fsm.ssh import (
     TransportGone,
 )
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+from tests.e2e.procs import eventually
 from tests.ssh.helpers import ENDS, FOREIGN, End, do_nothing, keys_exchanged, open_to, opening_to
 from tests.tunnel_helpers import (
     LOOPBACK,
@@ -28,6 +30,17 @@ from tests.tunnel_helpers import (
     dead_port,
     read_all,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Leave reference cycles where they are."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 class TestOpening:
@@ -274,6 +287,30 @@ class TestTransportEnds:
         opening = opening_to(transport, 9)
         with pytest.raises(TransportGone):
             opening.wait()
+
+    @ENDS
+    def test_open_sent_after_the_end_leaves_no_entry(self, server: LoopbackSSHServer, transport: Any, end: End) -> None:
+        end(server, transport)
+        transport.join(WAIT_S)
+        opening_to(transport, 9)
+        assert len(transport._channels) == 0
+        assert not transport.channel_events
+
+    @pytest.mark.usefixtures("no_collection")
+    def test_failed_open_and_its_channel_do_not_keep_each_other(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
+        """A reference cycle would hold the channel, and its buffers, until the next garbage collection."""
+        server.forwarding = Forwarding.HELD
+        opening = opening_to(transport, 9)
+        server.wait_for(lambda: server.channels_held == 1)
+        assert opening._channel is not None
+        channel = weakref.ref(opening._channel)
+        transport.close()
+        with pytest.raises(TransportGone):
+            opening.wait()
+        del opening
+        eventually(lambda: channel() is None, WAIT_S)
 
     def test_in_the_very_moment_of_its_end_an_open_is_told(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
