@@ -7,14 +7,21 @@ READY := $(VENV)/.ready
 # What does no I/O has no excuse.
 PURE := proxy_fsm/lifecycle.py,proxy_fsm/status.py,proxy_fsm/session.py,proxy_fsm/diagram/chart.py,proxy_fsm/diagram/text.py,proxy_fsm/evidence.py
 
-.PHONY: demo test lint docs diagrams mutation faults soak bench system clean
+# Side by side; a worker that has nothing left takes over what another has not begun.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+.PHONY: demo test quick lint docs diagrams mutation faults soak bench system clean
 
 demo: $(INSTALLED)
 	@$(BIN)/proxy-fsm demo
 
 test: $(READY) system lint docs
-	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 	$(BIN)/coverage report --include=$(PURE) --fail-under=100
+
+# Without the real programs: make quick PYTHON=python3.13 VENV=.venv-3.13
+quick: $(READY)
+	$(PYTEST) -m "not real" $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -58,4 +65,4 @@ $(READY): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage demo-output docs/_build
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage demo-output docs/_build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -11,6 +12,32 @@ from hypothesis import settings
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+#: For each core so many tests go on side by side, since most of the time they wait for other programs; and at most
+#: so many in all, each of which may have an X2Go server with a user of its own.
+_WORKERS_PER_CORE, _MOST_WORKERS = 3, 12
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many tests `-n auto` runs side by side."""
+    return min(_WORKERS_PER_CORE * (os.cpu_count() or 1), _MOST_WORKERS)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of every garbage collection: many tests ask for one, 0.2 s each."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hangup_ends_programs() -> None:
+    """Under nohup SIGHUP is ignored, and so it would be in every program that a test starts and ends by it."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(
+            signal.SIGHUP, lambda *_: None
+        )  # this process still ignores it; a new program does not inherit it
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@ this package installed in it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
@@ -64,13 +65,16 @@ def debian_python(real_programs: None, pytestconfig: pytest.Config) -> Path:
     if missing:
         lack(missing)
     version = hashlib.sha256((CHECKOUT / "pyproject.toml").read_bytes()).hexdigest()[:12]
-    place = pytestconfig.cache.mkdir("python-x2go") / version
+    cache = pytestconfig.cache.mkdir("python-x2go")
+    place = cache / version
     python, ready = place / "bin" / "python", place / "ready"
-    if not ready.exists():
-        shutil.rmtree(place, ignore_errors=True)
-        subprocess.run([PYTHON, "-m", "venv", "--system-site-packages", place], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--editable", CHECKOUT], check=True)
-        ready.touch()
+    with (cache / "lock").open("w") as lock:  # tests that run side by side share it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            subprocess.run([PYTHON, "-m", "venv", "--system-site-packages", place], check=True)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", "--editable", CHECKOUT], check=True)
+            ready.touch()
     return python
 
 
