@@ -41,10 +41,10 @@ class Interrupts:
 
     def __exit__(self, *_: object) -> None:
         self._order = None
-        if self.received is None:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
-        # Otherwise they stay: the program is about to end, and a second Ctrl-C shall not make it end worse.
+        for number, handler in self._previous.items():
+            # Once one has come the program is about to end, and a second Ctrl-C must not make it end worse. A handler
+            # of ours would not do: the interpreter removes it before it ends, and the signal then kills the process.
+            signal.signal(number, handler if self.received is None else signal.SIG_IGN)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

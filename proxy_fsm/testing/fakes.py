@@ -276,7 +276,7 @@ class FakedProxy(Proxy):
         return proxy
 
     def lead_to(self, state: State) -> None:
-        """Lead an idle proxy to a state by the shortest way."""
+        """Lead an idle proxy to a state by the shortest way; whatever entering it starts has been started."""
         if state is State.IDLE:
             return
         self.start()
@@ -295,6 +295,7 @@ class FakedProxy(Proxy):
         if state in {State.STOPPING, State.STOPPED, State.FAILED}:
             self.tunnel.preflight_ends()
         self.wait(state, timeout=_SETTLE_S)
+        self.settle()
 
     def end(self) -> None:
         """Stop it, with everything doing what it is told, and wait for its final state."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -54,6 +56,25 @@ def test_it_is_an_order_where_one_is_set_however_often_it_comes() -> None:
         signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)  # too late for an order, and harmless
     assert orders == [1, 1, 1]
+
+
+LAST_MOMENT = """
+import os, signal
+from proxy_fsm.cli.interrupts import Interrupts
+
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+
+late = Late()  # deleted with its module, after the interpreter has taken all handlers away
+with Interrupts() as interrupts:
+    signal.raise_signal(signal.SIGTERM)
+assert interrupts.received == "SIGTERM"
+"""
+
+
+def test_second_signal_while_the_interpreter_ends_is_harmless() -> None:
+    assert subprocess.run([sys.executable, "-c", LAST_MOMENT], check=False).returncode == 0
 
 
 def test_handlers_come_back_where_no_signal_came() -> None:
