@@ -139,7 +139,7 @@ def _run_by_hand(
     server: X2GoServer, agent: AgentSession, display: Display, settle: Callable[[], None], times: Times
 ) -> None:
     from tests.e2e.byhand import ESTABLISHED, NxProxy  # noqa: PLC0415 - only a checkout has the tests' harness
-    from tests.e2e.procs import eventually  # noqa: PLC0415
+    from tests.helpers.wait import eventually  # noqa: PLC0415
 
     with TemporaryDirectory() as directory:
         path = Path(directory, "tunnel")

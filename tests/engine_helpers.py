@@ -7,7 +7,6 @@ import signal
 import socket
 import tempfile
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from proxy_fsm import NX3Backend, Proxy, SessionInfo, State
 from proxy_fsm.testing.scripted import ScriptedProxy, Step, connect, say, wait_eof
 
+from .helpers.wait import eventually
 from .tunnel_helpers import own_threads
 
 if TYPE_CHECKING:
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 COOKIE = "0123456789abcdef0123456789abcdef"
 READY_LINE = "Info: Established X server connection."
 HEALTHY = (connect(), say(READY_LINE), wait_eof())
-
-
-def eventually(is_true: Callable[[], object], what: str, timeout_s: float = 5) -> None:
-    """Wait until something that has no event of its own is true."""
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        threading.Event().wait(0.005)
 
 
 def let_deadline_pass(proxy: Proxy) -> None:
@@ -48,17 +40,6 @@ def end_after(seconds: int) -> None:
     """In a forked child: see to it that it comes to an end, whatever it hangs in."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent's handler would swallow it
     signal.alarm(seconds)
-
-
-def assert_prompt(measure: Callable[[], float], within_s: float, tries: int = 40) -> None:
-    """Make sure that something takes no longer than it should, on a machine that is shared.
-
-    Three times in a row, somewhere in these tries: a single one may be short by chance, since who polls may just look.
-    """
-    took: list[float] = []
-    while not (len(took) >= 3 and max(took[-3:]) < within_s):
-        assert len(took) < tries, f"never three times in a row within {within_s} s: {took}"
-        took.append(measure())
 
 
 class Agent:
@@ -94,7 +75,7 @@ class Agent:
 
     def say(self, data: bytes) -> None:
         """Send bytes on the newest connection, once there is one."""
-        eventually(lambda: self.connections, "a connection at the agent")
+        eventually(lambda: self.connections, what="a connection at the agent")
         self.connections[-1].sendall(data)
 
     def _accept(self) -> None:

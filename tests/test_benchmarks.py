@@ -19,7 +19,8 @@ from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, free_ports, wait_
 from benchmarks.delay import DelayingRelay, delayed
 from benchmarks.report import RELAY, Results, table, write
 
-from .tunnel_helpers import LOOPBACK, WAIT_S, Agent, Task, needs_sshd, read_all, same
+from .helpers.wait import WAIT_S
+from .tunnel_helpers import LOOPBACK, Agent, Task, needs_sshd, read_all, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

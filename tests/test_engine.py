@@ -66,14 +66,13 @@ from tests.engine_helpers import (
     Maker,
     Recorder,
     ScriptedBackend,
-    assert_prompt,
     children,
     descriptors,
     end_after,
     engine_threads,
-    eventually,
     let_deadline_pass,
 )
+from tests.helpers.wait import assert_prompt, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,10 +108,10 @@ def make(transport: paramiko.Transport, agent: Agent, tmp_path: Path) -> Iterato
     yield maker
     maker.close()
     gc.collect()
-    eventually(lambda: not engine_threads(), f"threads gone: {engine_threads()}")
+    eventually(lambda: not engine_threads(), what=f"threads gone: {engine_threads()}")
     assert set(children()) <= before[1]
     agent.let_go()
-    eventually(lambda: descriptors() <= before[0] + 2 * len(agent.connections), "descriptors closed")
+    eventually(lambda: descriptors() <= before[0] + 2 * len(agent.connections), what="descriptors closed")
 
 
 # ---- a whole life ----
@@ -124,7 +123,7 @@ def test_a_session_comes_up_and_is_stopped(make: Maker, agent: Agent) -> None:
     proxy.start()
     proxy.wait_running(timeout=5)
     assert proxy.ok()
-    eventually(lambda: len(agent.connections) == 1, "the agent was reached once")
+    eventually(lambda: len(agent.connections) == 1, what="the agent was reached once")
     proxy.close(timeout=5)
     assert (proxy.state, proxy.ok()) == (State.STOPPED, False)
     status = proxy.status()
@@ -318,7 +317,7 @@ def test_stop_is_heard_at_once_while_a_channel_open_hangs(make: Maker, server: L
         proxy.start()
         assert proxy.wait(State.SPAWNING, timeout=5) is State.SPAWNING
         server.wait_for(lambda: server.channels_held > 0)
-        eventually(lambda: proxy.status().waiting_for == "the channel to the agent", "it says what is missing")
+        eventually(lambda: proxy.status().waiting_for == "the channel to the agent", what="it says what is missing")
         took_s = heard_after_s(proxy)
         assert proxy.wait(timeout=5) is State.STOPPED
         server.release(Forwarding.HELD)
@@ -533,7 +532,7 @@ def test_a_forked_child_owns_nothing_and_ends_nothing(make: Maker, agent: Agent)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert proxy.ok()
         agent.say(b"still there")
-        eventually(lambda: (stats := proxy.status().tunnel) and stats.bytes_from_agent == 11, "bytes come through")
+        eventually(lambda: (stats := proxy.status().tunnel) and stats.bytes_from_agent == 11, what="bytes come through")
         assert Path(proxy.status().listen_address or "").parent.is_dir()
         assert proxy.ok()
 
@@ -610,7 +609,7 @@ def test_twenty_proxies_on_one_transport_all_run_and_all_stop(make: Maker, agent
         proxy.start()
     for proxy in proxies:
         proxy.wait_running(timeout=20)
-    eventually(lambda: len(agent.connections) == 20, "each has a channel of its own")
+    eventually(lambda: len(agent.connections) == 20, what="each has a channel of its own")
     assert engine_threads().count("proxy_fsm-monitor") == 1
     for proxy in proxies:
         proxy.stop()
@@ -713,11 +712,11 @@ def test_a_silent_transport_is_told_restored_and_given_up(make: Maker, server: L
     proxy.start()
     proxy.wait_running(timeout=5)
     server.freeze()
-    eventually(lambda: proxy.status().link == "silent", "the link is silent")
+    eventually(lambda: proxy.status().link == "silent", what="the link is silent")
     assert proxy.status().silent_s > 0.1
     assert proxy.ok()
     server.thaw()
-    eventually(lambda: (status := proxy.status()).link == "ok" and status.silent_s == 0, "the link is restored")
+    eventually(lambda: (status := proxy.status()).link == "ok" and status.silent_s == 0, what="the link is restored")
     assert make.log.named("link.silent")
     assert make.log.named("link.restored")
 
@@ -793,8 +792,8 @@ def test_a_preflight_that_hangs_ends_in_start_timeout(make: Maker, tmp_path: Pat
 def test_a_proxy_that_never_gets_ready_ends_in_start_timeout(make: Maker, agent: Agent) -> None:
     proxy = make([connect(), wait_eof()], timeouts=Timeouts(ready_s=1000))
     proxy.start()
-    eventually(lambda: "sign that the session stands" in proxy.status().waiting_for, "connected", 20)
-    eventually(lambda: len(agent.connections) == 1, "the agent was reached once")
+    eventually(lambda: "sign that the session stands" in proxy.status().waiting_for, what="connected")
+    eventually(lambda: len(agent.connections) == 1, what="the agent was reached once")
     assert late(proxy) is EndReason.START_TIMEOUT
     assert "sign that the session stands" in proxy.status().detail
     assert len(agent.connections) == 1
@@ -803,7 +802,7 @@ def test_a_proxy_that_never_gets_ready_ends_in_start_timeout(make: Maker, agent:
 def test_a_proxy_that_never_connects_ends_in_start_timeout(make: Maker, agent: Agent) -> None:
     proxy = make([pause()], timeouts=Timeouts(ready_s=1000))
     proxy.start()
-    eventually(lambda: proxy.status().waiting_for == "the channel to the agent", "the proxy program runs", 20)
+    eventually(lambda: proxy.status().waiting_for == "the channel to the agent", what="the proxy program runs")
     assert late(proxy) is EndReason.START_TIMEOUT
     assert "the channel to the agent" in proxy.status().detail
     assert not agent.connections
@@ -1054,7 +1053,7 @@ def test_waiting_for_says_what_is_still_missing(make: Maker, tmp_path: Path) -> 
         proxy = make([connect(), wait_file(gate.path), say(READY_LINE), wait_eof()])
         assert proxy.status().waiting_for == ""
         proxy.start()
-        eventually(lambda: "sign that the session stands" in proxy.status().waiting_for, "connected")
+        eventually(lambda: "sign that the session stands" in proxy.status().waiting_for, what="connected")
         gate.open()
         proxy.wait_running(timeout=5)
         assert proxy.status().waiting_for == ""
@@ -1072,7 +1071,7 @@ def viewer(*steps: Any, **options: Any) -> CommandBackend:
 def test_a_viewer_is_ready_with_the_first_bytes_and_closed_by_its_user(make: Maker, agent: Agent) -> None:
     proxy = make(backend=viewer(connect(), wait_eof(), exit_with(1), ready_when="first_bytes"))
     proxy.start()
-    eventually(lambda: agent.connections, "the viewer connected")
+    eventually(lambda: agent.connections, what="the viewer connected")
     assert proxy.state is State.SPAWNING
     agent.say(b"RFB 003.008\n")
     proxy.wait_running(timeout=5)
@@ -1099,7 +1098,7 @@ def test_a_viewer_that_exits_before_it_was_ready_has_failed(make: Maker) -> None
 def test_an_agent_that_closes_ends_a_viewers_session(make: Maker, agent: Agent) -> None:
     proxy = make(backend=viewer(connect(), wait_eof(), exit_with(1), ready_when="connected"))
     with proxy:
-        eventually(lambda: agent.connections, "the viewer connected")
+        eventually(lambda: agent.connections, what="the viewer connected")
         agent.let_go()
         assert proxy.wait(timeout=5) is State.STOPPED
     assert proxy.status().reason is EndReason.SESSION_ENDED
@@ -1110,7 +1109,7 @@ def test_a_viewer_with_a_connection_gone_is_not_running_for_long(make: Maker) ->
     steps = (connect(), say(READY_LINE), wait_eof(), Step("connection.close()"), pause())
     proxy = make(steps, timeouts=Timeouts(stop_grace_s=0.2))
     with proxy:
-        eventually(lambda: make.agent.connections, "the viewer connected")
+        eventually(lambda: make.agent.connections, what="the viewer connected")
         make.agent.let_go()
         assert proxy.wait(timeout=5) is State.STOPPED
     assert proxy.status().reason is EndReason.SESSION_ENDED

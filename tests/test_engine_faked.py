@@ -51,7 +51,8 @@ from proxy_fsm.question import ServerQuestion
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.status import Link, TransitionRecord
 from proxy_fsm.testing.fakes import READY_LINE, FakedProxy, FakeTransport, fake_session
-from tests.engine_helpers import Recorder, eventually
+from tests.engine_helpers import Recorder
+from tests.helpers.wait import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -854,7 +855,7 @@ def test_an_error_after_the_cause_changes_nothing_of_it() -> None:
 
     proxy._engine._timer = (0.0, broken)
     proxy.settle()  # it has woken; the deadline comes next
-    eventually(lambda: proxy.events("internal.error"), "the error is told")
+    eventually(lambda: proxy.events("internal.error"), what="the error is told")
     assert len(proxy.events("internal.error")) == 1
     assert proxy.status().reason is EndReason.STOP_REQUESTED
     proxy.end()

@@ -38,10 +38,9 @@ from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, SafeChan
 from proxy_fsm.status import EndReason, TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
-from .e2e.procs import eventually
+from .helpers.wait import WAIT_S, eventually, since
 from .tunnel_helpers import (
     LOOPBACK,
-    WAIT_S,
     Agent,
     Inbox,
     Task,
@@ -53,7 +52,6 @@ from .tunnel_helpers import (
     read_all,
     reset,
     same,
-    since,
 )
 
 if TYPE_CHECKING:
@@ -413,7 +411,7 @@ class TestAgentEnds:
             peer.sendall(bytes(3 << 20))  # more than the local socket holds, less than the window
             channel = made.forwarder._open[0]._channel
             assert channel is not None
-            eventually(lambda: len(channel.in_buffer) > 1 << 20, WAIT_S)
+            eventually(lambda: len(channel.in_buffer) > 1 << 20)
             reset(peer)
             with pytest.raises(BrokenPipeError):
                 local.sendall(bytes(256 << 20))
@@ -448,7 +446,7 @@ class TestProxyResets:
         """A unix socket that is closed with bytes unread is reset."""
         with connected(transport, tmp_path, agent) as (made, local, peer):
             peer.sendall(b"never read")
-            eventually(lambda: made.forwarder.stats().bytes_from_agent, WAIT_S)
+            eventually(lambda: made.forwarder.stats().bytes_from_agent)
             local.close()
             assert read_all(peer) == b""
             server.wait_for(lambda: server.channels_open == 0)
@@ -502,7 +500,7 @@ class TestTransportEnds:
                         local.sendall(bytes(1 << 16))
 
             uploader = Task(upload)
-            eventually(lambda: made.forwarder.stats().bytes_to_agent > 1 << 20, WAIT_S)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent > 1 << 20)
             server.drop(reset=True)
             uploader.result()
             made.inbox.wait(ConnectionEnded)
@@ -598,7 +596,7 @@ class TestHowMany:
             made.inbox.wait(ConnectionEnded, 30)
             assert made.forwarder.stats().connections == 30
             assert server.channels_opened == 30
-            eventually(lambda: made.forwarder.standing() == (), WAIT_S)  # told first, then forgotten
+            eventually(lambda: made.forwarder.standing() == ())  # told first, then forgotten
 
     def test_the_connections_that_stand_are_named(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
@@ -632,7 +630,7 @@ class TestRefusals:
         server.refuse_next(1)
         with Agent(listening=False) as agent, tunnel(transport, tmp_path, agent.port) as made:
             made.connect()
-            eventually(lambda: server._shared.refusals == 0, WAIT_S)
+            eventually(lambda: server._shared.refusals == 0)
             agent.listen()
             agent.accept()
             made.inbox.wait(ChannelOpened)
@@ -776,7 +774,7 @@ class TestClose:
         server.refuse_next(1)
         with tunnel(transport, tmp_path, dead_port(), agent_connect_s=9 * WAIT_S) as made:
             made.connect()
-            eventually(lambda: server._shared.refusals == 0, WAIT_S)
+            eventually(lambda: server._shared.refusals == 0)
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
             assert made.inbox.kinds() == [TunnelClosed]
@@ -821,7 +819,7 @@ class TestClose:
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
             local.sendall(said)
-            eventually(lambda: made.forwarder.stats().bytes_to_agent == len(said), WAIT_S)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent == len(said))
             made.forwarder.close()
             assert read_all(peer) == said
             made.inbox.wait(TunnelClosed)
@@ -831,7 +829,7 @@ class TestClose:
     ) -> None:
         with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
             writing, reading = Task(pour, local), Task(read_all, peer)
-            eventually(lambda: made.forwarder.stats().bytes_to_agent, WAIT_S)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent)
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
             writing.result()
@@ -845,7 +843,7 @@ class TestClose:
             sent = made.send_until_stuck(local)
             made.forwarder.close()
             reading = Task(read_all, peer)
-            eventually(lambda: made.forwarder.stats().bytes_to_agent == sent, WAIT_S)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent == sent)
             assert made.inbox.stays_without(TunnelClosed, 0.2)
             local.close()
             assert len(reading.result()) == sent
@@ -861,7 +859,7 @@ class TestClose:
 
         with connected(transport, tmp_path, agent) as (made, local, peer):
             tasks = [Task(pour, local), Task(pour, peer), Task(drain, local), Task(drain, peer)]
-            eventually(lambda: min(made.forwarder.stats().bytes_to_agent, made.forwarder.stats().bytes_from_agent), 9)
+            eventually(lambda: min(made.forwarder.stats().bytes_to_agent, made.forwarder.stats().bytes_from_agent))
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
             server.wait_for(lambda: server.channels_open == 0)
@@ -904,7 +902,7 @@ class TestClose:
             for upload in uploads:
                 upload.result()
             # Their windows together are more than what the connection takes.
-            eventually(lambda: not takes_bytes(transport), WAIT_S)
+            eventually(lambda: not takes_bytes(transport))
             made.forwarder.close()
             made.forwarder.cut()  # neither waits: the server goes on below
             assert made.inbox.stays_without(TunnelClosed, 0.2)
@@ -991,14 +989,14 @@ class TestClose:
 
         one_round(0)
         server.wait_for(lambda: server.channels_open == 0)
-        eventually(lambda: not own_threads(), WAIT_S)
+        eventually(lambda: not own_threads())
         before = descriptors()
         for how in range(6):
             one_round(how)
         server.wait_for(lambda: server.channels_open == 0)
-        eventually(lambda: not own_threads(), WAIT_S)
+        eventually(lambda: not own_threads())
         nothing_left_open(before)
-        eventually(lambda: len(transport._channels) == 0, WAIT_S)  # type: ignore[attr-defined]
+        eventually(lambda: len(transport._channels) == 0)  # type: ignore[attr-defined]
 
 
 class TestNoThreads:
@@ -1026,7 +1024,7 @@ class TestNoThreads:
             failed = made.inbox.wait(WorkerFailed)
             assert isinstance(failed.error, RuntimeError)
             assert read_all(local) == b""
-            eventually(lambda: made.forwarder.standing() == (), WAIT_S)
+            eventually(lambda: made.forwarder.standing() == ())
             server.wait_for(lambda: server.channels_open == 0)
 
 
@@ -1039,7 +1037,7 @@ class TestShortage:
     ) -> None:
         failures = Failures(monkeypatch, socket.socket, "accept", OSError(number, os.strerror(number)), times=3)
         with tunnel(transport, tmp_path, agent.port) as made:
-            eventually(lambda: failures.left == 0, WAIT_S)
+            eventually(lambda: failures.left == 0)
             local = made.connect()
             made.inbox.wait(ChannelOpened)
             local.close()
@@ -1077,7 +1075,7 @@ class TestShortage:
         failures = Failures(monkeypatch, peer, "_tcp_owner", error, times=1 << 30)
         with tunnel(transport, tmp_path, 9, kind="tcp") as made:
             local = made.connect()
-            eventually(lambda: failures.left < 1 << 30, WAIT_S)
+            eventually(lambda: failures.left < 1 << 30)
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
             assert read_all(local) == b""
@@ -1164,7 +1162,7 @@ class TestTold:
                     ended = made.inbox.wait(ConnectionEnded)
                     assert (ended.connection, ended.bytes_to_agent, ended.bytes_from_agent) == (1, 1000, 100)
                     assert 0 <= ended.duration_s <= since(before_it)
-            eventually(lambda: made.forwarder.stats().bytes_from_agent == 300, WAIT_S)  # counted once it was taken
+            eventually(lambda: made.forwarder.stats().bytes_from_agent == 300)  # counted once it was taken
             stats = made.forwarder.stats()
             assert (stats.bytes_to_agent, stats.bytes_from_agent, stats.connections) == (3000, 300, 2)
             assert stats.opened_at is not None
@@ -1265,6 +1263,6 @@ class TestStrangers:
                 local.settimeout(WAIT_S)
                 local.connect(("::ffff:127.0.0.1", port))
                 local.sendall(b"mapped")
-                eventually(made.inbox.kinds, WAIT_S)
+                eventually(made.inbox.kinds)
                 assert made.inbox.kinds() == [ChannelOpened]
                 assert agent.accept().recv(99) == b"mapped"

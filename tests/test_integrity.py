@@ -22,21 +22,9 @@ from proxy_fsm.forwarder import Forwarder
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.testing import LoopbackSSHServer
 
-from .e2e.procs import eventually
 from .e2e.sshd import SshServer, transport_of
-from .tunnel_helpers import (
-    LOOPBACK,
-    WAIT_S,
-    Agent,
-    Inbox,
-    Task,
-    connect_fast,
-    connect_local,
-    needs_sshd,
-    own_threads,
-    same,
-    since,
-)
+from .helpers.wait import WAIT_S, eventually, since
+from .tunnel_helpers import LOOPBACK, Agent, Inbox, Task, connect_fast, connect_local, needs_sshd, own_threads, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,7 +189,7 @@ def to_paramiko() -> Iterator[paramiko.Transport]:
         set_nodelay(transport)
         yield transport
         server.wait_for(lambda: server.channels_open == 0)
-    eventually(lambda: not own_threads(), WAIT_S)
+    eventually(lambda: not own_threads())
 
 
 @pytest.fixture(scope="module", params=["OpenSSH's defaults", "RekeyLimit 1M", "RekeyLimit 1M, fast_transport"])
@@ -216,7 +204,7 @@ def to_openssh(request: pytest.FixtureRequest) -> Iterator[paramiko.Transport]:
             transport = transport_of(stack.enter_context(server.connect()))
             set_nodelay(transport)
             yield transport
-    eventually(lambda: not own_threads(), WAIT_S)
+    eventually(lambda: not own_threads())
 
 
 TALKS = st.lists(CONVERSATIONS, min_size=1, max_size=3)

@@ -6,7 +6,6 @@ import itertools
 import signal
 import sys
 import threading
-import time
 from datetime import UTC, datetime
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
@@ -18,10 +17,11 @@ from proxy_fsm.journal import Journal
 from proxy_fsm.lifecycle import State, Trigger
 from proxy_fsm.status import EndReason, TransitionRecord
 
+from .helpers.wait import WAIT_S, eventually
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-WAIT_S = 20.0
 LIFE = (State.TUNNELLING, State.SPAWNING, State.RUNNING, State.STOPPING, State.STOPPED)
 Told = list[int]
 
@@ -105,13 +105,6 @@ def join(*threads: threading.Thread) -> None:
     for thread in threads:
         thread.join(WAIT_S)
         assert not thread.is_alive()
-
-
-def eventually(is_true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not is_true():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.001)
 
 
 class TestOrder:

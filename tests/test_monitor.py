@@ -22,9 +22,8 @@ from proxy_fsm.status import Timeouts
 from proxy_fsm.testing import LoopbackSSHServer
 from proxy_fsm.testing import ssh_server as embedded
 
-from .e2e.procs import eventually
-from .engine_helpers import assert_prompt
-from .tunnel_helpers import LOOPBACK, SOON_S, WAIT_S, Inbox, dead_port, own_threads, since
+from .helpers.wait import SOON_S, WAIT_S, assert_prompt, eventually, since
+from .tunnel_helpers import LOOPBACK, Inbox, dead_port, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,7 +57,7 @@ def inbox() -> Inbox:
 def nothing_left() -> Iterator[None]:
     """Each test detaches what it attached; then no thread is left."""
     yield
-    eventually(lambda: not own_threads(), WAIT_S)
+    eventually(lambda: not own_threads())
 
 
 @contextlib.contextmanager
@@ -161,7 +160,7 @@ class TestShared:
             thread.start()
         for thread in threads:
             thread.join(WAIT_S)
-        eventually(lambda: monitors() == 1, WAIT_S)
+        eventually(lambda: monitors() == 1)
         server.drop()
         for inbox in inboxes:
             inbox.wait(TransportEnded)
@@ -171,7 +170,7 @@ class TestShared:
     def test_it_leaves_no_channel_on_the_transport(self, server: LoopbackSSHServer, transport: Any) -> None:
         with attached(transport, PATIENT, Inbox().post):
             server.wait_for(lambda: server.probes >= 2)
-        eventually(lambda: len(transport._channels) == 0, WAIT_S)
+        eventually(lambda: len(transport._channels) == 0)
         assert not transport.channel_events
 
     def test_a_transport_that_is_dropped_can_go(self, server: LoopbackSSHServer, inbox: Inbox) -> None:
@@ -182,7 +181,7 @@ class TestShared:
         transport.join(WAIT_S)
         gone = weakref.ref(transport)
         del transport
-        eventually(lambda: gc.collect() >= 0 and gone() is None, WAIT_S)
+        eventually(lambda: gc.collect() >= 0 and gone() is None)
 
     def test_after_forget_all_one_starts_from_nothing(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
@@ -247,7 +246,7 @@ class TestBroken:
     ) -> None:
         refused = no_thread_for(monkeypatch, "proxy_fsm-probe")
         with attached(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
-            eventually(lambda: len(refused) > 10, WAIT_S)  # for longer than link_dead_s
+            eventually(lambda: len(refused) > 10)  # for longer than link_dead_s
             assert inbox.seen == []
             refused.clear()
             server.wait_for(lambda: server.probes >= 1)
@@ -269,7 +268,7 @@ class TestBroken:
             patch.setattr(monitor, "packets_received", broken)
             with attached(transport, QUIET, first.post):
                 assert isinstance(first.wait(WorkerFailed).error, AttributeError)
-                eventually(lambda: monitors() == 0, WAIT_S)
+                eventually(lambda: monitors() == 0)
                 patch.undo()
                 with attached(transport, QUIET, inbox.post):
                     server.drop()
@@ -286,7 +285,7 @@ class TestEnd:
         def measure() -> float:
             inbox = Inbox()
             with contextlib.closing(server.connect_transport()) as transport, attached(transport, QUIET, inbox.post):
-                eventually(lambda: len(transport._channels) == 1, WAIT_S, 0.001)  # type: ignore[attr-defined]
+                eventually(lambda: len(transport._channels) == 1, interval_s=0.001)  # type: ignore[attr-defined]
                 began = time.monotonic()
                 if end == "closed by the caller":
                     transport.close()
@@ -334,7 +333,7 @@ class TestEnd:
         for inbox in inboxes:
             inbox.wait(TransportEnded)
         transport.close()
-        eventually(lambda: monitors() == 0, WAIT_S)
+        eventually(lambda: monitors() == 0)
         assert [inbox.kinds() for inbox in inboxes] == [[TransportEnded]] * 50
         for attachment in attachments:
             attachment.detach()
@@ -588,7 +587,7 @@ class TestSilence:
 
         monkeypatch.setattr(monitor, "packets_received", another)
         with attached(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
-            eventually(lambda: len(looks) > 20, WAIT_S)
+            eventually(lambda: len(looks) > 20)
         assert inbox.seen == []
         assert server.probes == 0
 
@@ -644,7 +643,7 @@ class TestSilence:
         server.freeze()
         with attached(transport, PATIENT, inbox.post):
             inbox.wait(LinkSilent)
-        eventually(lambda: not own_threads(), WAIT_S)
+        eventually(lambda: not own_threads())
         server.thaw()
         server.wait_for(lambda: server.probes == 1)
 
@@ -662,7 +661,7 @@ class TestSilence:
                 attachment.detach()
         finally:
             sys.setswitchinterval(interval)
-        eventually(lambda: not own_threads(), WAIT_S)
+        eventually(lambda: not own_threads())
         assert broken == []
 
 

@@ -49,15 +49,15 @@ from proxy_fsm.testing.scripted import (
     wait_file,
 )
 
-from .engine_helpers import assert_prompt
+from .e2e.procs import alive
+from .helpers.wait import WAIT_S, assert_prompt, eventually
 from .tunnel_helpers import descriptors, nothing_left_open, own_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 COOKIE = "0123456789abcdef0123456789ABCDEF"
 CUT = 8 << 10
-WAIT_S = 20.0
 
 _Seen = TypeVar("_Seen", bound=Observation)
 
@@ -336,21 +336,6 @@ def script(*steps: Step) -> list[str]:
     return ScriptedProxy(steps).command
 
 
-def is_gone(pid: int) -> bool:
-    """Whether a process does nothing any more; who its parent is, reaps it in its own time."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-def eventually(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not is_true():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.002)
-
-
 def assert_reaped(pid: int) -> None:
     with pytest.raises(ChildProcessError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -455,7 +440,7 @@ class TestLife:
                 script(say("last"), Step("os.close(1)\nos.close(2)"), wait_file(gate.path), exit_with(5)), tmp_path
             ).start()
             run.until(OutputLine, "last")
-            eventually(lambda: bool(empty_reads))
+            eventually(lambda: empty_reads)
             gate.open()
             assert run.until(ProcessExited).exit_code == 5
             run.finish()
@@ -489,7 +474,7 @@ class TestLife:
         run = Run(script(words, exit_with(2)), tmp_path)
         with run.held_at(ProcessSpawned) as spawned:
             run.start()
-            eventually(lambda: bool(spawned) and is_gone(spawned[0].pid))
+            eventually(lambda: spawned and not alive(spawned[0].pid))
         run.finish()
         assert run.lines[:9000] == [f"word {number:05}" for number in range(9000)]
         assert len(run.lines) == 40_000 if limit == 1 << 20 else len(run.lines) < 40_000
@@ -506,7 +491,7 @@ class TestLife:
                 began = time.monotonic()
                 assert run.until(ProcessExited).exit_code == 3
                 took_s = time.monotonic() - began
-                eventually(lambda: is_gone(child))
+                eventually(lambda: not alive(child))
                 run.finish()
             return took_s
 
@@ -527,7 +512,7 @@ class TestLife:
                 run.process.signal(signal.SIGKILL)
                 assert run.until(ProcessExited).signal == signal.SIGKILL
                 took_s = time.monotonic() - began
-                assert not is_gone(child) or "write" in talk  # nobody reads any more what it writes: that ends it
+                assert alive(child) or "write" in talk  # nobody reads any more what it writes: that ends it
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
@@ -638,7 +623,7 @@ class TestReapedByAnother:
         run.process.signal(signal.SIGCONT)  # it is sent after the spawn was told
         with run.held_at(ProcessSpawned) as spawned:
             run.start()
-            eventually(lambda: bool(spawned))
+            eventually(lambda: spawned)
             os.waitpid(spawned[0].pid, 0)
         exited = run.finish()[-1]
         assert exited == ProcessExited(None, None, at=exited.at)

@@ -13,8 +13,7 @@ from proxy_fsm.question import ServerQuestion
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 
-from .e2e.procs import eventually
-from .tunnel_helpers import WAIT_S
+from .helpers.wait import WAIT_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +93,7 @@ def assert_usable(server: LoopbackSSHServer, transport: paramiko.Transport) -> N
     channel.exec_command("true")
     assert channel.recv_exit_status() == 0
     channel.close()
-    eventually(lambda: len(transport._channels) == 0, WAIT_S)  # type: ignore[attr-defined]
+    eventually(lambda: len(transport._channels) == 0)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_until_nobody_wants_to_know_any_more(server: LoopbackSSHServer, transpor
     lister = Lister(row("R"))
     server.commands = {"x2golistsessions": lister}
     asked = Asked(transport).start()
-    eventually(lambda: len(lister.calls) >= 2, WAIT_S)
+    eventually(lambda: len(lister.calls) >= 2)
     asked.question.abandon()
     assert asked.answer() in {SessionStatus.RUNNING, None}  # None where it had just asked again
     assert_usable(server, transport)
@@ -195,7 +194,7 @@ def test_a_server_that_never_opens_the_channel_is_abandoned_too(
     server.commands = {"x2golistsessions": Lister(row("S"))}
     server.freeze()
     asked = Asked(transport).start()
-    eventually(lambda: asked.question._opening is not None, WAIT_S)
+    eventually(lambda: asked.question._opening is not None)
     asked.question.abandon()
     assert asked.answer() is None
     server.thaw()

@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import statistics
 import struct
 import threading
-import time
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +17,8 @@ import pytest
 from proxy_fsm.evidence import Observation
 from proxy_fsm.ssh import fast_transport
 
-from .e2e.procs import eventually, missing_programs, program
+from .e2e.procs import missing_programs, program
+from .helpers.wait import WAIT_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOOPBACK",
-    "SOON_S",
-    "WAIT_S",
     "Agent",
     "Inbox",
     "Task",
@@ -39,23 +36,17 @@ __all__ = [
     "connect_local",
     "dead_port",
     "descriptors",
-    "median_s",
     "needs_sshd",
     "nothing_left_open",
     "own_threads",
     "read_all",
     "reset",
     "same",
-    "since",
 ]
 
 LOOPBACK = "127.0.0.1"
-#: How long a test waits for what has to come, seconds.
-WAIT_S = 20.0
 #: How long a login may take, with whatever else is going on, seconds.
 LOGIN_S = 120.0
-#: What "at once" means, seconds: nothing was polled, and nothing timed out.
-SOON_S = 0.05
 
 _T = TypeVar("_T")
 _Seen = TypeVar("_Seen", bound=Observation)
@@ -229,18 +220,9 @@ def nothing_left_open(before: set[str]) -> None:
     """
     gc.collect()
     with suppress(TimeoutError):
-        eventually(lambda: descriptors() <= before, WAIT_S)
+        eventually(lambda: descriptors() <= before)
     left = descriptors() - before
     assert not left, f"left open: {left}"
-
-
-def median_s(measure: Callable[[], float], runs: int = 5) -> float:
-    """Return the median of a few measured times, so that one hiccup of the machine does not count."""
-    return statistics.median(measure() for _ in range(runs))
-
-
-def since(began: float) -> float:
-    return time.monotonic() - began
 
 
 def needs_sshd() -> None:

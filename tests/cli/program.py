@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,13 @@ from secrets import token_hex
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import proxy_fsm
+from tests.helpers.wait import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from proxy_fsm.testing import LoopbackSSHServer
 
-WAIT_S = 30.0
 #: Connects, and reads until the other side has had enough.
 VIEWER = "import socket,sys; s=socket.create_connection((sys.argv[1], int(sys.argv[2])))\nwhile s.recv(4096): pass"
 VIEWER_COMMAND = (sys.executable, "-I", "-S", "-c", VIEWER, "{host}", "{port}")
@@ -221,14 +220,6 @@ class Agent:
         self.let_go()
         for closable in (self._listener, *self._connections):
             closable.close()
-
-
-def eventually(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
-    """Wait until a condition holds of other processes, which tell nobody."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 def viewing(

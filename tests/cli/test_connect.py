@@ -17,9 +17,10 @@ from proxy_fsm.cli.app import make_app
 from proxy_fsm.cli.connect import connect
 from proxy_fsm.testing import standins
 from proxy_fsm.testing.scripted import install
+from tests.helpers.wait import WAIT_S
 
 from .fake_x2go import COOKIE, NAME, FakeX2Go, row
-from .program import WAIT_S, Home, Running, run, started
+from .program import Home, Running, run, started
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy_fsm import diagram
+from tests.helpers.wait import WAIT_S
 
-from .program import WAIT_S, command, run
+from .program import command, run
 
 if TYPE_CHECKING:
     from .program import Home, Running

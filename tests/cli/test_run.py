@@ -16,8 +16,9 @@ import pytest
 from proxy_fsm import EndReason
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer, standins
 from proxy_fsm.testing.scripted import install
+from tests.helpers.wait import WAIT_S, eventually
 
-from .program import VIEWER_COMMAND, WAIT_S, Agent, Home, Running, command, eventually, run, started, viewing
+from .program import VIEWER_COMMAND, Agent, Home, Running, command, run, started, viewing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,8 +12,9 @@ import pytest
 from proxy_fsm import ProxyStatus, State, TunnelStats
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.sampling import sampled as sampled_proxy
+from tests.helpers.wait import eventually
 
-from .program import eventually, started, viewing
+from .program import started, viewing
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -15,8 +15,7 @@ from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.verb import NotReachedError
 from proxy_fsm.cli.x2go_server import X2GoServer
 from proxy_fsm.testing import LoopbackSSHServer
-
-from .program import eventually
+from tests.helpers.wait import eventually
 
 if TYPE_CHECKING:
     import paramiko

@@ -19,8 +19,9 @@ from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from tests.e2e.byhand import ESTABLISHED, Forwarder, NxProxy
-from tests.e2e.procs import eventually, missing_programs
+from tests.e2e.procs import missing_programs
 from tests.e2e.x2go import RED_XTERM, AgentSession, Display, X2GoServer, kill
+from tests.helpers.wait import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -11,7 +11,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
-from .procs import SYSTEM_PATH, eventually, is_listening, program
+from tests.helpers.wait import eventually
+
+from .procs import SYSTEM_PATH, is_listening, program
 from .x2go import LOOPBACK, AgentSession
 
 if TYPE_CHECKING:

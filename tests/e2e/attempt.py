@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import structlog
 
 from proxy_fsm import Backend, CommandBackend, Evidence, NX3Backend, Proxy, State
+from tests.helpers.wait import eventually
 
-from .procs import eventually
 from .sshd import transport_of
 
 if TYPE_CHECKING:

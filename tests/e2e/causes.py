@@ -16,10 +16,11 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import SessionInfo
+from tests.helpers.wait import eventually
 
 from .attempt import Attempt, WatchedNX3, WatchedViewer
 from .namespace import MOUNTS, NETWORK, in_namespace
-from .procs import alive, eventually, program, send_signal
+from .procs import alive, program, send_signal
 from .relay import Relay
 from .service import CLIENT, Service
 from .x2go import LOOPBACK, Display, SshServer
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .scene import Scene
-
-WAIT_S = 15.0
 
 
 def healthy(scene: Scene) -> Attempt:
@@ -168,7 +167,7 @@ def disk_fills_up(scene: Scene) -> Attempt:
 
 def fill_disk(scene: Scene, attempt: Attempt) -> None:
     (scene.runtime / "fifo").write_text("go\n")
-    eventually(lambda: attempt.named("process.log_failed"), WAIT_S)
+    eventually(lambda: attempt.named("process.log_failed"))
 
 
 def start_without_writable_directory(attempt: Attempt) -> None:
@@ -234,7 +233,7 @@ def resumed_agent_stopped(scene: Scene) -> Attempt:
 
 def agent_dead(scene: Scene) -> Attempt:
     os.kill(scene.agent.pid, signal.SIGKILL)
-    eventually(lambda: not alive(scene.agent.pid), WAIT_S)
+    eventually(lambda: not alive(scene.agent.pid))
     return scene.attempt()
 
 
@@ -247,7 +246,7 @@ def agent_stopped(scene: Scene, session: SessionInfo | None = None, **options: A
 
 def start_and_connect(attempt: Attempt) -> None:
     attempt.start()
-    eventually(lambda: attempt.named("tunnel.connected"), WAIT_S)
+    eventually(lambda: attempt.named("tunnel.connected"))
 
 
 def kill_agent(scene: Scene, _attempt: Attempt) -> None:
@@ -306,9 +305,9 @@ def stop_server(scene: Scene, _attempt: Attempt) -> None:
 
 def stop_server_for_a_while(scene: Scene, attempt: Attempt) -> None:
     stop_server(scene, attempt)
-    eventually(lambda: attempt.named("link.silent"), WAIT_S)
+    eventually(lambda: attempt.named("link.silent"))
     scene.repairs.close()
-    eventually(lambda: attempt.named("link.restored"), WAIT_S)
+    eventually(lambda: attempt.named("link.restored"))
 
 
 # ---- any viewer ----

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm.x2go.nx3 import X2GoProxy
+from tests.helpers.wait import eventually
 
-from .procs import eventually, send_signal
+from .procs import send_signal
 from .x2go import Display, X2GoServer, transport_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def one(server: X2GoServer, fault: str) -> str:
             time.sleep(1)  # a session in use
             began = time.monotonic()
             deeds[fault]()
-            eventually(lambda: not proxy.ok(), END_S, 0.001)
+            eventually(lambda: not proxy.ok(), END_S, interval_s=0.001)
             after_s = time.monotonic() - began
         proxy.stop_thread()
         assert proxy.engine is not None

@@ -1,19 +1,16 @@
-"""Small things that the harness needs to wait for processes, and to end its own."""
+"""What the harness needs to look at processes, and to end its own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Callable, Iterable
-
-T = TypeVar("T")
+    from collections.abc import Iterable
 
 PROGRAMS = (
     *("sshd", "x2gostartagent", "x2golistsessions", "nxagent", "nxproxy"),
@@ -32,22 +29,6 @@ def missing_programs() -> list[str]:
     """Name what real sessions need and this machine lacks; "root" stands for not being root."""
     missing = [name for name in PROGRAMS if program(name) is None]
     return missing if os.geteuid() == 0 else [*missing, "root"]
-
-
-def eventually(predicate: Callable[[], T | None], timeout_s: float, interval_s: float = 0.02) -> T:
-    """Wait until `predicate` gives something true, and return it.
-
-    Raises:
-        TimeoutError: it did not within `timeout_s`.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        result = predicate()
-        if result:
-            return result
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing true within {timeout_s} s; the last result was {result!r}")
-        time.sleep(interval_s)
 
 
 def alive(pid: int) -> bool:

@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import Timeouts, parse_agent_output
+from tests.helpers.wait import eventually
 
 from .attempt import FINAL_S, Attempt, Holdings, nothing_gained_since
 from .procs import send_signal
-from .x2go import eventually, run, transport_of
+from .x2go import run, transport_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ SHARE = 0.1  # of the screen: an xterm covers about an eighth
 
 def shows(display: Display, colour: tuple[int, int, int]) -> None:
     """Wait until a window of this colour is on the X display."""
-    eventually(lambda: display.share_of(colour) > SHARE, PAINT_S, 0.05)
+    eventually(lambda: display.share_of(colour) > SHARE, PAINT_S, interval_s=0.05)
 
 
 @dataclass

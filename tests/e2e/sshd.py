@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import paramiko
 
-from .procs import alive, command_line, descendants, eventually, holders, program, program_name, send_signal
+from tests.helpers.wait import eventually
+
+from .procs import alive, command_line, descendants, holders, program, program_name, send_signal
 
 if TYPE_CHECKING:
     from typing import Self

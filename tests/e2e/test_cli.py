@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import proxy_fsm
+from tests.helpers.wait import eventually
 
-from .procs import SYSTEM_PATH, eventually
+from .procs import SYSTEM_PATH
 
 if TYPE_CHECKING:
     import paramiko

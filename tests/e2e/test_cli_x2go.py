@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import proxy_fsm
+from tests.helpers.wait import eventually
 
-from .procs import SYSTEM_PATH, alive, eventually
+from .procs import SYSTEM_PATH, alive
 from .x2go import RED_XTERM, START_ATTEMPTS
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ import pytest
 
 from proxy_fsm import Link, ProxyStatus, State, Timeouts
 from proxy_fsm.evidence import ProcessExited
+from tests.helpers.wait import eventually
 from tests.real import lack
 
 from .attempt import FINAL_S, RUNNING_S, Attempt, Holdings, WatchedViewer, nothing_gained_since
@@ -27,7 +28,7 @@ from .fault_table import RECORD, masked
 from .faults import FAULTS, MISHAPS, Fault, Left, Mishap, When
 from .namespace import is_allowed
 from .procs import alive
-from .x2go import eventually, transport_of
+from .x2go import transport_of
 
 if TYPE_CHECKING:
     from .scene import Scene

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import paramiko
 import pytest
 
+from tests.helpers.wait import eventually
 from tests.real import REQUIRE
 
 from . import conftest
 from .byhand import ESTABLISHED, Forwarder, NxProxy
 from .procs import alive, is_listening, processes_of
-from .x2go import CommandError, Display, SshServer, X2GoServer, eventually, kill, missing_programs, run
+from .x2go import CommandError, Display, SshServer, X2GoServer, kill, missing_programs, run
 
 if TYPE_CHECKING:
     from .x2go import AgentSession
@@ -43,13 +44,6 @@ def test_missing_programs_fail_where_they_were_promised(monkeypatch: pytest.Monk
     monkeypatch.setenv(REQUIRE, "1")
     with pytest.raises(pytest.fail.Exception, match="nxagent, root"):
         check()
-
-
-def test_eventually_returns_what_it_waited_for() -> None:
-    answers = iter([None, "", "found"])
-    assert eventually(lambda: next(answers), 1.0, 0.001) == "found"
-    with pytest.raises(TimeoutError, match="None"):
-        eventually(lambda: None, 0.01, 0.001)
 
 
 STANDING = """
@@ -92,7 +86,7 @@ def test_session_by_hand(
         NxProxy(agent, forwarder.path, display.env) as proxy,
     ):
         proxy.wait_for(ESTABLISHED)
-        eventually(lambda: display.share_of(RED) > RED_SHARE, 20.0)
+        eventually(lambda: display.share_of(RED) > RED_SHARE)
         assert display.windows() == [f"X2GO-{agent.name}"]
         proxy.send(signal.SIGTERM)
         assert proxy.wait_exit() == 0
@@ -105,12 +99,12 @@ def test_session_by_hand(
         NxProxy(agent, forwarder.path, display.env) as proxy,
     ):
         proxy.wait_for(ESTABLISHED)
-        eventually(lambda: display.share_of(RED) > RED_SHARE, 20.0)
+        eventually(lambda: display.share_of(RED) > RED_SHARE)
         assert x2go_server.wait_status(ssh_client, agent.name, "R") == "R"
         x2go_server.terminate(ssh_client, agent.name)
         assert proxy.wait_exit() == 0
     assert x2go_server.status(ssh_client, agent.name) == ""
-    eventually(lambda: not alive(agent.pid), 10.0)
+    eventually(lambda: not alive(agent.pid))
 
 
 def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display) -> None:
@@ -121,7 +115,7 @@ def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.
         NxProxy(session, forwarder.path, display.env) as proxy,
     ):
         proxy.wait_for(ESTABLISHED)
-        eventually(lambda: display.share_of(RED) > RED_SHARE, 20.0)
+        eventually(lambda: display.share_of(RED) > RED_SHARE)
         assert "red-xterm" in display.windows()
         x2go_server.suspend(ssh_client, session.name)
         assert proxy.wait_exit() == 0
@@ -167,7 +161,7 @@ def test_one_connection_can_be_stopped_and_killed_alone() -> None:
             kill(pid)
         transport = victim.get_transport()
         assert transport is not None
-        eventually(lambda: not transport.is_active(), 5.0)
+        eventually(lambda: not transport.is_active())
         assert run(bystander, "echo alive") == "alive\n"
 
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import proxy_fsm
+from tests.helpers.wait import eventually
 from tests.real import PYTHON_X2GO, lack
 
-from .procs import SYSTEM_PATH, alive, eventually, program_name, send_signal
+from .procs import SYSTEM_PATH, alive, program_name, send_signal
 from .scene import RED, shows
 from .x2go import X2GoServer
 
@@ -125,7 +126,7 @@ class Pyhoca:
             assert text in self.said or self._process.poll() is None, self.said[-5000:]
             return text in self.said
 
-        eventually(has_said, timeout_s, 0.1)
+        eventually(has_said, timeout_s, interval_s=0.1)
 
     @property
     def proxy_pid(self) -> int:

@@ -36,6 +36,7 @@ from proxy_fsm import (
 )
 from proxy_fsm.evidence import ProcessExited
 from proxy_fsm.ssh import why_ended
+from tests.helpers.wait import eventually
 
 from .attempt import (
     FINAL_S,
@@ -52,7 +53,6 @@ from .service import CLIENT, FLOOD, FLOODS, PAYLOAD_BYTES, Service
 from .x2go import (
     Display,
     X2GoServer,
-    eventually,
     run,
     transport_of,
 )

@@ -24,8 +24,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from tests.helpers.wait import eventually
+
 from .display import Display
-from .procs import alive, eventually, is_listening, missing_programs, processes_of, program, send_signal
+from .procs import alive, is_listening, missing_programs, processes_of, program, send_signal
 from .sshd import LOOPBACK, CommandError, SshPids, SshServer, run, transport_of
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ __all__ = [
     "SshPids",
     "SshServer",
     "X2GoServer",
-    "eventually",
     "missing_programs",
     "run",
     "transport_of",

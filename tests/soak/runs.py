@@ -22,11 +22,10 @@ from proxy_fsm.evidence import TransportEnded, TunnelClosed
 from proxy_fsm.forwarder import Forwarder
 from proxy_fsm.ssh import ChannelOpening, ChannelRefused
 from proxy_fsm.status import Timeouts
-from tests.e2e.procs import eventually
 from tests.e2e.sshd import SshServer
+from tests.helpers.wait import eventually, since
 from tests.tunnel_helpers import (
     LOOPBACK,
-    WAIT_S,
     Agent,
     Inbox,
     Task,
@@ -35,7 +34,6 @@ from tests.tunnel_helpers import (
     dead_port,
     own_threads,
     reset,
-    since,
 )
 
 if TYPE_CHECKING:
@@ -196,7 +194,7 @@ class Scene:
         self._forwarder.cut()
         self._inbox.wait(TunnelClosed)
         stats = self._forwarder.stats()
-        eventually(lambda: self._rekeys_in_log() == self._keys.all - 1, WAIT_S)
+        eventually(lambda: self._rekeys_in_log() == self._keys.all - 1)
         return Figures(
             self.name,
             seconds=seconds,
@@ -296,7 +294,7 @@ def close_under_upload(
         assert figures.connections >= count // _UPLOADS * _UPLOADS * 0.9, "most came so far that a channel was opened"
         if by_agent:
             assert rude.resets > count // 2
-    eventually(lambda: not own_threads(), WAIT_S)
+    eventually(lambda: not own_threads())
     return figures
 
 
@@ -338,7 +336,7 @@ def carry(
             assert [task.result(PATIENCE_S) for task in readers] == [size_bytes, size_bytes]
         figures = scene.end()
         assert (figures.bytes_up, figures.bytes_down) == (size_bytes, size_bytes)
-    eventually(lambda: not own_threads(), WAIT_S)
+    eventually(lambda: not own_threads())
     return figures
 
 
@@ -459,6 +457,6 @@ def probe_under_requests(
             answered = probes()
         assert transport.is_active()
         assert answered > requests // 10, "it was probed all the time"
-    eventually(lambda: not own_threads(), WAIT_S)
+    eventually(lambda: not own_threads())
     commands = requests // len(kinds)
     return Figures(name, seconds=since(began), requests=requests, probes=answered, commands=commands)

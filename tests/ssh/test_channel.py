@@ -23,15 +23,9 @@ from proxy_fsm.ssh import channel as channel_module
 from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh.channel import ReceiveBuffer
 from proxy_fsm.ssh.fast import Messages, acknowledge
-from tests.e2e.procs import eventually
+from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import ENDS, End, do_nothing, open_to, packets_sent
-from tests.tunnel_helpers import (
-    WAIT_S,
-    Agent,
-    Task,
-    read_all,
-    same,
-)
+from tests.tunnel_helpers import Agent, Task, read_all, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

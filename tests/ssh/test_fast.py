@@ -25,16 +25,10 @@ from proxy_fsm.ssh import (
     set_nodelay,
     why_ended,
 )
-from tests.e2e.procs import eventually
 from tests.e2e.sshd import SshServer
+from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import GCM, ciphers_in_use, has_nodelay, open_to
-from tests.tunnel_helpers import (
-    LOOPBACK,
-    WAIT_S,
-    Agent,
-    Task,
-    needs_sshd,
-)
+from tests.tunnel_helpers import LOOPBACK, Agent, Task, needs_sshd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -417,5 +411,5 @@ def test_a_refused_packet_ends_the_transport_and_is_told(server: LoopbackSSHServ
         transport.packetizer._Packetizer__iv_in = bytes(12)
         with pytest.raises(TransportGone):
             open_to(transport, agent.port)
-        eventually(lambda: not transport.is_active(), WAIT_S)
+        eventually(lambda: not transport.is_active())
         assert "Mismatched MAC" in why_ended(transport)

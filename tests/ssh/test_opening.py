@@ -20,16 +20,9 @@ from proxy_fsm.ssh import (
     TransportGone,
 )
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
-from tests.e2e.procs import eventually
+from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import ENDS, FOREIGN, End, do_nothing, keys_exchanged, open_to, opening_to
-from tests.tunnel_helpers import (
-    LOOPBACK,
-    WAIT_S,
-    Agent,
-    Task,
-    dead_port,
-    read_all,
-)
+from tests.tunnel_helpers import LOOPBACK, Agent, Task, dead_port, read_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

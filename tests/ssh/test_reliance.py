@@ -24,15 +24,9 @@ from proxy_fsm.ssh import (
     ChannelRefused,
     EndWatch,
 )
-from tests.e2e.procs import eventually
+from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import GCM, open_probe, packets_sent
-from tests.tunnel_helpers import (
-    LOOPBACK,
-    WAIT_S,
-    Agent,
-    Task,
-    dead_port,
-)
+from tests.tunnel_helpers import LOOPBACK, Agent, Task, dead_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +161,7 @@ def rely_on_own_thread(transport: Any, agent: Agent) -> None:
     probe.shutdown_write()
     transport._send_user_message = lambda _: closers.append(threading.current_thread())
     agent.accept().close()
-    eventually(lambda: closers, WAIT_S)
+    eventually(lambda: closers)
     assert closers == [transport]
 
 
@@ -301,7 +295,7 @@ def rely_on_in_buffer(transport: Any, agent: Agent) -> None:
     probe = open_probe(transport, agent.port)
     probe.in_buffer = Pipe()
     agent.accept().sendall(b"for the one who was put in its place")
-    eventually(lambda: b"".join(fed) == b"for the one who was put in its place", WAIT_S)
+    eventually(lambda: b"".join(fed) == b"for the one who was put in its place")
     probe.close()
     assert probe.in_buffer.read(1) == b"", "it is closed with the channel"
 

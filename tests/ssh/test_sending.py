@@ -17,15 +17,9 @@ from proxy_fsm import ssh
 from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh import sending
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
-from tests.e2e.procs import eventually
+from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import keys_exchanged, open_probe, open_to, opening_to, packets_sent
-from tests.tunnel_helpers import (
-    LOOPBACK,
-    WAIT_S,
-    Agent,
-    Task,
-    own_threads,
-)
+from tests.tunnel_helpers import LOOPBACK, Agent, Task, own_threads
 
 
 class TestKeysAreExchanged:
@@ -49,15 +43,15 @@ class TestKeysAreExchanged:
         for _ in theirs:
             agent.accept().close()
         for channel in theirs:
-            eventually(lambda channel=channel: channel.closed, WAIT_S)  # type: ignore[misc]
+            eventually(lambda channel=channel: channel.closed)  # type: ignore[misc]
         peer.sendall(b"it reads on")
         assert ours.recv(99) == b"it reads on"
         assert packets_sent(transport) == before, "nothing is sent while keys are exchanged"
         transport.clear_to_send.set()
-        eventually(lambda: packets_sent(transport) == before + len(theirs), WAIT_S)
+        eventually(lambda: packets_sent(transport) == before + len(theirs))
         ours.send_close()
         server.wait_for(lambda: server.channels_open == 0)
-        eventually(lambda: not own_threads(), WAIT_S)
+        eventually(lambda: not own_threads())
 
     def test_it_goes_on_also_while_another_thread_is_writing(self, transport: Any, agent: Agent) -> None:
         ours = open_to(transport, agent.port)
@@ -66,10 +60,10 @@ class TestKeysAreExchanged:
         before = packets_sent(transport)
         with transport.clear_to_send_lock:
             agent.accept().close()
-            eventually(lambda: theirs.closed, WAIT_S)
+            eventually(lambda: theirs.closed)
             peer.sendall(b"it reads on")
             assert ours.recv(99) == b"it reads on"
-        eventually(lambda: packets_sent(transport) == before + 1, WAIT_S)
+        eventually(lambda: packets_sent(transport) == before + 1)
         ours.send_close()
 
     def test_what_its_own_thread_sends_keeps_its_order(self, transport: Any, agent: Agent) -> None:
@@ -88,7 +82,7 @@ class TestKeysAreExchanged:
 
         open_to(transport, agent.port).send_close()
         probe = open_probe(transport, agent.port, SendsAll())
-        eventually(lambda: len(sent) == 100, WAIT_S)
+        eventually(lambda: len(sent) == 100)
         assert sent == list(range(100))
         probe.close()
 
@@ -96,7 +90,7 @@ class TestKeysAreExchanged:
         channel = open_to(transport, agent.port)
         transport.clear_to_send.clear()
         transport.set_keepalive(1)
-        eventually(lambda: own_threads("proxy_fsm-deferred"), WAIT_S)
+        eventually(lambda: own_threads("proxy_fsm-deferred"))
         agent.accept().sendall(b"it reads on")
         assert channel.recv(99) == b"it reads on"
         transport.set_keepalive(0)
@@ -111,7 +105,7 @@ class TestKeysAreExchanged:
         peer = agent.accept()
         down = bytes(range(256)) * (ssh.WINDOW_BYTES >> 9)  # so much that reading it makes room for more
         peer.sendall(down)
-        eventually(lambda: len(channel.in_buffer) == len(down), WAIT_S)
+        eventually(lambda: len(channel.in_buffer) == len(down))
         with keys_exchanged(transport):
             calls: list[float] = []
             beneath = transport._send_user_message
@@ -123,7 +117,7 @@ class TestKeysAreExchanged:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(transport, "_send_user_message", note)
                 uploader, reader = Task(channel.send, b"up"), Task(channel.recv, len(down))
-                eventually(lambda: len(calls) > 6, WAIT_S)
+                eventually(lambda: len(calls) > 6)
                 assert uploader.running
                 assert reader.running
         assert uploader.result() == 2
@@ -144,12 +138,12 @@ class TestKeysAreExchanged:
         theirs = self.closed_by_server(transport, agent)
         with keys_exchanged(transport):
             agent.accept().close()
-            eventually(lambda: theirs.closed, WAIT_S)
+            eventually(lambda: theirs.closed)
             uploader = Task(channel.send, b"up")
             server.drop()
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 uploader.result()
-            eventually(lambda: not own_threads(), WAIT_S)
+            eventually(lambda: not own_threads())
 
     def test_the_transport_is_changed_once_and_not_kept_alive(self, server: LoopbackSSHServer, agent: Agent) -> None:
         transport: Any = server.connect_transport()
@@ -204,11 +198,11 @@ class TestNoThreads:
         before = packets_sent(transport)
         with keys_exchanged(transport):
             agent.accept().close()
-            eventually(lambda: first.closed, WAIT_S)
+            eventually(lambda: first.closed)
         refused.clear()
         agent.accept().close()
-        eventually(lambda: second.closed, WAIT_S)
-        eventually(lambda: packets_sent(transport) == before + 2, WAIT_S)
+        eventually(lambda: second.closed)
+        eventually(lambda: packets_sent(transport) == before + 2)
 
     def test_it_is_closed_by_whoever_takes_the_answer(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent

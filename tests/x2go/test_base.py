@@ -24,7 +24,8 @@ from proxy_fsm.testing.scripted import Step, connect, exit_with, ignore, print_c
 from proxy_fsm.x2go.base import X2GoProxy
 from proxy_fsm.x2go.handles import ProcessHandle
 from proxy_fsm.x2go.logs import DEBUG, ERROR, INFO
-from tests.engine_helpers import COOKIE, children, engine_threads, eventually
+from tests.engine_helpers import COOKIE, children, engine_threads
+from tests.helpers.wait import eventually
 from tests.tunnel_helpers import descriptors, nothing_left_open
 
 from .conftest import NAME, Session
@@ -167,7 +168,7 @@ class TestASubclassThatSetsItsProgram:
         keep = Step("kept = [*globals().get('kept', []), connection]")
         proxy = scene.make(viewer(scene, connect(), keep, connect(), keep, connect(), wait_eof()))
         assert proxy.start_proxy()[1]
-        eventually(lambda: proxy.engine.status().tunnel.connections == 3, "three connections")
+        eventually(lambda: proxy.engine.status().tunnel.connections == 3, what="three connections")
 
     def test_without_a_program_says_so(self, scene: Scene) -> None:
         proxy = scene.make(X2GoProxy)
@@ -364,7 +365,7 @@ class TestAttributes:
         proxy = scene.make(viewer(scene))
         process, ok = proxy.start_proxy()
         assert ok
-        eventually(lambda: scene.agent.connections, "the connection at the agent, which takes it on its own thread")
+        eventually(lambda: scene.agent.connections, what="the agent accepts, on its own thread")
         scene.agent.let_go()
         proxy.join(SOON_S)
         assert proxy.ok() is False
@@ -485,7 +486,7 @@ class TestStartAndStop:
     def test_it_can_be_started_as_a_thread(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         proxy.start()
-        eventually(proxy.ok, "ok")
+        eventually(proxy.ok, what="ok")
         with pytest.raises(RuntimeError):
             proxy.start_proxy()
         proxy.stop_thread()
@@ -495,7 +496,7 @@ class TestStartAndStop:
         proxy = scene.make(viewer(scene))
         thread = threading.Thread(target=proxy.run)
         thread.start()
-        eventually(proxy.ok, "ok")
+        eventually(proxy.ok, what="ok")
         proxy.run()  # it runs already
         assert proxy.ok()
         proxy.stop_thread()
@@ -580,7 +581,7 @@ class TestStartAndStop:
         scene.server.forwarding = Forwarding.HELD
         proxy = scene.make(viewer(scene))
         proxy.start()
-        eventually(lambda: scene.server.channels_held, "a channel that is held")
+        eventually(lambda: scene.server.channels_held, what="a channel that is held")
         within(SOON_S, proxy.stop_thread)
         assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
         scene.server.release()
@@ -626,7 +627,7 @@ class TestStartAndStop:
             scene.made[-1].join(SOON_S)
             assert not scene.made.pop().is_alive()
         gc.collect()
-        eventually(lambda: engine_threads() == [], "no thread of an engine")
+        eventually(lambda: engine_threads() == [], what="no thread of an engine")
         assert set(children()) <= set(others)
         nothing_left_open(before)
 

@@ -11,7 +11,8 @@ import pytest
 from proxy_fsm import EndReason
 from proxy_fsm.testing.scripted import Gate, Step, exit_with, record_call, wait_eof, wait_file
 from proxy_fsm.x2go import kdrive, nx3
-from tests.engine_helpers import COOKIE, eventually
+from tests.engine_helpers import COOKIE
+from tests.helpers.wait import eventually
 
 if TYPE_CHECKING:
     from .conftest import Scene
@@ -48,10 +49,10 @@ def started(scene: Scene, **changes: Any) -> Any:
     """Start a proxy and have the agent say something, as it does once the cookie is right."""
     proxy = scene.make(kdrive.X2GoProxy, **changes)
     proxy.start()
-    eventually(lambda: bytes(scene.agent.received) == COOKIE.encode(), "the cookie at the agent")
+    eventually(lambda: bytes(scene.agent.received) == COOKIE.encode(), what="the cookie at the agent")
     assert not proxy.ok()
     scene.agent.say(b"a picture")
-    eventually(proxy.ok, "ok")
+    eventually(proxy.ok, what="ok")
     return proxy
 
 

@@ -14,7 +14,8 @@ import pytest
 from proxy_fsm import EndReason, State
 from proxy_fsm.testing.scripted import connect, exit_with, record_call, say, wait_eof
 from proxy_fsm.x2go import base, nx3
-from tests.engine_helpers import COOKIE, READY_LINE, eventually
+from tests.engine_helpers import COOKIE, READY_LINE
+from tests.helpers.wait import eventually
 from tests.real import PYTHON_X2GO, lack
 
 from .conftest import NAME
@@ -70,7 +71,7 @@ class TestOurs:
         monkeypatch.setenv("NXPROXY_BINARY", nx.program((connect(), wait_eof()), "slow"))
         proxy = nx.make(nx3.X2GoProxy)
         proxy.start()
-        eventually(lambda: proxy.fw_tunnel is not None and proxy.fw_tunnel.is_active, "a channel")
+        eventually(lambda: proxy.fw_tunnel is not None and proxy.fw_tunnel.is_active, what="a channel")
         assert not proxy.ok()
         assert proxy.engine.state is State.SPAWNING
 
@@ -130,7 +131,7 @@ class TestOurs:
             proxy = nx.make(nx3.X2GoProxy, session_info=info)
             nx.agent.connections.clear()
             proxy.start()
-            eventually(lambda: nx.agent.connections, "a connection to the agent")
+            eventually(lambda: nx.agent.connections, what="a connection to the agent")
             nx.agent.let_go()
             proxy.join(10)
             assert proxy.engine.status().retryable is retryable
@@ -200,9 +201,9 @@ class TestPythonX2GosOwnSource:
         proxy.PROXY_CMD = nx.program(steps, "x2gokdriveclient")
         nx.container.mkdir(parents=True)
         proxy.start()
-        eventually(lambda: bytes(nx.agent.received) == COOKIE.encode(), "the cookie at the agent")
+        eventually(lambda: bytes(nx.agent.received) == COOKIE.encode(), what="the cookie at the agent")
         assert not proxy.ok()
         nx.agent.say(b"a picture")
-        eventually(proxy.ok, "ok")
+        eventually(proxy.ok, what="ok")
         assert call(nx)["argv"][1:] == ["-S", f"nx/nx,options={nx.container}/options:51"]
         assert COOKIE not in "".join(proxy.proxy.args)
