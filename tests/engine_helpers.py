@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import NX3Backend, Proxy, SessionInfo, State
 from proxy_fsm.testing.scripted import ScriptedProxy, Step, connect, say, wait_eof
 
-from .helpers.wait import eventually
 from .tunnel_helpers import own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import paramiko
+
+    from .helpers.agent import Agent
 
 COOKIE = "0123456789abcdef0123456789abcdef"
 READY_LINE = "Info: Established X server connection."
@@ -40,61 +40,6 @@ def end_after(seconds: int) -> None:
     """In a forked child: see to it that it comes to an end, whatever it hangs in."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the parent's handler would swallow it
     signal.alarm(seconds)
-
-
-class Agent:
-    """A listening port on loopback that counts who comes, holds connections, and can let them go."""
-
-    def __init__(self) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self.listener.getsockname()[1]
-        self.connections: list[socket.socket] = []
-        self.received = bytearray()
-        self._thread = threading.Thread(target=self._accept, name="agent", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop_listening()
-        self.let_go()
-        self._thread.join(5)
-
-    def stop_listening(self) -> None:
-        """Refuse connections from now on."""
-        with suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def let_go(self) -> None:
-        """End all connections, as an agent that closes its session."""
-        for connection in self.connections:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def say(self, data: bytes) -> None:
-        """Send bytes on the newest connection, once there is one."""
-        eventually(lambda: self.connections, what="a connection at the agent")
-        self.connections[-1].sendall(data)
-
-    def _accept(self) -> None:
-        readers = []
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:
-                break
-            self.connections.append(connection)
-            readers.append(threading.Thread(target=self._read, args=(connection,), name="agent", daemon=True))
-            readers[-1].start()
-        for reader in readers:
-            reader.join(5)
-
-    def _read(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError):
-            while data := connection.recv(65536):
-                self.received += data
 
 
 class ScriptedBackend(NX3Backend):

@@ -14,7 +14,8 @@ from pathlib import Path
 from proxy_fsm import State
 from proxy_fsm.testing import LoopbackSSHServer
 
-from .engine_helpers import Agent, Maker
+from .engine_helpers import Maker
+from .helpers.agent import Agent
 
 ROUNDS = 100
 
@@ -64,7 +65,7 @@ def interrupt_starts(make: Maker) -> int:
 def main() -> None:
     with (
         LoopbackSSHServer() as server,
-        Agent() as agent,
+        Agent(serving=True) as agent,
         contextlib.closing(server.connect_transport()) as transport,
     ):
         make = Maker(transport, agent, Path(sys.argv[1]))

@@ -19,8 +19,10 @@ from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, free_ports, wait_
 from benchmarks.delay import DelayingRelay, delayed
 from benchmarks.report import RELAY, Results, table, write
 
+from .helpers.agent import Agent
+from .helpers.sockets import LOOPBACK, read_all, same
 from .helpers.wait import WAIT_S
-from .tunnel_helpers import LOOPBACK, Agent, Task, needs_sshd, read_all, same
+from .tunnel_helpers import Task, needs_sshd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -62,7 +62,6 @@ from tests.engine_helpers import (
     COOKIE,
     HEALTHY,
     READY_LINE,
-    Agent,
     Maker,
     Recorder,
     ScriptedBackend,
@@ -72,6 +71,7 @@ from tests.engine_helpers import (
     engine_threads,
     let_deadline_pass,
 )
+from tests.helpers.agent import Agent
 from tests.helpers.wait import assert_prompt, eventually
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def server() -> Iterator[LoopbackSSHServer]:
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    with Agent() as agent:
+    with Agent(serving=True) as agent:
         yield agent
 
 
@@ -110,7 +110,7 @@ def make(transport: paramiko.Transport, agent: Agent, tmp_path: Path) -> Iterato
     gc.collect()
     eventually(lambda: not engine_threads(), what=f"threads gone: {engine_threads()}")
     assert set(children()) <= before[1]
-    agent.let_go()
+    agent.disconnect()
     eventually(lambda: descriptors() <= before[0] + 2 * len(agent.connections), what="descriptors closed")
 
 
@@ -531,7 +531,7 @@ def test_a_forked_child_owns_nothing_and_ends_nothing(make: Maker, agent: Agent)
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert proxy.ok()
-        agent.say(b"still there")
+        agent.send(b"still there")
         eventually(lambda: (stats := proxy.status().tunnel) and stats.bytes_from_agent == 11, what="bytes come through")
         assert Path(proxy.status().listen_address or "").parent.is_dir()
         assert proxy.ok()
@@ -556,9 +556,10 @@ EXIT_SCRIPT = """
 import logging, sys
 from pathlib import Path
 from proxy_fsm.testing import LoopbackSSHServer
-from tests.engine_helpers import Agent, Maker, HEALTHY
+from tests.engine_helpers import Maker, HEALTHY
+from tests.helpers.agent import Agent
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its server's end is none of our business here
-server, agent = LoopbackSSHServer(), Agent()
+server, agent = LoopbackSSHServer(), Agent(serving=True)
 server.start()
 proxy = Maker(server.connect_transport(), agent, Path(sys.argv[1]))(HEALTHY)
 proxy.start()
@@ -1073,7 +1074,7 @@ def test_a_viewer_is_ready_with_the_first_bytes_and_closed_by_its_user(make: Mak
     proxy.start()
     eventually(lambda: agent.connections, what="the viewer connected")
     assert proxy.state is State.SPAWNING
-    agent.say(b"RFB 003.008\n")
+    agent.send(b"RFB 003.008\n")
     proxy.wait_running(timeout=5)
     assert (proxy.status().listen_address or "").startswith("127.0.0.1:")
     proxy.close(timeout=5)
@@ -1099,7 +1100,7 @@ def test_an_agent_that_closes_ends_a_viewers_session(make: Maker, agent: Agent) 
     proxy = make(backend=viewer(connect(), wait_eof(), exit_with(1), ready_when="connected"))
     with proxy:
         eventually(lambda: agent.connections, what="the viewer connected")
-        agent.let_go()
+        agent.disconnect()
         assert proxy.wait(timeout=5) is State.STOPPED
     assert proxy.status().reason is EndReason.SESSION_ENDED
 
@@ -1110,7 +1111,7 @@ def test_a_viewer_with_a_connection_gone_is_not_running_for_long(make: Maker) ->
     proxy = make(steps, timeouts=Timeouts(stop_grace_s=0.2))
     with proxy:
         eventually(lambda: make.agent.connections, what="the viewer connected")
-        make.agent.let_go()
+        make.agent.disconnect()
         assert proxy.wait(timeout=5) is State.STOPPED
     assert proxy.status().reason is EndReason.SESSION_ENDED
 

@@ -38,21 +38,10 @@ from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, SafeChan
 from proxy_fsm.status import EndReason, TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
+from .helpers.agent import Agent, dead_port
+from .helpers.sockets import LOOPBACK, connect_local, read_all, reset, same
 from .helpers.wait import WAIT_S, eventually, since
-from .tunnel_helpers import (
-    LOOPBACK,
-    Agent,
-    Inbox,
-    Task,
-    connect_local,
-    dead_port,
-    descriptors,
-    nothing_left_open,
-    own_threads,
-    read_all,
-    reset,
-    same,
-)
+from .tunnel_helpers import Inbox, Task, descriptors, nothing_left_open, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -23,8 +23,10 @@ from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.testing import LoopbackSSHServer
 
 from .e2e.sshd import SshServer, transport_of
+from .helpers.agent import Agent
+from .helpers.sockets import LOOPBACK, connect_local, same
 from .helpers.wait import WAIT_S, eventually, since
-from .tunnel_helpers import LOOPBACK, Agent, Inbox, Task, connect_fast, connect_local, needs_sshd, own_threads, same
+from .tunnel_helpers import Inbox, Task, connect_fast, needs_sshd, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

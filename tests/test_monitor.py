@@ -22,8 +22,10 @@ from proxy_fsm.status import Timeouts
 from proxy_fsm.testing import LoopbackSSHServer
 from proxy_fsm.testing import ssh_server as embedded
 
+from .helpers.agent import dead_port
+from .helpers.sockets import LOOPBACK
 from .helpers.wait import SOON_S, WAIT_S, assert_prompt, eventually, since
-from .tunnel_helpers import LOOPBACK, Inbox, dead_port, own_threads
+from .tunnel_helpers import Inbox, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ import pytest
 
 from proxy_fsm import peer
 
-from .tunnel_helpers import LOOPBACK, reset
+from .helpers.sockets import LOOPBACK, reset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -27,6 +27,7 @@ from proxy_fsm.session import SessionInfo
 from proxy_fsm.status import EndReason
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 
+from .helpers.wait import WAIT_S
 from .tunnel_helpers import descriptors, nothing_left_open, own_threads
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from proxy_fsm.backends.base import ListenKind
     from proxy_fsm.evidence import Evidence
 
-WAIT_S = 20.0
 COOKIE = "0123456789abcdef0123456789abcdef"
 SESSION = SessionInfo(name="name", cookie=COOKIE, graphics_port=4788, display=51)
 

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from proxy_fsm import x11
 from proxy_fsm.x11 import DisplayError, DisplayName, DisplayWatch, find_authorisation, open_display
 
+from .helpers.sockets import reset
+from .helpers.wait import WAIT_S
 from .tunnel_helpers import descriptors, nothing_left_open
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ MAGIC = b"MIT-MAGIC-COOKIE-1"
 COOKIE = bytes(range(16))
 HOSTNAME = socket.gethostname().encode()
 LOCAL, INTERNET, INTERNET6, WILD = 256, 0, 6, 0xFFFF
-WAIT_S = 20.0
 
 
 def entry(family: int, address: bytes, number: bytes, name: bytes = MAGIC, data: bytes = COOKIE) -> bytes:
@@ -621,9 +622,7 @@ class TestDisplayWatch:
         listener = socket.create_server(("127.0.0.1", 0))
         place["DISPLAY"] = f"127.0.0.1:{listener.getsockname()[1] - 6000}"
         with FakeServer(listener, accept) as server, Heard(place) as heard:
-            sock = server.clients.get(timeout=WAIT_S).sock
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sock.close()
+            reset(server.clients.get(timeout=WAIT_S).sock)
             assert heard.next() == "restored, suspect=False"
 
     def test_on_restored_may_be_left_out(self, place: dict[str, str]) -> None:

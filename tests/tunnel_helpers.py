@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import struct
 import threading
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pytest
 
@@ -18,6 +16,7 @@ from proxy_fsm.evidence import Observation
 from proxy_fsm.ssh import fast_transport
 
 from .e2e.procs import missing_programs, program
+from .helpers.sockets import LOOPBACK
 from .helpers.wait import WAIT_S, eventually
 
 if TYPE_CHECKING:
@@ -28,23 +27,15 @@ if TYPE_CHECKING:
     from .e2e.sshd import SshServer
 
 __all__ = [
-    "LOOPBACK",
-    "Agent",
     "Inbox",
     "Task",
     "connect_fast",
-    "connect_local",
-    "dead_port",
     "descriptors",
     "needs_sshd",
     "nothing_left_open",
     "own_threads",
-    "read_all",
-    "reset",
-    "same",
 ]
 
-LOOPBACK = "127.0.0.1"
 #: How long a login may take, with whatever else is going on, seconds.
 LOGIN_S = 120.0
 
@@ -111,48 +102,6 @@ class Task(Generic[_T]):
         return self._thread.is_alive()
 
 
-class Agent:
-    """What listens on the graphics port."""
-
-    def __init__(self, *, listening: bool = True) -> None:
-        self.listener = socket.socket()
-        self.listener.settimeout(WAIT_S)
-        self.listener.bind((LOOPBACK, 0))
-        self.port: int = self.listener.getsockname()[1]
-        self._accepted: list[socket.socket] = []
-        if listening:
-            self.listen()
-
-    def listen(self) -> None:
-        self.listener.listen(128)
-
-    def accept(self) -> socket.socket:
-        accepted, _ = self.listener.accept()
-        accepted.settimeout(WAIT_S)
-        self._accepted.append(accepted)
-        return accepted
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for sock in (self.listener, *self._accepted):
-            sock.close()
-
-
-def connect_local(kind: str, address: str) -> socket.socket:
-    """Come to a tunnel as the proxy does: to the path of a unix socket, or to ``host:port``."""
-    host, _, port = address.rpartition(":")
-    local = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
-    try:
-        local.settimeout(WAIT_S)
-        local.connect(address if kind == "unix" else (host, int(port)))
-    except BaseException:
-        local.close()
-        raise
-    return local
-
-
 def connect_fast(sshd: SshServer, port: int | None = None) -> paramiko.Transport:
     """Log in over a `fast_transport`; through another port where one is given, as that of a slow line."""
     transport = fast_transport(socket.create_connection((LOOPBACK, port or sshd.port)))
@@ -164,31 +113,6 @@ def connect_fast(sshd: SshServer, port: int | None = None) -> paramiko.Transport
         transport.close()
         raise
     return transport
-
-
-def dead_port() -> int:
-    """Return a port of 127.0.0.1 where nothing listens."""
-    with Agent(listening=False) as nobody:
-        return nobody.port
-
-
-def reset(sock: socket.socket) -> None:
-    """Close a TCP socket so that its peer sees a reset."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    sock.close()
-
-
-def read_all(sock: socket.socket) -> bytes:
-    return b"".join(iter(lambda: sock.recv(1 << 20), b""))
-
-
-def same(got: bytes, sent: bytes) -> None:
-    """Compare; name the place where they differ, and not megabytes."""
-    if got == sent:
-        return
-    at = next((i for i, (one, other) in enumerate(zip(got, sent, strict=False)) if one != other), len(got))
-    digests = sha256(got).hexdigest()[:8], sha256(sent).hexdigest()[:8]
-    pytest.fail(f"{len(got)} bytes of {len(sent)} came, the first wrong one at {at}, digests {digests}")
 
 
 def own_threads(*names: str) -> list[threading.Thread]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from proxy_fsm.testing import LoopbackSSHServer
+from tests.helpers.agent import Agent
 
-from .program import Agent, Home
+from .program import Home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,5 +32,5 @@ def server() -> Iterator[LoopbackSSHServer]:
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    with Agent() as agent:
+    with Agent(serving=True, greeting=b"hello") as agent:
         yield agent

@@ -18,11 +18,13 @@ from proxy_fsm.testing import Forwarding, LoopbackSSHServer, standins
 from proxy_fsm.testing.scripted import install
 from tests.helpers.wait import WAIT_S, eventually
 
-from .program import VIEWER_COMMAND, Agent, Home, Running, command, run, started, viewing
+from .program import VIEWER_COMMAND, Home, Running, command, run, started, viewing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.helpers.agent import Agent
 
 COOKIE = "0123456789abcdef0123456789abcdef"
 ALL_STATES = ["tunnelling", "spawning", "running", "stopping", "stopped"]
@@ -40,7 +42,7 @@ class TestASessionWithAViewer:
     ) -> None:
         with started(home, *viewing(home, server, agent.port, *known)) as program:
             program.until_state("running")
-            agent.let_go()
+            agent.disconnect()
             assert program.finish() == 0
             assert program.states == ALL_STATES
             assert program.events[-1]["reason"] == "session_ended"
@@ -137,7 +139,7 @@ class TestASessionWithAViewer:
             program.until_state("running")
             assert program.process.stdout is not None
             program.process.stdout.close()
-            agent.let_go()
+            agent.disconnect()
             assert program.process.wait(WAIT_S) == 0
             assert program.errors == ""
 
@@ -268,7 +270,7 @@ class TestConnecting:
         arguments = viewing(home, server, agent.port, "--key", home.keep_key(server), "--accept-unknown-host")
         with started(home, *arguments) as program:
             program.until_state("running")
-            agent.let_go()
+            agent.disconnect()
             assert program.finish() == 0
         assert program.events[0]["event"] == "host_key.accepted"
         assert not (home.ssh / "known_hosts").exists()
@@ -333,8 +335,8 @@ class TestConnecting:
         """It greets with another word, and is let go of when that has had its time."""
         own, server.port = server.port, agent.port
         with started(home, *viewing(home, server, 1)) as program:
-            eventually(lambda: agent._connections)
-            agent.let_go()
+            eventually(lambda: agent.connections)
+            agent.disconnect()
             assert program.finish() == 3
             assert program.events[0]["reason"] == "no_ssh"
             assert program.errors == ""
@@ -371,7 +373,7 @@ class TestConnecting:
             os.write(ours, f"{server.password}\n".encode())
             program = Running(process)
             program.until_state("running")
-            agent.let_go()
+            agent.disconnect()
             assert program.finish() == 0
         os.close(ours)
         assert server.password not in program.raw
@@ -386,7 +388,7 @@ class TestSSHConfig:
         arguments += ["--sessions-root", str(home.path), "--backend", "command", "--", *VIEWER_COMMAND]
         with started(home, *arguments, **environ) as program:
             program.until(lambda event: event.get("dest") == "running" or event["event"] == "connect.failed")
-            agent.let_go()
+            agent.disconnect()
             program.finish()
             assert program.errors == ""
         return program

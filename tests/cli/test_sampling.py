@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from proxy_fsm import Proxy
     from proxy_fsm.testing import LoopbackSSHServer
+    from tests.helpers.agent import Agent
 
-    from .program import Agent, Home
+    from .program import Home
 
 
 class Counted:
@@ -127,7 +128,7 @@ def test_a_run_tells_them(home: Home, server: LoopbackSSHServer, agent: Agent) -
         told = program.until(lambda each: each["event"] == "tunnel.stats")
         assert told["bytes_from_agent"] == len(b"hello")
         assert told["interval_s"] > 0
-        agent.let_go()
+        agent.disconnect()
         program.finish()
     assert program.states[-1] == State.STOPPED
     eventually(lambda: not home.left())

@@ -23,18 +23,10 @@ from proxy_fsm.forwarder import Forwarder
 from proxy_fsm.ssh import ChannelOpening, ChannelRefused
 from proxy_fsm.status import Timeouts
 from tests.e2e.sshd import SshServer
+from tests.helpers.agent import Agent, dead_port
+from tests.helpers.sockets import LOOPBACK, connect_local, reset
 from tests.helpers.wait import eventually, since
-from tests.tunnel_helpers import (
-    LOOPBACK,
-    Agent,
-    Inbox,
-    Task,
-    connect_fast,
-    connect_local,
-    dead_port,
-    own_threads,
-    reset,
-)
+from tests.tunnel_helpers import Inbox, Task, connect_fast, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

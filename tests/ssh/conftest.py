@@ -11,9 +11,7 @@ from proxy_fsm.ssh import (
     set_nodelay,
 )
 from proxy_fsm.testing import LoopbackSSHServer
-from tests.tunnel_helpers import (
-    Agent,
-)
+from tests.helpers.agent import Agent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,8 +16,8 @@ from proxy_fsm.ssh import (
     SafeChannel,
 )
 from proxy_fsm.testing import LoopbackSSHServer
+from tests.helpers.sockets import LOOPBACK
 from tests.helpers.wait import WAIT_S
-from tests.tunnel_helpers import LOOPBACK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,9 +23,10 @@ from proxy_fsm.ssh import channel as channel_module
 from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh.channel import ReceiveBuffer
 from proxy_fsm.ssh.fast import Messages, acknowledge
+from tests.helpers.sockets import read_all, same
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import ENDS, End, do_nothing, open_to, packets_sent
-from tests.tunnel_helpers import Agent, Task, read_all, same
+from tests.tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import paramiko
 
     from proxy_fsm.testing import LoopbackSSHServer
+    from tests.helpers.agent import Agent
 
 
 class TestClosing:

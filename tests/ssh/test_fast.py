@@ -26,15 +26,17 @@ from proxy_fsm.ssh import (
     why_ended,
 )
 from tests.e2e.sshd import SshServer
+from tests.helpers.sockets import LOOPBACK
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import GCM, ciphers_in_use, has_nodelay, open_to
-from tests.tunnel_helpers import LOOPBACK, Agent, Task, needs_sshd
+from tests.tunnel_helpers import Task, needs_sshd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from proxy_fsm.testing import LoopbackSSHServer
+    from tests.helpers.agent import Agent
 
 
 def test_packets_received_changes_with_each_answer(transport: paramiko.Transport) -> None:

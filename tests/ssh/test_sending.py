@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import paramiko
 import pytest
@@ -17,9 +17,13 @@ from proxy_fsm import ssh
 from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh import sending
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+from tests.helpers.sockets import LOOPBACK
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import keys_exchanged, open_probe, open_to, opening_to, packets_sent
-from tests.tunnel_helpers import LOOPBACK, Agent, Task, own_threads
+from tests.tunnel_helpers import Task, own_threads
+
+if TYPE_CHECKING:
+    from tests.helpers.agent import Agent
 
 
 class TestKeysAreExchanged:

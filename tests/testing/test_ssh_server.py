@@ -15,7 +15,7 @@ import paramiko
 import pytest
 
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
-from tests.tunnel_helpers import same
+from tests.helpers.sockets import read_all, reset, same
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,10 +54,6 @@ def _accept(listener: socket.socket) -> socket.socket:
     accepted, _ = listener.accept()
     accepted.settimeout(_WAIT_S)
     return accepted
-
-
-def _read_all(source: socket.socket | paramiko.Channel) -> bytes:
-    return b"".join(iter(lambda: source.recv(65536), b""))
 
 
 def _sockets() -> set[str]:
@@ -127,12 +123,12 @@ class TestForwarding:
                 channel.shutdown_write()
 
             def listen() -> None:
-                received["up"] = _read_all(agent)
+                received["up"] = read_all(agent)
 
             threads = [threading.Thread(target=each, daemon=True) for each in (talk, send, listen)]
             for thread in threads:
                 thread.start()
-            received["down"] = _read_all(channel)
+            received["down"] = read_all(channel)
             for thread in threads:
                 thread.join()
         same(received["up"], up)
@@ -147,10 +143,10 @@ class TestForwarding:
         with _accept(target) as agent:
             channel.sendall(b"question")
             channel.shutdown_write()
-            assert _read_all(agent) == b"question"
+            assert read_all(agent) == b"question"
             agent.sendall(b"answer")
             agent.shutdown(socket.SHUT_WR)
-            assert _read_all(channel) == b"answer"
+            assert read_all(channel) == b"answer"
 
     def test_half_close_by_the_agent_leaves_the_way_to_it_open(
         self, transport: paramiko.Transport, target: socket.socket
@@ -159,10 +155,10 @@ class TestForwarding:
         with _accept(target) as agent:
             agent.sendall(b"greeting")
             agent.shutdown(socket.SHUT_WR)
-            assert _read_all(channel) == b"greeting"
+            assert read_all(channel) == b"greeting"
             channel.sendall(b"reply")
             channel.close()
-            assert _read_all(agent) == b"reply"
+            assert read_all(agent) == b"reply"
 
     def test_a_slow_agent_holds_the_sender_back_and_loses_nothing(
         self, transport: paramiko.Transport, target: socket.socket
@@ -180,7 +176,7 @@ class TestForwarding:
             sender = threading.Thread(target=send, daemon=True)
             sender.start()
             assert not done.wait(0.2)  # the window, not the memory, bounds what is under way
-            received = _read_all(agent)
+            received = read_all(agent)
             sender.join()
             same(received, sent)
         channel.close()
@@ -192,7 +188,7 @@ class TestForwarding:
         with _accept(target) as agent:
             channel.sendall(bytes(1_000_000))
             channel.close()
-            assert len(_read_all(agent)) == 1_000_000
+            assert len(read_all(agent)) == 1_000_000
         server.wait_for(lambda: server.channels_open == 0)
 
     def test_a_close_after_eof_reaches_an_agent_that_stays(
@@ -208,9 +204,7 @@ class TestForwarding:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         channel = _open(transport, target)
-        agent = _accept(target)
-        agent.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        agent.close()
+        reset(_accept(target))
         assert channel.recv(1) == b""
         channel.close()
         server.wait_for(lambda: server.channels_open == 0)

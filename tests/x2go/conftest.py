@@ -12,7 +12,8 @@ import pytest
 
 from proxy_fsm.testing import LoopbackSSHServer, standins
 from proxy_fsm.testing.scripted import ScriptedProxy, connect, say, wait_eof
-from tests.engine_helpers import COOKIE, READY_LINE, Agent
+from tests.engine_helpers import COOKIE, READY_LINE
+from tests.helpers.agent import Agent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -140,7 +141,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     with (
         LoopbackSSHServer() as server,
         contextlib.closing(server.connect()) as client,
-        Agent() as agent,
+        Agent(serving=True) as agent,
         Scene(server, client, agent, tmp_path) as scene,
     ):
         yield scene

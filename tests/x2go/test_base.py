@@ -366,7 +366,7 @@ class TestAttributes:
         process, ok = proxy.start_proxy()
         assert ok
         eventually(lambda: scene.agent.connections, what="the agent accepts, on its own thread")
-        scene.agent.let_go()
+        scene.agent.disconnect()
         proxy.join(SOON_S)
         assert proxy.ok() is False
         assert proxy.proxy is process

@@ -51,7 +51,7 @@ def started(scene: Scene, **changes: Any) -> Any:
     proxy.start()
     eventually(lambda: bytes(scene.agent.received) == COOKIE.encode(), what="the cookie at the agent")
     assert not proxy.ok()
-    scene.agent.say(b"a picture")
+    scene.agent.send(b"a picture")
     eventually(proxy.ok, what="ok")
     return proxy
 
@@ -74,7 +74,7 @@ def test_the_options_file_is_private_and_goes_with_the_proxy(kd: Scene) -> None:
 
 def test_a_session_that_the_agent_ends_has_ended(kd: Scene) -> None:
     proxy = started(kd)
-    kd.agent.let_go()
+    kd.agent.disconnect()
     proxy.join(10)
     assert proxy.engine.status().reason is EndReason.SESSION_ENDED
 

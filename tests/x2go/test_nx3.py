@@ -132,7 +132,7 @@ class TestOurs:
             nx.agent.connections.clear()
             proxy.start()
             eventually(lambda: nx.agent.connections, what="a connection to the agent")
-            nx.agent.let_go()
+            nx.agent.disconnect()
             proxy.join(10)
             assert proxy.engine.status().retryable is retryable
 
@@ -203,7 +203,7 @@ class TestPythonX2GosOwnSource:
         proxy.start()
         eventually(lambda: bytes(nx.agent.received) == COOKIE.encode(), what="the cookie at the agent")
         assert not proxy.ok()
-        nx.agent.say(b"a picture")
+        nx.agent.send(b"a picture")
         eventually(proxy.ok, what="ok")
         assert call(nx)["argv"][1:] == ["-S", f"nx/nx,options={nx.container}/options:51"]
         assert COOKIE not in "".join(proxy.proxy.args)
