@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import NX3Backend, Proxy, SessionInfo, State
 from proxy_fsm.testing.scripted import ScriptedProxy, Step, connect, say, wait_eof
-
-from .tunnel_helpers import own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,23 +98,3 @@ class Maker:
             if proxy.state is not State.IDLE:
                 proxy.close()
         self.made.clear()
-
-
-def descriptors() -> int:
-    """Return how many descriptors this process has."""
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-
-def children() -> list[int]:
-    """Return the process ids of this process's children, zombies included."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(entry.name))
-    return found
-
-
-def engine_threads() -> list[str]:
-    """Return the names of the engine's threads that are alive."""
-    return [thread.name for thread in own_threads()]

@@ -65,13 +65,11 @@ from tests.engine_helpers import (
     Maker,
     Recorder,
     ScriptedBackend,
-    children,
-    descriptors,
     end_after,
-    engine_threads,
     let_deadline_pass,
 )
 from tests.helpers.agent import Agent
+from tests.helpers.holdings import children, descriptors, nothing_left_open, own_threads, threads_ended
 from tests.helpers.wait import assert_prompt, eventually
 
 if TYPE_CHECKING:
@@ -103,15 +101,15 @@ def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
 @pytest.fixture
 def make(transport: paramiko.Transport, agent: Agent, tmp_path: Path) -> Iterator[Maker]:
     """A maker of proxies, and the proof that they leave nothing behind."""
-    before = descriptors(), set(children())
+    before = descriptors(), children()
     maker = Maker(transport, agent, tmp_path)
     yield maker
     maker.close()
     gc.collect()
-    eventually(lambda: not engine_threads(), what=f"threads gone: {engine_threads()}")
-    assert set(children()) <= before[1]
+    threads_ended()
+    assert children() <= before[1]
     agent.disconnect()
-    eventually(lambda: descriptors() <= before[0] + 2 * len(agent.connections), what="descriptors closed")
+    nothing_left_open(before[0])
 
 
 # ---- a whole life ----
@@ -474,7 +472,7 @@ def test_only_the_owner_thread_tells_changes(make: Maker) -> None:
 
 def test_a_running_proxy_has_five_threads_at_most(make: Maker) -> None:
     with make():
-        assert len(set(engine_threads()) - {"proxy_fsm-monitor"}) <= 5
+        assert len({thread.name for thread in own_threads()} - {"proxy_fsm-monitor"}) <= 5
 
 
 def test_stop_works_from_a_signal_handler_while_the_main_thread_waits(make: Maker) -> None:
@@ -611,7 +609,7 @@ def test_twenty_proxies_on_one_transport_all_run_and_all_stop(make: Maker, agent
     for proxy in proxies:
         proxy.wait_running(timeout=20)
     eventually(lambda: len(agent.connections) == 20, what="each has a channel of its own")
-    assert engine_threads().count("proxy_fsm-monitor") == 1
+    assert len(own_threads("proxy_fsm-monitor")) == 1
     for proxy in proxies:
         proxy.stop()
     assert {proxy.wait(timeout=20) for proxy in proxies} == {State.STOPPED}

@@ -39,9 +39,10 @@ from proxy_fsm.status import EndReason, TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
 from .helpers.agent import Agent, dead_port
+from .helpers.holdings import descriptors, nothing_left_open, threads_ended
 from .helpers.sockets import LOOPBACK, connect_local, read_all, reset, same
 from .helpers.wait import WAIT_S, eventually, since
-from .tunnel_helpers import Inbox, Task, descriptors, nothing_left_open, own_threads
+from .tunnel_helpers import Inbox, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -978,12 +979,12 @@ class TestClose:
 
         one_round(0)
         server.wait_for(lambda: server.channels_open == 0)
-        eventually(lambda: not own_threads())
+        threads_ended()
         before = descriptors()
         for how in range(6):
             one_round(how)
         server.wait_for(lambda: server.channels_open == 0)
-        eventually(lambda: not own_threads())
+        threads_ended()
         nothing_left_open(before)
         eventually(lambda: len(transport._channels) == 0)  # type: ignore[attr-defined]
 

@@ -24,9 +24,10 @@ from proxy_fsm.testing import LoopbackSSHServer
 
 from .e2e.sshd import SshServer, transport_of
 from .helpers.agent import Agent
+from .helpers.holdings import threads_ended
 from .helpers.sockets import LOOPBACK, connect_local, same
-from .helpers.wait import WAIT_S, eventually, since
-from .tunnel_helpers import Inbox, Task, connect_fast, needs_sshd, own_threads
+from .helpers.wait import WAIT_S, since
+from .tunnel_helpers import Inbox, Task, connect_fast, needs_sshd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,7 +192,7 @@ def to_paramiko() -> Iterator[paramiko.Transport]:
         set_nodelay(transport)
         yield transport
         server.wait_for(lambda: server.channels_open == 0)
-    eventually(lambda: not own_threads())
+    threads_ended()
 
 
 @pytest.fixture(scope="module", params=["OpenSSH's defaults", "RekeyLimit 1M", "RekeyLimit 1M, fast_transport"])
@@ -206,7 +207,7 @@ def to_openssh(request: pytest.FixtureRequest) -> Iterator[paramiko.Transport]:
             transport = transport_of(stack.enter_context(server.connect()))
             set_nodelay(transport)
             yield transport
-    eventually(lambda: not own_threads())
+    threads_ended()
 
 
 TALKS = st.lists(CONVERSATIONS, min_size=1, max_size=3)

@@ -23,9 +23,10 @@ from proxy_fsm.testing import LoopbackSSHServer
 from proxy_fsm.testing import ssh_server as embedded
 
 from .helpers.agent import dead_port
+from .helpers.holdings import own_threads, threads_ended
 from .helpers.sockets import LOOPBACK
 from .helpers.wait import SOON_S, WAIT_S, assert_prompt, eventually, since
-from .tunnel_helpers import Inbox, own_threads
+from .tunnel_helpers import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ def inbox() -> Inbox:
 def nothing_left() -> Iterator[None]:
     """Each test detaches what it attached; then no thread is left."""
     yield
-    eventually(lambda: not own_threads())
+    threads_ended()
 
 
 @contextlib.contextmanager
@@ -645,7 +646,7 @@ class TestSilence:
         server.freeze()
         with attached(transport, PATIENT, inbox.post):
             inbox.wait(LinkSilent)
-        eventually(lambda: not own_threads())
+        threads_ended()
         server.thaw()
         server.wait_for(lambda: server.probes == 1)
 
@@ -663,7 +664,7 @@ class TestSilence:
                 attachment.detach()
         finally:
             sys.setswitchinterval(interval)
-        eventually(lambda: not own_threads())
+        threads_ended()
         assert broken == []
 
 

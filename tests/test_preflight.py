@@ -27,8 +27,8 @@ from proxy_fsm.session import SessionInfo
 from proxy_fsm.status import EndReason
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 
+from .helpers.holdings import descriptors, nothing_left_open, own_threads
 from .helpers.wait import WAIT_S
-from .tunnel_helpers import descriptors, nothing_left_open, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -50,8 +50,8 @@ from proxy_fsm.testing.scripted import (
 )
 
 from .e2e.procs import alive
+from .helpers.holdings import descriptors, nothing_left_open, own_threads
 from .helpers.wait import WAIT_S, assert_prompt, eventually
-from .tunnel_helpers import descriptors, nothing_left_open, own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from proxy_fsm import x11
 from proxy_fsm.x11 import DisplayError, DisplayName, DisplayWatch, find_authorisation, open_display
 
+from .helpers.holdings import descriptors, nothing_left_open
 from .helpers.sockets import reset
 from .helpers.wait import WAIT_S
-from .tunnel_helpers import descriptors, nothing_left_open
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

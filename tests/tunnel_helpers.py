@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import threading
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pytest
@@ -17,7 +14,7 @@ from proxy_fsm.ssh import fast_transport
 
 from .e2e.procs import missing_programs, program
 from .helpers.sockets import LOOPBACK
-from .helpers.wait import WAIT_S, eventually
+from .helpers.wait import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,10 +27,7 @@ __all__ = [
     "Inbox",
     "Task",
     "connect_fast",
-    "descriptors",
     "needs_sshd",
-    "nothing_left_open",
-    "own_threads",
 ]
 
 #: How long a login may take, with whatever else is going on, seconds.
@@ -113,40 +107,6 @@ def connect_fast(sshd: SshServer, port: int | None = None) -> paramiko.Transport
         transport.close()
         raise
     return transport
-
-
-def own_threads(*names: str) -> list[threading.Thread]:
-    """List the package's threads that are alive, or those of some names.
-
-    A thread whose start was interrupted stays in CPython's list for ever, though it never ran.
-    """
-    return [
-        thread
-        for thread in threading.enumerate()
-        if thread.is_alive() and (thread.name in names if names else thread.name.startswith("proxy_fsm-"))
-    ]
-
-
-def descriptors() -> set[str]:
-    """Name what this process holds open, where the system tells it."""
-    found = set()
-    place = Path("/proc/self/fd")
-    for descriptor in place.iterdir() if place.is_dir() else ():
-        with suppress(OSError):
-            found.add(f"{descriptor.name} {descriptor.readlink()}")
-    return {name for name in found if "/proc/" not in name}
-
-
-def nothing_left_open(before: set[str]) -> None:
-    """Make sure that whatever was opened since is closed, or will be soon.
-
-    What a thread of an earlier test closes meanwhile is no matter.
-    """
-    gc.collect()
-    with suppress(TimeoutError):
-        eventually(lambda: descriptors() <= before)
-    left = descriptors() - before
-    assert not left, f"left open: {left}"
 
 
 def needs_sshd() -> None:

@@ -15,6 +15,7 @@ from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.verb import NotReachedError
 from proxy_fsm.cli.x2go_server import X2GoServer
 from proxy_fsm.testing import LoopbackSSHServer
+from tests.helpers.holdings import own_threads
 from tests.helpers.wait import eventually
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def test_that_never_answers_is_given_up(
         assert time.monotonic() - began >= 0.2
         assert caught[0].fields["reason"] == "no_answer"
         assert caught[0].fields["detail"] == "x2golistsessions did not end within 0.2 s on the server."
-        eventually(lambda: not [each for each in threading.enumerate() if each.name == "x2go-command"])
+        eventually(lambda: not own_threads("x2go-command"))
         assert transport.is_active()
 
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
 from proxy_fsm import Backend, CommandBackend, Evidence, NX3Backend, Proxy, State
-from tests.helpers.wait import eventually
+from tests.helpers.holdings import all_released, children, descriptors, own_threads
 
 from .sshd import transport_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
     from typing import Self
 
     import paramiko
@@ -188,9 +186,9 @@ class Holdings:
     def now(cls, transports: Iterable[paramiko.Transport] = ()) -> Holdings:
         """Look at it."""
         return cls(
-            Counter(_descriptors()),
-            frozenset(f"{each.name} ({each.ident})" for each in threading.enumerate() if "proxy_fsm" in each.name),
-            frozenset(_children()),
+            Counter(each.partition(" ")[2] for each in descriptors()),
+            frozenset(f"{each.name} ({each.ident})" for each in own_threads()),
+            frozenset(children()),
             Counter(id(transport) for transport in transports for _ in cast("Any", transport)._channels.values()),
         )
 
@@ -207,29 +205,4 @@ class Holdings:
 def nothing_gained_since(before: Holdings, transports: Iterable[paramiko.Transport] = ()) -> None:
     """Wait until everything that came since then is gone; threads may take a moment to end."""
     transports = tuple(transports)
-    left: list[object] = []
-
-    def gone() -> bool:
-        left[:] = Holdings.now(transports).gained_since(before)
-        return not left
-
-    try:
-        eventually(gone, GONE_S)
-    except TimeoutError:
-        raise AssertionError(f"Left behind: {left}") from None
-
-
-def _descriptors() -> list[str]:
-    found = []
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of this very listing
-            found.append(str(link.readlink()))
-    return found
-
-
-def _children() -> set[int]:
-    found: set[int] = set()
-    for path in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
-            found.update(map(int, path.read_text().split()))
-    return found
+    all_released(lambda: Holdings.now(transports).gained_since(before), GONE_S)

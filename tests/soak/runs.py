@@ -24,9 +24,10 @@ from proxy_fsm.ssh import ChannelOpening, ChannelRefused
 from proxy_fsm.status import Timeouts
 from tests.e2e.sshd import SshServer
 from tests.helpers.agent import Agent, dead_port
+from tests.helpers.holdings import threads_ended
 from tests.helpers.sockets import LOOPBACK, connect_local, reset
 from tests.helpers.wait import eventually, since
-from tests.tunnel_helpers import Inbox, Task, connect_fast, own_threads
+from tests.tunnel_helpers import Inbox, Task, connect_fast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -286,7 +287,7 @@ def close_under_upload(
         assert figures.connections >= count // _UPLOADS * _UPLOADS * 0.9, "most came so far that a channel was opened"
         if by_agent:
             assert rude.resets > count // 2
-    eventually(lambda: not own_threads())
+    threads_ended()
     return figures
 
 
@@ -328,7 +329,7 @@ def carry(
             assert [task.result(PATIENCE_S) for task in readers] == [size_bytes, size_bytes]
         figures = scene.end()
         assert (figures.bytes_up, figures.bytes_down) == (size_bytes, size_bytes)
-    eventually(lambda: not own_threads())
+    threads_ended()
     return figures
 
 
@@ -449,6 +450,6 @@ def probe_under_requests(
             answered = probes()
         assert transport.is_active()
         assert answered > requests // 10, "it was probed all the time"
-    eventually(lambda: not own_threads())
+    threads_ended()
     commands = requests // len(kinds)
     return Figures(name, seconds=since(began), requests=requests, probes=answered, commands=commands)

@@ -17,10 +17,11 @@ from proxy_fsm import ssh
 from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh import sending
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+from tests.helpers.holdings import own_threads, threads_ended
 from tests.helpers.sockets import LOOPBACK
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import keys_exchanged, open_probe, open_to, opening_to, packets_sent
-from tests.tunnel_helpers import Task, own_threads
+from tests.tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from tests.helpers.agent import Agent
@@ -55,7 +56,7 @@ class TestKeysAreExchanged:
         eventually(lambda: packets_sent(transport) == before + len(theirs))
         ours.send_close()
         server.wait_for(lambda: server.channels_open == 0)
-        eventually(lambda: not own_threads())
+        threads_ended()
 
     def test_it_goes_on_also_while_another_thread_is_writing(self, transport: Any, agent: Agent) -> None:
         ours = open_to(transport, agent.port)
@@ -147,7 +148,7 @@ class TestKeysAreExchanged:
             server.drop()
             with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
                 uploader.result()
-            eventually(lambda: not own_threads())
+            threads_ended()
 
     def test_the_transport_is_changed_once_and_not_kept_alive(self, server: LoopbackSSHServer, agent: Agent) -> None:
         transport: Any = server.connect_transport()

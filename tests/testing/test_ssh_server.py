@@ -7,14 +7,14 @@ import os
 import socket
 import threading
 import time
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import paramiko
 import pytest
 
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
+from tests.helpers.holdings import descriptors
 from tests.helpers.sockets import read_all, reset, same
 
 if TYPE_CHECKING:
@@ -54,14 +54,6 @@ def _accept(listener: socket.socket) -> socket.socket:
     accepted, _ = listener.accept()
     accepted.settimeout(_WAIT_S)
     return accepted
-
-
-def _sockets() -> set[str]:
-    names = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            names.add(str(descriptor.readlink()))
-    return {name for name in names if name.startswith("socket:")}
 
 
 class TestAuthentication:
@@ -444,7 +436,7 @@ class TestFaults:
 class TestLeavingNothing:
     def test_stop_leaves_no_thread_and_no_socket(self, target: socket.socket) -> None:
         gc.collect()
-        threads, sockets = set(threading.enumerate()), _sockets()
+        threads, before = set(threading.enumerate()), descriptors()
         server = LoopbackSSHServer(commands={"true": lambda _: (0, b"", b"")})
         server.start()
         transport = server.connect_transport()
@@ -468,7 +460,7 @@ class TestLeavingNothing:
         for end in (*agents, idle):
             end.close()
         assert set(threading.enumerate()) <= threads
-        assert _sockets() <= sockets
+        assert descriptors() <= before
 
     def test_stop_frees_forwards_that_are_full_in_both_directions(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket

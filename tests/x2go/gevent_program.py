@@ -10,13 +10,11 @@ import gevent.monkey  # type: ignore[import-untyped]
 
 gevent.monkey.patch_all()
 
-import contextlib  # noqa: E402 - gevent has to be first
-import gc  # noqa: E402
+import gc  # noqa: E402 - gevent has to be first
 import json  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import sys  # noqa: E402
-import threading  # noqa: E402
 import time  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -27,6 +25,7 @@ HOST, PORT, USER, PASSWORD, GRAPHICS_PORT, PROGRAM, ROOT, CHECKOUT = sys.argv[1:
 sys.path.insert(0, CHECKOUT)
 
 from proxy_fsm.x2go.base import X2GoProxy  # noqa: E402
+from tests.helpers.holdings import descriptors, own_threads  # noqa: E402
 
 IDLE_S = 2.0
 #: How long what the last rounds held may take to be gone.
@@ -71,20 +70,11 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def descriptors() -> set[str]:
-    """Name what this process holds open."""
-    found = set()
-    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")  # noqa: PTH115
-    return found
-
-
 def holdings() -> dict[str, Any]:
     gc.collect()
     return {
         "descriptors": sorted(descriptors()),
-        "threads": sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("proxy_fsm")),
+        "threads": sorted(thread.name for thread in own_threads()),
         "native threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
     }
 

@@ -24,9 +24,9 @@ from proxy_fsm.testing.scripted import Step, connect, exit_with, ignore, print_c
 from proxy_fsm.x2go.base import X2GoProxy
 from proxy_fsm.x2go.handles import ProcessHandle
 from proxy_fsm.x2go.logs import DEBUG, ERROR, INFO
-from tests.engine_helpers import COOKIE, children, engine_threads
+from tests.engine_helpers import COOKIE
+from tests.helpers.holdings import children, descriptors, nothing_left_open, threads_ended
 from tests.helpers.wait import eventually
-from tests.tunnel_helpers import descriptors, nothing_left_open
 
 from .conftest import NAME, Session
 
@@ -431,7 +431,7 @@ class TestTheProcess:
             thread.join(SOON_S)
         assert codes == [-signal.SIGKILL] * 5
         assert process.wait() == process.poll() == process.returncode == -signal.SIGKILL
-        assert set(children()) <= set(others)
+        assert children() <= others
 
     def test_that_ends_by_itself_has_its_exit_code(self, scene: Scene) -> None:
         process, ok = scene.make(viewer(scene, exit_with(7))).start_proxy()
@@ -627,8 +627,8 @@ class TestStartAndStop:
             scene.made[-1].join(SOON_S)
             assert not scene.made.pop().is_alive()
         gc.collect()
-        eventually(lambda: engine_threads() == [], what="no thread of an engine")
-        assert set(children()) <= set(others)
+        threads_ended()
+        assert children() <= others
         nothing_left_open(before)
 
     def test_a_lost_connection_ends_it_with_its_reason(self, scene: Scene) -> None:

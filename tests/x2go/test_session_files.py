@@ -10,7 +10,7 @@ import pytest
 from proxy_fsm import BackendError
 from proxy_fsm.x2go import session_files
 from proxy_fsm.x2go.session_files import SessionFiles
-from tests.tunnel_helpers import descriptors, nothing_left_open
+from tests.helpers.holdings import descriptors, nothing_left_open
 
 if TYPE_CHECKING:
     from pathlib import Path
