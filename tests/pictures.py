@@ -22,7 +22,7 @@ from proxy_fsm import diagram, timeline
 from proxy_fsm.diagram.layout import Edge, Node, graph_scene
 from proxy_fsm.diagram.scene import svg
 
-from .imports import imports_of
+from .helpers.imports import imports_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -31,7 +31,7 @@ from proxy_fsm.lifecycle import TRANSITIONS
 from proxy_fsm.testing import FakedProxy
 
 from . import pictures
-from .imports import imports_of
+from .helpers.imports import imports_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,6 +18,7 @@ from proxy_fsm.cli.verb import ExitStatus
 from proxy_fsm.testing import machine, strategies
 
 from .e2e.procs import program
+from .helpers.real import skip_or_fail
 
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -86,13 +87,9 @@ def needs_gtk(directory: Path) -> None:
     version = f"{sys.version_info[0]}{sys.version_info[1]}"
     missing = [] if any(bindings.glob(f"_gi.cpython-{version}-*.so")) else ["GTK 3 for this Python (python3-gi)"]
     missing += [name for name in ("Xvfb", "xauth") if program(name) is None]
-    if not missing:
-        (directory / "gi").symlink_to(bindings)
-        return
-    message = f"missing for an example: {', '.join(missing)}"
-    if os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1" and version == "311":  # Debian 12 has them for that alone
-        pytest.fail(f"{message} (PROXY_FSM_REQUIRE_REAL is 1)", pytrace=False)
-    pytest.skip(message)
+    if missing:
+        skip_or_fail(missing, promised=version == "311")  # Debian 12 has them for that alone
+    (directory / "gi").symlink_to(bindings)
 
 
 @pytest.mark.parametrize("example", PROGRAMS, ids=str)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import proxy_fsm
 
-from .imports import imports_of
+from .helpers.imports import imports_of
 
 PACKAGE = Path(proxy_fsm.__file__).parent
 

@@ -26,6 +26,7 @@ from proxy_fsm import x11
 from proxy_fsm.x11 import DisplayError, DisplayName, DisplayWatch, find_authorisation, open_display
 
 from .helpers.holdings import descriptors, nothing_left_open
+from .helpers.real import skip_or_fail
 from .helpers.sockets import reset
 from .helpers.wait import WAIT_S
 
@@ -832,10 +833,7 @@ class RealServer:
 def xvfb() -> str:
     path = shutil.which("Xvfb")
     if path is None:
-        missing = "Xvfb is not installed (Debian package: xvfb)."
-        if os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
-            pytest.fail(missing)
-        pytest.skip(missing)
+        skip_or_fail(["Xvfb"])
     return path
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import pytest
-
 from proxy_fsm.evidence import Observation
 from proxy_fsm.ssh import fast_transport
 
-from .e2e.procs import missing_programs, program
 from .helpers.sockets import LOOPBACK
 from .helpers.wait import WAIT_S
 
@@ -27,7 +23,6 @@ __all__ = [
     "Inbox",
     "Task",
     "connect_fast",
-    "needs_sshd",
 ]
 
 #: How long a login may take, with whatever else is going on, seconds.
@@ -107,14 +102,3 @@ def connect_fast(sshd: SshServer, port: int | None = None) -> paramiko.Transport
         transport.close()
         raise
     return transport
-
-
-def needs_sshd() -> None:
-    """Skip where OpenSSH's server cannot be run, or fail where it was promised."""
-    missing = [name for name in ("sshd", "root") if name in missing_programs() and program(name) is None]
-    if not missing:
-        return
-    message = f"missing for tests against OpenSSH: {', '.join(missing)}"
-    if os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
-        pytest.fail(f"{message} (PROXY_FSM_REQUIRE_REAL is 1)", pytrace=False)
-    pytest.skip(message)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+from tests.helpers.real import skip_or_fail
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,12 +23,8 @@ _SWITCHES = """
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     """One browser for all tests; skips where it is missing, or fails where it was promised."""
-    missing = [name for name in _PROGRAMS if shutil.which(name) is None]
-    if missing:
-        message = f"missing for tests in a browser: {', '.join(missing)}"
-        if os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
-            pytest.fail(f"{message} (PROXY_FSM_REQUIRE_REAL is 1)", pytrace=False)
-        pytest.skip(f"{message} (tests/install-system-packages installs them)")
+    if missing := [name for name in _PROGRAMS if shutil.which(name) is None]:
+        skip_or_fail(missing)
     options = ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for switch in (*_SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):

@@ -12,6 +12,7 @@ from PIL import Image
 from proxy_fsm import EndReason
 from proxy_fsm.cli import setups
 from proxy_fsm.testing.scripted import install
+from tests.helpers.real import skip_or_fail
 
 from .program import Running, run, started
 
@@ -134,11 +135,8 @@ class TestFailures:
 class TestWithTheRealPrograms:
     @pytest.fixture(autouse=True)
     def real_programs(self) -> None:
-        missing = setups.missing_programs()
-        if missing and os.environ.get("PROXY_FSM_REQUIRE_REAL") == "1":
-            pytest.fail(f"missing for the real demo: {', '.join(missing)}", pytrace=False)
-        if missing:
-            pytest.skip(f"missing for the real demo: {', '.join(missing)}")
+        if missing := setups.missing_programs():
+            skip_or_fail(missing)
 
     def test_the_remote_desktop_is_on_the_screenshot(self, home: Home) -> None:
         program = run(home, "demo", "--log-format", "json")

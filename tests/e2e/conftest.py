@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.real import lack
+from tests.helpers.real import skip_or_fail
 
 from .agent import plain_agent
 from .attempt import Holdings, nothing_gained_since
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def real_programs() -> None:
     """Skip where programs are missing, or fail where they were promised."""
     if missing := missing_programs():
-        lack(missing)
+        skip_or_fail(missing)
 
 
 @pytest.fixture(scope="session")

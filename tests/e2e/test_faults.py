@@ -18,8 +18,8 @@ import pytest
 
 from proxy_fsm import Link, ProxyStatus, State, Timeouts
 from proxy_fsm.evidence import ProcessExited
+from tests.helpers.real import skip_or_fail
 from tests.helpers.wait import eventually
-from tests.real import lack
 
 from .attempt import FINAL_S, RUNNING_S, Attempt, Holdings, WatchedViewer, nothing_gained_since
 from .causes import viewer
@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(180)]
 def own_namespaces() -> None:
     """Skip, or fail, where this machine does not let even root have them."""
     if not is_allowed():
-        lack(["the right to mount, and to have a network of one's own (CAP_SYS_ADMIN)"])
+        skip_or_fail(["the right to mount, and to have a network of one's own (CAP_SYS_ADMIN)"])
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.cause.replace(" ", "-"))

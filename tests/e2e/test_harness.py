@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import paramiko
 import pytest
 
+from tests.helpers.real import REQUIRE
 from tests.helpers.wait import eventually
-from tests.real import REQUIRE
 
 from . import conftest
 from .byhand import ESTABLISHED, Forwarder, NxProxy

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import proxy_fsm
+from tests.helpers.real import PYTHON_X2GO, skip_or_fail
 from tests.helpers.wait import eventually
-from tests.real import PYTHON_X2GO, lack
 
 from .procs import SYSTEM_PATH, alive, program_name, send_signal
 from .scene import RED, shows
@@ -65,7 +65,7 @@ def debian_python(real_programs: None, pytestconfig: pytest.Config) -> Path:
     places = {"python3": PYTHON, "pyhoca-cli": PYHOCA, "python3-x2go": PYTHON_X2GO}
     missing = [name for name, path in places.items() if not path.exists()]
     if missing:
-        lack(missing)
+        skip_or_fail(missing)
     version = hashlib.sha256((CHECKOUT / "pyproject.toml").read_bytes()).hexdigest()[:12]
     cache = pytestconfig.cache.mkdir("python-x2go")
     place = cache / version

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers.real import needs_sshd
 from tests.soak.runs import carry, close_under_upload, probe_under_requests
-from tests.tunnel_helpers import needs_sshd
 
 pytestmark = pytest.mark.real
 

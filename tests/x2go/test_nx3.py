@@ -15,8 +15,8 @@ from proxy_fsm import EndReason, State
 from proxy_fsm.testing.scripted import connect, exit_with, record_call, say, wait_eof
 from proxy_fsm.x2go import base, nx3
 from tests.engine_helpers import COOKIE, READY_LINE
+from tests.helpers.real import PYTHON_X2GO, skip_or_fail
 from tests.helpers.wait import eventually
-from tests.real import PYTHON_X2GO, lack
 
 from .conftest import NAME
 from .test_kdrive import CONNECT_AND_SEND, READ_OPTIONS
@@ -141,7 +141,7 @@ class TestOurs:
 def foreign(nx: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Load python-x2go's own module of a name, its base class replaced by ours; nothing else of it is run."""
     if not PYTHON_X2GO.is_dir():
-        lack(["python3-x2go"])
+        skip_or_fail(["python3-x2go"])
     for name in ("x2go", "x2go.log", "x2go.defaults", "x2go.backends", "x2go.backends.proxy"):
         module = ModuleType(name)
         module.__path__ = []
