@@ -44,7 +44,7 @@ def _hangup_ends_programs() -> None:
 def _late_alarms_are_harmless() -> None:
     """One that a test's timer sent may come when the test's own handler is gone again: it must not end the run.
 
-    A forked child that an alarm is to end calls `tests.engine_helpers.end_after`.
+    A forked child that an alarm is to end calls `tests.helpers.engine.end_after`.
     """
     signal.signal(signal.SIGALRM, lambda *_: None)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from proxy_fsm import State
 from proxy_fsm.testing import LoopbackSSHServer
 
-from .engine_helpers import Maker
 from .helpers.agent import Agent
+from .helpers.engine import Maker
 
 ROUNDS = 100
 

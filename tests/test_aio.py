@@ -12,7 +12,7 @@ import pytest
 from proxy_fsm import EndReason, InvalidTransition, ProxyFailed, ProxyStopped, State, aio
 from proxy_fsm.testing import FakedProxy
 
-from .engine_helpers import end_after
+from .helpers.engine import end_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,8 +22,8 @@ from benchmarks.report import RELAY, Results, table, write
 from .helpers.agent import Agent
 from .helpers.real import needs_sshd
 from .helpers.sockets import LOOPBACK, read_all, same
+from .helpers.task import Task
 from .helpers.wait import WAIT_S
-from .tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -58,18 +58,10 @@ from proxy_fsm.testing.scripted import (
     wait_eof,
     wait_file,
 )
-from tests.engine_helpers import (
-    COOKIE,
-    HEALTHY,
-    READY_LINE,
-    Maker,
-    Recorder,
-    ScriptedBackend,
-    end_after,
-    let_deadline_pass,
-)
 from tests.helpers.agent import Agent
+from tests.helpers.engine import COOKIE, HEALTHY, READY_LINE, Maker, ScriptedBackend, end_after, let_deadline_pass
 from tests.helpers.holdings import children, descriptors, nothing_left_open, own_threads, threads_ended
+from tests.helpers.recorder import Recorder
 from tests.helpers.wait import assert_prompt, eventually
 
 if TYPE_CHECKING:
@@ -465,7 +457,7 @@ def test_who_unsubscribed_hears_nothing_more(make: Maker) -> None:
 def test_only_the_owner_thread_tells_changes(make: Maker) -> None:
     with make():
         pass
-    threads = {event["thread"] for event in make.log.named("proxy.transition")}
+    threads = make.log.threads["proxy.transition"]
     assert len(threads) == 1
     assert threading.get_ident() not in threads
 
@@ -554,7 +546,7 @@ EXIT_SCRIPT = """
 import logging, sys
 from pathlib import Path
 from proxy_fsm.testing import LoopbackSSHServer
-from tests.engine_helpers import Maker, HEALTHY
+from tests.helpers.engine import Maker, HEALTHY
 from tests.helpers.agent import Agent
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its server's end is none of our business here
 server, agent = LoopbackSSHServer(), Agent(serving=True)

@@ -51,7 +51,7 @@ from proxy_fsm.question import ServerQuestion
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.status import Link, TransitionRecord
 from proxy_fsm.testing.fakes import READY_LINE, FakedProxy, FakeTransport, fake_session
-from tests.engine_helpers import Recorder
+from tests.helpers.recorder import Recorder
 from tests.helpers.wait import eventually
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Spied(FakedProxy):
         for event in self.log.named(name):
             assert (event["proxy_id"], event["session"]) == (self.id, "fake-51-1_stDxterm_dp24")
         return [
-            {key: value for key, value in event.items() if key not in {"event", "thread", "proxy_id", "session"}}
+            {key: value for key, value in event.items() if key not in {"event", "proxy_id", "session"}}
             for event in self.log.named(name)
         ]
 

@@ -12,20 +12,11 @@ import structlog
 
 from proxy_fsm.events import EventLog
 
+from .helpers.recorder import Recorder
+from .helpers.wait import WAIT_S
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-WAIT_S = 20.0
-
-
-class Recorder:
-    """A logger that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[str, str, dict[str, Any]]] = []
-
-    def __getattr__(self, level: str) -> Any:
-        return lambda event, **fields: self.told.append((level, event, fields))
 
 
 class Broken:
@@ -92,7 +83,9 @@ def test_the_package_never_configures_structlog() -> None:
 def test_every_event_has_the_proxys_id_and_session() -> None:
     recorder = Recorder()
     make(recorder)("warning", "an.event", number=1)
-    assert recorder.told == [("warning", "an.event", {"proxy_id": "id1", "session": "name", "number": 1})]
+    assert recorder.events == [
+        {"event": "an.event", "level": "warning", "proxy_id": "id1", "session": "name", "number": 1}
+    ]
 
 
 def test_structlog_configured_later_does_not_change_where_events_go(caplog: pytest.LogCaptureFixture) -> None:

@@ -40,9 +40,10 @@ from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 
 from .helpers.agent import Agent, dead_port
 from .helpers.holdings import descriptors, nothing_left_open, threads_ended
+from .helpers.inbox import Inbox
 from .helpers.sockets import LOOPBACK, connect_local, read_all, reset, same
+from .helpers.task import Task
 from .helpers.wait import WAIT_S, eventually, since
-from .tunnel_helpers import Inbox, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,10 +25,12 @@ from proxy_fsm.testing import LoopbackSSHServer
 from .e2e.sshd import SshServer, transport_of
 from .helpers.agent import Agent
 from .helpers.holdings import threads_ended
+from .helpers.inbox import Inbox
 from .helpers.real import needs_sshd
 from .helpers.sockets import LOOPBACK, connect_local, same
+from .helpers.ssh import connect_fast
+from .helpers.task import Task
 from .helpers.wait import WAIT_S, since
-from .tunnel_helpers import Inbox, Task, connect_fast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

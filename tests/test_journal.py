@@ -17,6 +17,8 @@ from proxy_fsm.journal import Journal
 from proxy_fsm.lifecycle import State, Trigger
 from proxy_fsm.status import EndReason, TransitionRecord
 
+from .helpers.recorder import Recorder
+from .helpers.task import Task
 from .helpers.wait import WAIT_S, eventually
 
 if TYPE_CHECKING:
@@ -24,26 +26,6 @@ if TYPE_CHECKING:
 
 LIFE = (State.TUNNELLING, State.SPAWNING, State.RUNNING, State.STOPPING, State.STOPPED)
 Told = list[int]
-
-
-class Recorder:
-    """A logger that keeps events, and what was being handled with them."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, str, dict[str, Any]]] = []
-        self.errors: list[BaseException | None] = []
-        self.on_event: Callable[[], object] = lambda: None
-
-    def __getattr__(self, level: str) -> Any:
-        def log(event: str, **fields: Any) -> None:
-            self.events.append((level, event, fields))
-            self.errors.append(sys.exc_info()[1])
-            self.on_event()
-
-        return log
-
-    def named(self, name: str) -> list[dict[str, Any]]:
-        return [fields for _, event, fields in self.events if event == name]
 
 
 @pytest.fixture
@@ -95,18 +77,6 @@ def collect(told: Told) -> Callable[[TransitionRecord], None]:
     return lambda each: told.append(each.sequence)
 
 
-def in_thread(function: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=function, daemon=True)
-    thread.start()
-    return thread
-
-
-def join(*threads: threading.Thread) -> None:
-    for thread in threads:
-        thread.join(WAIT_S)
-        assert not thread.is_alive()
-
-
 class TestOrder:
     def test_history_then_event_then_subscribers_then_waiters(self, journal: Journal, logger: Recorder) -> None:
         order: list[str] = []
@@ -126,38 +96,37 @@ class TestOrder:
 
         logger.on_event = at_event
         journal.subscribe(at_subscriber, None, replay=False)
-        waiter = in_thread(wait)
+        waiter = Task(wait)
         eventually(lambda: journal._waiters)
-        owner = in_thread(lambda: live(journal, end=1))
+        owner = Task(lambda: live(journal, end=1))
         assert told.wait(WAIT_S)
         with pytest.raises(TimeoutError):  # nor does one that comes now learn of it before all subscribers did
             journal.wait(frozenset({State.TUNNELLING}), 0)
         assert order == ["event, with 1 in the history", "subscriber"]
         logger.on_event = lambda: None  # the slow subscriber's
         go_on.set()
-        join(waiter, owner)
+        waiter.result()
+        owner.result()
         assert order[2:] == ["waiter"]
 
     def test_the_event_has_the_contracts_fields(self, journal: Journal, logger: Recorder) -> None:
         journal.record(record(4, reason=EndReason.PEER_LOST), hint="Mend it.", retryable=False)
         assert logger.events == [
-            (
-                "info",
-                "proxy.transition",
-                {
-                    "proxy_id": "id1",
-                    "session": "name",
-                    "trigger": "start",
-                    "source": "running",
-                    "dest": "stopping",
-                    "reason": "peer_lost",
-                    "detail": "",
-                    "elapsed_s": 0.123457,
-                    "sequence": 4,
-                    "hint": "Mend it.",
-                    "retryable": False,
-                },
-            )
+            {
+                "event": "proxy.transition",
+                "level": "info",
+                "proxy_id": "id1",
+                "session": "name",
+                "trigger": "start",
+                "source": "running",
+                "dest": "stopping",
+                "reason": "peer_lost",
+                "detail": "",
+                "elapsed_s": 0.123457,
+                "sequence": 4,
+                "hint": "Mend it.",
+                "retryable": False,
+            }
         ]
 
     def test_a_change_without_a_reason_has_none_in_its_event(self, journal: Journal, logger: Recorder) -> None:
@@ -254,13 +223,14 @@ class TestSubscribers:
                 journal.subscribe(collect(leaving), None, replay=False)()
 
         journal.record(record(1, State.RUNNING))
-        threads = [in_thread(come_and_go) for _ in range(3)]
+        tasks = [Task(come_and_go) for _ in range(3)]
         for sequence in itertools.count(2):
             over = len(comers) > 120
             journal.record(record(sequence, State.STOPPED if over else State.RUNNING))
             if over:
                 break
-        join(*threads)
+        for task in tasks:
+            task.result()
         every = [each.sequence for each in journal._records]
         assert len(comers) == 180
         for replay, known, told in comers:
@@ -376,7 +346,7 @@ class TestFailures:
         failures = logger.named("subscriber.failed")
         assert [failure["callback"] for failure in failures] == [repr(callback)] * 5
         assert all(failure["exc_info"] is True for failure in failures)
-        assert {event[0] for event in logger.events if event[1] == "subscriber.failed"} == {"error"}
+        assert {failure["level"] for failure in failures} == {"error"}
         assert [each for each in logger.errors if each is not None] == [error] * 5
         assert journal.wait(frozenset(), 0) is State.STOPPED
 
@@ -407,7 +377,7 @@ class TestFailures:
         (slow,) = logger.named("subscriber.slow")
         assert slow["callback"] == repr(callback)
         assert slow["elapsed_s"] == 0.0515
-        assert logger.events[-1][0] == "warning"
+        assert logger.events[-1]["level"] == "warning"
 
 
 class TestVia:
@@ -433,7 +403,7 @@ class TestVia:
         delivering: list[bool] = []
 
         def elsewhere(function: Callable[..., None], *arguments: object) -> None:
-            join(in_thread(lambda: function(*arguments)))
+            Task(function, *arguments).result()
 
         journal.subscribe(lambda _: delivering.append(journal.is_delivering()), elsewhere, replay=False)
         live(journal, end=1)
@@ -453,12 +423,11 @@ class TestWaiting:
 
     def test_a_state_that_lasts_for_a_moment_only_is_not_missed(self) -> None:
         for wanted in LIFE:
-            journal, states = make(Recorder()), list[State]()
-            waiter = in_thread(lambda: states.append(journal.wait(frozenset({wanted}), WAIT_S)))  # noqa: B023 - joined below
+            journal = make(Recorder())
+            waiter = Task(journal.wait, frozenset({wanted}), WAIT_S)
             eventually(lambda: journal._waiters)  # noqa: B023
             live(journal)
-            join(waiter)
-            assert states == [wanted]
+            assert waiter.result() is wanted
 
     @pytest.mark.parametrize(
         ("states", "wanted"),
@@ -488,30 +457,29 @@ class TestWaiting:
                 journal.wait(frozenset(), 1000)
             errors.append(caught.value)
 
-        waiter = in_thread(wait)
+        waiter = Task(wait)
         eventually(lambda: journal._waiters)
         clock[0] += 2000
         live(journal, end=1)
-        join(waiter)
+        waiter.result()
         assert str(errors[0]) == "The proxy was not in a final state within 1000 s; it is tunnelling."
 
     def test_any_number_of_threads_may_wait(self, journal: Journal) -> None:
-        states: list[State] = []
         wanted = [LIFE[number % len(LIFE)] for number in range(60)]
-        waiters = [in_thread(lambda s=s: states.append(journal.wait(frozenset({s}), WAIT_S))) for s in wanted]  # type: ignore[misc]
+        waiters = [Task(journal.wait, frozenset({state}), WAIT_S) for state in wanted]
         eventually(lambda: len(journal._waiters) == len(wanted))
         live(journal)
-        join(*waiters)
-        assert sorted(states) == sorted(wanted)
+        assert [waiter.result() for waiter in waiters] == wanted
         assert journal._waiters == []
 
     @pytest.mark.usefixtures("_busy_threads")
     def test_threads_that_come_in_the_midst_of_changes_all_come_back(self) -> None:
         for _ in range(50):
             journal = make(Recorder())
-            waiters = [in_thread(lambda: journal.wait(frozenset(), WAIT_S)) for _ in range(4)]  # noqa: B023 - joined below
+            waiters = [Task(journal.wait, frozenset[State](), WAIT_S) for _ in range(4)]
             live(journal)
-            join(*waiters)
+            for waiter in waiters:
+                waiter.result()
 
 
 class Strike:

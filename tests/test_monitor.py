@@ -24,9 +24,9 @@ from proxy_fsm.testing import ssh_server as embedded
 
 from .helpers.agent import dead_port
 from .helpers.holdings import own_threads, threads_ended
+from .helpers.inbox import Inbox
 from .helpers.sockets import LOOPBACK
 from .helpers.wait import SOON_S, WAIT_S, assert_prompt, eventually, since
-from .tunnel_helpers import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -28,6 +28,7 @@ from proxy_fsm.status import EndReason
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 
 from .helpers.holdings import descriptors, nothing_left_open, own_threads
+from .helpers.inbox import Inbox
 from .helpers.wait import WAIT_S
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ class Trial:
     timeout_s: float
 
     def __post_init__(self) -> None:
-        self.seen: list[Observation] = []
+        self.inbox = Inbox()
         self.forwarder = Forwarder(
-            self.transport, ("127.0.0.1", 9), max_connections=1, agent_connect_s=1, post=self._post
+            self.transport, ("127.0.0.1", 9), max_connections=1, agent_connect_s=1, post=self.inbox.post
         )
         self.preparation = Preparation(
             SESSION,
@@ -141,16 +142,13 @@ class Trial:
             sessions_root=self.root,
             environ=self.environ,
             timeout_s=self.timeout_s,
-            post=self._post,
+            post=self.inbox.post,
         )
-
-    def _post(self, observation: Observation) -> None:
-        self.seen.append(observation)
 
     @property
     def told(self) -> list[Observation]:
         """What the preparation itself said; the forwarder's word comes whenever it is closed."""
-        return [each for each in self.seen if not isinstance(each, TunnelClosed)]
+        return [each for each in self.inbox.seen if not isinstance(each, TunnelClosed)]
 
     def run(self) -> list[Observation]:
         self.preparation.start()
@@ -585,7 +583,7 @@ class TestRefusals:
             patch.setattr(threading.Thread, "start", refuse)
             with pytest.raises(RuntimeError, match="new thread"):
                 trial.preparation.start()
-        assert [type(each) for each in trial.seen] == [PreparationEnded]
+        assert trial.inbox.kinds() == [PreparationEnded]
 
 
 class TestSocketDirectory:
@@ -824,6 +822,6 @@ class TestClosing:
             if not struck:
                 trial.close()
             assert_ended_once(trial)
-            assert [type(each) for each in trial.seen].count(TunnelClosed) == 1
+            assert trial.inbox.kinds().count(TunnelClosed) == 1
         assert list(runtime.iterdir()) == []
         nothing_left_open(before)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy_fsm.evidence import Observation, ServerAnswered
+from proxy_fsm.evidence import ServerAnswered
 from proxy_fsm.question import ServerQuestion
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 
+from .helpers.inbox import Inbox
 from .helpers.wait import WAIT_S, eventually
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class Asked:
     """A question, and its answer."""
 
     def __init__(self, transport: paramiko.Transport) -> None:
-        self.seen: SimpleQueue[Observation] = SimpleQueue()
-        self.question = ServerQuestion(transport, NAME, self.seen.put)
+        self.inbox = Inbox()
+        self.question = ServerQuestion(transport, NAME, self.inbox.post)
 
     def start(self) -> Asked:
         self.question.start()
@@ -67,8 +67,7 @@ class Asked:
         """Wait for the thread's end; it has answered once."""
         self.question.thread.join(WAIT_S)
         assert not self.question.thread.is_alive()
-        assert self.seen.qsize() == 1
-        seen = self.seen.get()
+        (seen,) = self.inbox.seen
         assert isinstance(seen, ServerAnswered)
         return seen.status
 
@@ -218,7 +217,7 @@ def test_abandoning_after_the_answer_or_twice_does_no_harm(
     assert asked.answer() is SessionStatus.SUSPENDED
     asked.question.abandon()
     asked.question.abandon()
-    assert asked.seen.empty()
+    assert len(asked.inbox.seen) == 1
     assert_usable(server, transport)
 
 

@@ -25,9 +25,11 @@ from proxy_fsm.status import Timeouts
 from tests.e2e.sshd import SshServer
 from tests.helpers.agent import Agent, dead_port
 from tests.helpers.holdings import threads_ended
+from tests.helpers.inbox import Inbox
 from tests.helpers.sockets import LOOPBACK, connect_local, reset
+from tests.helpers.ssh import connect_fast
+from tests.helpers.task import Task
 from tests.helpers.wait import eventually, since
-from tests.tunnel_helpers import Inbox, Task, connect_fast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,9 +24,9 @@ from proxy_fsm.ssh import opening as opening_module
 from proxy_fsm.ssh.channel import ReceiveBuffer
 from proxy_fsm.ssh.fast import Messages, acknowledge
 from tests.helpers.sockets import read_all, same
+from tests.helpers.task import Task
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import ENDS, End, do_nothing, open_to, packets_sent
-from tests.tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -28,9 +28,9 @@ from proxy_fsm.ssh import (
 from tests.e2e.sshd import SshServer
 from tests.helpers.real import needs_sshd
 from tests.helpers.sockets import LOOPBACK
+from tests.helpers.task import Task
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import GCM, ciphers_in_use, has_nodelay, open_to
-from tests.tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,9 +22,9 @@ from proxy_fsm.ssh import (
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 from tests.helpers.agent import Agent, dead_port
 from tests.helpers.sockets import LOOPBACK, read_all
+from tests.helpers.task import Task
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import ENDS, FOREIGN, End, do_nothing, keys_exchanged, open_to, opening_to
-from tests.tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,9 +26,9 @@ from proxy_fsm.ssh import (
 )
 from tests.helpers.agent import Agent, dead_port
 from tests.helpers.sockets import LOOPBACK
+from tests.helpers.task import Task
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import GCM, open_probe, packets_sent
-from tests.tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable

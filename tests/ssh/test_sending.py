@@ -19,9 +19,9 @@ from proxy_fsm.ssh import sending
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 from tests.helpers.holdings import own_threads, threads_ended
 from tests.helpers.sockets import LOOPBACK
+from tests.helpers.task import Task
 from tests.helpers.wait import WAIT_S, eventually
 from tests.ssh.helpers import keys_exchanged, open_probe, open_to, opening_to, packets_sent
-from tests.tunnel_helpers import Task
 
 if TYPE_CHECKING:
     from tests.helpers.agent import Agent

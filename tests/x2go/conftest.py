@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from proxy_fsm.testing import LoopbackSSHServer, standins
-from proxy_fsm.testing.scripted import ScriptedProxy, connect, say, wait_eof
-from tests.engine_helpers import COOKIE, READY_LINE
+from proxy_fsm.testing.scripted import ScriptedProxy
 from tests.helpers.agent import Agent
+from tests.helpers.engine import COOKIE, HEALTHY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from proxy_fsm.x2go.base import X2GoProxy
 
 NAME = "alice-51-1795334442_stDxterm_dp24"
-HEALTHY = (connect(), say(READY_LINE), wait_eof())
 
 
 @dataclass

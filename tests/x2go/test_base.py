@@ -24,7 +24,7 @@ from proxy_fsm.testing.scripted import Step, connect, exit_with, ignore, print_c
 from proxy_fsm.x2go.base import X2GoProxy
 from proxy_fsm.x2go.handles import ProcessHandle
 from proxy_fsm.x2go.logs import DEBUG, ERROR, INFO
-from tests.engine_helpers import COOKIE
+from tests.helpers.engine import COOKIE
 from tests.helpers.holdings import children, descriptors, nothing_left_open, threads_ended
 from tests.helpers.wait import eventually
 

@@ -11,7 +11,7 @@ import pytest
 from proxy_fsm import EndReason
 from proxy_fsm.testing.scripted import Gate, Step, exit_with, record_call, wait_eof, wait_file
 from proxy_fsm.x2go import kdrive, nx3
-from tests.engine_helpers import COOKIE
+from tests.helpers.engine import COOKIE
 from tests.helpers.wait import eventually
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import pytest
 from proxy_fsm import EndReason, State
 from proxy_fsm.testing.scripted import connect, exit_with, record_call, say, wait_eof
 from proxy_fsm.x2go import base, nx3
-from tests.engine_helpers import COOKIE, READY_LINE
+from tests.helpers.engine import COOKIE, READY_LINE
 from tests.helpers.real import PYTHON_X2GO, skip_or_fail
 from tests.helpers.wait import eventually
 

@@ -1,22 +1,23 @@
-"""What the engine's tests stand on: an agent to reach, a backend that runs scripts, and what must be left: nothing."""
+"""What the tests of a whole engine need: a backend that runs scripts, and proxies that are closed in the end."""
 
 from __future__ import annotations
 
 import signal
 import tempfile
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import NX3Backend, Proxy, SessionInfo, State
 from proxy_fsm.testing.scripted import ScriptedProxy, Step, connect, say, wait_eof
 
+from .recorder import Recorder
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import paramiko
 
-    from .helpers.agent import Agent
+    from .agent import Agent
 
 COOKIE = "0123456789abcdef0123456789abcdef"
 READY_LINE = "Info: Established X server connection."
@@ -45,27 +46,6 @@ class ScriptedBackend(NX3Backend):
 
     def __init__(self, directory: Path, steps: Sequence[Step] = HEALTHY) -> None:
         super().__init__(str(ScriptedProxy(steps).install(directory / "nxproxy")))
-
-
-class Recorder:
-    """A logger that keeps what it gets, and on which thread."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def __getattr__(self, level: str) -> Callable[..., None]:
-        def log(event: str, **fields: Any) -> None:
-            self.events.append({"event": event, "level": level, "thread": threading.get_ident(), **fields})
-
-        return log
-
-    def named(self, name: str) -> list[dict[str, Any]]:
-        """Return the events of a name."""
-        return [event for event in self.events if event["event"] == name]
-
-    def path(self) -> list[str]:
-        """Return the states that were told, in order."""
-        return [event["dest"] for event in self.named("proxy.transition")]
 
 
 class Maker:
