@@ -55,6 +55,15 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def command_lines() -> dict[int, bytes]:
+    """Return the argument vectors of all processes."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found[int(path.parent.name)] = path.read_bytes()
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """List the children of `pid`, their children and so on, parents first."""
     found: list[int] = []

@@ -14,7 +14,7 @@ import pytest
 import proxy_fsm
 from tests.helpers.wait import eventually
 
-from .procs import SYSTEM_PATH
+from .procs import SYSTEM_PATH, command_lines
 
 if TYPE_CHECKING:
     import paramiko
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
 RED = (255, 0, 0)
 RED_SHARE = 0.1
 EXIT_S = 20.0
-
-
-def command_lines() -> list[bytes]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found.append(path.read_bytes())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
 
 
 def arguments(server: X2GoServer, agent: AgentSession, display: Display, home: Path) -> dict[str, Any]:
@@ -76,7 +66,7 @@ def test_a_session_runs_until_a_signal_suspends_it(
             while not lines or json.loads(lines[-1]).get("dest") != "running":
                 lines.append(process.stdout.readline())
                 assert lines[-1], process.stderr.read()
-            assert not [line for line in command_lines() if agent.cookie.encode() in line]
+            assert not [line for line in command_lines().values() if agent.cookie.encode() in line]
             eventually(lambda: display.share_of(RED) > RED_SHARE, EXIT_S)
             assert x2go_server.status(ssh_client, agent.name) == "R"
             process.send_signal(number)

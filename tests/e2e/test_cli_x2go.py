@@ -15,7 +15,7 @@ import pytest
 import proxy_fsm
 from tests.helpers.wait import eventually
 
-from .procs import SYSTEM_PATH, alive
+from .procs import SYSTEM_PATH, alive, command_lines
 from .x2go import RED_XTERM, START_ATTEMPTS
 
 if TYPE_CHECKING:
@@ -117,14 +117,6 @@ def user(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Displ
         x2go_server.terminate(ssh_client, name)
 
 
-def command_lines() -> list[bytes]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found.append(path.read_bytes())
-    return found
-
-
 def rows(server: X2GoServer, client: paramiko.SSHClient) -> dict[str, list[str]]:
     return {row.split("|")[1]: row.split("|") for row in server.list_sessions(client).splitlines()}
 
@@ -150,7 +142,7 @@ def test_a_session_is_started_suspended_listed_resumed_taken_over_and_ended(
     with started(user) as (connection, name):
         eventually(lambda: display.share_of(RED) > RED_SHARE, EXIT_S)
         cookie, agent_pid = (rows(x2go_server, ssh_client)[name][column] for column in (6, 0))
-        assert not [line for line in command_lines() if cookie.encode() in line]
+        assert not [line for line in command_lines().values() if cookie.encode() in line]
         connection.process.send_signal(signal.SIGINT)
         assert connection.finish() == 0
     left = connection.events[-1]
@@ -172,7 +164,7 @@ def test_a_session_is_started_suspended_listed_resumed_taken_over_and_ended(
             assert elsewhere.finish() == 0
             eventually(lambda: display.share_of(RED) > RED_SHARE, EXIT_S)
             assert x2go_server.status(ssh_client, name) == "R"
-            assert not [line for line in command_lines() if cookie.encode() in line]
+            assert not [line for line in command_lines().values() if cookie.encode() in line]
             x2go_server.terminate(ssh_client, name)
             assert connection.finish() == 0
     assert connection.events[-1]["status"] == "finished"

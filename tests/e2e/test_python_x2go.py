@@ -24,7 +24,7 @@ import proxy_fsm
 from tests.helpers.real import PYTHON_X2GO, skip_or_fail
 from tests.helpers.wait import eventually
 
-from .procs import SYSTEM_PATH, alive, program_name, send_signal
+from .procs import SYSTEM_PATH, alive, command_lines, program_name, send_signal
 from .scene import RED, shows
 from .x2go import X2GoServer
 
@@ -159,17 +159,6 @@ class Pyhoca:
 
     def exit_status(self) -> int:
         return self._process.wait(END_S)
-
-
-def command_lines() -> dict[int, bytes]:
-    """Return the argument vectors of all processes."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found[int(path.parent.name)] = path.read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
 
 
 def cookie_of(server: X2GoServer, name: str) -> str:
