@@ -39,6 +39,6 @@ class Inbox:
             return self.all(kind)[count - 1]
 
     def stays_without(self, kind: type[Observation], for_s: float) -> bool:
-        """Tell whether none of a kind comes for some time; the clock runs the full time only if none does."""
+        """Return whether none of a kind comes for some time; it takes the full time only if none does."""
         with self._changed:
             return not self._changed.wait_for(lambda: self.all(kind), for_s)

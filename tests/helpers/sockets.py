@@ -18,7 +18,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def connect_local(kind: str, address: str) -> socket.socket:
-    """Come to a tunnel as the proxy does: to the path of a unix socket, or to ``host:port``."""
+    """Connect to a tunnel as the proxy does: to the path of a unix socket, or to ``host:port``."""
     host, _, port = address.rpartition(":")
     local = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
     try:
