@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from .scene import Scene
 
+REPORTED_S = 15.0  # within so long a mishap must be reported
+
 
 def healthy(scene: Scene) -> Attempt:
     return scene.attempt()
@@ -167,7 +169,7 @@ def disk_fills_up(scene: Scene) -> Attempt:
 
 def fill_disk(scene: Scene, attempt: Attempt) -> None:
     (scene.runtime / "fifo").write_text("go\n")
-    eventually(lambda: attempt.named("process.log_failed"))
+    eventually(lambda: attempt.named("process.log_failed"), REPORTED_S)
 
 
 def start_without_writable_directory(attempt: Attempt) -> None:
@@ -305,9 +307,9 @@ def stop_server(scene: Scene, _attempt: Attempt) -> None:
 
 def stop_server_for_a_while(scene: Scene, attempt: Attempt) -> None:
     stop_server(scene, attempt)
-    eventually(lambda: attempt.named("link.silent"))
+    eventually(lambda: attempt.named("link.silent"), REPORTED_S)
     scene.repairs.close()
-    eventually(lambda: attempt.named("link.restored"))
+    eventually(lambda: attempt.named("link.restored"), REPORTED_S)
 
 
 # ---- any viewer ----

@@ -142,7 +142,7 @@ class Pyhoca:
         gevent raises KeyboardInterrupt in whichever greenlet runs, and in one of python-x2go's it is lost: press it
         while none runs, and once more where nothing comes of it.
         """
-        eventually(self._rests, END_S, 0.0)
+        eventually(self._rests, END_S)
         self._process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(END_S / 2)
