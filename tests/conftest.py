@@ -32,12 +32,14 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _hangup_ends_programs() -> None:
-    """Under nohup SIGHUP is ignored, and so it would be in every program that a test starts and ends by it."""
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signal.signal(
-            signal.SIGHUP, lambda *_: None
-        )  # this process still ignores it; a new program does not inherit it
+def _signals_end_programs() -> None:
+    """Under nohup SIGHUP is ignored, in the background of a script SIGINT and SIGQUIT, and so in all that is started.
+
+    Caught here they are ignored by this process still, and end a program that a test starts.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,6 @@ this package installed in it.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -139,13 +138,10 @@ class Pyhoca:
     def interrupt(self) -> int:
         """Press Ctrl-C, as it were, and return the exit status.
 
-        gevent raises KeyboardInterrupt in whichever greenlet runs, and in one of python-x2go's it is lost: press it
-        while none runs, and once more where nothing comes of it.
+        gevent raises KeyboardInterrupt in whichever greenlet runs, and in one of python-x2go's it would be lost: it is
+        pressed while none runs.
         """
         eventually(self._rests, END_S)
-        self._process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(END_S / 2)
         self._process.send_signal(signal.SIGINT)
         return self.exit_status()
 
