@@ -470,6 +470,7 @@ class TestDiagnosis:
         assert verdict is not None
         assert verdict[0] is EndReason.PEER_LOST
 
+    @pytest.mark.no_cover  # it repeats what others cover, and would take four times as long
     @given(
         name=st.sampled_from(sorted(EXPECTED)),
         cuts=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 4000)), max_size=4),

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from tests.helpers.wait import eventually
+
 from .procs import SYSTEM_PATH, program
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ START_S = 10.0
 STOP_S = 5.0
 XWD_FIELDS = 25  # CARD32s of the fixed header, big-endian (X11/XWDFile.h)
 Z_PIXMAP = 2
+PAINT_S = 20.0
+LOOK_S = 0.1  # between two looks: each is a program of its own, and a picture of megabytes
+SHARE = 0.1  # of the screen that a window takes at least: an xterm covers about an eighth
+RED, BLUE = (255, 0, 0), (0, 0, 255)
 COLOUR_BYTES = 12  # one entry of the colour map
 # a ClientMessage WM_DELETE_WINDOW (ICCCM 4.2.8.1), by Xlib, in a program of its own
 CLOSE_WINDOW = """
@@ -187,6 +193,14 @@ class Display:
         screen = self.screenshot()
         colours = screen.getcolors(screen.width * screen.height) or []
         return sum(count for count, shown in colours if shown == colour) / (screen.width * screen.height)
+
+    def wait_for(self, colour: tuple[int, int, int]) -> None:
+        """Wait until a window of this colour is shown."""
+        eventually(lambda: self.share_of(colour) > SHARE, PAINT_S, what=f"{colour} on the screen", interval_s=LOOK_S)
+
+    def wait_without(self, colour: tuple[int, int, int]) -> None:
+        """Wait until no window of this colour is shown any more."""
+        eventually(lambda: self.share_of(colour) < SHARE, PAINT_S, what=f"no {colour} left", interval_s=LOOK_S)
 
     def windows(self) -> list[str]:
         """List the names of all windows that have one."""

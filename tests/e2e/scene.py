@@ -15,6 +15,7 @@ from proxy_fsm import Timeouts, parse_agent_output
 from tests.helpers.wait import eventually
 
 from .attempt import FINAL_S, Attempt, Holdings, nothing_gained_since
+from .display import RED
 from .procs import send_signal
 from .x2go import run, transport_of
 
@@ -29,16 +30,8 @@ if TYPE_CHECKING:
     from .relay import Relay
     from .x2go import AgentSession, Display, X2GoServer
 
-PAINT_S = 20.0
 FRESH_S = 30.0
-RED, BLUE = (255, 0, 0), (0, 0, 255)
 SETTLED_S = 0.6  # after so long a session certainly survives; before, `retryable` is None
-SHARE = 0.1  # of the screen: an xterm covers about an eighth
-
-
-def shows(display: Display, colour: tuple[int, int, int]) -> None:
-    """Wait until a window of this colour is on the X display."""
-    eventually(lambda: display.share_of(colour) > SHARE, PAINT_S, interval_s=0.05)
 
 
 @dataclass
@@ -119,7 +112,7 @@ class Scene:
 
     def shows(self, colour: tuple[int, int, int] = RED) -> None:
         """Wait until a window of this colour is on the X display."""
-        shows(self.display, colour)
+        self.display.wait_for(colour)
 
 
 @contextlib.contextmanager

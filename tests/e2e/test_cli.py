@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import proxy_fsm
-from tests.helpers.wait import eventually
 
+from .display import RED
 from .procs import SYSTEM_PATH, command_lines
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from .x2go import AgentSession, Display, X2GoServer
 
-RED = (255, 0, 0)
-RED_SHARE = 0.1
 EXIT_S = 20.0
 
 
@@ -67,7 +65,7 @@ def test_a_session_runs_until_a_signal_suspends_it(
                 lines.append(process.stdout.readline())
                 assert lines[-1], process.stderr.read()
             assert not [line for line in command_lines().values() if agent.cookie.encode() in line]
-            eventually(lambda: display.share_of(RED) > RED_SHARE, EXIT_S)
+            display.wait_for(RED)
             assert x2go_server.status(ssh_client, agent.name) == "R"
             process.send_signal(number)
             lines += process.stdout

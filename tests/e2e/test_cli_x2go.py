@@ -15,6 +15,7 @@ import pytest
 import proxy_fsm
 from tests.helpers.wait import eventually
 
+from .display import RED
 from .procs import SYSTEM_PATH, alive, command_lines
 from .x2go import RED_XTERM, START_ATTEMPTS
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from .x2go import Display, X2GoServer
 
-RED = (255, 0, 0)
-RED_SHARE = 0.1
 EXIT_S = 60.0
 
 pytestmark = pytest.mark.timeout(240)  # on a machine that is busy, x2gostartagent alone has taken 21 s
@@ -140,7 +139,7 @@ def test_a_session_is_started_suspended_listed_resumed_taken_over_and_ended(
 ) -> None:
     """In one test, since each start of an agent takes seconds."""
     with started(user) as (connection, name):
-        eventually(lambda: display.share_of(RED) > RED_SHARE, EXIT_S)
+        display.wait_for(RED)
         cookie, agent_pid = (rows(x2go_server, ssh_client)[name][column] for column in (6, 0))
         assert not [line for line in command_lines().values() if cookie.encode() in line]
         connection.process.send_signal(signal.SIGINT)
@@ -150,19 +149,19 @@ def test_a_session_is_started_suspended_listed_resumed_taken_over_and_ended(
     assert f"@127.0.0.1 --port {x2go_server.port} --key " in left["hint"]
     assert left["hint"].endswith(f" --link lan --session {name}")
     assert x2go_server.status(ssh_client, name) == "S"
-    eventually(lambda: display.share_of(RED) < RED_SHARE, EXIT_S)
+    display.wait_without(RED)
 
     listed = user.listed()[name]
     assert (listed["event"], listed["status"], listed["resumable"]) == ("session.listed", "suspended", True)
 
     with user.connected("--session", name) as elsewhere:
         assert elsewhere.until("proxy.transition", dest="running"), elsewhere.events
-        eventually(lambda: display.share_of(RED) > RED_SHARE, EXIT_S)
+        display.wait_for(RED)
         assert x2go_server.status(ssh_client, name) == "R"
         with user.connected("--session", name, "--take-over") as connection:
             assert connection.until("proxy.transition", dest="running"), connection.events
             assert elsewhere.finish() == 0
-            eventually(lambda: display.share_of(RED) > RED_SHARE, EXIT_S)
+            display.wait_for(RED)
             assert x2go_server.status(ssh_client, name) == "R"
             assert not [line for line in command_lines().values() if cookie.encode() in line]
             x2go_server.terminate(ssh_client, name)

@@ -19,6 +19,7 @@ from tests.helpers.wait import eventually
 
 from . import conftest
 from .byhand import ESTABLISHED, Forwarder, NxProxy
+from .display import RED
 from .procs import alive, is_listening, processes_of
 from .x2go import CommandError, Display, SshServer, X2GoServer, kill, missing_programs, run
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from .x2go import AgentSession
 
 ROOT = Path(__file__).parents[2]
-RED = (255, 0, 0)
-RED_SHARE = 0.1  # the xterm covers about an eighth of the screen
 
 
 def test_all_programs_are_there() -> None:
@@ -86,7 +85,7 @@ def test_session_by_hand(
         NxProxy(agent, forwarder.path, display.env) as proxy,
     ):
         proxy.wait_for(ESTABLISHED)
-        eventually(lambda: display.share_of(RED) > RED_SHARE)
+        display.wait_for(RED)
         assert display.windows() == [f"X2GO-{agent.name}"]
         proxy.send(signal.SIGTERM)
         assert proxy.wait_exit() == 0
@@ -99,7 +98,7 @@ def test_session_by_hand(
         NxProxy(agent, forwarder.path, display.env) as proxy,
     ):
         proxy.wait_for(ESTABLISHED)
-        eventually(lambda: display.share_of(RED) > RED_SHARE)
+        display.wait_for(RED)
         assert x2go_server.wait_status(ssh_client, agent.name, "R") == "R"
         x2go_server.terminate(ssh_client, agent.name)
         assert proxy.wait_exit() == 0
@@ -115,7 +114,7 @@ def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.
         NxProxy(session, forwarder.path, display.env) as proxy,
     ):
         proxy.wait_for(ESTABLISHED)
-        eventually(lambda: display.share_of(RED) > RED_SHARE)
+        display.wait_for(RED)
         assert "red-xterm" in display.windows()
         x2go_server.suspend(ssh_client, session.name)
         assert proxy.wait_exit() == 0

@@ -23,8 +23,8 @@ import proxy_fsm
 from tests.helpers.real import PYTHON_X2GO, skip_or_fail
 from tests.helpers.wait import eventually
 
+from .display import RED
 from .procs import SYSTEM_PATH, alive, command_lines, program_name, send_signal
-from .scene import RED, shows
 from .x2go import X2GoServer
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def test_pyhoca_cli_starts_suspends_resumes_and_terminates_a_session(
 ) -> None:
     with Pyhoca(debian_python, server, environ, "-N", "-t", "desktop", "-g", "800x600", "-c", RED_XTERM) as first:
         name = new_session(first)
-        shows(display, RED)
+        display.wait_for(RED)
         cookie = cookie_of(server, name).encode()
         lines = command_lines()
         assert lines[first.proxy_pid].rstrip(b"\0").split(b"\0")[1:] == [b"-S"]
@@ -211,7 +211,7 @@ def test_pyhoca_cli_starts_suspends_resumes_and_terminates_a_session(
     status_becomes(server, name, "S")
     with Pyhoca(debian_python, server, environ, "-R", name) as second:
         second.wait_for("dest='running'")
-        shows(display, RED)
+        display.wait_for(RED)
         assert cookie not in b"".join(command_lines().values())
         with Pyhoca(debian_python, server, environ, "-T", name) as third:
             assert third.exit_status() == 0
@@ -229,7 +229,7 @@ def test_pyhoca_cli_is_told_why_where_the_ssh_connection_is_dropped(
 ) -> None:
     with Pyhoca(debian_python, server, environ, "-N", "-t", "desktop", "-g", "800x600", "-c", RED_XTERM) as pyhoca:
         name = new_session(pyhoca)
-        shows(display, RED)
+        display.wait_for(RED)
         proxy = pyhoca.proxy_pid
         send_signal(server.pids().sessions, signal.SIGKILL)
         pyhoca.wait_for("The NX Proxy has ended (transport_lost)", SOON_S)
@@ -281,7 +281,7 @@ def test_python_x2gos_api_runs_on_a_class_that_it_is_given(
             assert seen["started"]["state"] == "running"
             assert seen["session"]["ok"]
             record_property("start_proxy_s", seen["started"]["seconds"])
-            shows(display, RED)
+            display.wait_for(RED)
             assert cookie_of(server, seen["session"]["name"]).encode() not in b"".join(command_lines().values())
             assert process.stdin is not None
             process.stdin.write("\n")

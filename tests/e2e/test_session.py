@@ -47,8 +47,9 @@ from .attempt import (
     nothing_gained_since,
 )
 from .causes import kill_proxy, port_refused
+from .display import BLUE, RED
 from .procs import alive, established
-from .scene import BLUE, RED, Scene, loose_umask, shows, stopped
+from .scene import Scene, loose_umask, stopped
 from .service import CLIENT, FLOOD, FLOODS, PAYLOAD_BYTES, Service
 from .x2go import (
     Display,
@@ -308,7 +309,7 @@ def test_engines_on_one_transport_do_not_disturb_each_other(scene: Scene) -> Non
     ]
     assert staying.proxy.ok()
     scene.server.run_command(scene.admin, other, BLUE_XTERM)
-    shows(elsewhere, BLUE)
+    elsewhere.wait_for(BLUE)
     assert staying.proxy.ok()
     assert [each.dest for each in staying.records] == [State.TUNNELLING, State.SPAWNING, State.RUNNING]
     assert {each["proxy_id"] for each in staying.events} == {staying.proxy.id}

@@ -55,6 +55,7 @@ AGENT_S = 20.0
 START_ATTEMPTS = 10
 RESUME_ATTEMPTS = 3
 SUSPENDED_LINE = "Session: Session suspended at"
+ASK_S = 0.25  # between two questions to the server: each is a login shell and several Perl programs
 RESUME_S = 10.0  # an agent that resumes listens within a second
 USERS = 16  # how many test runs may go on at once on one machine
 DATABASE = Path("/var/lib/x2go/x2go_sessions")
@@ -234,7 +235,7 @@ class X2GoServer(SshServer):
             status = self.status(client, name) or "-"
             return status if status in wanted else None
 
-        return eventually(now, timeout_s)
+        return eventually(now, timeout_s, interval_s=ASK_S)
 
     def suspend(self, client: paramiko.SSHClient, name: str) -> str:
         """Suspend a session, return what the server printed."""
