@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 # What does no I/O has no excuse.
 PURE := proxy_fsm/lifecycle.py,proxy_fsm/status.py,proxy_fsm/session.py,proxy_fsm/diagram/chart.py,proxy_fsm/diagram/text.py,proxy_fsm/evidence.py
 
-# Side by side; a worker that has nothing left takes over what another has not begun.
-# The sources are compiled before, else each program that a test starts compiles them anew where none may write them.
+# Side by side; a worker that has nothing left takes over what another has not begun. Compiled first: with
+# PYTHONDONTWRITEBYTECODE every program that a test starts would compile the package again.
 PYTEST = $(BIN)/python -m compileall -q proxy_fsm && $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .PHONY: demo test quick lint docs diagrams mutation faults soak bench system clean
@@ -20,7 +20,7 @@ test: $(READY) system lint docs
 	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 	$(BIN)/coverage report --include=$(PURE) --fail-under=100
 
-# Without the real programs: make quick PYTHON=python3.13 VENV=.venv-3.13
+# Without the tests marked real: make quick PYTHON=python3.13 VENV=.venv-3.13
 quick: $(READY)
 	$(PYTEST) -m "not real" $(PYTEST_ARGS)
 
@@ -66,4 +66,4 @@ $(READY): $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage demo-output docs/_build
+	rm -rf $(VENV) .venv-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage demo-output docs/_build

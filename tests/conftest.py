@@ -14,8 +14,7 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-#: For each core so many tests go on side by side, since most of the time they wait for other programs; and at most
-#: so many in all, each of which may have an X2Go server with a user of its own.
+#: Workers per core: most tests wait for other programs. And in all: each may have an X2Go server with its own user.
 _WORKERS_PER_CORE, _MOST_WORKERS = 3, 12
 
 

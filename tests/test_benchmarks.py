@@ -15,11 +15,11 @@ import pytest
 
 from benchmarks import __main__ as program
 from benchmarks import load, micro, tunnels
-from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, free_ports, wait_listening
+from benchmarks.contenders import CONTENDERS, OURS, REFERENCE, wait_listening
 from benchmarks.delay import DelayingRelay, delayed
 from benchmarks.report import RELAY, Results, table, write
 
-from .helpers.agent import Agent
+from .helpers.agent import Agent, dead_port
 from .helpers.real import needs_sshd
 from .helpers.sockets import LOOPBACK, read_all, same
 from .helpers.task import Task
@@ -88,7 +88,7 @@ class TestLoad:
 
     def test_a_port_where_nobody_listens_is_told(self) -> None:
         with pytest.raises(load.Stalled, match="refused"):
-            load.download(free_ports(1)[0], 1)
+            load.download(dead_port(), 1)
 
 
 class TestDelayingRelay:
@@ -159,7 +159,7 @@ class TestContenders:
             assert tunnel.memory_bytes("VmHWM") > 0  # the kernel counts roughly: it may be the smaller one by a little
 
     def test_one_that_cannot_start_says_so(self, sshd: SshServer, ports: list[int]) -> None:
-        server = tunnels.server_at(sshd, free_ports(1)[0], ports)
+        server = tunnels.server_at(sshd, dead_port(), ports)
         with pytest.raises(tunnels.Unavailable, match="did not come up"), tunnels.opened(OURS, server):
             pass
 
@@ -333,4 +333,4 @@ def test_small_things_take_some_time() -> None:
 def test_a_port_is_listened_on_or_not() -> None:
     with Agent() as agent:
         assert wait_listening([agent.port])
-        assert not wait_listening([agent.port, *free_ports(1)], timeout_s=0.05)
+        assert not wait_listening([agent.port, dead_port()], timeout_s=0.05)

@@ -21,6 +21,8 @@ class Interrupted(BaseException):
 class Interrupts:
     """Takes these signals, on the main thread, as long as it is entered; a SIGHUP that is ignored (nohup) stays so.
 
+    Once one has come, they are ignored afterwards: the program is about to end.
+
     Attributes:
         received: The name of the last signal that came; None before.
     """
@@ -42,8 +44,8 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         self._order = None
         for number, handler in self._previous.items():
-            # Once one has come the program is about to end, and a second Ctrl-C must not make it end worse. A handler
-            # of ours would not do: the interpreter removes it before it ends, and the signal then kills the process.
+            # A second Ctrl-C must not kill a program that is ending. A handler of ours would not do: the interpreter
+            # removes it before it ends.
             signal.signal(number, handler if self.received is None else signal.SIG_IGN)
 
     @contextmanager

@@ -107,8 +107,8 @@ class ChannelOpening:
                 self._settle(ChannelRefused(ChannelRefused.RESOURCE_SHORTAGE, str(error)))
         except (OSError, EOFError) as error:
             self._settle(TransportGone(str(error)))
-        if not transport.is_active():  # it ended meanwhile, and may have unlinked its channels before
-            self._transport_ended(channel)
+        if not transport.is_active():  # it is ending, and may have unlinked its channels before this one was there
+            channel._unlink()  # noqa: SLF001
 
     def wait(self) -> SafeChannel:
         """Wait for the answer, however long it takes, and return the channel, which is the caller's from then on.
@@ -147,16 +147,14 @@ class ChannelOpening:
             self._settle(channel)
             acknowledge(tcp_socket(self._transport))  # the server may have something to send already
         else:
-            self._transport_ended(channel)
+            # It may have been registered too late to be unlinked. The transport is reading its list of events, so that
+            # the entry there stays.
+            cast("Any", self._transport)._channels.delete(channel.chanid)  # noqa: SLF001
+            self._settle(TransportGone("The SSH transport ended."))
 
     def refuse(self, code: int) -> None:
         """Take a refusal."""
         self._settle(ChannelRefused(code, CONNECTION_FAILED_CODE.get(code, "The server refused the channel.")))
-
-    def _transport_ended(self, channel: SafeChannel) -> None:
-        """Report the end; the transport's own thread may be reading its list of events, so that entry stays."""
-        cast("Any", self._transport)._channels.delete(channel.chanid)  # noqa: SLF001
-        self._settle(TransportGone("The SSH transport ended."))
 
     def _withdraw(self, channel: SafeChannel) -> None:
         """Take back what was registered for an answer that cannot come."""
@@ -177,6 +175,7 @@ class ChannelOpening:
 
 def _discard(channel: SafeChannel) -> None:
     """Close a channel that nobody uses, on a thread of its own since sending may block."""
+    channel.opening = None  # else each would keep the other
     try:
         threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
     except RuntimeError:

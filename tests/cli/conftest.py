@@ -32,5 +32,5 @@ def server() -> Iterator[LoopbackSSHServer]:
 
 @pytest.fixture
 def agent() -> Iterator[Agent]:
-    with Agent(serving=True, greeting=b"hello") as agent:
+    with Agent(serving=True, greeting=b"hello", holding=True) as agent:
         yield agent

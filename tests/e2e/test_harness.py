@@ -20,7 +20,7 @@ from tests.helpers.wait import eventually
 from . import conftest
 from .byhand import ESTABLISHED, Forwarder, NxProxy
 from .display import RED
-from .procs import alive, is_listening, processes_of
+from .procs import alive, processes_of
 from .x2go import CommandError, Display, SshServer, X2GoServer, kill, missing_programs, run
 
 if TYPE_CHECKING:
@@ -125,14 +125,14 @@ def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.
 
 def test_cleanup_leaves_nothing_of_the_user() -> None:
     """Agents and commands go, and so does the server's listener."""
-    with X2GoServer() as server, contextlib.closing(server.connect()) as client:
+    with X2GoServer(user="pfsmclean") as server, contextlib.closing(server.connect()) as client:  # a user of its own
         session = server.start_agent(client)
         server.cleanup()
         assert not alive(session.pid)
         assert run(client, "echo here") == "here\n"
-        uid, port = server.uid, server.port
+        uid, listener = server.uid, server.pids().listener
     assert processes_of(uid) == []
-    assert not is_listening(port)
+    assert not alive(listener)
 
 
 def test_two_servers_have_a_user_each(x2go_server: X2GoServer) -> None:

@@ -6,6 +6,7 @@ this package installed in it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -138,15 +139,19 @@ class Pyhoca:
     def interrupt(self) -> int:
         """Press Ctrl-C, as it were, and return the exit status.
 
-        gevent raises KeyboardInterrupt in whichever greenlet runs, and in one of python-x2go's it would be lost: it is
-        pressed while none runs.
+        gevent raises KeyboardInterrupt in whichever greenlet runs, and in one of python-x2go's it is lost: it is
+        pressed while none seems to run, and again where nothing comes of it, as a person would.
         """
-        eventually(self._rests, END_S)
+        eventually(self._rests, END_S, what="pyhoca-cli only waits")
+        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(END_S / 2)
         self._process.send_signal(signal.SIGINT)
         return self.exit_status()
 
     def _rests(self) -> bool:
         """Look for 0.2 s whether it only waits."""
+        assert self._process.poll() is None, self.said[-5000:]
         for _ in range(20):
             time.sleep(0.01)
             if Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":

@@ -52,6 +52,7 @@ from .procs import alive, established
 from .scene import Scene, loose_umask, stopped
 from .service import CLIENT, FLOOD, FLOODS, PAYLOAD_BYTES, Service
 from .x2go import (
+    ASK_S,
     Display,
     X2GoServer,
     run,
@@ -215,7 +216,11 @@ def test_session_that_was_stopped_at_once_is_not_called_retryable(scene: Scene) 
     attempt.proxy.subscribe(lambda record: attempt.proxy.stop() if record.dest is State.RUNNING else None)
     attempt.start()
     assert attempt.wait() is State.STOPPED
-    eventually(lambda: not alive(scene.agent.pid) or scene.server.status(scene.admin, scene.agent.name) == "S", FINAL_S)
+    eventually(
+        lambda: not alive(scene.agent.pid) or scene.server.status(scene.admin, scene.agent.name) == "S",
+        FINAL_S,
+        interval_s=ASK_S,
+    )
     assert alive(scene.agent.pid) or attempt.proxy.status().retryable is not True
 
 

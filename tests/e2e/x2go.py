@@ -18,6 +18,7 @@ import pwd
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import paramiko
 
 __all__ = [
+    "ASK_S",
     "LOOPBACK",
     "AgentSession",
     "CommandError",
@@ -57,7 +59,7 @@ RESUME_ATTEMPTS = 3
 SUSPENDED_LINE = "Session: Session suspended at"
 ASK_S = 0.25  # between two questions to the server: each is a login shell and several Perl programs
 RESUME_S = 10.0  # an agent that resumes listens within a second
-USERS = 16  # how many test runs may go on at once on one machine
+USERS = 64  # how many servers there may be at once on one machine
 DATABASE = Path("/var/lib/x2go/x2go_sessions")
 RED_XTERM = "xterm -bg red -geometry 60x20+10+10 -T red-xterm -e sleep 3600"
 
@@ -104,11 +106,11 @@ class Ports:
 class X2GoServer(SshServer):
     """An SSH server with a user who may start X2Go sessions.
 
-    Each running server has a user of its own, so that several test runs do not end each other's sessions.
+    Each running server has a user of its own, so that servers side by side do not end each other's sessions.
     """
 
     def __init__(self, *, extra_config: str = "", log_level: str = "VERBOSE", user: str = "pfsmtest") -> None:
-        """Take down the wishes; `user` gets a number when another test run has it."""
+        """Take down the wishes; `user` gets a number when another server has it."""
         super().__init__(extra_config=extra_config, log_level=log_level)
         self._wanted_user = user
         self._lock: IO[str] | None = None
@@ -127,8 +129,10 @@ class X2GoServer(SshServer):
         x_sockets = Path("/tmp/.X11-unix")
         x_sockets.mkdir(exist_ok=True)
         x_sockets.chmod(0o1777)  # nxagent, who is not root, could not make it so
-        if not DATABASE.exists():
-            subprocess.run([program("x2godbadmin") or "x2godbadmin", "--createdb"], check=True)
+        with Path("/run", "pfsm-database.lock").open("a") as lock:  # it would remove one that another run has just made
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not DATABASE.exists():
+                subprocess.run([program("x2godbadmin") or "x2godbadmin", "--createdb"], check=True)
         super().start()
         self.cleanup()
 
@@ -160,6 +164,7 @@ class X2GoServer(SshServer):
         super().stop()
         if self._lock is not None:
             self._remove_session_files()
+            self._forget_sessions()
             self._lock.close()
             self._lock = None
 
@@ -307,6 +312,16 @@ class X2GoServer(SshServer):
         with contextlib.suppress(TimeoutError):
             eventually(lambda: not others(), 1.0)
         eventually(gone, AGENT_S)
+
+    def _forget_sessions(self) -> None:
+        """Remove the user's sessions from the server's database, as its cleaning service does elsewhere.
+
+        Ended ones keep their display and ports there, and x2gostartagent steps over each of them.
+        """
+        own = (f"{self.user}-*",)
+        with contextlib.closing(sqlite3.connect(DATABASE, timeout=AGENT_S)) as database, database:
+            for table in ("used_ports", "sessions"):
+                database.execute(f"DELETE FROM {table} WHERE session_id GLOB ?", own)  # noqa: S608 - ours, from above
 
     def _remove_session_files(self) -> None:
         own = [*Path("/tmp").glob(".X*-lock"), *Path("/tmp/.X11-unix").iterdir()]

@@ -14,13 +14,16 @@ from .wait import WAIT_S, eventually
 class Agent:
     """A listener on loopback; the test accepts the connections, or threads of its own serve them."""
 
-    def __init__(self, *, listening: bool = True, serving: bool = False, greeting: bytes = b"") -> None:
+    def __init__(
+        self, *, listening: bool = True, serving: bool = False, greeting: bytes = b"", holding: bool = False
+    ) -> None:
         """Bind the port.
 
         Args:
             listening: False refuses connections until `listen` is called.
             serving: Accept each connection and read it to its end; else the test calls `accept`.
             greeting: What is sent on each connection that is served.
+            holding: Keep a connection open when its peer has ended it, until `disconnect` or the end.
         """
         self.listener = socket.socket()
         self.listener.bind((LOOPBACK, 0))
@@ -28,6 +31,7 @@ class Agent:
         self.connections: list[socket.socket] = []
         self.received = bytearray()
         self._greeting = greeting
+        self._holding = holding
         self._server = threading.Thread(target=self._serve, name="agent", daemon=True)
         self._readers: list[threading.Thread] = []
         if listening:
@@ -87,13 +91,20 @@ class Agent:
                 self._readers.append(reader)
 
     def _read(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError):
+        with suppress(OSError):
             connection.sendall(self._greeting)
             while data := connection.recv(1 << 16):
                 self.received += data
+        if not self._holding:
+            connection.close()
+
+
+#: Bound, not listening, and kept: no other program gets the port, and whoever connects is refused.
+_nobody = socket.socket()
+_nobody.bind((LOOPBACK, 0))
 
 
 def dead_port() -> int:
     """Return a port of 127.0.0.1 where nothing listens."""
-    with Agent(listening=False) as nobody:
-        return nobody.port
+    port: int = _nobody.getsockname()[1]
+    return port

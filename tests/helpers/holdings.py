@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .wait import WAIT_S, eventually
+from .wait import WAIT_S, WaitTimeoutError, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -49,10 +49,16 @@ def own_threads(*names: str) -> list[threading.Thread]:
 
 def all_released(held: Callable[[], Collection[object]], timeout_s: float = WAIT_S) -> None:
     """Wait until nothing is held any more, or fail and name what still is."""
-    with suppress(TimeoutError):
-        eventually(lambda: not held(), timeout_s)
-    left = held()
-    assert not left, f"not released: {left}"
+    left: list[object] = []
+
+    def released() -> bool:
+        left[:] = held()
+        return not left
+
+    try:
+        eventually(released, timeout_s, interval_s=0.02)
+    except WaitTimeoutError:
+        raise AssertionError(f"not released: {left}") from None
 
 
 def threads_ended() -> None:

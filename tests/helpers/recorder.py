@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,12 @@ class Recorder:
         self.events: list[dict[str, Any]] = []
         #: The threads that published events of a name.
         self.threads: defaultdict[str, set[int]] = defaultdict(set)
-        #: What was being handled when an event was published, in order.
-        self.errors: list[BaseException | None] = []
         #: Called after each event.
         self.on_event: Callable[[], object] = lambda: None
 
     def __getattr__(self, level: str) -> Callable[..., None]:
         def log(event: str, **fields: Any) -> None:
             self.threads[event].add(threading.get_ident())
-            self.errors.append(sys.exc_info()[1])
             self.events.append({"event": event, "level": level, **fields})
             self.on_event()
 

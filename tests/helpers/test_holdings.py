@@ -13,7 +13,7 @@ from tests.helpers.holdings import all_released, children, descriptors, nothing_
 
 def test_what_is_not_released_is_named() -> None:
     all_released(list)
-    with pytest.raises(AssertionError, match=r"^not released: \{'a channel'\}$"):
+    with pytest.raises(AssertionError, match=r"^not released: \['a channel'\]$"):
         all_released(lambda: {"a channel"}, 0)
 
 

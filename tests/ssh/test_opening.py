@@ -307,6 +307,27 @@ class TestTransportEnds:
         del opening
         eventually(lambda: channel() is None, WAIT_S)
 
+    def test_channel_answered_while_the_transport_is_closing_ends_with_it(
+        self, transport: paramiko.Transport, agent: Agent, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The opener sees it inactive before anything was unlinked: the channel must not leave the list unmarked."""
+        opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
+
+        def is_active() -> bool:
+            if opening._channel is None:  # the look before anything is sent
+                return True
+            assert opening._settled.wait(WAIT_S)
+            return False
+
+        with monkeypatch.context() as patched:
+            patched.setattr(transport, "is_active", is_active)
+            opening.send()
+        channel = opening.wait()
+        transport.close()
+        assert channel.ended.wait(WAIT_S)
+        assert channel.transport_ended
+        assert channel.recv(1) == b""
+
     def test_in_the_very_moment_of_its_end_an_open_is_told(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
