@@ -15,7 +15,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 #: Workers per core: most tests wait for other programs. And in all: each may have an X2Go server with its own user.
-_WORKERS_PER_CORE, _MOST_WORKERS = 3, 12
+_WORKERS_PER_CORE, _MOST_WORKERS = 2, 12
 
 
 @pytest.hookimpl(optionalhook=True)

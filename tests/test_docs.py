@@ -19,12 +19,12 @@ from proxy_fsm.testing import machine, strategies
 
 from .e2e.procs import program
 from .helpers.real import skip_or_fail
+from .helpers.wait import PROGRAM_S
 
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-TIMEOUT_S = 50
 
 
 class Example(NamedTuple):
@@ -63,7 +63,7 @@ def run(command: list[str], directory: Path, **environ: str) -> str:
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=PROGRAM_S,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.helpers.wait import PROGRAM_S
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROJECT = Path(__file__).parents[1]
 EXAMPLES = sorted((PROJECT / "examples").glob("*.py"))
-WAIT_S = 50
 LIFE = ["tunnelling", "spawning", "running", "stopping", "stopped"]
 
 
@@ -42,7 +43,7 @@ def started(name: str, *arguments: str, **environ: str) -> Iterator[subprocess.P
 
 def test_the_client_shows_a_session_to_its_end() -> None:
     with started("client.py", "server.example") as program:
-        told, errors = program.communicate(timeout=WAIT_S)
+        told, errors = program.communicate(timeout=PROGRAM_S)
     assert (program.returncode, errors) == (0, "")
     lines = told.splitlines()
     assert [line.partition(" → ")[2] for line in lines[:5]] == LIFE
@@ -55,14 +56,14 @@ def test_the_client_ends_in_order_on_a_signal() -> None:
         while "running" not in program.stdout.readline():
             assert program.poll() is None
         program.send_signal(signal.SIGTERM)
-        told, errors = program.communicate(timeout=WAIT_S)
+        told, errors = program.communicate(timeout=PROGRAM_S)
     assert (program.returncode, errors) == (0, "")
     assert told.splitlines()[-1].startswith("stop_requested: ")
 
 
 def test_the_client_says_when_there_is_no_session() -> None:
     with started("client.py", "127.0.0.1") as program:  # whose port 22 is nobody's, or knows us not
-        told, errors = program.communicate(timeout=WAIT_S)
+        told, errors = program.communicate(timeout=PROGRAM_S)
     assert program.returncode == 1
     assert told == ""
     assert errors.startswith("127.0.0.1 gave no session: ")
@@ -71,7 +72,7 @@ def test_the_client_says_when_there_is_no_session() -> None:
 
 def test_the_gateway_holds_several_sessions() -> None:
     with started("gateway.py", "server.example", "3") as program:
-        told, errors = program.communicate(timeout=WAIT_S)
+        told, errors = program.communicate(timeout=PROGRAM_S)
     assert (program.returncode, errors) == (0, "")
     changes = [json.loads(line) for line in told.splitlines()]
     names = {each["session"] for each in changes}
@@ -84,6 +85,6 @@ def test_the_gateway_holds_several_sessions() -> None:
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_each_says_what_it_takes(file: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(file), "--help"], capture_output=True, text=True, timeout=WAIT_S, check=True
+        [sys.executable, str(file), "--help"], capture_output=True, text=True, timeout=PROGRAM_S, check=True
     )
     assert "the server; its host key must be known" in done.stdout

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from .helpers.wait import PROGRAM_S
+
 ROOT = Path(__file__).parent.parent
 CLIENT = """
 from proxy_fsm import Proxy
@@ -44,7 +46,7 @@ def build(source: Path, text: str, builder: str = "html", suffix: str = "rst") -
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{source}", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=PROGRAM_S,
         check=False,
     )
 

@@ -14,7 +14,7 @@ from secrets import token_hex
 from typing import IO, TYPE_CHECKING, Any
 
 import proxy_fsm
-from tests.helpers.wait import WAIT_S
+from tests.helpers.wait import PROGRAM_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +104,7 @@ class Running:
         """Read the rest, and return the exit status."""
         for line in self._stdout:
             self._take(line)
-        return self.process.wait(WAIT_S)
+        return self.process.wait(PROGRAM_S)
 
     def named(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] == name]
@@ -165,7 +165,7 @@ def run(home: Home, *arguments: str | Path, stdin: str = "", **environ: str) -> 
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=WAIT_S,
+        timeout=PROGRAM_S,
         check=False,
         start_new_session=True,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from proxy_fsm import diagram
-from tests.helpers.wait import WAIT_S
+from tests.helpers.wait import PROGRAM_S
 
 from .program import command, run
 
@@ -35,7 +35,7 @@ def test_is_mermaid_of_the_lifecycle_by_default(home: Home) -> None:
 
 
 def test_png_goes_to_a_pipe_and_never_to_a_terminal(home: Home) -> None:
-    arguments: dict[str, Any] = {"env": home.environ, "timeout": WAIT_S, "stderr": subprocess.PIPE}
+    arguments: dict[str, Any] = {"env": home.environ, "timeout": PROGRAM_S, "stderr": subprocess.PIPE}
     piped = subprocess.run(command("diagram", "-f", "png"), stdout=subprocess.PIPE, check=False, **arguments)
     assert piped.returncode == 0
     assert b"Traceback" not in piped.stderr  # matplotlib may tell there that it looks for fonts

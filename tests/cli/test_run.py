@@ -16,7 +16,7 @@ import pytest
 from proxy_fsm import EndReason
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer, standins
 from proxy_fsm.testing.scripted import install
-from tests.helpers.wait import WAIT_S, eventually
+from tests.helpers.wait import PROGRAM_S, eventually
 
 from .program import VIEWER_COMMAND, Home, Running, command, run, started, viewing
 
@@ -125,7 +125,7 @@ class TestASessionWithAViewer:
                 lines.append(program.process.stderr.readline())
                 assert lines[-1]
             program.process.terminate()
-            assert program.process.wait(WAIT_S) == 0
+            assert program.process.wait(PROGRAM_S) == 0
             rest = program.errors
             assert "stop_requested" in rest
             assert "\x1b" not in rest
@@ -140,7 +140,7 @@ class TestASessionWithAViewer:
             assert program.process.stdout is not None
             program.process.stdout.close()
             agent.disconnect()
-            assert program.process.wait(WAIT_S) == 0
+            assert program.process.wait(PROGRAM_S) == 0
             assert program.errors == ""
 
     def test_debug_events_come_on_demand(

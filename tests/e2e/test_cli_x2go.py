@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 EXIT_S = 60.0
 
-pytestmark = pytest.mark.timeout(240)  # on a machine that is busy, x2gostartagent alone has taken 21 s
-
 
 class User:
     """Somebody with a display, a home and a key, who runs the command line."""

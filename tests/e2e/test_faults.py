@@ -38,8 +38,7 @@ SLACK_S = 0.4  # what a busy machine of two cores may add to any time below
 STOPPING_S = 0.05  # from a fault's first sign
 KILLED_S = 0.5  # until a killed process is gone
 
-# x2goserver's scripts take seconds each, many of them on a busy machine
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,6 @@ UP_S = 60.0
 END_S = 60.0
 SOON_S = 5.0
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def shown_code() -> tuple[str, str]:
     """What the documentation shows: the two lines that switch python-x2go, and pyhoca-cli started with them."""

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 #: How long a test waits for what has to come, seconds; a healthy one is far from it, even on a busy machine.
 WAIT_S = 30.0
+#: How long a whole program that a test runs may take, seconds: it ends one that hangs, and no slow one.
+PROGRAM_S = 300.0
 #: What "at once" means, seconds: nothing was polled, and nothing timed out.
 SOON_S = 0.05
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import proxy_fsm
 from proxy_fsm.testing.scripted import Step, connect, exit_with, on_signal, wait_eof
+from tests.helpers.wait import PROGRAM_S
 
 if TYPE_CHECKING:
     from .conftest import Scene
@@ -28,7 +29,7 @@ def test_no_hub_is_blocked_nothing_runs_idle_and_nothing_is_left(scene: Scene) -
     server = scene.server
     place = ["127.0.0.1", server.port, server.username, server.password, scene.agent.port]
     command = [sys.executable, PROGRAM, *place, program, scene.home / "root", Path(proxy_fsm.__file__).parents[1]]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=50)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=PROGRAM_S)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     for each in seen["rounds"]:
@@ -63,5 +64,7 @@ print(passage.delivered < 8 << 20 and len(passage) > 0)
 
 def test_a_viewer_that_reads_nothing_does_not_hold_up_the_transport() -> None:
     """The ``send`` of gevent waits whatever it is told: the transport's own thread would stand still."""
-    told = subprocess.run([sys.executable, "-c", STALLED], capture_output=True, text=True, timeout=60, check=False)
+    told = subprocess.run(
+        [sys.executable, "-c", STALLED], capture_output=True, text=True, timeout=PROGRAM_S, check=False
+    )
     assert (told.stdout, told.stderr) == ("True\n", "")
