@@ -8,6 +8,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -67,7 +68,6 @@ class Display:
         self._no_reset = no_reset
         self._process: subprocess.Popen[bytes] | None = None
         self._directory = Path()
-        self._socket_inode = 0
         self.name = ""
         self.xauthority = Path()
 
@@ -112,7 +112,6 @@ class Display:
             os.close(write_end)
             write_end = -1
             self.name = f":{self._display_number(read_end)}"
-            self._socket_inode = self.socket_path.stat().st_ino
         except BaseException:
             self.stop()
             raise
@@ -156,15 +155,21 @@ class Display:
                 self._process.terminate()
                 self._process.wait(STOP_S)
             self.kill()
-            self._remove_leftovers()
+            if self.name:
+                self._remove_leftovers()
             self._process = None
         if self._directory != Path():
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if self.name and self.socket_path.stat().st_ino == self._socket_inode:
-                self.socket_path.unlink()  # another server may have taken the display over
+        """Remove the socket file, unless another server has taken the display over.
+
+        Xvfb leaves the file where it chose its display itself. Who has the abstract socket of the same name has the
+        display; while it is held here, no other server takes it.
+        """
+        with socket.socket(socket.AF_UNIX) as guard, contextlib.suppress(OSError):
+            guard.bind(f"\0{self.socket_path}")
+            self.socket_path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         self.start()
