@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import paramiko
 
-    from proxy_fsm.lifecycle import State
+    from proxy_fsm.states import State
     from proxy_fsm.testing.fakes import FakedProxy
     from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 

@@ -82,7 +82,7 @@ def versions(*names: str) -> str:
 
 def proxy_fsm(server: Server, *, fast: bool) -> None:
     """Forward by this package's relay, as an engine does it."""
-    forwarder: Any = importlib.import_module("proxy_fsm.forwarder")
+    forwarder: Any = importlib.import_module("proxy_fsm.workers.forwarder")
     ssh: Any = importlib.import_module("proxy_fsm.ssh")
     transport = connect(server, **({"transport_factory": ssh.fast_transport} if fast else {}))
     ssh.set_nodelay(transport)  # as the preflight does it for every proxy

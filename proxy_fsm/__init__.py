@@ -13,9 +13,9 @@ from proxy_fsm.errors import (
     ProxyStopped,
 )
 from proxy_fsm.evidence import Evidence
-from proxy_fsm.lifecycle import TRANSITIONS, Lifecycle, State, Transition, Trigger
-from proxy_fsm.preflight import rehearse
+from proxy_fsm.lifecycle import Lifecycle
 from proxy_fsm.proxy import Proxy
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import (
     ListedSession,
     SessionInfo,
@@ -25,12 +25,15 @@ from proxy_fsm.session import (
     parse_session_list,
 )
 from proxy_fsm.ssh import fast_transport
-from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats
+from proxy_fsm.states import PHASES, TRANSITIONS, Phase, PhaseTransition, PhaseTrigger, State, Transition, Trigger
+from proxy_fsm.status import Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats
+from proxy_fsm.workers.preflight import check_preflight
 from proxy_fsm.x11 import DisplayError, open_display
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PHASES",
     "TRANSITIONS",
     "Backend",
     "BackendContext",
@@ -46,6 +49,9 @@ __all__ = [
     "Link",
     "ListedSession",
     "NX3Backend",
+    "Phase",
+    "PhaseTransition",
+    "PhaseTrigger",
     "Proxy",
     "ProxyEnded",
     "ProxyFailed",
@@ -60,10 +66,10 @@ __all__ = [
     "TransitionRecord",
     "Trigger",
     "TunnelStats",
+    "check_preflight",
     "fast_transport",
     "open_display",
     "parse_agent_output",
     "parse_resume_output",
     "parse_session_list",
-    "rehearse",
 ]

@@ -17,7 +17,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from proxy_fsm.errors import ProxyFailed, ProxyStopped
-from proxy_fsm.lifecycle import State
+from proxy_fsm.states import State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator

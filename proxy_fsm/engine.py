@@ -27,7 +27,6 @@ from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from proxy_fsm import monitor
 from proxy_fsm.errors import BackendError, InvalidTransition
 from proxy_fsm.events import EventLog
 from proxy_fsm.evidence import (
@@ -43,28 +42,31 @@ from proxy_fsm.evidence import (
     Observation,
     OutputLine,
     PeerRejected,
-    PreparationEnded,
-    Prepared,
+    PreflightFinished,
+    PreflightPassed,
     ProcessExited,
     ProcessSpawned,
-    ServerAnswered,
+    SessionStatusReceived,
     SpawnFailed,
     StopOrdered,
     TransportEnded,
     TunnelClosed,
+    WorkerCrashed,
     WorkerFailed,
-    WorkerRefused,
 )
-from proxy_fsm.forwarder import Forwarder
 from proxy_fsm.journal import Journal
-from proxy_fsm.lifecycle import Lifecycle, State, Transition, Trigger
-from proxy_fsm.preflight import Preparation
-from proxy_fsm.process import ProxyProcess
-from proxy_fsm.question import ServerQuestion
+from proxy_fsm.lifecycle import Lifecycle
+from proxy_fsm.reasons import EndReason, hint_for, is_retryable
 from proxy_fsm.redaction import Hidden, Redactor
 from proxy_fsm.session import SessionInfo, SessionStatus
 from proxy_fsm.ssh import why_ended
-from proxy_fsm.status import EndReason, Link, ProxyStatus, Timeouts, TransitionRecord, hint_for, is_retryable
+from proxy_fsm.states import State, Transition, Trigger
+from proxy_fsm.status import Link, ProxyStatus, Timeouts, TransitionRecord
+from proxy_fsm.workers import link_monitor
+from proxy_fsm.workers.forwarder import Forwarder
+from proxy_fsm.workers.preflight import Preflight
+from proxy_fsm.workers.process import ProxyProcess
+from proxy_fsm.workers.session_query import SessionStatusQuery
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -115,10 +117,12 @@ class Workers:
     """What an engine starts to do its work; each posts what it sees to the engine's inbox."""
 
     forwarder: Callable[..., Forwarder] = Forwarder
-    preparation: Callable[..., Preparation] = Preparation
+    preparation: Callable[..., Preflight] = Preflight
     process: Callable[..., ProxyProcess] = ProxyProcess
-    question: Callable[..., ServerQuestion] = ServerQuestion
-    attach: Callable[[paramiko.Transport, Timeouts, Callable[[Observation], None]], monitor.Attachment] = monitor.attach
+    question: Callable[..., SessionStatusQuery] = SessionStatusQuery
+    attach: Callable[[paramiko.Transport, Timeouts, Callable[[Observation], None]], link_monitor.Attachment] = (
+        link_monitor.attach
+    )
 
 
 class Engine:
@@ -196,9 +200,9 @@ class Engine:
             timeout_s=timeouts.preflight_s,
             post=self._inbox.put,
         )
-        self._attachment: monitor.Attachment | None = None
+        self._attachment: link_monitor.Attachment | None = None
         self._process: ProxyProcess | None = None
-        self._question: ServerQuestion | None = None
+        self._question: SessionStatusQuery | None = None
         self._process_alive = self._killed = self._sign_seen = False
 
     # ---- orders, on any thread ----
@@ -229,7 +233,7 @@ class Engine:
 
     def stop(self) -> None:
         """Ask it to end; a no-op in a forked child."""
-        if self.is_foreign():
+        if self.in_forked_child():
             return
         claim = object()
         try:
@@ -252,20 +256,20 @@ class Engine:
 
     def wait(self, states: frozenset[State], timeout: float | None) -> State:
         """Wait until one of the states, or a final one, was told to everybody."""
-        self.refuse_on_owner("wait")
-        if self.is_foreign() and not self.state.is_final:
+        self.forbid_on_owner_thread("wait")
+        if self.in_forked_child() and not self.state.is_final:
             raise RuntimeError("This proxy belongs to the parent process: a fork cannot wait for it.")
         state = self.journal.wait(states, timeout)
         if state.is_final and self._owner is not None:
             self._owner.join(_JOIN_S)
         return state
 
-    def refuse_on_owner(self, what: str) -> None:
+    def forbid_on_owner_thread(self, what: str) -> None:
         """Raise RuntimeError where waiting would wait for itself."""
         if self.journal.is_delivering() or threading.current_thread() is self._owner:
             raise RuntimeError(f"'{what}' waits for the proxy, which waits for this subscriber: call stop() instead.")
 
-    def is_foreign(self) -> bool:
+    def in_forked_child(self) -> bool:
         """Tell whether this is the copy of a running engine in a forked child."""
         return self._owner_pid is not None and self._owner_pid != os.getpid()
 
@@ -284,7 +288,7 @@ class Engine:
     def status(self) -> ProxyStatus:
         """Return a snapshot of everything that is known."""
         view = self._view
-        if self.is_foreign():
+        if self.in_forked_child():
             return view  # the tunnel's lock may have been held when the process forked
         return replace(
             view,
@@ -407,7 +411,7 @@ class Engine:
     def _start_proxy(self) -> None:
         self._set_timer(self._timeouts.ready_s, self._ready_too_late)
         launch, watch = self._preparation.launch, self._preparation.watch
-        assert launch is not None  # noqa: S101 - set before Prepared is posted
+        assert launch is not None  # noqa: S101 - set before PreflightPassed is posted
         if watch is not None:
             watch.start()
         self._forwarder.start()
@@ -442,21 +446,21 @@ class Engine:
         match seen:
             case StopOrdered():
                 self._end(EndReason.STOP_REQUESTED, "It was asked to stop.")
-            case Prepared(listen_address=address):
+            case PreflightPassed(listen_address=address):
                 if self.state is State.TUNNELLING:
                     self._update(listen_address=address)
                 self._lifecycle.fire(Trigger.TUNNEL_OPENED)
-            case PreparationEnded() | TunnelClosed():
+            case PreflightFinished() | TunnelClosed():
                 self._finish_if_released()
             case SpawnFailed(error=error):
                 self._process_gone()
                 self._end(error.reason, error.detail, error.hint)
-            case WorkerRefused(error=error):
+            case WorkerFailed(error=error):
                 if self.state is State.RUNNING:
                     self.log("warning", "tunnel.refused", reason=str(error.reason), detail=error.detail)
                 else:
                     self._end(error.reason, error.detail, error.hint)
-            case WorkerFailed(worker=worker, error=error):
+            case WorkerCrashed(worker=worker, error=error):
                 self._end(EndReason.INTERNAL_ERROR, f"An internal error in the {worker}: {error!r}.")
             case ProcessExited():
                 self._process_gone()
@@ -481,7 +485,7 @@ class Engine:
                 self._end(EndReason.DISPLAY_LOST, f"The X server has gone. {detail}")
             case DisplayRestored():
                 self._confirm()
-            case ServerAnswered(status=status) if self._likely is not None:
+            case SessionStatusReceived(status=status) if self._likely is not None:
                 self._settle(*_HOW_IT_ENDED.get(status, self._likely))
             case _:
                 pass
@@ -622,7 +626,7 @@ class Engine:
             if self._process_alive and self._process is not None:
                 self._update(abandoned=(*self._view.abandoned, f"process {self._view.pid}"))
                 self._process.signal(signal.SIGKILL)
-            if not self._evidence.saw(PreparationEnded):
+            if not self._evidence.saw(PreflightFinished):
                 self._update(abandoned=(*self._view.abandoned, f"the preflight, waiting for {self._preparation.step}"))
             self._update(abandoned=(*self._view.abandoned, *self._forwarder.standing()))
             self._preparation.close()
@@ -631,7 +635,9 @@ class Engine:
             self._finish()
 
     def _finish_if_released(self) -> None:
-        released = self._evidence.saw(PreparationEnded) and self._evidence.saw(TunnelClosed) and not self._process_alive
+        released = (
+            self._evidence.saw(PreflightFinished) and self._evidence.saw(TunnelClosed) and not self._process_alive
+        )
         if self.state is State.STOPPING and released:
             self._finish()
 
@@ -662,7 +668,7 @@ class Engine:
     def _note(self, seen: Observation) -> None:  # noqa: C901 - one flat case per observation
         """Put what was seen into the status, and into the log."""
         match seen:
-            case Prepared(listen_address=address) if self.state is State.TUNNELLING:
+            case PreflightPassed(listen_address=address) if self.state is State.TUNNELLING:
                 self.log("info", "tunnel.listening", address=address)
             case ProcessSpawned(pid=pid, executable=executable):
                 self._update(pid=pid)
@@ -695,7 +701,7 @@ class Engine:
                 self.log("info", "link.restored", silent_s=round(silent_s, 3))
             case LogFailed(detail=detail):
                 self.log("warning", "process.log_failed", detail=detail)
-            case WorkerFailed(worker=worker, error=error):
+            case WorkerCrashed(worker=worker, error=error):
                 self._log_error(error, worker=worker)
             case _:
                 pass

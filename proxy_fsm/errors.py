@@ -18,8 +18,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxy_fsm.lifecycle import State
-    from proxy_fsm.status import EndReason, ProxyStatus
+    from proxy_fsm.reasons import EndReason
+    from proxy_fsm.states import State
+    from proxy_fsm.status import ProxyStatus
 
 __all__ = [
     "BackendError",

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from proxy_fsm.session import SessionStatus
 
 __all__ = [
-    "AgentClosed",
-    "AgentSpoke",
+    "AgentDataReceived",
+    "AgentEof",
     "ChannelOpened",
     "ConnectionEnded",
     "DisplayLost",
@@ -30,17 +30,17 @@ __all__ = [
     "Observation",
     "OutputLine",
     "PeerRejected",
-    "PreparationEnded",
-    "Prepared",
+    "PreflightFinished",
+    "PreflightPassed",
     "ProcessExited",
     "ProcessSpawned",
-    "ServerAnswered",
+    "SessionStatusReceived",
     "SpawnFailed",
     "StopOrdered",
     "TransportEnded",
     "TunnelClosed",
+    "WorkerCrashed",
     "WorkerFailed",
-    "WorkerRefused",
 ]
 
 
@@ -57,31 +57,31 @@ class StopOrdered(Observation):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared(Observation):
+class PreflightPassed(Observation):
     """Everything local is good, and the local end is bound at ``listen_address``."""
 
     listen_address: str
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerRefused(Observation):
+class WorkerFailed(Observation):
     """A worker found that it cannot go on; the error carries reason, detail and hint."""
 
     error: BackendError
 
 
 @dataclass(frozen=True, slots=True)
-class SpawnFailed(WorkerRefused):
+class SpawnFailed(WorkerFailed):
     """The proxy program could not be started: there is no process."""
 
 
 @dataclass(frozen=True, slots=True)
-class PreparationEnded(Observation):
+class PreflightFinished(Observation):
     """The preflight's thread is done, however it went."""
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerFailed(Observation):
+class WorkerCrashed(Observation):
     """A worker broke: a bug of ours or of a backend."""
 
     worker: str
@@ -133,14 +133,14 @@ class ChannelOpened(Observation):
 
 
 @dataclass(frozen=True, slots=True)
-class AgentSpoke(Observation):
+class AgentDataReceived(Observation):
     """The agent's first bytes came."""
 
     connection: int
 
 
 @dataclass(frozen=True, slots=True)
-class AgentClosed(Observation):
+class AgentEof(Observation):
     """The agent's stream ended while the transport lives and nothing was closed from this side."""
 
     connection: int
@@ -202,7 +202,7 @@ class DisplayRestored(Observation):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerAnswered(Observation):
+class SessionStatusReceived(Observation):
     """The X2Go server said how the session stands; None where it could not tell."""
 
     status: SessionStatus | None

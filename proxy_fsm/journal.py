@@ -10,7 +10,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.lifecycle import State
+from proxy_fsm.states import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable

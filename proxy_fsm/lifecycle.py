@@ -1,108 +1,21 @@
-"""The lifecycle of a proxy: seven states, eight triggers, one table.
-
-Rules, in prose; the table below is their only other statement:
-
-* Orders come from the caller and are imperative (``start``, ``stop``); observations are past tense.
-* ``idle`` is left once, by ``start`` or ``stop``; ``stopped`` and ``failed`` are never left.
-* Whatever was acquired is released in ``stopping`` and nowhere else, so every way out of ``tunnelling``,
-  ``spawning`` and ``running`` leads through it.
-* An observation that comes late or twice is ignored: nothing changes and nothing is told to anybody.
-* A pair of state and trigger that the table does not list is refused with `InvalidTransition`.
+"""The lifecycle of a proxy as a machine: the two tables of `proxy_fsm.states`, made to move.
 
 Nothing here does I/O, starts a thread or logs.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from transitions import EventData, Machine, MachineError
 
 from proxy_fsm.errors import InvalidTransition
+from proxy_fsm.states import TRANSITIONS, State, Transition, Trigger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["TRANSITIONS", "Lifecycle", "State", "Transition", "Trigger"]
-
-
-class State(StrEnum):
-    """Where a proxy stands. ``str(State.RUNNING) == "running"``."""
-
-    IDLE = "idle"
-    TUNNELLING = "tunnelling"
-    SPAWNING = "spawning"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    FAILED = "failed"
-
-    @property
-    def is_final(self) -> bool:
-        """Whether this state is never left, as ``stopped`` and ``failed`` are."""
-        return self in _FINAL
-
-
-_FINAL = frozenset({State.STOPPED, State.FAILED})
-
-
-class Trigger(StrEnum):
-    """What moves a proxy: orders of the caller first, observations after them."""
-
-    START = "start"
-    STOP = "stop"
-    TUNNEL_OPENED = "tunnel_opened"
-    PROXY_READY = "proxy_ready"
-    SESSION_ENDED = "session_ended"
-    FAULT_FOUND = "fault_found"
-    CLOSED_CLEANLY = "closed_cleanly"
-    CLOSED_AFTER_FAULT = "closed_after_fault"
-
-    @property
-    def is_order(self) -> bool:
-        """Whether the caller gives it; all others are observations of the engine."""
-        return self in {Trigger.START, Trigger.STOP}
-
-
-class Transition(NamedTuple):
-    """One cell of the table: ``trigger`` in ``source`` leads to ``dest``, or is ignored where that is None."""
-
-    trigger: Trigger
-    source: State
-    dest: State | None
-
-
-def _row(trigger: Trigger, **cells: State | None) -> tuple[Transition, ...]:
-    return tuple(Transition(trigger, State(source), dest) for source, dest in cells.items())
-
-
-_TOO_LATE: Mapping[str, State | None] = {"stopping": None, "stopped": None, "failed": None}
-
-#: Every pair of state and trigger that moves or is ignored. A pair that is not here is refused.
-TRANSITIONS: tuple[Transition, ...] = (
-    *_row(Trigger.START, idle=State.TUNNELLING),
-    *_row(Trigger.TUNNEL_OPENED, tunnelling=State.SPAWNING, spawning=None, running=None, **_TOO_LATE),
-    *_row(Trigger.PROXY_READY, spawning=State.RUNNING, running=None, **_TOO_LATE),
-    *_row(Trigger.SESSION_ENDED, spawning=State.STOPPING, running=State.STOPPING, **_TOO_LATE),
-    *_row(
-        Trigger.FAULT_FOUND,
-        tunnelling=State.STOPPING,
-        spawning=State.STOPPING,
-        running=State.STOPPING,
-        **_TOO_LATE,
-    ),
-    *_row(
-        Trigger.STOP,
-        idle=State.STOPPED,
-        tunnelling=State.STOPPING,
-        spawning=State.STOPPING,
-        running=State.STOPPING,
-        **_TOO_LATE,
-    ),
-    *_row(Trigger.CLOSED_CLEANLY, stopping=State.STOPPED, stopped=None, failed=None),
-    *_row(Trigger.CLOSED_AFTER_FAULT, stopping=State.FAILED, stopped=None, failed=None),
-)
+__all__ = ["Lifecycle"]
 
 
 class _Model:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import paramiko
 
 from proxy_fsm import diagram as drawing
-from proxy_fsm import monitor
 from proxy_fsm.backends import Backend, NX3Backend
 from proxy_fsm.engine import LIVE, Engine, Workers
 from proxy_fsm.errors import ProxyFailed, ProxyStopped
-from proxy_fsm.lifecycle import State
 from proxy_fsm.session import SessionInfo
+from proxy_fsm.states import State
 from proxy_fsm.status import ProxyStatus, Timeouts
+from proxy_fsm.workers import link_monitor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -141,7 +141,7 @@ class Proxy:
         Raises:
             InvalidTransition: It was started, or stopped, before.
         """
-        self._engine.refuse_on_owner("start")
+        self._engine.forbid_on_owner_thread("start")
         self._engine.start()
 
     def stop(self) -> None:
@@ -193,8 +193,8 @@ class Proxy:
             TimeoutError: It was not released within that time; that goes on.
             RuntimeError: Called by a subscriber on the owner thread.
         """
-        self._engine.refuse_on_owner("close")
-        if self._engine.is_foreign():
+        self._engine.forbid_on_owner_thread("close")
+        if self._engine.in_forked_child():
             return
         self.stop()
         self.wait(timeout=timeout)
@@ -243,7 +243,7 @@ class Proxy:
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)
-        if engine is None or engine.state is State.IDLE or engine.state.is_final or engine.is_foreign():
+        if engine is None or engine.state is State.IDLE or engine.state.is_final or engine.in_forked_child():
             return
         engine.stop()
         if not sys.is_finalizing():
@@ -254,7 +254,7 @@ class Proxy:
 
 def _end_all() -> None:
     """End all proxies when the interpreter ends, within one deadline; starts no thread."""
-    engines = [engine for engine in tuple(LIVE) if not engine.is_foreign()]
+    engines = [engine for engine in tuple(LIVE) if not engine.in_forked_child()]
     for engine in engines:
         engine.stop()
     deadline = time.monotonic() + max((engine.end_within_s for engine in engines), default=0.0)
@@ -266,7 +266,7 @@ def _end_all() -> None:
 def _forget_all() -> None:
     """In a forked child: what runs belongs to the parent."""
     LIVE.clear()
-    monitor.forget_all()
+    link_monitor.forget_all()
 
 
 atexit.register(_end_all)

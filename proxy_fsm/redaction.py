@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
-__all__ = ["HIDDEN", "Hidden", "HiddenEnvironment", "Redactor"]
+__all__ = ["REDACTED", "Hidden", "Redactor", "SecretEnvironment"]
 
 #: What stands where a secret was.
-HIDDEN = "<hidden>"
+REDACTED = "<hidden>"
 
 
 class Hidden(Sequence[str]):
@@ -34,10 +34,10 @@ class Hidden(Sequence[str]):
         return len(self._secrets)
 
     def __repr__(self) -> str:
-        return HIDDEN
+        return REDACTED
 
 
-class HiddenEnvironment(Mapping[str, str]):
+class SecretEnvironment(Mapping[str, str]):
     """An environment in which secrets are: its repr shows nothing.
 
     Tracebacks with local variables show a repr; rich, and structlog with it, look into a dict and its subclasses.
@@ -73,7 +73,7 @@ class Redactor:
 
     def __call__(self, text: str) -> str:
         """Return the text without its secrets."""
-        return self._pattern.sub(HIDDEN, text)
+        return self._pattern.sub(REDACTED, text)
 
     def __repr__(self) -> str:
         return "<Redactor>"

@@ -27,7 +27,7 @@ from proxy_fsm import Backend, CommandBackend, EndReason, Lifecycle, NX3Backend,
 from proxy_fsm.diagram import Arrow, Chart, DiagramError, Step
 from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.diagram.scene import Box, Text, width_of
-from proxy_fsm.lifecycle import TRANSITIONS
+from proxy_fsm.states import TRANSITIONS
 from proxy_fsm.testing import FakedProxy
 
 from . import pictures

@@ -39,7 +39,6 @@ from proxy_fsm import (
     Timeouts,
     TransitionRecord,
 )
-from proxy_fsm.process import ProxyProcess
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 from proxy_fsm.testing.scripted import (
     Gate,
@@ -58,6 +57,7 @@ from proxy_fsm.testing.scripted import (
     wait_eof,
     wait_file,
 )
+from proxy_fsm.workers.process import ProxyProcess
 from tests.helpers.agent import Agent
 from tests.helpers.engine import COOKIE, HEALTHY, READY_LINE, Maker, ScriptedBackend, end_after, let_deadline_pass
 from tests.helpers.holdings import children, descriptors, nothing_left_open, own_threads, threads_ended

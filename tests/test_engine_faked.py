@@ -24,7 +24,6 @@ from proxy_fsm import (
     State,
     Timeouts,
     Trigger,
-    monitor,
 )
 from proxy_fsm import engine as engine_module
 from proxy_fsm.engine import LIVE, Workers
@@ -37,20 +36,21 @@ from proxy_fsm.evidence import (
     Observation,
     OutputLine,
     PeerRejected,
-    Prepared,
+    PreflightPassed,
     ProcessExited,
-    ServerAnswered,
+    SessionStatusReceived,
     SpawnFailed,
     TransportEnded,
-    WorkerRefused,
+    WorkerFailed,
 )
-from proxy_fsm.forwarder import Forwarder
-from proxy_fsm.preflight import Preparation
-from proxy_fsm.process import ProxyProcess
-from proxy_fsm.question import ServerQuestion
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.status import Link, TransitionRecord
 from proxy_fsm.testing.fakes import READY_LINE, FakedProxy, FakeTransport, fake_session
+from proxy_fsm.workers import link_monitor
+from proxy_fsm.workers.forwarder import Forwarder
+from proxy_fsm.workers.preflight import Preflight
+from proxy_fsm.workers.process import ProxyProcess
+from proxy_fsm.workers.session_query import SessionStatusQuery
 from tests.helpers.recorder import Recorder
 from tests.helpers.wait import eventually
 
@@ -398,15 +398,15 @@ def test_stop_ends_it_with_its_reason_and_by_its_own_trigger() -> None:
 
 
 def test_the_workers_are_the_real_ones_by_default() -> None:
-    assert Workers() == Workers(Forwarder, Preparation, ProxyProcess, ServerQuestion, monitor.attach)
+    assert Workers() == Workers(Forwarder, Preflight, ProxyProcess, SessionStatusQuery, link_monitor.attach)
 
 
 def test_a_forked_childs_copy_stops_nothing_and_waits_only_for_what_is_final() -> None:
     proxy = running()
     assert proxy._engine._owner_pid == os.getpid()
-    assert not proxy._engine.is_foreign()
+    assert not proxy._engine.in_forked_child()
     proxy._engine._owner_pid = os.getpid() + 1
-    assert proxy._engine.is_foreign()
+    assert proxy._engine.in_forked_child()
     proxy.stop()
     proxy.settle()
     assert proxy.state is State.RUNNING
@@ -419,7 +419,7 @@ def test_a_forked_childs_copy_stops_nothing_and_waits_only_for_what_is_final() -
 
 
 def test_an_idle_engine_belongs_to_nobody() -> None:
-    assert not Spied()._engine.is_foreign()
+    assert not Spied()._engine.in_forked_child()
 
 
 def test_waiting_on_the_owner_is_refused_whether_it_delivers_or_not() -> None:
@@ -754,11 +754,11 @@ def test_a_signal_is_told_by_its_name(number: int, name: str) -> None:
 
 def test_what_was_prepared_too_late_changes_nothing() -> None:
     proxy = in_state(State.STOPPING)
-    proxy.sees(Prepared("/late"))
+    proxy.sees(PreflightPassed("/late"))
     assert (proxy.status().listen_address, proxy.status().tunnel) == (None, None)
     proxy.end()
     proxy = running()
-    proxy.sees(Prepared("/late"))
+    proxy.sees(PreflightPassed("/late"))
     assert proxy.status().listen_address == ADDRESS
     assert proxy.status().tunnel == proxy._engine._forwarder.stats()
     proxy.end()
@@ -768,7 +768,7 @@ def test_what_was_prepared_too_late_changes_nothing() -> None:
 @pytest.mark.parametrize("hint", [None, "Do this."])
 def test_a_worker_that_refuses_before_running_ends_it(state: State, hint: str | None) -> None:
     proxy = in_state(state)
-    proxy.sees(WorkerRefused(BackendError(EndReason.FORWARDING_DENIED, "It is denied.", hint)))
+    proxy.sees(WorkerFailed(BackendError(EndReason.FORWARDING_DENIED, "It is denied.", hint)))
     proxy.tunnel.preflight_ends()
     assert proxy.ended() == (State.FAILED, EndReason.FORWARDING_DENIED)
     assert (proxy.status().detail, proxy.status().hint) == ("It is denied.", hint or EndReason.FORWARDING_DENIED.hint)
@@ -1051,7 +1051,7 @@ def test_the_server_is_asked_once_and_not_before_the_display_is_sure() -> None:
 
 def test_an_answer_that_nobody_waits_for_means_nothing() -> None:
     proxy = running(ask_server=True)
-    proxy.sees(ServerAnswered(SessionStatus.FINISHED))
+    proxy.sees(SessionStatusReceived(SessionStatus.FINISHED))
     assert proxy.ok()
     assert proxy.events("internal.error") == []
     proxy.end()
@@ -1268,7 +1268,7 @@ def test_a_preflight_that_takes_too_long_says_what_was_missing_and_what_to_do() 
 def test_a_question_that_cannot_be_put_leaves_what_is_likely() -> None:
     proxy = running(ask_server=True)
 
-    class Unable(ServerQuestion):
+    class Unable(SessionStatusQuery):
         def start(self) -> None:
             raise RuntimeError("can't start new thread")
 
@@ -1341,7 +1341,7 @@ def test_a_program_that_cannot_be_signalled_is_abandoned_in_time() -> None:
 
 def test_all_of_program_preflight_and_tunnel_have_to_be_gone() -> None:
     proxy = in_state(State.TUNNELLING)
-    proxy.sees(Prepared(ADDRESS))
+    proxy.sees(PreflightPassed(ADDRESS))
     proxy.process.obedient = False
     proxy.stop()
     proxy.tunnel.closes()

@@ -9,7 +9,7 @@ import pytest
 
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
-    AgentSpoke,
+    AgentDataReceived,
     ChannelOpened,
     ConnectionEnded,
     Evidence,
@@ -20,9 +20,9 @@ from proxy_fsm.evidence import (
     ProcessSpawned,
     SpawnFailed,
     StopOrdered,
-    WorkerRefused,
+    WorkerFailed,
 )
-from proxy_fsm.status import EndReason
+from proxy_fsm.reasons import EndReason
 
 
 def test_an_observation_knows_when_it_was_made() -> None:
@@ -64,7 +64,7 @@ def test_lines_are_kept_apart() -> None:
 
 def test_the_first_of_each_kind_is_found() -> None:
     one, two = ChannelOpened(1), ChannelOpened(2)
-    evidence = Evidence(AgentSpoke(1), one, two)
+    evidence = Evidence(AgentDataReceived(1), one, two)
     assert evidence.first(ChannelOpened) is one
     assert evidence.first(ConnectionEnded) is None
 
@@ -72,14 +72,14 @@ def test_the_first_of_each_kind_is_found() -> None:
 def test_a_kind_is_found_by_a_more_general_one_too() -> None:
     failed = SpawnFailed(BackendError(EndReason.PROXY_NOT_FOUND, "It is not there."))
     evidence = Evidence(ProcessSpawned(1, "x"), failed)
-    assert evidence.first(WorkerRefused) is failed
-    assert evidence.saw(WorkerRefused)
-    assert not Evidence(WorkerRefused(failed.error)).saw(SpawnFailed)
+    assert evidence.first(WorkerFailed) is failed
+    assert evidence.saw(WorkerFailed)
+    assert not Evidence(WorkerFailed(failed.error)).saw(SpawnFailed)
 
 
 def test_any_of_several_kinds_will_do() -> None:
-    evidence = Evidence(AgentSpoke(1))
-    assert evidence.saw(ChannelOpened, AgentSpoke)
+    evidence = Evidence(AgentDataReceived(1))
+    assert evidence.saw(ChannelOpened, AgentDataReceived)
     assert not evidence.saw(ChannelOpened, ConnectionEnded)
 
 

@@ -13,14 +13,15 @@ PACKAGE = Path(proxy_fsm.__file__).parent
 
 CONTRACT = """
 Proxy State EndReason SessionInfo NX3Backend KDriveBackend CommandBackend ProxyStatus TransitionRecord TunnelStats
-Timeouts TRANSITIONS ProxyFsmError InvalidTransition InvalidSession ProxyFailed ProxyStopped BackendError Lifecycle
+Timeouts TRANSITIONS PHASES Phase
+ProxyFsmError InvalidTransition InvalidSession ProxyFailed ProxyStopped BackendError Lifecycle
 Backend Link fast_transport
 """.split()
 
 #: Reading order is import order: a module imports only from those above it.
 LAYERS = """
-errors lifecycle status session evidence events redaction x11 backends ssh peer monitor forwarder process journal
-preflight question engine diagram proxy x2go aio timeline sphinx testing cli
+errors states lifecycle reasons status session evidence events redaction x11 backends ssh workers journal
+engine diagram proxy x2go aio timeline sphinx testing cli
 """.split()
 
 

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from proxy_fsm.evidence import ConnectionEnded, TunnelClosed, WorkerFailed, WorkerRefused
-from proxy_fsm.forwarder import Forwarder
+from proxy_fsm.evidence import ConnectionEnded, TunnelClosed, WorkerCrashed, WorkerFailed
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.testing import LoopbackSSHServer
+from proxy_fsm.workers.forwarder import Forwarder
 
 from .e2e.sshd import SshServer, transport_of
 from .helpers.agent import Agent
@@ -182,8 +182,8 @@ def converse(
         inbox.wait(ConnectionEnded, len(conversations))
         forwarder.close()
         inbox.wait(TunnelClosed)
+        assert not inbox.all(WorkerCrashed)
         assert not inbox.all(WorkerFailed)
-        assert not inbox.all(WorkerRefused)
         counted = sorted((each.bytes_to_agent, each.bytes_from_agent) for each in inbox.all(ConnectionEnded))
         assert counted == sorted((talk.proxy.size_bytes, talk.agent.size_bytes) for talk in conversations)
     assert transport.is_active()

@@ -14,8 +14,9 @@ import pytest
 
 from proxy_fsm.events import EventLog
 from proxy_fsm.journal import Journal
-from proxy_fsm.lifecycle import State, Trigger
-from proxy_fsm.status import EndReason, TransitionRecord
+from proxy_fsm.reasons import EndReason
+from proxy_fsm.states import State, Trigger
+from proxy_fsm.status import TransitionRecord
 
 from .helpers.recorder import Recorder
 from .helpers.task import Task

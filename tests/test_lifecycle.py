@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy_fsm.errors import InvalidTransition
-from proxy_fsm.lifecycle import TRANSITIONS, Lifecycle, State, Transition, Trigger
+from proxy_fsm.lifecycle import Lifecycle
+from proxy_fsm.states import TRANSITIONS, State, Transition, Trigger
 
 COLUMNS = "idle        tunnelling  spawning    running     stopping    stopped     failed".split()
 TABLE = """

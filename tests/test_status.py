@@ -10,17 +10,9 @@ from datetime import UTC, datetime
 import pytest
 
 from proxy_fsm import errors
-from proxy_fsm.lifecycle import State, Trigger
-from proxy_fsm.status import (
-    EndReason,
-    Link,
-    ProxyStatus,
-    Timeouts,
-    TransitionRecord,
-    TunnelStats,
-    hint_for,
-    is_retryable,
-)
+from proxy_fsm.reasons import EndReason, hint_for, is_retryable
+from proxy_fsm.states import State, Trigger
+from proxy_fsm.status import Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 RECORD = TransitionRecord(
@@ -102,8 +94,9 @@ def test_timeouts_have_the_contracts_defaults() -> None:
         "preflight_s": 5,
         "ready_s": 30,
         "agent_connect_s": 8,
-        "stop_grace_s": 5,
+        "stop_grace_s": 8,
         "kill_s": 2,
+        "drain_s": 0.5,
         "ask_server_s": 2,
         "link_probe_s": 15,
         "link_dead_s": 45,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from proxy_fsm.errors import BackendError
-from proxy_fsm.evidence import AgentClosed, AgentSpoke, ChannelOpened, ConnectionEnded
-from proxy_fsm.status import EndReason
+from proxy_fsm.evidence import AgentDataReceived, AgentEof, ChannelOpened, ConnectionEnded
+from proxy_fsm.reasons import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -243,7 +243,7 @@ class CommandBackend(Backend):
     def ready(self, evidence: Evidence) -> bool:
         """Judge by what ``ready_when`` asks for."""
         if self._ready_when == "first_bytes":
-            return evidence.saw(AgentSpoke)
+            return evidence.saw(AgentDataReceived)
         if self._ready_when == "connected":
             return evidence.saw(ChannelOpened)
         pattern = self._ready_when
@@ -253,7 +253,7 @@ class CommandBackend(Backend):
         """Distinguish a viewer that its user closed from a session that the agent ended."""
         if not evidence.ready:
             return None
-        agent_left = self.max_connections == 1 and evidence.saw(AgentClosed)
+        agent_left = self.max_connections == 1 and evidence.saw(AgentEof)
         if agent_left and (evidence.saw(ConnectionEnded) or evidence.exited):
             return EndReason.SESSION_ENDED, "The other side closed the connection."
         if evidence.exited and evidence.exited.exit_code == 0:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from proxy_fsm.backends.base import BackendContext, Program
 from proxy_fsm.backends.option_string import OptionStringBackend
 from proxy_fsm.errors import BackendError
-from proxy_fsm.evidence import AgentClosed, AgentSpoke, ConnectionEnded
-from proxy_fsm.status import EndReason
+from proxy_fsm.evidence import AgentDataReceived, AgentEof, ConnectionEnded
+from proxy_fsm.reasons import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,11 +70,11 @@ class KDriveBackend(OptionStringBackend):
 
     def ready(self, evidence: Evidence) -> bool:
         """The agent's first bytes came: it has accepted the cookie."""
-        return evidence.saw(AgentSpoke)
+        return evidence.saw(AgentDataReceived)
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
         """Judge by what the tunnel saw and the exit code: the program's own words are not known."""
-        agent_left = evidence.saw(AgentClosed) and (evidence.saw(ConnectionEnded) or evidence.exited is not None)
+        agent_left = evidence.saw(AgentEof) and (evidence.saw(ConnectionEnded) or evidence.exited is not None)
         if agent_left and not evidence.ready:
             return EndReason.NEGOTIATION_FAILED, (
                 "The agent closed the connection before it said anything: "

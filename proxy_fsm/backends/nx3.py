@@ -13,7 +13,7 @@ from proxy_fsm.backends.base import BackendContext, Program
 from proxy_fsm.backends.option_string import MAX_STRING_BYTES, OptionStringBackend, fits
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import ChannelOpened, OutputLine
-from proxy_fsm.status import EndReason
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.x11 import DisplayError, open_display
 
 if TYPE_CHECKING:

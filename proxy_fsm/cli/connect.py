@@ -19,8 +19,8 @@ from proxy_fsm import (
     Proxy,
     SessionInfo,
     SessionStatus,
+    check_preflight,
     parse_resume_output,
-    rehearse,
 )
 from proxy_fsm.cli.connecting import SSHOptions, connected
 from proxy_fsm.cli.output import LogFormat, Output
@@ -159,7 +159,7 @@ def connect(
         with contextlib.ExitStack() as held:
             ready = held.enter_context(contextlib.ExitStack())
             try:
-                ready.enter_context(rehearse(backend, sessions_root=attach_options.sessions_root))
+                ready.enter_context(check_preflight(backend, sessions_root=attach_options.sessions_root))
             except BackendError as error:
                 hint = error.hint or error.reason.hint
                 output.log.error("preflight.failed", reason=str(error.reason), detail=error.detail, hint=hint)  # noqa: TRY400

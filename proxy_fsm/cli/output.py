@@ -82,7 +82,7 @@ class Output:
         """Keep a secret out of everything that is written from now on, wherever it should turn up."""
         self._secrets.append(re.compile(re.escape(secret), re.IGNORECASE))
 
-    def without_secrets(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
         """Return a text with all that is to be hidden left out; for what is written past the log."""
         for secret in self._secrets:
             text = secret.sub("(secret)", text)
@@ -98,7 +98,7 @@ class Output:
             for sink in self._sinks:
                 if logging.getLevelNamesMapping()[event["level"].upper()] < sink.level:
                     continue
-                sink.write(self.without_secrets(sink.render(method, event)))
+                sink.write(self.redacted(sink.render(method, event)))
         raise structlog.DropEvent
 
 

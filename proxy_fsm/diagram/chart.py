@@ -11,7 +11,7 @@ from transitions import Machine
 
 from proxy_fsm.backends import Backend
 from proxy_fsm.errors import ProxyFsmError
-from proxy_fsm.lifecycle import TRANSITIONS, State, Trigger
+from proxy_fsm.states import TRANSITIONS, State, Trigger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

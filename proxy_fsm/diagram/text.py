@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from proxy_fsm.diagram.chart import LIFECYCLE, visited
 from proxy_fsm.diagram.scene import COLOURS
-from proxy_fsm.lifecycle import State
+from proxy_fsm.states import State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

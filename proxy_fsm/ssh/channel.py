@@ -15,7 +15,7 @@ from paramiko.message import Message
 
 from proxy_fsm.ssh.errors import TransportGone
 from proxy_fsm.ssh.fast import Messages, Packetizer, acknowledge, tcp_socket
-from proxy_fsm.ssh.sending import PatientTransport
+from proxy_fsm.ssh.sending import RekeySafeTransport
 
 if TYPE_CHECKING:
     from array import array
@@ -155,7 +155,7 @@ class SafeChannel(paramiko.Channel):
             cast("Any", self.transport)._send_user_message(message)  # noqa: SLF001
 
     def _set_transport(self, transport: paramiko.Transport) -> None:
-        super()._set_transport(PatientTransport(transport))  # type: ignore[misc]
+        super()._set_transport(RekeySafeTransport(transport))  # type: ignore[misc]
         cast("ReceiveBuffer", self.in_buffer).carrier = tcp_socket(transport)
         self._most_messages = _MOST_MESSAGES if isinstance(transport.packetizer, Packetizer) else 1
 

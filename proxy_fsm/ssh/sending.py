@@ -14,7 +14,7 @@ from proxy_fsm.ssh.errors import TransportGone
 if TYPE_CHECKING:
     from paramiko.message import Message
 
-__all__ = ["DeferredSender", "PatientTransport", "send_patiently"]
+__all__ = ["DeferredSender", "RekeySafeTransport", "send_through_rekey"]
 
 
 class DeferredSender:
@@ -63,7 +63,7 @@ class DeferredSender:
             while self._deferred:
                 try:
                     with suppress(paramiko.SSHException, OSError, EOFError):  # the transport is gone
-                        send_patiently(self._transport, self._deferred[0])
+                        send_through_rekey(self._transport, self._deferred[0])
                 finally:
                     self._deferred.popleft()  # only now: until it is sent, nothing overtakes it
         finally:
@@ -72,7 +72,7 @@ class DeferredSender:
             self._start_sender()
 
 
-def send_patiently(transport: Any, message: Message) -> None:
+def send_through_rekey(transport: Any, message: Message) -> None:
     """Send, however long keys are exchanged; it raises, or drops the message, where the transport is gone."""
     while True:
         try:
@@ -86,7 +86,7 @@ def send_patiently(transport: Any, message: Message) -> None:
             return
 
 
-class PatientTransport:
+class RekeySafeTransport:
     """A transport as our channels see it: it gives up no message because keys are exchanged slowly.
 
     Whatever paramiko raises where a message cannot be sent becomes one error, `TransportGone`.
@@ -100,7 +100,7 @@ class PatientTransport:
 
     def _send_user_message(self, message: Message) -> None:
         try:
-            send_patiently(self._transport, message)
+            send_through_rekey(self._transport, message)
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise TransportGone(str(error) or "The SSH transport ended.") from error
         if not self._transport.is_active():  # then paramiko drops what it is to send, and says nothing

@@ -32,8 +32,8 @@ from proxy_fsm.backends import NX3Backend
 from proxy_fsm.engine import Workers
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
-    AgentClosed,
-    AgentSpoke,
+    AgentDataReceived,
+    AgentEof,
     ChannelOpened,
     ConnectionEnded,
     DisplayLost,
@@ -43,26 +43,27 @@ from proxy_fsm.evidence import (
     LinkSilent,
     Observation,
     OutputLine,
-    PreparationEnded,
-    Prepared,
+    PreflightFinished,
+    PreflightPassed,
     ProcessExited,
     ProcessSpawned,
-    ServerAnswered,
+    SessionStatusReceived,
     SpawnFailed,
     TransportEnded,
     TunnelClosed,
+    WorkerCrashed,
     WorkerFailed,
-    WorkerRefused,
 )
-from proxy_fsm.forwarder import Forwarder
-from proxy_fsm.lifecycle import State
-from proxy_fsm.monitor import Attachment
-from proxy_fsm.preflight import Launch, Preparation
-from proxy_fsm.process import ProxyProcess
 from proxy_fsm.proxy import Proxy
-from proxy_fsm.question import ServerQuestion
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionInfo, SessionStatus
-from proxy_fsm.status import EndReason, TransitionRecord, TunnelStats
+from proxy_fsm.states import State
+from proxy_fsm.status import TransitionRecord, TunnelStats
+from proxy_fsm.workers.forwarder import Forwarder
+from proxy_fsm.workers.link_monitor import Attachment
+from proxy_fsm.workers.preflight import Launch, Preflight
+from proxy_fsm.workers.process import ProxyProcess
+from proxy_fsm.workers.session_query import SessionStatusQuery
 
 if TYPE_CHECKING:
     import signal
@@ -113,20 +114,20 @@ class FakeTunnel:
 
     def opens(self) -> None:
         """Everything local is good, and the local end is bound."""
-        self._post(Prepared("/fake/proxy.sock"))
+        self._post(PreflightPassed("/fake/proxy.sock"))
         self.preflight_ends()
 
     def preflight_ends(self) -> None:
         """The preflight's thread is gone."""
-        self._post(PreparationEnded())
+        self._post(PreflightFinished())
 
     def refuses(self, reason: EndReason = EndReason.AGENT_UNREACHABLE, detail: str = "It was refused.") -> None:
         """The preflight, or the opening of a channel, ends with a reason."""
-        self._post(WorkerRefused(BackendError(reason, detail)))
+        self._post(WorkerFailed(BackendError(reason, detail)))
 
     def breaks(self) -> None:
         """A worker's thread ends with an error that nobody expected."""
-        self._post(WorkerFailed("tunnel", ZeroDivisionError("a fake one")))
+        self._post(WorkerCrashed("tunnel", ZeroDivisionError("a fake one")))
 
     def connects(self) -> None:
         """The proxy connected, and its channel stands."""
@@ -134,11 +135,11 @@ class FakeTunnel:
 
     def agent_speaks(self) -> None:
         """The agent's first bytes came."""
-        self._post(AgentSpoke(1))
+        self._post(AgentDataReceived(1))
 
     def agent_closes(self) -> None:
         """The agent ended its direction."""
-        self._post(AgentClosed(1))
+        self._post(AgentEof(1))
 
     def disconnects(self) -> None:
         """The connection is gone, both ways."""
@@ -176,7 +177,7 @@ class FakeTunnel:
 
     def server_answers(self, status: SessionStatus | None) -> None:
         """The X2Go server said how the session stands."""
-        self._post(ServerAnswered(status))
+        self._post(SessionStatusReceived(status))
 
 
 class FakeProcess:
@@ -343,9 +344,9 @@ class FakedProxy(Proxy):
 
         return Workers(
             forwarder=partial(_FakeForwarder, tunnel),
-            preparation=_FakePreparation,
+            preparation=_FakePreflight,
             process=lambda *_, **__: _FakeRun(process),
-            question=_FakeQuestion,
+            question=_FakeQuery,
             attach=lambda *_: _FakeAttachment(tunnel),
         )
 
@@ -390,7 +391,7 @@ class _FakeForwarder(Forwarder):
         return TunnelStats(0, 0, None, 0)
 
 
-class _FakePreparation(Preparation):
+class _FakePreflight(Preflight):
     def start(self) -> None:
         self.step = "what the test says"
         self.launch = Launch(["/fake/nxproxy"], {}, Path(os.sep), -1)
@@ -413,6 +414,6 @@ class _FakeRun(ProxyProcess):
             self._process.is_killed(number)
 
 
-class _FakeQuestion(ServerQuestion):
+class _FakeQuery(SessionStatusQuery):
     def start(self) -> None:
         """Ask nobody: the test says what is answered."""

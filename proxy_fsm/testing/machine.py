@@ -29,9 +29,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from proxy_fsm.errors import InvalidTransition
-from proxy_fsm.lifecycle import TRANSITIONS, State
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionStatus
-from proxy_fsm.status import EndReason, Timeouts, TransitionRecord
+from proxy_fsm.states import TRANSITIONS, State
+from proxy_fsm.status import Timeouts, TransitionRecord
 from proxy_fsm.testing.fakes import FakedProxy
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from datetime import UTC, datetime, timedelta
 
 from hypothesis import strategies as st
 
-from proxy_fsm.lifecycle import TRANSITIONS, State, Transition, Trigger
+from proxy_fsm.reasons import EndReason, is_retryable
 from proxy_fsm.session import SessionInfo
-from proxy_fsm.status import EndReason, ProxyStatus, TransitionRecord, is_retryable
+from proxy_fsm.states import TRANSITIONS, State, Transition, Trigger
+from proxy_fsm.status import ProxyStatus, TransitionRecord
 
 __all__ = ["histories", "sessions", "statuses", "transition_sequences", "triggers"]
 

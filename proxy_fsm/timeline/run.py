@@ -11,8 +11,8 @@ from proxy_fsm.errors import ProxyFsmError
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from proxy_fsm.lifecycle import State
-    from proxy_fsm.status import EndReason
+    from proxy_fsm.reasons import EndReason
+    from proxy_fsm.states import State
 
 __all__ = ["Event", "Flow", "Run", "Stay", "TimelineError", "Track"]
 

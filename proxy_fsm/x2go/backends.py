@@ -16,7 +16,7 @@ from proxy_fsm.backends.nx3 import NXPROXY, NX3Backend, check_xauth
 from proxy_fsm.backends.option_string import MAX_STRING_BYTES
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import ChannelOpened
-from proxy_fsm.status import EndReason
+from proxy_fsm.reasons import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

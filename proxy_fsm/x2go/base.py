@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from proxy_fsm.engine import Workers, is_patched
 from proxy_fsm.errors import BackendError, InvalidTransition
-from proxy_fsm.lifecycle import State
-from proxy_fsm.process import ProxyProcess
 from proxy_fsm.proxy import Proxy
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.redaction import Redactor
 from proxy_fsm.session import SessionInfo
-from proxy_fsm.status import EndReason
+from proxy_fsm.states import State
+from proxy_fsm.workers.process import ProxyProcess
 from proxy_fsm.x2go.backends import HookedBackend, HookedKDrive, HookedNX3, HookedViewer, Hooks
 from proxy_fsm.x2go.handles import ProcessHandle, TunnelHandle
 from proxy_fsm.x2go.logs import DEBUG, DEFAULT, ERROR, INFO, NOTICE, EventsToX2Go, X2GoLog

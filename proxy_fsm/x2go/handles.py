@@ -8,14 +8,14 @@ import threading
 from typing import TYPE_CHECKING
 
 from proxy_fsm.evidence import OutputLine, ProcessExited, ProcessSpawned
-from proxy_fsm.lifecycle import State
+from proxy_fsm.states import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from proxy_fsm.evidence import Observation
-    from proxy_fsm.process import ProxyProcess
     from proxy_fsm.proxy import Proxy
+    from proxy_fsm.workers.process import ProxyProcess
 
 __all__ = ["ProcessHandle", "TunnelHandle"]
 

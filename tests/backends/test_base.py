@@ -13,8 +13,8 @@ from proxy_fsm.backends import Backend, BackendContext, CommandBackend
 from proxy_fsm.backends.base import find_program
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
-    AgentClosed,
-    AgentSpoke,
+    AgentDataReceived,
+    AgentEof,
     ChannelOpened,
     ConnectionEnded,
     Evidence,
@@ -23,15 +23,15 @@ from proxy_fsm.evidence import (
     ProcessExited,
     ProcessSpawned,
 )
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionInfo
-from proxy_fsm.status import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COOKIE = "0123456789abcdef0123456789abcdef"
 VIEWER = ("vncviewer", "{host}::{port}")
-OPENED, SPOKE, CLOSED = ChannelOpened(1), AgentSpoke(1), AgentClosed(1)
+OPENED, SPOKE, CLOSED = ChannelOpened(1), AgentDataReceived(1), AgentEof(1)
 ENDED = ConnectionEnded(1, 10, 20, 0.5)
 
 

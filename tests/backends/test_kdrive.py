@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from proxy_fsm import BackendContext, BackendError, EndReason, Evidence, InvalidSession, KDriveBackend, SessionInfo
-from proxy_fsm.evidence import AgentClosed, AgentSpoke, ChannelOpened, ConnectionEnded, Observation, ProcessExited
+from proxy_fsm.evidence import AgentDataReceived, AgentEof, ChannelOpened, ConnectionEnded, Observation, ProcessExited
 
 COOKIE = "0123456789abcdef0123456789abcdef"
 NAME = "alice-51-1795334442_stDxterm_dp24"
@@ -79,18 +79,18 @@ def test_the_program_is_the_one_given_or_the_variables_or_in_path(
 
 def test_it_is_ready_when_the_agent_has_spoken() -> None:
     assert not KDriveBackend().ready(Evidence(ChannelOpened(1)))
-    assert KDriveBackend().ready(Evidence(ChannelOpened(1), AgentSpoke(1)))
+    assert KDriveBackend().ready(Evidence(ChannelOpened(1), AgentDataReceived(1)))
 
 
 @pytest.mark.parametrize(
     ("seen", "ready", "reason"),
     [
-        ([AgentClosed(1)], False, None),
-        ([AgentClosed(1), ConnectionEnded(1, 0, 0, 1.0)], False, EndReason.NEGOTIATION_FAILED),
-        ([AgentClosed(1), ProcessExited(1, None)], False, EndReason.NEGOTIATION_FAILED),
+        ([AgentEof(1)], False, None),
+        ([AgentEof(1), ConnectionEnded(1, 0, 0, 1.0)], False, EndReason.NEGOTIATION_FAILED),
+        ([AgentEof(1), ProcessExited(1, None)], False, EndReason.NEGOTIATION_FAILED),
         ([ProcessExited(0, None)], False, None),
-        ([AgentClosed(1), ConnectionEnded(1, 0, 9, 1.0)], True, EndReason.SESSION_ENDED),
-        ([AgentClosed(1), ProcessExited(0, None)], True, EndReason.SESSION_ENDED),
+        ([AgentEof(1), ConnectionEnded(1, 0, 9, 1.0)], True, EndReason.SESSION_ENDED),
+        ([AgentEof(1), ProcessExited(0, None)], True, EndReason.SESSION_ENDED),
         ([ProcessExited(0, None)], True, EndReason.VIEWER_CLOSED),
         ([ProcessExited(1, None)], True, None),
         ([ProcessExited(None, 9)], True, None),

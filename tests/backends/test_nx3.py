@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from proxy_fsm.backends import BackendContext, NX3Backend
 from proxy_fsm.errors import BackendError, InvalidSession
 from proxy_fsm.evidence import (
-    AgentClosed,
-    AgentSpoke,
+    AgentDataReceived,
+    AgentEof,
     ChannelOpened,
     ConnectionEnded,
     DisplayLost,
@@ -36,9 +36,9 @@ from proxy_fsm.evidence import (
     ProcessSpawned,
     TransportEnded,
 )
-from proxy_fsm.process import LineReader
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionInfo
-from proxy_fsm.status import EndReason
+from proxy_fsm.workers.process import LineReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -300,7 +300,7 @@ class TestProgram:
 
 
 CONNECTED = "Connected to remote proxy on FD#"
-GONE = (AgentClosed(1), ConnectionEnded(1, 1000, 1000, 3.0))
+GONE = (AgentEof(1), ConnectionEnded(1, 1000, 1000, 3.0))
 CUT = (ConnectionEnded(1, 1000, 1000, 3.0),)
 EXIT = "(exit)"
 #: Recording: whether the channel was opened; what else was seen at the action; whether it was ready; the verdict,
@@ -359,7 +359,7 @@ def replay(name: str) -> list[Observation]:
                 seen.append(ChannelOpened(1))
             seen.append(OutputLine(text))
             if "Connection with remote proxy completed" in text:
-                seen.append(AgentSpoke(1))
+                seen.append(AgentDataReceived(1))
         elif kind == "action":
             seen += [each for each in at_action if each not in seen]
         else:
@@ -409,8 +409,10 @@ class TestDiagnosis:
         ready = OutputLine("Info: Established X server connection.")
         assert backend.ready(Evidence(ready))
         assert not backend.ready(Evidence(OutputLine("Session: Session started at 'Sun Nov 22 12:07:31 2026'.")))
-        assert backend.ready(Evidence(ready, AgentSpoke(1)))
-        assert not backend.ready(Evidence(AgentSpoke(1), OutputLine("Info: Using shared memory parameters 0/0K.")))
+        assert backend.ready(Evidence(ready, AgentDataReceived(1)))
+        assert not backend.ready(
+            Evidence(AgentDataReceived(1), OutputLine("Info: Using shared memory parameters 0/0K."))
+        )
 
     @pytest.mark.parametrize(
         ("opened", "reason"), [(False, EndReason.LISTEN_FAILED), (True, EndReason.DISPLAY_UNAVAILABLE)]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from proxy_fsm import EndReason
-from proxy_fsm.evidence import LinkDead, ProcessExited, ServerAnswered, TransportEnded, WorkerRefused
+from proxy_fsm.evidence import LinkDead, ProcessExited, SessionStatusReceived, TransportEnded, WorkerFailed
 
 from . import causes
 from .attempt import Attempt
@@ -160,12 +160,12 @@ FAULTS: tuple[Fault, ...] = (
           make=causes.viewer, start=causes.start_without_free_port, unshares=True),
     START("SSH connection closed before", E.TRANSPORT_LOST, "The SSH connection", YES, make=causes.transport_closed),
     START("forwarding denied", E.FORWARDING_DENIED, "does not allow forwarding", YES,
-          make=causes.forwarding_denied, sign=WorkerRefused, orderly=True),
+          make=causes.forwarding_denied, sign=WorkerFailed, orderly=True),
     START("graphics port refused", E.AGENT_UNREACHABLE, "nothing listens there", UNKNOWN,
-          make=causes.port_refused, limits={"agent_connect_s": 1}, sign=WorkerRefused, orderly=True,
+          make=causes.port_refused, limits={"agent_connect_s": 1}, sign=WorkerFailed, orderly=True,
           within_s=1 + DEAD_S),
     START("agent killed before", E.AGENT_UNREACHABLE, "nothing listens there", UNKNOWN,
-          make=causes.agent_dead, limits={"agent_connect_s": 1}, left=Left.DEAD, sign=WorkerRefused, orderly=True,
+          make=causes.agent_dead, limits={"agent_connect_s": 1}, left=Left.DEAD, sign=WorkerFailed, orderly=True,
           within_s=1 + DEAD_S),
 
     NEGOTIATION("wrong cookie", E.NEGOTIATION_FAILED, "cookie is wrong, or the agent has gone", NO,
@@ -195,9 +195,10 @@ FAULTS: tuple[Fault, ...] = (
     RUNNING("session terminated", E.SESSION_ENDED, "suspended or terminated", UNKNOWN,
             strike=causes.terminate, script=TERMINATE, left=Left.TERMINATED, sign=EXIT),
     RUNNING("session suspended, server asked", E.SESSION_SUSPENDED, "was suspended", YES,
-            make=causes.asking, strike=causes.suspend, script=SUSPEND, sign=ServerAnswered),
+            make=causes.asking, strike=causes.suspend, script=SUSPEND, sign=SessionStatusReceived),
     RUNNING("session terminated, server asked", E.SESSION_TERMINATED, "was terminated", NO,
-            make=causes.asking, strike=causes.terminate, script=TERMINATE, left=Left.TERMINATED, sign=ServerAnswered),
+            make=causes.asking, strike=causes.terminate, script=TERMINATE, left=Left.TERMINATED,
+            sign=SessionStatusReceived),
     RUNNING("X server killed", E.DISPLAY_LOST, "The X server has gone", YES,
             make=causes.on_another_display, strike=causes.kill_display, orderly=True),
     RUNNING("proxy killed (SIGKILL)", E.PROXY_KILLED, "SIGKILL", YES, strike=causes.kill_proxy),

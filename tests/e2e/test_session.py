@@ -30,12 +30,12 @@ from proxy_fsm import (
     State,
     Timeouts,
     Trigger,
-    monitor,
     parse_agent_output,
     parse_session_list,
 )
 from proxy_fsm.evidence import ProcessExited
 from proxy_fsm.ssh import why_ended
+from proxy_fsm.workers import link_monitor
 from tests.helpers.wait import eventually
 
 from .attempt import (
@@ -240,7 +240,7 @@ def test_lost_transport_is_told_by_the_tunnel_where_the_monitor_is_late(
         stopping.wait(1.0)
         return why_ended(transport)
 
-    monkeypatch.setattr(monitor, "why_ended", late)
+    monkeypatch.setattr(link_monitor, "why_ended", late)
     scene.client.close()
     assert attempt.wait() is State.FAILED
     status = attempt.proxy.status()

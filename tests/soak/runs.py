@@ -17,11 +17,11 @@ import paramiko
 import pytest
 
 from benchmarks.delay import delayed
-from proxy_fsm import monitor
 from proxy_fsm.evidence import TransportEnded, TunnelClosed
-from proxy_fsm.forwarder import Forwarder
 from proxy_fsm.ssh import ChannelOpening, ChannelRefused
 from proxy_fsm.status import Timeouts
+from proxy_fsm.workers import link_monitor
+from proxy_fsm.workers.forwarder import Forwarder
 from tests.e2e.sshd import SshServer
 from tests.helpers.agent import Agent, dead_port
 from tests.helpers.holdings import threads_ended
@@ -381,9 +381,9 @@ def probed_without_pause(transport: paramiko.Transport) -> Iterator[Callable[[],
 
     inbox = Inbox()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "packets_received", lambda _: 0)
-        patch.setattr(monitor, "ChannelOpening", Counted)
-        attachment = monitor.attach(transport, Timeouts(link_probe_s=0.001, link_dead_s=3600), inbox.post)
+        patch.setattr(link_monitor, "packets_received", lambda _: 0)
+        patch.setattr(link_monitor, "ChannelOpening", Counted)
+        attachment = link_monitor.attach(transport, Timeouts(link_probe_s=0.001, link_dead_s=3600), inbox.post)
         try:
             yield lambda: answered
         finally:

@@ -240,5 +240,5 @@ def test_a_pipe_that_is_gone_is_not_tried_again() -> None:
         raise paramiko.ProxyCommandFailure("ssh -W", "Broken pipe")
 
     with pytest.raises(paramiko.ProxyCommandFailure):
-        sending.send_patiently(SimpleNamespace(_send_user_message=send, is_active=lambda: True), paramiko.Message())
+        sending.send_through_rekey(SimpleNamespace(_send_user_message=send, is_active=lambda: True), paramiko.Message())
     assert len(tries) == 1

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy_fsm import peer
-
-from .helpers.sockets import LOOPBACK, reset
+from proxy_fsm.workers import peer
+from tests.helpers.sockets import LOOPBACK, reset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobod
 
 Finder = Callable[[tuple[str, int], tuple[str, int]], Any]
 
-FINDERS = pytest.mark.parametrize("find", [peer._asked_owner, peer._looked_up])
+FINDERS = pytest.mark.parametrize("find", [peer._owner_from_netlink, peer._owner_from_proc])
 #: An address that nobody has (RFC 5737).
 ELSEWHERE = ("192.0.2.1", 9)
 
@@ -82,8 +81,8 @@ def test_a_socket_that_nobody_holds_any_more_has_no_owner(
     monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None, owner: int | None
 ) -> None:
     """Linux before 6.16 says 0, which is root's number, and would let anybody in to root's proxies."""
-    monkeypatch.setattr(peer, "_asked_owner", lambda *_: None if found is None else peer._Owner(*found))
-    monkeypatch.setattr(peer, "_looked_up", lambda *_: None)
+    monkeypatch.setattr(peer, "_owner_from_netlink", lambda *_: None if found is None else peer._Owner(*found))
+    monkeypatch.setattr(peer, "_owner_from_proc", lambda *_: None)
     assert peer._tcp_owner(ELSEWHERE, ELSEWHERE) == owner
 
 
@@ -91,7 +90,7 @@ def test_where_the_kernel_finds_nothing_its_tables_have_the_last_word(
     listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel that was built without this question answers as if there were no such socket."""
-    monkeypatch.setattr(peer, "_asked_owner", lambda *_: None)
+    monkeypatch.setattr(peer, "_owner_from_netlink", lambda *_: None)
     with socket.create_connection(listener.getsockname()) as local, listener.accept()[0] as accepted:
         assert peer._tcp_owner(accepted.getpeername(), accepted.getsockname()) == os.geteuid()
         assert local.fileno() >= 0
@@ -117,7 +116,7 @@ def test_an_answer_that_is_an_error_is_one(monkeypatch: pytest.MonkeyPatch) -> N
     """The kernel knows no such request: an error like this leads to the tables."""
     monkeypatch.setattr(peer, "_SOCK_DIAG_BY_FAMILY", 9999)
     with pytest.raises(OSError, match=r"\w"):
-        peer._asked_owner(ELSEWHERE, ELSEWHERE)
+        peer._owner_from_netlink(ELSEWHERE, ELSEWHERE)
 
 
 def waiting_bytes(sock: socket.socket) -> int:

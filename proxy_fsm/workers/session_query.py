@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import paramiko
 
 from proxy_fsm.errors import InvalidSession
-from proxy_fsm.evidence import ServerAnswered
+from proxy_fsm.evidence import SessionStatusReceived
 from proxy_fsm.session import SessionStatus, parse_session_list
 from proxy_fsm.ssh import ChannelOpening, NotOpened, SafeChannel
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.evidence import Observation
 
-__all__ = ["ServerQuestion"]
+__all__ = ["SessionStatusQuery"]
 
 _MAX_ANSWER_BYTES = 1 << 20
 _PAUSE_S = 0.1
@@ -26,8 +26,8 @@ _PAUSE_S = 0.1
 _ROW = re.compile(r"[^|]*\|\s*(?P<name>[\w.@-]+)\s*\|", re.ASCII)
 
 
-class ServerQuestion:
-    """Finds out whether a session is suspended or gone, on a thread of its own; posts `ServerAnswered`.
+class SessionStatusQuery:
+    """Finds out whether a session is suspended or gone, on a thread of its own; posts `SessionStatusReceived`.
 
     A server may still list a session as running for a moment after its agent has let go, so it is asked again until
     it says something else, or `abandon` is called.
@@ -75,7 +75,7 @@ class ServerQuestion:
                 self._abandoned.wait(_PAUSE_S)
         except (NotOpened, InvalidSession, paramiko.SSHException, OSError, EOFError):
             status = None  # it cannot tell, which is an answer too
-        self._post(ServerAnswered(status))
+        self._post(SessionStatusReceived(status))
 
     def _list_sessions(self) -> str | None:
         """Return what the server lists; None where it could not, or nobody wants it any more."""

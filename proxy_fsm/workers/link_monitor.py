@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded, WorkerFailed
+from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded, WorkerCrashed
 from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received, why_ended
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class _TransportMonitor:
             if transport is not None:
                 self._watch(transport)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owners have to know
-            self._tell_all(WorkerFailed("transport monitor", error))
+            self._tell_all(WorkerCrashed("transport monitor", error))
         finally:
             with self._lock:  # whoever comes later needs another one
                 self._closed_to_new = True

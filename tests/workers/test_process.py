@@ -29,11 +29,10 @@ from proxy_fsm.evidence import (
     ProcessExited,
     ProcessSpawned,
     SpawnFailed,
-    WorkerFailed,
+    WorkerCrashed,
 )
-from proxy_fsm.process import LineReader, ProxyProcess
-from proxy_fsm.redaction import HiddenEnvironment
-from proxy_fsm.status import EndReason
+from proxy_fsm.reasons import EndReason
+from proxy_fsm.redaction import SecretEnvironment
 from proxy_fsm.testing.scripted import (
     Gate,
     ScriptedProxy,
@@ -48,10 +47,10 @@ from proxy_fsm.testing.scripted import (
     say,
     wait_file,
 )
-
-from .e2e.procs import alive
-from .helpers.holdings import descriptors, nothing_left_open, own_threads
-from .helpers.wait import WAIT_S, assert_prompt, eventually
+from proxy_fsm.workers.process import LineReader, ProxyProcess
+from tests.e2e.procs import alive
+from tests.helpers.holdings import descriptors, nothing_left_open, own_threads
+from tests.helpers.wait import WAIT_S, assert_prompt, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -466,7 +465,7 @@ class TestLife:
     def test_what_is_in_the_pipe_at_its_end_arrives_within_a_limit(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
     ) -> None:
-        monkeypatch.setattr("proxy_fsm.process._LAST_WORDS_BYTES", limit)
+        monkeypatch.setattr("proxy_fsm.workers.process._LAST_WORDS_BYTES", limit)
         words = Step(
             "import fcntl\nfcntl.fcntl(1, 1031, 1 << 20)  # F_SETPIPE_SZ\n"
             "for n in range(40000): put(1, 'word ' + str(n).zfill(5))"
@@ -679,7 +678,7 @@ class TestFlood:
 class TestSecrets:
     """A traceback with local variables shows none."""
 
-    SECRET = HiddenEnvironment({"NX_DISPLAY": f"cookie={COOKIE}"})
+    SECRET = SecretEnvironment({"NX_DISPLAY": f"cookie={COOKIE}"})
 
     def test_an_environment_is_one(self) -> None:
         assert dict(self.SECRET) == {"NX_DISPLAY": f"cookie={COOKIE}"}
@@ -707,7 +706,7 @@ class TestSecrets:
         def refuse() -> None:
             raise OSError("no more descriptors")
 
-        monkeypatch.setattr("proxy_fsm.process.select", types.SimpleNamespace(poll=refuse))
+        monkeypatch.setattr("proxy_fsm.workers.process.select", types.SimpleNamespace(poll=refuse))
         run = Run(script(pause()), tmp_path, environment=self.SECRET, secrets=[COOKIE]).start()
         run.finish()
         error = run.seen[1].error  # type: ignore[attr-defined]
@@ -818,11 +817,11 @@ class TestSpawnFails:
         def refuse() -> None:
             raise OSError("no more descriptors")
 
-        monkeypatch.setattr("proxy_fsm.process.select", types.SimpleNamespace(poll=refuse))
+        monkeypatch.setattr("proxy_fsm.workers.process.select", types.SimpleNamespace(poll=refuse))
         run = Run(script(pause()), tmp_path).start()
         spawned, failed, exited = run.finish()
         assert isinstance(spawned, ProcessSpawned)
-        assert isinstance(failed, WorkerFailed)
+        assert isinstance(failed, WorkerCrashed)
         assert (failed.worker, str(failed.error)) == ("process", "no more descriptors")
         assert exited == ProcessExited(None, signal.SIGKILL, at=exited.at)
         assert_reaped(spawned.pid)
@@ -857,7 +856,7 @@ class TestLog:
 
     def test_it_does_not_fill_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each run may write so much, and then one line that says so."""
-        monkeypatch.setattr("proxy_fsm.process._MAX_LOG_BYTES", 100)
+        monkeypatch.setattr("proxy_fsm.workers.process._MAX_LOG_BYTES", 100)
         log = tmp_path / "session.log"
         log.write_text("before\n" * 100, encoding="ascii")
         run = Run(script(*[say(f"line {number:04}") for number in range(50)]), tmp_path, log=log).start()

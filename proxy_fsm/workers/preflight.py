@@ -21,16 +21,17 @@ from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
     DisplayLost,
     DisplayRestored,
-    PreparationEnded,
-    Prepared,
+    PreflightFinished,
+    PreflightPassed,
+    WorkerCrashed,
     WorkerFailed,
-    WorkerRefused,
 )
-from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
-from proxy_fsm.redaction import HiddenEnvironment
+from proxy_fsm.reasons import EndReason
+from proxy_fsm.redaction import SecretEnvironment
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.ssh import set_nodelay
-from proxy_fsm.status import EndReason, Timeouts
+from proxy_fsm.status import Timeouts
+from proxy_fsm.workers.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from proxy_fsm.x11 import DisplayError, DisplayWatch, open_display
 
 if TYPE_CHECKING:
@@ -38,19 +39,21 @@ if TYPE_CHECKING:
 
     from proxy_fsm.backends.base import Backend
     from proxy_fsm.evidence import Observation
-    from proxy_fsm.forwarder import Forwarder
+    from proxy_fsm.workers.forwarder import Forwarder
 
-__all__ = ["Launch", "Preparation", "open_private", "rehearse"]
+__all__ = ["Launch", "Preflight", "check_preflight", "open_private"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
-_DISPLAY_SHARE = 0.8
+_X_SERVER_SHARE = 0.8
 _NO_PORT_HINT = (
     "Make sure that 127.0.0.1 has a free TCP port, and that the temporary directory is yours, writable and not full."
 )
 #: Before what each attempt writes into the session's log.
 _START_LINE = b"--- a new attempt\n"
 #: What a backend is asked with while there is no session: one like those that there are.
-_LIKELY_SESSION = SessionInfo(name="user-50-1700000000_stDprogram_dp24", cookie="0" * 32, graphics_port=1, display=50)
+_PLACEHOLDER_SESSION = SessionInfo(
+    name="user-50-1700000000_stDprogram_dp24", cookie="0" * 32, graphics_port=1, display=50
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +66,15 @@ class Launch:
     log: int
 
 
-class Preparation:
+class Preflight:
     """The preflight of one proxy, and what it acquired.
 
-    Posts `Prepared` when all is good, or `WorkerRefused`; and `PreparationEnded` as its last word.
+    Posts `PreflightPassed` when all is good, or `WorkerFailed`; and `PreflightFinished` as its last word.
 
     Attributes:
         step: What is being waited for, for a person.
         watch: The display watch, where the backend needs an X server.
-        launch: What the proxy is started with; set before `Prepared` is posted.
+        launch: What the proxy is started with; set before `PreflightPassed` is posted.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class Preparation:
         try:
             self.thread.start()
         except BaseException:
-            self._post(PreparationEnded())
+            self._post(PreflightFinished())
             raise
 
     def close(self) -> None:
@@ -117,15 +120,15 @@ class Preparation:
     def _run(self) -> None:
         try:
             address = self._prepare()
-            self._post(Prepared(address))
+            self._post(PreflightPassed(address))
         except BackendError as error:
-            self._post(WorkerRefused(error))
+            self._post(WorkerFailed(error))
         except _ClosedError:
             pass  # the owner has gone on, and holds nothing of this
         except BaseException as error:  # noqa: BLE001 - whatever it was, sys.exit() included, the owner has to know
-            self._post(WorkerFailed("preflight", error))
+            self._post(WorkerCrashed("preflight", error))
         finally:
-            self._post(PreparationEnded())
+            self._post(PreflightFinished())
 
     def _prepare(self) -> str:
         environ = _inherited(self._environ)
@@ -185,7 +188,7 @@ class Preparation:
             environ,
             on_lost=lambda detail: self._post(DisplayLost(detail)),
             on_restored=lambda: self._post(DisplayRestored()),
-            timeout_s=_DISPLAY_SHARE * self._timeout_s,
+            timeout_s=_X_SERVER_SHARE * self._timeout_s,
         )
         self._keep(watch.close)
         try:
@@ -210,7 +213,7 @@ class _ClosedError(Exception):
 
 
 @contextmanager
-def rehearse(
+def check_preflight(
     backend: Backend,
     *,
     sessions_root: str | os.PathLike[str] | None = None,
@@ -237,7 +240,7 @@ def rehearse(
             session_root = _try_sessions_root(root, briefly)
             if backend.needs_display:
                 try:
-                    held.enter_context(open_display(inherited, timeout_s=_DISPLAY_SHARE * Timeouts().preflight_s))
+                    held.enter_context(open_display(inherited, timeout_s=_X_SERVER_SHARE * Timeouts().preflight_s))
                 except DisplayError as error:
                     raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
             try:
@@ -246,7 +249,7 @@ def rehearse(
                 raise _unbound(backend, error) from error
             briefly.callback(shutil.rmtree, scratch, ignore_errors=True)
             context = BackendContext(
-                session=_LIKELY_SESSION,
+                session=_PLACEHOLDER_SESSION,
                 executable=executable,
                 listen_address="127.0.0.1:1" if backend.listen_kind == "tcp" else str(scratch / SOCKET_NAME),
                 sessions_root=root,
@@ -291,17 +294,17 @@ def _unbound(backend: Backend, error: OSError) -> BackendError:
     )
 
 
-def _merged(environ: Mapping[str, str], changes: Mapping[str, str | None]) -> HiddenEnvironment:
+def _merged(environ: Mapping[str, str], changes: Mapping[str, str | None]) -> SecretEnvironment:
     """Add what a backend adds, and take out what it has None for."""
-    return HiddenEnvironment({name: value for name, value in {**environ, **changes}.items() if value is not None})
+    return SecretEnvironment({name: value for name, value in {**environ, **changes}.items() if value is not None})
 
 
-def _inherited(environ: Mapping[str, str]) -> HiddenEnvironment:
+def _inherited(environ: Mapping[str, str]) -> SecretEnvironment:
     """Return what the proxy inherits: nothing of an outer NX session, and all paths as they are meant here."""
     inherited = {key: value for key, value in environ.items() if not key.startswith("NX_")}
     if path := inherited.get("XAUTHORITY"):
         inherited["XAUTHORITY"] = os.path.abspath(path)  # noqa: PTH100 - symbolic links stay as they are
-    return HiddenEnvironment(inherited)
+    return SecretEnvironment(inherited)
 
 
 def _make_private(directory: Path) -> None:

@@ -20,21 +20,22 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from proxy_fsm import peer
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
-    AgentClosed,
-    AgentSpoke,
+    AgentDataReceived,
+    AgentEof,
     ChannelOpened,
     ConnectionEnded,
     PeerRejected,
     TransportEnded,
     TunnelClosed,
+    WorkerCrashed,
     WorkerFailed,
-    WorkerRefused,
 )
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone, why_ended
-from proxy_fsm.status import EndReason, TunnelStats
+from proxy_fsm.status import TunnelStats
+from proxy_fsm.workers import peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +94,7 @@ class Forwarder:
         self._acceptor: threading.Thread | None = None
         self._accepting = False
         self._open: list[_Connection] = []
-        self._past_to_agent = 0  # by connections that have ended
+        self._closed_bytes_to_agent = 0  # by connections that have ended
         self._past_from_agent = 0
         self._connections = 0
         self._opened_at: datetime | None = None
@@ -173,7 +174,7 @@ class Forwarder:
         """Return what was carried so far."""
         with self._lock:
             return TunnelStats(
-                bytes_to_agent=self._past_to_agent + sum(c.bytes_to_agent for c in self._open),
+                bytes_to_agent=self._closed_bytes_to_agent + sum(c.bytes_to_agent for c in self._open),
                 bytes_from_agent=self._past_from_agent + sum(c.bytes_from_agent for c in self._open),
                 opened_at=self._opened_at,
                 connections=self._connections,
@@ -195,7 +196,7 @@ class Forwarder:
             )
         with self._lock:  # told before: what is forgotten here may be the last, and nothing comes after TunnelClosed
             self._open.remove(connection)
-            self._past_to_agent += connection.bytes_to_agent
+            self._closed_bytes_to_agent += connection.bytes_to_agent
             self._past_from_agent += connection.bytes_from_agent
         self._tell_if_closed()
 
@@ -221,7 +222,7 @@ class Forwarder:
                     break
                 connection.start()
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
-            self.post(WorkerFailed("tunnel listener", error))
+            self.post(WorkerCrashed("tunnel listener", error))
         finally:
             listener.close()
             with self._lock:
@@ -234,7 +235,7 @@ class Forwarder:
         """Return the next connection of our own user; None when the listener was shut down."""
         while True:
             try:
-                local, _ = self._patiently(listener.accept)
+                local, _ = self._retry_on_shortage(listener.accept)
             except ConnectionAbortedError:  # it went before it was taken
                 continue
             except OSError:
@@ -242,7 +243,7 @@ class Forwarder:
                     return None
                 raise
             try:
-                stranger = self._patiently(peer.stranger, local)
+                stranger = self._retry_on_shortage(peer.stranger, local)
             except OSError as error:  # whoever cannot be told apart is not let in
                 stranger = f"user unknown ({error.strerror or error})"
             if stranger is None:
@@ -252,7 +253,7 @@ class Forwarder:
                 return None
             self.post(PeerRejected(stranger))
 
-    def _patiently(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def _retry_on_shortage(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call a function again and again while there is a shortage, until this is closed."""
         while True:
             try:
@@ -286,7 +287,7 @@ class _Connection:
         self._lock = threading.Lock()
         self._relays = 1
         self._up_done = False
-        self._due_bytes: int | None = None  # so many go up before it ends, though the proxy may go on
+        self._bytes_to_flush: int | None = None  # so many go up before it ends, though the proxy may go on
         self._ended_here = False  # by the proxy or by us, before the agent
         self._told_lost = False
         local.settimeout(None)  # whatever the program's default is
@@ -326,7 +327,7 @@ class _Connection:
             self.threads.append(down)
             self._up(channel)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
-            self._forwarder.post(WorkerFailed("tunnel", error))
+            self._forwarder.post(WorkerCrashed("tunnel", error))
         finally:
             self._leave()
 
@@ -340,18 +341,18 @@ class _Connection:
             channel.close()
         with self._lock, suppress(OSError):  # it is closed: that is what is wanted
             all_here = self._local.family == socket.AF_UNIX  # over TCP some of it may be on its way
-            if not all_here and self._due_bytes is None:
-                self._due_bytes = peer.written_bytes(self._local)
-            if all_here or self._up_is_through():
+            if not all_here and self._bytes_to_flush is None:
+                self._bytes_to_flush = peer.written_bytes(self._local)
+            if all_here or self._upload_flushed():
                 self._local.shutdown(socket.SHUT_RD)  # what was received before can still be read, then comes the end
 
-    def _up_is_through(self) -> bool:
+    def _upload_flushed(self) -> bool:
         """Tell whether all that the proxy had sent when it was to finish has gone to the agent.
 
         Who finishes sets what is due and then looks at the counter, the relay counts and then looks at what is due:
         one of the two sees the other.
         """
-        return self._due_bytes is not None and self.bytes_to_agent >= self._due_bytes
+        return self._bytes_to_flush is not None and self.bytes_to_agent >= self._bytes_to_flush
 
     def cut(self) -> None:
         """End without waiting for what is under way."""
@@ -383,7 +384,7 @@ class _Connection:
                 with self._lock:
                     self._opening = None
             if error is not None:
-                forwarder.post(WorkerRefused(error))
+                forwarder.post(WorkerFailed(error))
                 return None
             if forwarder.closing.wait(min(pause_s, max(0.0, deadline - time.monotonic()))):
                 return None
@@ -411,7 +412,7 @@ class _Connection:
             # Whole messages, so that none is sent that is hardly filled; how long they may be is the server's to say.
             size = min(channel.message_bytes, _READ_BYTES)
             buffer = memoryview(bytearray(_READ_BYTES // size * size))
-            while not self._up_is_through() and (count := self._local.recv_into(buffer)):
+            while not self._upload_flushed() and (count := self._local.recv_into(buffer)):
                 data = buffer[:count]
                 while data:
                     sent = channel.send(data)
@@ -433,11 +434,11 @@ class _Connection:
             self._tell_if_lost(channel)
             with self._lock:
                 self._up_done = True
-            self._take_no_more()
+            self._discard_local_input()
             if self._forwarder.closing.is_set():
                 channel.close()
 
-    def _take_no_more(self) -> None:
+    def _discard_local_input(self) -> None:
         """Let a proxy that is in the middle of writing, and does not read, learn that nobody listens."""
         with suppress(OSError):  # it is closed
             self._local.shutdown(socket.SHUT_RD)
@@ -447,10 +448,10 @@ class _Connection:
     def _down(self, channel: SafeChannel) -> None:
         forwarder = self._forwarder
         try:
-            channel.deliver(self._local, lambda: forwarder.post(AgentSpoke(self.number)))
+            channel.deliver(self._local, lambda: forwarder.post(AgentDataReceived(self.number)))
             self._tell_if_lost(channel)
             if not (channel.transport_ended or self._ended_here or forwarder.closing.is_set()):
-                forwarder.post(AgentClosed(self.number))
+                forwarder.post(AgentEof(self.number))
             self._local.shutdown(socket.SHUT_WR)
             channel.ended.wait()
         except TransportGone:

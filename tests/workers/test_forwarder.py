@@ -20,30 +20,30 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy_fsm import forwarder, peer
 from proxy_fsm.evidence import (
-    AgentClosed,
-    AgentSpoke,
+    AgentDataReceived,
+    AgentEof,
     ChannelOpened,
     ConnectionEnded,
     Observation,
     PeerRejected,
     TransportEnded,
     TunnelClosed,
+    WorkerCrashed,
     WorkerFailed,
-    WorkerRefused,
 )
-from proxy_fsm.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, SafeChannel, set_nodelay
-from proxy_fsm.status import EndReason, TunnelStats
+from proxy_fsm.status import TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
-
-from .helpers.agent import Agent, dead_port
-from .helpers.holdings import descriptors, nothing_left_open, threads_ended
-from .helpers.inbox import Inbox
-from .helpers.sockets import LOOPBACK, connect_local, read_all, reset, same
-from .helpers.task import Task
-from .helpers.wait import WAIT_S, eventually, since
+from proxy_fsm.workers import forwarder, peer
+from proxy_fsm.workers.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
+from tests.helpers.agent import Agent, dead_port
+from tests.helpers.holdings import descriptors, nothing_left_open, threads_ended
+from tests.helpers.inbox import Inbox
+from tests.helpers.sockets import LOOPBACK, connect_local, read_all, reset, same
+from tests.helpers.task import Task
+from tests.helpers.wait import WAIT_S, eventually, since
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -353,7 +353,7 @@ class TestHalfClose:
             peer.sendall(b"greeting")
             peer.shutdown(socket.SHUT_WR)
             assert read_all(local) == b"greeting"
-            made.inbox.wait(AgentClosed)
+            made.inbox.wait(AgentEof)
             local.sendall(b"farewell")
             local.close()
             assert read_all(peer) == b"farewell"
@@ -377,7 +377,7 @@ class TestAgentEnds:
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
             peer.close()
-            assert made.inbox.wait(AgentClosed).connection == 1
+            assert made.inbox.wait(AgentEof).connection == 1
             assert read_all(local) == b""
             local.close()
             made.inbox.wait(ConnectionEnded)
@@ -387,7 +387,7 @@ class TestAgentEnds:
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
             reset(peer)
-            made.inbox.wait(AgentClosed)
+            made.inbox.wait(AgentEof)
             assert read_all(local) == b""
             local.close()
             made.inbox.wait(ConnectionEnded)
@@ -442,7 +442,7 @@ class TestProxyResets:
             assert read_all(peer) == b""
             server.wait_for(lambda: server.channels_open == 0)
             made.inbox.wait(ConnectionEnded)
-            assert made.inbox.kinds() == [ChannelOpened, AgentSpoke, ConnectionEnded]
+            assert made.inbox.kinds() == [ChannelOpened, AgentDataReceived, ConnectionEnded]
 
     def test_a_proxy_that_dies_under_a_flood_frees_everything(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
@@ -452,7 +452,7 @@ class TestProxyResets:
             local.close()
             made.inbox.wait(ConnectionEnded)
             server.wait_for(lambda: server.channels_open == 0)
-            assert made.inbox.kinds() == [ChannelOpened, AgentSpoke, ConnectionEnded]
+            assert made.inbox.kinds() == [ChannelOpened, AgentDataReceived, ConnectionEnded]
 
 
 def test_a_server_that_takes_endless_messages_costs_no_memory(
@@ -522,7 +522,7 @@ class TestTransportEnds:
             monkeypatch.setattr(transport, "_send_user_message", fail)
             sender = Task(send, local, peer)
             read_all(local)
-            told = [kind for kind in made.inbox.kinds() if kind is not AgentSpoke]
+            told = [kind for kind in made.inbox.kinds() if kind is not AgentDataReceived]
             assert told[:2] == [ChannelOpened, TransportEnded]
             transport.close()  # the server ends what the agent still sends
             with suppress(OSError):
@@ -634,7 +634,7 @@ class TestRefusals:
         with tunnel(transport, tmp_path, port, agent_connect_s=agent_connect_s) as made:
             began = time.monotonic()
             local = made.connect()
-            refused = made.inbox.wait(WorkerRefused)
+            refused = made.inbox.wait(WorkerFailed)
             assert refused.at - began >= agent_connect_s
             assert refused.error.reason is EndReason.AGENT_UNREACHABLE
             assert f"{LOOPBACK}:{port}" in refused.error.detail
@@ -642,7 +642,7 @@ class TestRefusals:
             assert read_all(local) == b""
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
-            assert made.inbox.kinds() == [WorkerRefused, TunnelClosed]
+            assert made.inbox.kinds() == [WorkerFailed, TunnelClosed]
 
     @pytest.mark.parametrize("code", [0, ChannelRefused.RESOURCE_SHORTAGE, 77])
     def test_what_says_nothing_about_the_port_is_tried_again_and_told_as_it_is(
@@ -658,7 +658,7 @@ class TestRefusals:
         monkeypatch.setattr(forwarder, "time", SimpleNamespace(monotonic=lambda: 0.2 * len(tries)))
         with tunnel(transport, tmp_path, 9, agent_connect_s=0.3) as made:
             made.connect()
-            refused = made.inbox.wait(WorkerRefused)
+            refused = made.inbox.wait(WorkerFailed)
             assert refused.error.reason is EndReason.AGENT_UNREACHABLE
             assert "nothing listens" not in refused.error.detail
             assert "it is tired" in refused.error.detail
@@ -687,7 +687,7 @@ class TestRefusals:
         server.forwarding = Forwarding.DENIED
         with tunnel(transport, tmp_path, agent.port, agent_connect_s=9 * WAIT_S) as made:
             made.connect()
-            refused = made.inbox.wait(WorkerRefused)
+            refused = made.inbox.wait(WorkerFailed)
             assert refused.error.reason is EndReason.FORWARDING_DENIED
             assert f"{LOOPBACK}:{agent.port}" in refused.error.detail
             assert len(tries) == 1
@@ -698,7 +698,7 @@ class TestRefusals:
         with tunnel(transport, tmp_path, agent.port, max_connections=None, agent_connect_s=0.2) as made:
             server.refuse_next(1000)
             made.connect()
-            made.inbox.wait(WorkerRefused)
+            made.inbox.wait(WorkerFailed)
             server.refuse_next(0)
             made.connect()
             assert made.inbox.wait(ChannelOpened).connection == 2
@@ -782,7 +782,7 @@ class TestClose:
             peer.close()
             made.inbox.wait(TunnelClosed)
             assert made.inbox.all(ConnectionEnded)[0].bytes_to_agent == len(sent)
-            assert AgentClosed not in made.inbox.kinds()
+            assert AgentEof not in made.inbox.kinds()
 
     @KINDS
     @pytest.mark.parametrize("ends", ["stays", "has closed", "has ended its direction"])
@@ -801,7 +801,7 @@ class TestClose:
             peer.close()
             made.inbox.wait(TunnelClosed)
             assert made.inbox.all(ConnectionEnded)[0].bytes_to_agent == sent
-            assert AgentClosed not in made.inbox.kinds()
+            assert AgentEof not in made.inbox.kinds()
 
     @KINDS
     @pytest.mark.parametrize("said", [b"", b"all of it"])
@@ -829,7 +829,7 @@ class TestClose:
     def test_where_the_kernel_does_not_tell_what_is_on_its_way_the_end_of_the_proxy_is_awaited(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("proxy_fsm.peer.written_bytes", lambda _: None)
+        monkeypatch.setattr("proxy_fsm.workers.peer.written_bytes", lambda _: None)
         with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
             sent = made.send_until_stuck(local)
             made.forwarder.close()
@@ -858,7 +858,7 @@ class TestClose:
                 peer.shutdown(socket.SHUT_RDWR)
             for task in tasks:
                 task.result()
-            assert AgentClosed not in made.inbox.kinds()
+            assert AgentEof not in made.inbox.kinds()
         assert transport.is_active()
 
     def test_with_a_stalled_agent_it_waits_until_it_is_cut(
@@ -909,7 +909,7 @@ class TestClose:
             made.forwarder.cut()
             assert read_all(local) == b""
             made.inbox.wait(ConnectionEnded)
-            assert AgentClosed not in made.inbox.kinds()
+            assert AgentEof not in made.inbox.kinds()
             server.wait_for(lambda: server.channels_open == 0)
 
     def test_its_last_word_is_the_last_also_when_several_end_at_once(
@@ -960,7 +960,7 @@ class TestClose:
             local.settimeout(WAIT_S)
             assert local.recv(1) == b""
             assert inbox.wait(TransportEnded).detail.startswith("The SSH connection ended")
-            assert AgentClosed not in inbox.kinds()
+            assert AgentEof not in inbox.kinds()
 
     @KINDS
     def test_nothing_is_left_however_it_went(
@@ -1012,7 +1012,7 @@ class TestNoThreads:
         monkeypatch.setattr(threading.Thread, "start", start_unless_named)
         with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
             local = made.connect()
-            failed = made.inbox.wait(WorkerFailed)
+            failed = made.inbox.wait(WorkerCrashed)
             assert isinstance(failed.error, RuntimeError)
             assert read_all(local) == b""
             eventually(lambda: made.forwarder.standing() == ())
@@ -1032,7 +1032,7 @@ class TestShortage:
             local = made.connect()
             made.inbox.wait(ChannelOpened)
             local.close()
-            assert WorkerFailed not in made.inbox.kinds()
+            assert WorkerCrashed not in made.inbox.kinds()
 
     def test_the_listener_can_be_closed_meanwhile(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1048,7 +1048,7 @@ class TestShortage:
     ) -> None:
         Failures(monkeypatch, socket.socket, "accept", OSError(errno.EIO, "Input/output error"), times=1)
         with tunnel(transport, tmp_path, 9) as made:
-            made.inbox.wait(WorkerFailed)
+            made.inbox.wait(WorkerCrashed)
 
     def test_our_own_program_is_not_sent_away(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: Agent
@@ -1114,7 +1114,7 @@ class TestTold:
             made.inbox.wait(ConnectionEnded)
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
-            assert made.inbox.kinds() == [ChannelOpened, AgentSpoke, AgentClosed, ConnectionEnded, TunnelClosed]
+            assert made.inbox.kinds() == [ChannelOpened, AgentDataReceived, AgentEof, ConnectionEnded, TunnelClosed]
             times = [observation.at for observation in made.inbox.seen]
             assert times == sorted(times)
 
@@ -1124,7 +1124,7 @@ class TestTold:
         with connected(transport, tmp_path, agent) as (made, local, peer):
             peer.close()
             assert read_all(local) == b""
-            assert AgentSpoke not in made.inbox.kinds()
+            assert AgentDataReceived not in made.inbox.kinds()
 
     def test_nothing_is_counted_before_a_channel_stands(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent

@@ -14,19 +14,18 @@ import paramiko
 import pytest
 from paramiko.common import OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
 
-from proxy_fsm import monitor
-from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, Observation, TransportEnded, WorkerFailed
-from proxy_fsm.monitor import Attachment, attach
+from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, Observation, TransportEnded, WorkerCrashed
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import Timeouts
 from proxy_fsm.testing import LoopbackSSHServer
 from proxy_fsm.testing import ssh_server as embedded
-
-from .helpers.agent import dead_port
-from .helpers.holdings import own_threads, threads_ended
-from .helpers.inbox import Inbox
-from .helpers.sockets import LOOPBACK
-from .helpers.wait import SOON_S, WAIT_S, assert_prompt, eventually, since
+from proxy_fsm.workers import link_monitor
+from proxy_fsm.workers.link_monitor import Attachment, attach
+from tests.helpers.agent import dead_port
+from tests.helpers.holdings import own_threads, threads_ended
+from tests.helpers.inbox import Inbox
+from tests.helpers.sockets import LOOPBACK
+from tests.helpers.wait import SOON_S, WAIT_S, assert_prompt, eventually, since
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -191,7 +190,7 @@ class TestShared:
     ) -> None:
         """As a child does after a fork; here the parent's thread is still there, and must not be shared."""
         with attached(transport, QUIET, Inbox().post):
-            monitor.forget_all()
+            link_monitor.forget_all()
             with attached(transport, QUIET, inbox.post):
                 assert monitors() == 2
                 server.drop()
@@ -268,15 +267,15 @@ class TestBroken:
 
         first = Inbox()
         with monkeypatch.context() as patch:
-            patch.setattr(monitor, "packets_received", broken)
+            patch.setattr(link_monitor, "packets_received", broken)
             with attached(transport, QUIET, first.post):
-                assert isinstance(first.wait(WorkerFailed).error, AttributeError)
+                assert isinstance(first.wait(WorkerCrashed).error, AttributeError)
                 eventually(lambda: monitors() == 0)
                 patch.undo()
                 with attached(transport, QUIET, inbox.post):
                     server.drop()
                     inbox.wait(TransportEnded)
-        assert first.kinds() == [WorkerFailed]
+        assert first.kinds() == [WorkerCrashed]
 
 
 # ---- the end ----
@@ -371,7 +370,7 @@ class Course:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
-        self.silence = monitor._Silence(self.now_s)
+        self.silence = link_monitor._Silence(self.now_s)
         self.told: Told = []
         self.wanted_probe_at: list[float] = []
         self._names: dict[Attachment, str] = {}
@@ -588,7 +587,7 @@ class TestSilence:
             looks.append(transport)
             return len(looks)
 
-        monkeypatch.setattr(monitor, "packets_received", another)
+        monkeypatch.setattr(link_monitor, "packets_received", another)
         with attached(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
             eventually(lambda: len(looks) > 20)
         assert inbox.seen == []
@@ -603,7 +602,7 @@ class TestSilence:
         refusals = threading.Semaphore(0)
 
         def refuse(_: object, kind: str, chanid: int) -> int:
-            assert kind == monitor._PROBE
+            assert kind == link_monitor._PROBE
             del chanid
             refusals.release()
             return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
@@ -629,7 +628,7 @@ class TestSilence:
     ) -> None:
         """Ctrl-Z for an hour: the clock has gone on, and the server had no probe to answer."""
         clock = Clock()
-        monkeypatch.setattr(monitor, "time", clock)
+        monkeypatch.setattr(link_monitor, "time", clock)
         probe_s = 30.0 if somebody_comes else 0.2
         with attached(transport, Timeouts(link_probe_s=probe_s, link_dead_s=300), inbox.post):
             clock.ahead_s += 3600
@@ -686,7 +685,7 @@ def probed(
     server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], int]]:
     """A transport that is probed without a pause, though it is busy; gives how many probes were answered so far."""
-    monkeypatch.setattr(monitor, "packets_received", lambda _: 0)
+    monkeypatch.setattr(link_monitor, "packets_received", lambda _: 0)
     server.commands = {"say": lambda line: (7, line.encode(), b"")}
     with attached(transport, Timeouts(link_probe_s=0.001, link_dead_s=50), inbox.post):
         yield lambda: server.probes

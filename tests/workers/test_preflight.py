@@ -20,16 +20,22 @@ import pytest
 
 from proxy_fsm.backends import Backend, BackendContext
 from proxy_fsm.errors import BackendError
-from proxy_fsm.evidence import Observation, PreparationEnded, Prepared, TunnelClosed, WorkerFailed, WorkerRefused
-from proxy_fsm.forwarder import Forwarder
-from proxy_fsm.preflight import Preparation, rehearse
+from proxy_fsm.evidence import (
+    Observation,
+    PreflightFinished,
+    PreflightPassed,
+    TunnelClosed,
+    WorkerCrashed,
+    WorkerFailed,
+)
+from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionInfo
-from proxy_fsm.status import EndReason
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
-
-from .helpers.holdings import descriptors, nothing_left_open, own_threads
-from .helpers.inbox import Inbox
-from .helpers.wait import WAIT_S
+from proxy_fsm.workers.forwarder import Forwarder
+from proxy_fsm.workers.preflight import Preflight, check_preflight
+from tests.helpers.holdings import descriptors, nothing_left_open, own_threads
+from tests.helpers.inbox import Inbox
+from tests.helpers.wait import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,7 +128,7 @@ class Display:
 
 @dataclass
 class Trial:
-    """A `Preparation` with all that it needs, and what it posts."""
+    """A `Preflight` with all that it needs, and what it posts."""
 
     transport: paramiko.Transport
     root: Path
@@ -135,7 +141,7 @@ class Trial:
         self.forwarder = Forwarder(
             self.transport, ("127.0.0.1", 9), max_connections=1, agent_connect_s=1, post=self.inbox.post
         )
-        self.preparation = Preparation(
+        self.preparation = Preflight(
             SESSION,
             self.backend,
             self.forwarder,
@@ -159,16 +165,16 @@ class Trial:
         assert not self.preparation.thread.is_alive()
         return self.told
 
-    def prepared(self) -> Prepared:
+    def prepared(self) -> PreflightPassed:
         prepared, ended = self.run()
-        assert isinstance(ended, PreparationEnded)
-        assert isinstance(prepared, Prepared)
+        assert isinstance(ended, PreflightFinished)
+        assert isinstance(prepared, PreflightPassed)
         return prepared
 
     def refused(self) -> BackendError:
         refused, ended = self.run()
-        assert isinstance(ended, PreparationEnded)
-        assert isinstance(refused, WorkerRefused)
+        assert isinstance(ended, PreflightFinished)
+        assert isinstance(refused, WorkerFailed)
         assert self.preparation.launch is None
         return refused.error
 
@@ -228,7 +234,7 @@ def make(transport: paramiko.Transport, tmp_path: Path, runtime: Path) -> Iterat
 
 def assert_ended_once(trial: Trial) -> None:
     """The preparation's last word is its last word."""
-    ends = [number for number, each in enumerate(trial.told) if isinstance(each, PreparationEnded)]
+    ends = [number for number, each in enumerate(trial.told) if isinstance(each, PreflightFinished)]
     assert ends in ([], [len(trial.told) - 1])
     assert ends or not trial.preparation.thread.ident
 
@@ -480,9 +486,9 @@ class TestRefusals:
             raise error
 
         failed, ended = make(FakeBackend(call, fail)).run()
-        assert isinstance(failed, WorkerFailed)
+        assert isinstance(failed, WorkerCrashed)
         assert (failed.worker, failed.error) == ("preflight", error)
-        assert isinstance(ended, PreparationEnded)
+        assert isinstance(ended, PreflightFinished)
 
     @pytest.mark.parametrize("call", ["preflight", "environment", "command"])
     def test_a_traceback_of_one_that_breaks_shows_no_secret(self, make: Callable[..., Trial], call: str) -> None:
@@ -490,7 +496,7 @@ class TestRefusals:
             raise RuntimeError("a bug")
 
         failed, _ = make(FakeBackend(call, fail), environ={"PASSWORD": "very secret"}).run()
-        assert isinstance(failed, WorkerFailed)
+        assert isinstance(failed, WorkerCrashed)
         shown = "".join(traceback.TracebackException.from_exception(failed.error, capture_locals=True).format())
         assert "environ = <environment>" in shown
         assert COOKIE not in shown
@@ -583,7 +589,7 @@ class TestRefusals:
             patch.setattr(threading.Thread, "start", refuse)
             with pytest.raises(RuntimeError, match="new thread"):
                 trial.preparation.start()
-        assert trial.inbox.kinds() == [PreparationEnded]
+        assert trial.inbox.kinds() == [PreflightFinished]
 
 
 class TestSocketDirectory:
@@ -641,7 +647,7 @@ class TestRehearsal:
     def test_a_backend_is_asked_as_it_will_be(self, tmp_path: Path, runtime: Path, kind: ListenKind) -> None:
         backend = FakeBackend(kind=kind)
         inherited = {"XDG_RUNTIME_DIR": str(runtime), "NX_DISPLAY": "an outer session's", "XAUTHORITY": "x"}
-        with rehearse(backend, sessions_root=tmp_path / "root", environ=inherited):
+        with check_preflight(backend, sessions_root=tmp_path / "root", environ=inherited):
             (context,) = backend.contexts
         assert context.executable == "/bin/true"
         assert context.scratch.parent == runtime
@@ -656,7 +662,7 @@ class TestRehearsal:
         backend.needs_display = True
         with Display(runtime) as display:
             environ = {"XDG_RUNTIME_DIR": str(runtime), "DISPLAY": display.name}
-            with rehearse(backend, sessions_root=tmp_path / "root", environ=environ):
+            with check_preflight(backend, sessions_root=tmp_path / "root", environ=environ):
                 (client,) = display.clients
                 client.setblocking(False)  # noqa: FBT003 - socket's own
                 with pytest.raises(BlockingIOError):
@@ -673,7 +679,7 @@ class TestRehearsal:
         long.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(long))
         backend = FakeBackend()
-        with rehearse(backend, sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(long)}):
+        with check_preflight(backend, sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(long)}):
             assert backend.contexts[0].scratch.parent == Path("/tmp")
         assert not backend.contexts[0].scratch.exists()
         assert list(long.iterdir()) == []
@@ -694,7 +700,7 @@ class TestRehearsal:
         }
         with (
             pytest.raises(BackendError) as caught,
-            rehearse(backend, sessions_root=root, environ={"XDG_RUNTIME_DIR": str(runtime)}),
+            check_preflight(backend, sessions_root=root, environ={"XDG_RUNTIME_DIR": str(runtime)}),
         ):
             raise AssertionError("It is not good.")
         assert caught.value.reason is reasons[lacking]
@@ -715,7 +721,7 @@ class TestRehearsal:
         monkeypatch.setattr(tempfile, "mkdtemp", refuse)
         with (
             pytest.raises(BackendError) as caught,
-            rehearse(FakeBackend(), sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(runtime)}),
+            check_preflight(FakeBackend(), sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(runtime)}),
         ):
             raise AssertionError("There is no place.")
         assert caught.value.reason is EndReason.LISTEN_FAILED
@@ -727,19 +733,19 @@ class TestRehearsal:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
         backend = FakeBackend()
-        with rehearse(backend):
+        with check_preflight(backend):
             assert backend.contexts[0].sessions_root == tmp_path / ".x2go"
             assert backend.contexts[0].scratch.parent == runtime
         assert mode(tmp_path / ".x2go") == 0o700
 
 
 TRACED = (
-    Preparation._run,
-    Preparation._prepare,
-    Preparation._open_log,
-    Preparation._open_display,
-    Preparation._bind,
-    Preparation._keep,
+    Preflight._run,
+    Preflight._prepare,
+    Preflight._open_log,
+    Preflight._open_display,
+    Preflight._bind,
+    Preflight._keep,
     Forwarder.bind,
 )
 PLACES = [
@@ -753,7 +759,7 @@ class TestClosing:
     def test_before_it_is_started(self, make: Callable[..., Trial]) -> None:
         trial = make()
         trial.close()
-        assert [type(each) for each in trial.run()] == [PreparationEnded]
+        assert [type(each) for each in trial.run()] == [PreflightFinished]
 
     def test_while_the_backend_looks_for_its_program(self, make: Callable[..., Trial]) -> None:
         """Such as on a network's file system that hangs."""
@@ -770,7 +776,7 @@ class TestClosing:
         assert trial.told == []
         assert trial.preparation.thread.is_alive()
         go_on.set()
-        assert [type(each) for each in trial.finish()] == [PreparationEnded]
+        assert [type(each) for each in trial.finish()] == [PreflightFinished]
 
     def test_while_the_x_server_does_not_answer(self, make: Callable[..., Trial], runtime: Path) -> None:
         """Then nobody waits for it any longer."""
@@ -782,7 +788,7 @@ class TestClosing:
             trial.preparation.start()
             assert display.asked.wait(WAIT_S)
             trial.close()
-            assert isinstance(trial.finish()[-1], PreparationEnded)
+            assert isinstance(trial.finish()[-1], PreflightFinished)
 
     @pytest.mark.parametrize(("function", "line"), PLACES)
     @pytest.mark.parametrize("kind", ["unix", "tcp"])
@@ -802,7 +808,7 @@ class TestClosing:
                 struck.append(line)
                 closer = threading.Thread(target=trial.close, daemon=True)
                 closer.start()
-                closer.join(0.02 if function == "Preparation._keep" else WAIT_S)  # there it may hold the lock
+                closer.join(0.02 if function == "Preflight._keep" else WAIT_S)  # there it may hold the lock
                 closers.append(closer)
             return trace
 

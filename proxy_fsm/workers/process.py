@@ -26,10 +26,10 @@ from proxy_fsm.evidence import (
     ProcessExited,
     ProcessSpawned,
     SpawnFailed,
-    WorkerFailed,
+    WorkerCrashed,
 )
-from proxy_fsm.redaction import HIDDEN, HiddenEnvironment, Redactor
-from proxy_fsm.status import EndReason
+from proxy_fsm.reasons import EndReason
+from proxy_fsm.redaction import REDACTED, Redactor, SecretEnvironment
 
 if sys.platform == "linux":
     import resource
@@ -71,7 +71,7 @@ class LineReader:
         self._buffer = ""
         self._redact = Redactor(secrets)
         # What is kept back is as long as a secret, or a value called cookie, that may still go on.
-        self._kept_back = max(len(text) for text in (f"cookie={HIDDEN}", *secrets))
+        self._kept_back = max(len(text) for text in (f"cookie={REDACTED}", *secrets))
 
     def feed(self, data: bytes) -> Iterator[str]:
         """Take bytes as they come; yield the lines that they complete."""
@@ -128,7 +128,7 @@ class ProxyProcess:
         post: Callable[[Observation], None],
     ) -> None:
         self._command = list(command)
-        self._environment = HiddenEnvironment(environment)
+        self._environment = SecretEnvironment(environment)
         self._lines = LineReader(secrets)
         del environment, secrets  # a traceback may show local variables
         self._directory = directory
@@ -190,7 +190,7 @@ class ProxyProcess:
         try:
             self._serve(child, process)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
-            self._post(WorkerFailed("process", error))
+            self._post(WorkerCrashed("process", error))
             child.end_group()
         with self._lock:
             self._child = None

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy_fsm.evidence import ServerAnswered
-from proxy_fsm.question import ServerQuestion
+from proxy_fsm.evidence import SessionStatusReceived
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
-
-from .helpers.inbox import Inbox
-from .helpers.wait import WAIT_S, eventually
+from proxy_fsm.workers.session_query import SessionStatusQuery
+from tests.helpers.inbox import Inbox
+from tests.helpers.wait import WAIT_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +56,7 @@ class Asked:
 
     def __init__(self, transport: paramiko.Transport) -> None:
         self.inbox = Inbox()
-        self.question = ServerQuestion(transport, NAME, self.inbox.post)
+        self.question = SessionStatusQuery(transport, NAME, self.inbox.post)
 
     def start(self) -> Asked:
         self.question.start()
@@ -68,7 +67,7 @@ class Asked:
         self.question.thread.join(WAIT_S)
         assert not self.question.thread.is_alive()
         (seen,) = self.inbox.seen
-        assert isinstance(seen, ServerAnswered)
+        assert isinstance(seen, SessionStatusReceived)
         return seen.status
 
 
@@ -221,7 +220,7 @@ def test_abandoning_after_the_answer_or_twice_does_no_harm(
     assert_usable(server, transport)
 
 
-ASKING = (ServerQuestion._run, ServerQuestion._list_sessions)
+ASKING = (SessionStatusQuery._run, SessionStatusQuery._list_sessions)
 LINES = [
     (function.__qualname__, line)
     for function in ASKING

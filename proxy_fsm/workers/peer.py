@@ -115,15 +115,15 @@ def _tcp_owner(end: _End, other: _End) -> int | None:
     A socket that no process holds any more has inode 0, and before Linux 6.16 user 0.
     """
     try:
-        owner = _asked_owner(end, other)
+        owner = _owner_from_netlink(end, other)
     except OSError:  # netlink is kept from this process, as systemd's RestrictAddressFamilies may do
         owner = None
     if owner is None:
-        owner = _looked_up(end, other)
+        owner = _owner_from_proc(end, other)
     return None if owner in {None, (0, 0)} else owner.uid
 
 
-def _asked_owner(end: _End, other: _End) -> _Owner | None:
+def _owner_from_netlink(end: _End, other: _End) -> _Owner | None:
     """Ask the kernel who owns one socket.
 
     Raises:
@@ -166,7 +166,7 @@ def _ask(end: _End, other: _End, extensions: int = 0) -> bytes | None:
     return answer[_HEADER.size :]
 
 
-def _looked_up(end: _End, other: _End) -> _Owner | None:
+def _owner_from_proc(end: _End, other: _End) -> _Owner | None:
     """Look one socket up among all of the machine, which takes the longer the more there are.
 
     Source: proc(5), /proc/net/tcp: addresses are 32-bit words in the machine's order, in hexadecimal. A program that
