@@ -120,7 +120,7 @@ class Workers:
     preparation: Callable[..., Preflight] = Preflight
     process: Callable[..., ProxyProcess] = ProxyProcess
     question: Callable[..., SessionStatusQuery] = SessionStatusQuery
-    attach: Callable[[paramiko.Transport, Timeouts, Callable[[Observation], None]], link_monitor.Attachment] = (
+    attach: Callable[[paramiko.Transport, Timeouts, Callable[[Observation], None]], link_monitor.Watcher] = (
         link_monitor.attach
     )
 
@@ -200,7 +200,7 @@ class Engine:
             timeout_s=timeouts.preflight_s,
             post=self._inbox.put,
         )
-        self._attachment: link_monitor.Attachment | None = None
+        self._attachment: link_monitor.Watcher | None = None
         self._process: ProxyProcess | None = None
         self._question: SessionStatusQuery | None = None
         self._process_alive = self._killed = self._sign_seen = False
@@ -466,7 +466,7 @@ class Engine:
                 self._process_gone()
             case OutputLine():
                 if self._process is not None:
-                    self._process.taken()
+                    self._process.ack_line()
             case ConnectionEnded():
                 if self.state is State.RUNNING and self._backend.max_connections == 1 and self._likely is None:
                     self._set_timer(self._timeouts.stop_grace_s, self._outlived)
@@ -574,7 +574,7 @@ class Engine:
     def _start_stopping(self) -> None:
         self._set_timer(self._timeouts.kill_s, self._abandon)  # whatever goes wrong below, this comes to an end
         if self._question is not None:
-            self._question.abandon()
+            self._question.cancel()
         if not self._process_alive or self._process is None:
             self._release()
         elif self._evidence.saw(LinkDead) or self._view.link is Link.SILENT or not self._transport.is_active():
@@ -613,12 +613,12 @@ class Engine:
         self._preparation.close()
         self._forwarder.close()
         if self._evidence.saw(TransportEnded, LinkDead):
-            self._forwarder.cut()
+            self._forwarder.abort()
         self._finish_if_released()
 
     def _cut(self) -> None:
         self._set_timer(self._timeouts.kill_s, self._abandon)
-        self._forwarder.cut()
+        self._forwarder.abort()
 
     def _abandon(self) -> None:
         """Go without what cannot be released in time, and say so."""
@@ -628,7 +628,7 @@ class Engine:
                 self._process.signal(signal.SIGKILL)
             if not self._evidence.saw(PreflightFinished):
                 self._update(abandoned=(*self._view.abandoned, f"the preflight, waiting for {self._preparation.step}"))
-            self._update(abandoned=(*self._view.abandoned, *self._forwarder.standing()))
+            self._update(abandoned=(*self._view.abandoned, *self._forwarder.unreleased()))
             self._preparation.close()
             self._forwarder.close()
         finally:

@@ -203,7 +203,7 @@ def open_display(environ: Mapping[str, str], *, timeout_s: float) -> socket.sock
     Raises:
         DisplayError: There is no X server that lets us in; ``kind`` tells which way.
     """
-    return _open(environ, timeout_s, _Holder())
+    return _open(environ, timeout_s, _CancellableSocket())
 
 
 class DisplayWatch:
@@ -236,7 +236,7 @@ class DisplayWatch:
         self._on_lost = on_lost
         self._on_restored = on_restored
         self._timeout_s = timeout_s
-        self._holder = _Holder()
+        self._socket = _CancellableSocket()
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
@@ -246,10 +246,10 @@ class DisplayWatch:
             DisplayError: There is no X server that lets us in.
             RuntimeError: It is open already.
         """
-        if self._holder.sock is not None or self._thread is not None:
+        if self._socket.sock is not None or self._thread is not None:
             raise RuntimeError("A display watch is opened once.")
-        with contextlib.suppress(_Shut), self._holder.in_use():
-            _open(self._environ, self._timeout_s, self._holder)
+        with contextlib.suppress(_Cancelled), self._socket.in_use():
+            _open(self._environ, self._timeout_s, self._socket)
 
     def start(self) -> None:
         """Begin to watch; does nothing after `close`.
@@ -257,10 +257,10 @@ class DisplayWatch:
         Raises:
             RuntimeError: It is not open, or started already.
         """
-        with self._holder.lock:
-            if self._holder.shut:
+        with self._socket.lock:
+            if self._socket.cancelled:
                 return
-            if self._holder.sock is None or self._thread is not None:
+            if self._socket.sock is None or self._thread is not None:
                 raise RuntimeError("A display watch is opened once and then started once.")
             thread = threading.Thread(target=self._run, name="proxy_fsm-display", daemon=True)
             thread.start()
@@ -268,7 +268,7 @@ class DisplayWatch:
 
     def close(self) -> None:
         """End the watch; from any thread, any number of times. The thread ends at once: see `join`."""
-        self._holder.shut_down()
+        self._socket.cancel()
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until the watch's thread is gone.
@@ -286,10 +286,10 @@ class DisplayWatch:
 
     def _run(self) -> None:
         try:
-            with contextlib.suppress(_Shut), self._holder.in_use():
+            with contextlib.suppress(_Cancelled), self._socket.in_use():
                 self._watch()
         finally:
-            self._holder.drop()
+            self._socket.close()
 
     def _watch(self) -> None:
         short_lives = 0
@@ -297,48 +297,48 @@ class DisplayWatch:
             since = time.monotonic()
             self._read_until_end()
             short_lives = short_lives + 1 if time.monotonic() - since < _SHORT_LIFE_S else 0
-            with self._holder.unless_shut():
+            with self._socket.raise_if_cancelled():
                 self.suspect = True
             try:
                 self._reopen(short_lives)
             except DisplayError as error:
-                with self._holder.unless_shut():
+                with self._socket.raise_if_cancelled():
                     self._on_lost(error.detail)
                 return
-            with self._holder.unless_shut():
+            with self._socket.raise_if_cancelled():
                 self.suspect = False
                 if self._on_restored is not None:
                     self._on_restored()
 
     def _read_until_end(self) -> None:
-        sock = self._holder.sock
+        sock = self._socket.sock
         buffer = bytearray(4096)
         with contextlib.suppress(OSError):
             while sock is not None and sock.recv_into(buffer):
                 pass
 
     def _reopen(self, short_lives: int) -> None:
-        self._holder.drop()
+        self._socket.close()
         if short_lives > _SHORT_LIVES_MAX:
             raise _error("absent", "The X server lets us in and hangs up at once.")
         for pause_s in itertools.chain(_PAUSES_AFTER_HANG_UP_S, itertools.repeat(_PAUSES_AFTER_HANG_UP_S[-1])):
             try:
-                _open(self._environ, self._timeout_s, self._holder)
+                _open(self._environ, self._timeout_s, self._socket)
             except DisplayError as error:
                 if error.kind != "local":  # which proves nothing: it is tried until it can tell
                     raise
             else:
                 return
-            with self._holder.unless_shut():
+            with self._socket.raise_if_cancelled():
                 pass
             time.sleep(pause_s)
 
 
-class _Shut(Exception):  # noqa: N818 - no error: the owner wants no connection any more
+class _Cancelled(Exception):  # noqa: N818 - no error: the owner wants no connection any more
     pass
 
 
-class _Holder:
+class _CancellableSocket:
     """The one place where a connection's socket is kept, so that another thread can shut it down.
 
     While it is in use by a thread, that thread alone closes the socket: a descriptor closed under a reader
@@ -348,7 +348,7 @@ class _Holder:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.sock: socket.socket | None = None
-        self.shut = False
+        self.cancelled = False
         self._users = 0
 
     @contextlib.contextmanager
@@ -360,36 +360,36 @@ class _Holder:
         finally:
             with self.lock:
                 self._users -= 1
-                if self.shut:
-                    self.drop()
+                if self.cancelled:
+                    self.close()
 
     @contextlib.contextmanager
-    def unless_shut(self) -> Iterator[None]:
+    def raise_if_cancelled(self) -> Iterator[None]:
         with self.lock:
-            if self.shut:
-                raise _Shut
+            if self.cancelled:
+                raise _Cancelled
             yield
 
-    def hold(self, sock: socket.socket) -> None:
+    def set(self, sock: socket.socket) -> None:
         with self.lock:
             self.sock = sock
-            if self.shut:
-                raise _Shut
+            if self.cancelled:
+                raise _Cancelled
 
-    def drop(self) -> None:
+    def close(self) -> None:
         with self.lock:
             if self.sock is not None:
                 self.sock.close()
                 self.sock = None
 
-    def shut_down(self) -> None:
+    def cancel(self) -> None:
         with self.lock:
-            self.shut = True
+            self.cancelled = True
             if self.sock is not None:
                 with contextlib.suppress(OSError):  # the server may have ended it
                     self.sock.shutdown(socket.SHUT_RDWR)
             if not self._users:
-                self.drop()
+                self.close()
 
 
 class _Entry(NamedTuple):
@@ -400,23 +400,25 @@ class _Entry(NamedTuple):
     data: bytes
 
 
-def _open(environ: Mapping[str, str], timeout_s: float, holder: _Holder) -> socket.socket:
+def _open(environ: Mapping[str, str], timeout_s: float, connection: _CancellableSocket) -> socket.socket:
     text = environ.get("DISPLAY")
     if not text:
         raise _error("unset", "DISPLAY is not set.")
     display = DisplayName.parse(text)
     deadline = time.monotonic() + timeout_s
-    with _as_display_error(display, timeout_s), _dropping(holder):
+    with _as_display_error(display, timeout_s), _closing_on_error(connection):
         for pause_s in _PAUSES_AFTER_HANG_UP_S:
             with contextlib.suppress(*_HANG_UPS):
-                return _attempt(display, environ, deadline, holder)
-            holder.drop()
+                return _attempt(display, environ, deadline, connection)
+            connection.close()
             time.sleep(min(pause_s, _left_s(deadline)))
-        return _attempt(display, environ, deadline, holder)
+        return _attempt(display, environ, deadline, connection)
 
 
-def _attempt(display: DisplayName, environ: Mapping[str, str], deadline: float, holder: _Holder) -> socket.socket:
-    sock = _connect(display, deadline, holder)
+def _attempt(
+    display: DisplayName, environ: Mapping[str, str], deadline: float, connection: _CancellableSocket
+) -> socket.socket:
+    sock = _connect(display, deadline, connection)
     peer = None if display.host is None else sock.getpeername()[0]
     name, data = find_authorisation(display, _xauthority_path(environ), peer=peer)
     set_up = struct.pack("<cxHHHHxx", b"l", 11, 0, len(name), len(data)) + _padded(name) + _padded(data)
@@ -433,18 +435,18 @@ def _attempt(display: DisplayName, environ: Mapping[str, str], deadline: float, 
     return sock
 
 
-def _connect(display: DisplayName, deadline: float, holder: _Holder) -> socket.socket:
+def _connect(display: DisplayName, deadline: float, connection: _CancellableSocket) -> socket.socket:
     failure = OSError("it has no address")
     for family, address in _addresses(display):
         sock = socket.socket(family, socket.SOCK_STREAM)
-        holder.hold(sock)
+        connection.set(sock)
         sock.settimeout(_left_s(deadline))
         try:
             sock.connect(address)
         except OSError as error:
             if error.errno in _SHORTAGES:
                 raise
-            holder.drop()
+            connection.close()
             failure = error
         else:
             return sock
@@ -485,11 +487,11 @@ def _as_display_error(display: DisplayName, timeout_s: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _dropping(holder: _Holder) -> Iterator[None]:
+def _closing_on_error(connection: _CancellableSocket) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        holder.drop()
+        connection.close()
         raise
 
 

@@ -93,7 +93,7 @@ class Spied(FakedProxy):
         super().__init__(**{"logger": self.log, **options})
         engine = self._engine
         for name, worker, methods in (
-            ("forwarder", engine._forwarder, ("start", "close", "cut")),
+            ("forwarder", engine._forwarder, ("start", "close", "abort")),
             ("preparation", engine._preparation, ("start", "close")),
         ):
             for method in methods:
@@ -117,7 +117,7 @@ class Spied(FakedProxy):
         def question(*arguments: Any, **options: Any) -> Any:
             made = workers.question(*arguments, **options)
             made.start = self._spy("question.start", made.start)  # type: ignore[method-assign]
-            made.abandon = self._spy("question.abandon", made.abandon)  # type: ignore[method-assign]
+            made.cancel = self._spy("question.cancel", made.cancel)  # type: ignore[method-assign]
             return made
 
         return Workers(
@@ -1032,7 +1032,7 @@ def test_the_server_is_asked_which_end_it_was(answer: SessionStatus | None, reas
     proxy.tunnel.server_answers(answer)
     assert proxy.ended() == (State.STOPPED, reason)
     assert (proxy.status().detail, proxy.status().hint) == (detail, reason.hint)
-    assert proxy.called().count("question.abandon") == 1
+    assert proxy.called().count("question.cancel") == 1
 
 
 def test_the_server_is_asked_once_and_not_before_the_display_is_sure() -> None:
@@ -1142,16 +1142,16 @@ def test_leaving_is_sigterm_grace_sigkill_and_its_time() -> None:
     assert proxy.tunnel.detached
 
 
-def test_the_tunnel_gets_a_moment_to_drain_then_is_cut_then_abandoned() -> None:
+def test_the_tunnel_gets_a_moment_to_drain_then_is_aborted_then_abandoned() -> None:
     proxy = running()
     proxy.tunnel.obedient = False
     proxy.stop()
     proxy.settle()
     assert proxy._engine._timer is not None
     assert DRAIN_S / 2 < proxy._engine._timer[0] - time.monotonic() <= DRAIN_S
-    assert "forwarder.cut" not in proxy.called()
+    assert "forwarder.abort" not in proxy.called()
     proxy.pass_deadline()
-    assert proxy.called()[-2:] == ["forwarder.cut", "forwarder.close"]
+    assert proxy.called()[-2:] == ["forwarder.abort", "forwarder.close"]
     assert (proxy.state, proxy.deadline_s()) == (State.STOPPING, 4000)
     proxy.pass_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
@@ -1165,7 +1165,7 @@ def test_a_tunnel_without_its_transport_is_cut_at_once(what: str) -> None:
     proxy.tunnel.obedient = False
     getattr(proxy.tunnel, what)()
     proxy.settle()
-    assert proxy.called()[-4:] == ["preparation.close", "forwarder.close", "forwarder.cut", "forwarder.close"]
+    assert proxy.called()[-4:] == ["preparation.close", "forwarder.close", "forwarder.abort", "forwarder.close"]
     proxy.end()
 
 
@@ -1230,7 +1230,7 @@ def test_every_line_that_was_taken_in_is_counted() -> None:
     proxy = running()
     counted: list[None] = []
     assert proxy._engine._process is not None
-    proxy._engine._process.taken = lambda: counted.append(None)  # type: ignore[method-assign]
+    proxy._engine._process.ack_line = lambda: counted.append(None)  # type: ignore[method-assign]
     for _ in range(3):
         proxy.process.says("a line")
     proxy.settle()
@@ -1530,7 +1530,7 @@ def test_an_error_on_the_way_out_of_an_error_does_not_end_the_owner() -> None:
     assert proxy.ended() == (State.FAILED, EndReason.INTERNAL_ERROR)
 
 
-@pytest.mark.parametrize("what", ["signal", "standing", "forwarder.close", "preparation.close"])
+@pytest.mark.parametrize("what", ["signal", "unreleased", "forwarder.close", "preparation.close"])
 def test_what_cannot_be_released_at_all_does_not_hold_the_end_up(what: str) -> None:
     proxy = running()
     engine = proxy._engine
@@ -1540,7 +1540,7 @@ def test_what_cannot_be_released_at_all_does_not_hold_the_end_up(what: str) -> N
 
     worker, method = {
         "signal": (engine._process, "signal"),
-        "standing": (engine._forwarder, "standing"),
+        "unreleased": (engine._forwarder, "unreleased"),
         "forwarder.close": (engine._forwarder, "close"),
         "preparation.close": (engine._preparation, "close"),
     }[what]

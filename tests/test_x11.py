@@ -679,7 +679,7 @@ class TestDisplayWatch:
             client.sock.settimeout(WAIT_S)
             assert client.sock.recv(1) == b""
             assert not thread.is_alive()
-            assert heard.watch._holder.sock is None
+            assert heard.watch._socket.sock is None
             assert heard.said.empty()
             assert not heard.watch.suspect
             heard.watch.close()
@@ -703,7 +703,7 @@ class TestDisplayWatch:
             watch.close()
             watch.open()
             watch.start()
-            assert watch._holder.sock is None
+            assert watch._socket.sock is None
             assert watch.join()
 
     def test_close_interrupts_open(self, place: dict[str, str]) -> None:
@@ -715,7 +715,7 @@ class TestDisplayWatch:
             watch.close()
             opener.join(WAIT_S)
             assert not opener.is_alive()
-            assert watch._holder.sock is None
+            assert watch._socket.sock is None
 
     def test_close_interrupts_the_confirmation(self, place: dict[str, str]) -> None:
         with serving(place, accept, silent) as server:
@@ -731,7 +731,7 @@ class TestDisplayWatch:
         self, place: dict[str, str], answer: Callable[[FakeServer, Client], None]
     ) -> None:
         def close_then(server: FakeServer, client: Client) -> None:
-            heard.watch._holder.shut = True  # close() came, and its shutdown too early for this socket
+            heard.watch._socket.cancelled = True  # close() came, and its shutdown too early for this socket
             answer(server, client)
 
         with serving(place, accept, close_then) as server:
@@ -794,7 +794,7 @@ class TestDisplayWatch:
         with pytest.raises(DisplayError) as caught:
             watch.open()
         assert caught.value.kind == "absent"
-        assert watch._holder.sock is None
+        assert watch._socket.sock is None
 
     def test_it_is_opened_once_and_then_started_once(self, place: dict[str, str]) -> None:
         with pytest.raises(RuntimeError):

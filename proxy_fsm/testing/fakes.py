@@ -60,7 +60,7 @@ from proxy_fsm.session import SessionInfo, SessionStatus
 from proxy_fsm.states import State
 from proxy_fsm.status import TransitionRecord, TunnelStats
 from proxy_fsm.workers.forwarder import Forwarder
-from proxy_fsm.workers.link_monitor import Attachment
+from proxy_fsm.workers.link_monitor import Watcher
 from proxy_fsm.workers.preflight import Launch, Preflight
 from proxy_fsm.workers.process import ProxyProcess
 from proxy_fsm.workers.session_query import SessionStatusQuery
@@ -347,7 +347,7 @@ class FakedProxy(Proxy):
             preparation=_FakePreflight,
             process=lambda *_, **__: _FakeRun(process),
             question=_FakeQuery,
-            attach=lambda *_: _FakeAttachment(tunnel),
+            attach=lambda *_: _FakeWatcher(tunnel),
         )
 
 
@@ -357,7 +357,7 @@ def fake_session(**changes: Any) -> SessionInfo:
     return SessionInfo(**{**fields, **changes})
 
 
-class _FakeAttachment(Attachment):
+class _FakeWatcher(Watcher):
     def __init__(self, tunnel: FakeTunnel) -> None:
         self._tunnel = tunnel
 
@@ -378,10 +378,10 @@ class _FakeForwarder(Forwarder):
         if self._tunnel.obedient and not self._tunnel.released:
             self._tunnel.closes()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         self.close()
 
-    def standing(self) -> tuple[str, ...]:
+    def unreleased(self) -> tuple[str, ...]:
         return () if self._tunnel.released else ("channel 1 of the tunnel",)
 
     def threads(self) -> tuple[threading.Thread, ...]:
@@ -405,7 +405,7 @@ class _FakeRun(ProxyProcess):
     def start(self) -> None:
         self._process.wanted = True
 
-    def taken(self) -> None:
+    def ack_line(self) -> None:
         """Need no room: the test says what is printed."""
 
     def signal(self, number: signal.Signals) -> None:

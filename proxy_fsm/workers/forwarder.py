@@ -95,10 +95,10 @@ class Forwarder:
         self._accepting = False
         self._open: list[_Connection] = []
         self._closed_bytes_to_agent = 0  # by connections that have ended
-        self._past_from_agent = 0
+        self._closed_bytes_from_agent = 0
         self._connections = 0
         self._opened_at: datetime | None = None
-        self._told_closed = False
+        self._closed_posted = False
 
     def bind(self, kind: str, directory: Path) -> str:
         """Bind the local end, so that connections wait from now on.
@@ -138,7 +138,7 @@ class Forwarder:
         """Take no more connections, and end those that stand once what the proxy sent is through.
 
         Returns at once; `TunnelClosed` is posted when all are gone. Over TCP, where the system does not tell how much
-        the proxy sent, its own end is awaited: then `cut` has to follow.
+        the proxy sent, its own end is awaited: then `abort` has to follow.
         """
         with self._lock:
             self.closing.set()
@@ -150,16 +150,16 @@ class Forwarder:
                 listener.close()
         for connection in connections:
             connection.finish()
-        self._tell_if_closed()
+        self._post_if_closed()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """After `close`: end the connections that stand without waiting for what is still under way."""
         with self._lock:
             connections = tuple(self._open)
         for connection in connections:
-            connection.cut()
+            connection.abort()
 
-    def standing(self) -> tuple[str, ...]:
+    def unreleased(self) -> tuple[str, ...]:
         """Return what is not released yet, for a person."""
         with self._lock:
             return tuple(f"channel {connection.number} of the tunnel" for connection in self._open)
@@ -175,19 +175,19 @@ class Forwarder:
         with self._lock:
             return TunnelStats(
                 bytes_to_agent=self._closed_bytes_to_agent + sum(c.bytes_to_agent for c in self._open),
-                bytes_from_agent=self._past_from_agent + sum(c.bytes_from_agent for c in self._open),
+                bytes_from_agent=self._closed_bytes_from_agent + sum(c.bytes_from_agent for c in self._open),
                 opened_at=self._opened_at,
                 connections=self._connections,
             )
 
-    def opened(self, connection: _Connection) -> None:
+    def connection_opened(self, connection: _Connection) -> None:
         """Count a channel that stands, and tell."""
         with self._lock:
             self._connections += 1
             self._opened_at = self._opened_at or datetime.now(UTC)
         self.post(ChannelOpened(connection.number))
 
-    def gone(self, connection: _Connection) -> None:
+    def connection_closed(self, connection: _Connection) -> None:
         """Tell that a connection has ended, and forget it."""
         if connection.opened_at is not None:
             duration_s = time.monotonic() - connection.opened_at
@@ -197,14 +197,14 @@ class Forwarder:
         with self._lock:  # told before: what is forgotten here may be the last, and nothing comes after TunnelClosed
             self._open.remove(connection)
             self._closed_bytes_to_agent += connection.bytes_to_agent
-            self._past_from_agent += connection.bytes_from_agent
-        self._tell_if_closed()
+            self._closed_bytes_from_agent += connection.bytes_from_agent
+        self._post_if_closed()
 
-    def _tell_if_closed(self) -> None:
+    def _post_if_closed(self) -> None:
         with self._lock:
-            if self._told_closed or not self.closing.is_set() or self._accepting or self._open:
+            if self._closed_posted or not self.closing.is_set() or self._accepting or self._open:
                 return
-            self._told_closed = True
+            self._closed_posted = True
         self.post(TunnelClosed())
 
     def _accept(self) -> None:
@@ -227,7 +227,7 @@ class Forwarder:
             listener.close()
             with self._lock:
                 self._accepting = False
-            self._tell_if_closed()
+            self._post_if_closed()
         if last is not None:
             last.run()  # the last connection that may come is served by this thread
 
@@ -243,15 +243,15 @@ class Forwarder:
                     return None
                 raise
             try:
-                stranger = self._retry_on_shortage(peer.stranger, local)
+                user = self._retry_on_shortage(peer.foreign_user_of, local)
             except OSError as error:  # whoever cannot be told apart is not let in
-                stranger = f"user unknown ({error.strerror or error})"
-            if stranger is None:
+                user = f"user unknown ({error.strerror or error})"
+            if user is None:
                 return local
             local.close()
             if self.closing.is_set():
                 return None
-            self.post(PeerRejected(stranger))
+            self.post(PeerRejected(user))
 
     def _retry_on_shortage(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call a function again and again while there is a shortage, until this is closed."""
@@ -289,7 +289,7 @@ class _Connection:
         self._up_done = False
         self._bytes_to_flush: int | None = None  # so many go up before it ends, though the proxy may go on
         self._ended_here = False  # by the proxy or by us, before the agent
-        self._told_lost = False
+        self._loss_posted = False
         local.settimeout(None)  # whatever the program's default is
         if local.family == socket.AF_INET:
             local.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -316,7 +316,7 @@ class _Connection:
             if channel is None:
                 return
             self.opened_at = time.monotonic()
-            self._forwarder.opened(self)
+            self._forwarder.connection_opened(self)
             down = threading.Thread(target=self._down, args=(channel,), name="proxy_fsm-down", daemon=True)
             self._relays = 2
             try:
@@ -354,7 +354,7 @@ class _Connection:
         """
         return self._bytes_to_flush is not None and self.bytes_to_agent >= self._bytes_to_flush
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """End without waiting for what is under way."""
         self._ended_here = True
         with self._lock, suppress(OSError):  # it is closed: that is what is wanted
@@ -424,14 +424,14 @@ class _Connection:
             channel.shutdown_write()
         except TransportGone:  # its own thread may not know it yet
             self._ended_here = True
-            self._tell_if_lost(channel, lost=True)
+            self._post_if_lost(channel, lost=True)
             channel.close()  # the other relay learns of it
         except OSError:
             if not channel.closed:
                 self._ended_here = True
             channel.close()  # either side was reset: the other relay learns of it
         finally:
-            self._tell_if_lost(channel)
+            self._post_if_lost(channel)
             with self._lock:
                 self._up_done = True
             self._discard_local_input()
@@ -449,27 +449,27 @@ class _Connection:
         forwarder = self._forwarder
         try:
             channel.deliver(self._local, lambda: forwarder.post(AgentDataReceived(self.number)))
-            self._tell_if_lost(channel)
+            self._post_if_lost(channel)
             if not (channel.transport_ended or self._ended_here or forwarder.closing.is_set()):
                 forwarder.post(AgentEof(self.number))
             self._local.shutdown(socket.SHUT_WR)
             channel.ended.wait()
         except TransportGone:
-            self._tell_if_lost(channel, lost=True)
+            self._post_if_lost(channel, lost=True)
             channel.close()
         except OSError:
             channel.close()  # the proxy closed: the other relay learns of it
         finally:
-            self._tell_if_lost(channel)
+            self._post_if_lost(channel)
             with suppress(OSError):  # the proxy was faster
                 self._local.shutdown(socket.SHUT_RDWR)
             self._leave()
 
-    def _tell_if_lost(self, channel: SafeChannel, *, lost: bool = False) -> None:
+    def _post_if_lost(self, channel: SafeChannel, *, lost: bool = False) -> None:
         """Tell once that the transport ended, before the proxy can notice it: the first cause counts."""
         with self._lock:  # held while it is posted, so that the other relay cannot shut the socket before
-            if (lost or channel.transport_ended) and not self._told_lost:
-                self._told_lost = True
+            if (lost or channel.transport_ended) and not self._loss_posted:
+                self._loss_posted = True
                 self._forwarder.post(TransportEnded(why_ended(self._forwarder.transport)))
 
     def _leave(self) -> None:
@@ -481,4 +481,4 @@ class _Connection:
             self._channel.send_close()
         with self._lock:
             self._local.close()
-        self._forwarder.gone(self)
+        self._forwarder.connection_closed(self)

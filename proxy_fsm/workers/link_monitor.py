@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from proxy_fsm.evidence import Observation
     from proxy_fsm.status import Timeouts
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Watcher", "attach"]
 
 #: A sleep that lasts so much longer than it should means that this process was stopped, in seconds.
-_STOPPED_S = 0.1
+_SUSPENDED_S = 0.1
 #: A kind of channel that no server knows.
 _PROBE = "probe@proxy-fsm"
 
 
 @dataclass(eq=False)
-class Attachment:
+class Watcher:
     """One proxy's interest in a transport; `attach` makes it.
 
     Attributes:
@@ -73,7 +73,7 @@ _registry_lock = threading.Lock()
 _registry: weakref.WeakKeyDictionary[paramiko.Transport, _TransportMonitor] = weakref.WeakKeyDictionary()
 
 
-def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Observation], None]) -> Attachment:
+def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Observation], None]) -> Watcher:
     """Have `TransportEnded`, `LinkSilent`, `LinkRestored` and `LinkDead` posted for a transport.
 
     Args:
@@ -85,18 +85,18 @@ def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Ob
         RuntimeError: No thread can be started.
     """
 
-    def at(monitor: _TransportMonitor) -> Attachment:
-        return Attachment(monitor, post, timeouts.link_probe_s, timeouts.link_dead_s)
+    def at(monitor: _TransportMonitor) -> Watcher:
+        return Watcher(monitor, post, timeouts.link_probe_s, timeouts.link_dead_s)
 
     with _registry_lock:
         monitor = _registry.get(transport)
-        if monitor is not None and monitor.add(attachment := at(monitor)):
-            return attachment
+        if monitor is not None and monitor.add(watcher := at(monitor)):
+            return watcher
         monitor = _TransportMonitor(transport)
-        monitor.add(attachment := at(monitor))
+        monitor.add(watcher := at(monitor))
         monitor.start()
         _registry[transport] = monitor  # only now: one that never ran would leave all who share it blind
-        return attachment
+        return watcher
 
 
 def forget_all() -> None:
@@ -116,38 +116,38 @@ class _Silence:
     """
 
     def __init__(self, now: float) -> None:
-        self.attached: list[Attachment] = []
+        self.watchers: list[Watcher] = []
         self._heard_at = self._looked_at = now
 
-    def add(self, attachment: Attachment, now: float) -> None:
+    def add(self, watcher: Watcher, now: float) -> None:
         """Take one in, for which the quiet before it came does not count."""
-        attachment.since = now
-        self.attached.append(attachment)
+        watcher.since = now
+        self.watchers.append(watcher)
 
     def due(self) -> float:
         """Return when to look next, if nothing is heard until then; it may be past by now."""
-        quiet = [(a, a.quiet_since(self._heard_at)) for a in self.attached]
+        quiet = [(a, a.quiet_since(self._heard_at)) for a in self.watchers]
         marks = [since + after for a, since in quiet for after in (a.probe_s, 2 * a.probe_s, a.dead_s)]
         marks = [mark for mark in marks if mark > self._looked_at]
-        return min(marks, default=self._looked_at + min(a.probe_s for a in self.attached))
+        return min(marks, default=self._looked_at + min(a.probe_s for a in self.watchers))
 
-    def heard(self, now: float) -> list[tuple[Attachment, Observation]]:
+    def heard(self, now: float) -> list[tuple[Watcher, Observation]]:
         """Take in that something came; return what has to be told."""
         silent_s, self._heard_at = now - self._heard_at, now
-        relieved = [a for a in self.attached if a.told_silent]
+        relieved = [a for a in self.watchers if a.told_silent]
         for a in relieved:
             a.told_silent = False
         return [(a, LinkRestored(silent_s)) for a in relieved]
 
-    def wants_probe(self, now: float) -> bool:
+    def needs_probe(self, now: float) -> bool:
         """Tell whether the server has to be asked for a sign of life."""
-        return any(now - a.quiet_since(self._heard_at) >= a.probe_s for a in self.attached)
+        return any(now - a.quiet_since(self._heard_at) >= a.probe_s for a in self.watchers)
 
-    def look(self, now: float) -> list[tuple[Attachment, Observation]]:
+    def look(self, now: float) -> list[tuple[Watcher, Observation]]:
         """Return what has to be told of the silence so far."""
         self._looked_at = now
-        told: list[tuple[Attachment, Observation]] = []
-        for a in self.attached:
+        told: list[tuple[Watcher, Observation]] = []
+        for a in self.watchers:
             quiet_s = now - a.quiet_since(self._heard_at)
             if quiet_s >= min(2 * a.probe_s, a.dead_s) and not a.told_silent:
                 a.told_silent = True
@@ -157,15 +157,15 @@ class _Silence:
                 told.append((a, LinkDead(quiet_s)))
         return told
 
-    def stopped(self, for_s: float, now: float) -> None:
+    def process_was_suspended(self, for_s: float, now: float) -> None:
         """Count no silence for the time in which this process itself was stopped."""
         self._heard_at = min(self._heard_at + for_s, now)
-        for a in self.attached:
+        for a in self.watchers:
             a.since = min(a.since + for_s, now)
 
-    def not_asked(self, now: float) -> None:
+    def probe_not_sent(self, now: float) -> None:
         """Count from now on, since a server that could not be asked is not silent."""
-        for a in self.attached:
+        for a in self.watchers:
             a.since = now
 
 
@@ -192,21 +192,21 @@ class _TransportMonitor:
     def start(self) -> None:
         self._thread.start()
 
-    def add(self, attachment: Attachment) -> bool:
+    def add(self, watcher: Watcher) -> bool:
         """Take one more in; False where this monitor has come to its end."""
         with self._lock:
             if self._closed_to_new:
                 return False
-            self._silence.add(attachment, time.monotonic())
+            self._silence.add(watcher, time.monotonic())
         self._wake()
         return True
 
-    def remove(self, attachment: Attachment) -> threading.Thread | None:
+    def remove(self, watcher: Watcher) -> threading.Thread | None:
         """Let one go; return the thread where it comes to its end."""
         with self._lock:
-            if attachment in self._silence.attached:
-                self._silence.attached.remove(attachment)
-            if not self._silence.attached:
+            if watcher in self._silence.watchers:
+                self._silence.watchers.remove(watcher)
+            if not self._silence.watchers:
                 self._closed_to_new = True
             ends = self._closed_to_new
         self._wake()
@@ -248,31 +248,31 @@ class _TransportMonitor:
                 return
             now = time.monotonic()
             overslept_s = now - due  # negative where it was woken before
-            told: list[tuple[Attachment, Observation]] = []
+            told: list[tuple[Watcher, Observation]] = []
             with self._lock:
-                if overslept_s > _STOPPED_S:
-                    self._silence.stopped(overslept_s, now)
+                if overslept_s > _SUSPENDED_S:
+                    self._silence.process_was_suspended(overslept_s, now)
                 if (count := packets_received(transport)) != packets:
                     packets = count
                     told += self._silence.heard(now)
-                if self._silence.wants_probe(now) and not self._send_probe(transport):
-                    self._silence.not_asked(now)
+                if self._silence.needs_probe(now) and not self._send_probe(transport):
+                    self._silence.probe_not_sent(now)
                 told += self._silence.look(now)
-            for attachment, observation in told:
-                attachment.post(observation)
+            for watcher, observation in told:
+                watcher.post(observation)
 
     def _due(self) -> float | None:
         """Return when to look next; None where nobody is left."""
         with self._lock:
-            return self._silence.due() if self._silence.attached else None
+            return self._silence.due() if self._silence.watchers else None
 
     def _tell_all(self, last_word: Observation) -> None:
         """Take nobody in any more, and tell all who are there why."""
         with self._lock:
             self._closed_to_new = True
-            attached = tuple(self._silence.attached)
-        for attachment in attached:
-            attachment.post(last_word)
+            watchers = tuple(self._silence.watchers)
+        for watcher in watchers:
+            watcher.post(last_word)
 
     def _send_probe(self, transport: paramiko.Transport) -> bool:
         """See that a probe is out; False where no thread can be started for it, which a later look tries again."""

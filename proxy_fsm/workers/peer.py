@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["stranger", "written_bytes"]
+__all__ = ["foreign_user_of", "written_bytes"]
 
 #: Where Linux says who owns the TCP sockets of this machine (proc(5)).
 _TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
@@ -56,11 +56,11 @@ class _Owner(NamedTuple):
     inode: int
 
 
-def stranger(local: socket.socket) -> str | None:
+def foreign_user_of(local: socket.socket) -> str | None:
     """Return who is at the other end of a local socket where that is not our own user, else None.
 
-    Where the system does not tell (outside Linux), nobody is a stranger: a unix socket is private by its directory
-    then, and a TCP port is open to all users of the machine.
+    Where the system does not tell (outside Linux), nobody is taken for a foreign user: a unix socket is private by its
+    directory then, and a TCP port is open to all users of the machine.
 
     Raises:
         OSError: It cannot be found out, such as for want of a descriptor.

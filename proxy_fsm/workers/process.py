@@ -114,7 +114,7 @@ class ProxyProcess:
         directory: Its working directory.
         log: File descriptor that the lines are written to; stays the caller's, this run has a duplicate.
         secrets: What is hidden in its output.
-        post: Takes what is observed, on this run's thread; who takes an `OutputLine` in, calls `taken`.
+        post: Takes what is observed, on this run's thread; who takes an `OutputLine` in, calls `ack_line`.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class ProxyProcess:
         self._log: int | None = os.dup(log)
         self._log_room_bytes = _MAX_LOG_BYTES
         self._post = post
-        self._posted = self._taken = 0  # lines: the first is counted on this run's thread alone, the second on another
+        self._posted = self._acked = 0  # lines: the first is counted on this run's thread alone, the second on another
         self._lock = threading.Lock()
         self._child: _Child | None = None
         self._wanted: signal.Signals | None = None
@@ -156,9 +156,9 @@ class ProxyProcess:
             if self._child is not None:
                 self._child.send(number)
 
-    def taken(self) -> None:
+    def ack_line(self) -> None:
         """Note that one more line was taken in; call it for each, always on the same thread."""
-        self._taken += 1
+        self._acked += 1
 
     def _run(self) -> None:
         try:
@@ -209,7 +209,7 @@ class ProxyProcess:
         with process.stdout as output:
             self._read_until_exit(child, output.fileno())
             child.end_group()
-            self._take_last(self._last_words(output.fileno()))
+            self._post_last(self._last_words(output.fileno()))
         self._close_log()
 
     def _read_until_exit(self, child: _Child, output: int) -> None:
@@ -239,7 +239,7 @@ class ProxyProcess:
                 yield from self._lines.feed(data)
         yield from self._lines.finish()
 
-    def _take_last(self, lines: Iterator[str]) -> None:
+    def _post_last(self, lines: Iterator[str]) -> None:
         """Take the lines that are left; where there is no room, the last of them alone: nobody waits for a dead one."""
         kept: deque[str] = deque(maxlen=_MAX_WAITING_LINES)
         left_out = 0
@@ -256,7 +256,7 @@ class ProxyProcess:
             self._post_line(line)
 
     def _has_room(self) -> bool:
-        return self._posted - self._taken < _MAX_WAITING_LINES
+        return self._posted - self._acked < _MAX_WAITING_LINES
 
     def _post_line(self, line: str) -> None:
         self._posted += 1

@@ -30,7 +30,7 @@ class SessionStatusQuery:
     """Finds out whether a session is suspended or gone, on a thread of its own; posts `SessionStatusReceived`.
 
     A server may still list a session as running for a moment after its agent has let go, so it is asked again until
-    it says something else, or `abandon` is called.
+    it says something else, or `cancel` is called.
 
     Args:
         transport: Where the command is run.
@@ -45,19 +45,19 @@ class SessionStatusQuery:
         self._name = name
         self._post = post
         self._lock = threading.Lock()
-        self._abandoned = threading.Event()
+        self._cancelled = threading.Event()
         self._opening: ChannelOpening | None = None
         self._channel: SafeChannel | None = None
-        self.thread = threading.Thread(target=self._run, name="proxy_fsm-question", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="proxy_fsm-query", daemon=True)
 
     def start(self) -> None:
         """Ask; returns at once."""
         self.thread.start()
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Want no answer any more: the thread ends as soon as it can."""
         with self._lock:
-            self._abandoned.set()
+            self._cancelled.set()
             opening, channel = self._opening, self._channel
         if opening is not None:
             opening.abandon()
@@ -67,12 +67,12 @@ class SessionStatusQuery:
     def _run(self) -> None:
         status: SessionStatus | None = None
         try:
-            while not self._abandoned.is_set():
+            while not self._cancelled.is_set():
                 listing = self._list_sessions()
                 status = None if listing is None else self._status_in(listing)
                 if status is not SessionStatus.RUNNING:
                     break
-                self._abandoned.wait(_PAUSE_S)
+                self._cancelled.wait(_PAUSE_S)
         except (NotOpened, InvalidSession, paramiko.SSHException, OSError, EOFError):
             status = None  # it cannot tell, which is an answer too
         self._post(SessionStatusReceived(status))
@@ -80,7 +80,7 @@ class SessionStatusQuery:
     def _list_sessions(self) -> str | None:
         """Return what the server lists; None where it could not, or nobody wants it any more."""
         with self._lock:
-            if self._abandoned.is_set():
+            if self._cancelled.is_set():
                 return None
             opening = self._opening = ChannelOpening(self._transport, "session")
         opening.send()
@@ -88,13 +88,13 @@ class SessionStatusQuery:
         try:
             with self._lock:
                 self._opening, self._channel = None, channel
-            if self._abandoned.is_set():
+            if self._cancelled.is_set():
                 return None
             channel.exec_command(self.COMMAND)
             answer = b""
             while len(answer) < _MAX_ANSWER_BYTES and (data := channel.recv(1 << 16)):
                 answer += data
-            cut_short = channel.transport_ended or self._abandoned.is_set() or len(answer) >= _MAX_ANSWER_BYTES
+            cut_short = channel.transport_ended or self._cancelled.is_set() or len(answer) >= _MAX_ANSWER_BYTES
             if cut_short or channel.recv_exit_status() != 0:
                 return None
             return answer.decode("utf-8", "replace")

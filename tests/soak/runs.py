@@ -186,7 +186,7 @@ class Scene:
         with pytest.raises(ChannelRefused):
             opening.wait()
         self._forwarder.close()
-        self._forwarder.cut()
+        self._forwarder.abort()
         self._inbox.wait(TunnelClosed)
         stats = self._forwarder.stats()
         eventually(lambda: self._rekeys_in_log() == self._keys.all - 1)

@@ -151,10 +151,10 @@ class Tunnel:
         )
 
     def end(self) -> None:
-        """Close, cut, and see that its last word is the last, and that nothing is left."""
+        """Close, abort, and see that its last word is the last, and that nothing is left."""
         threads = self.forwarder.threads()
         self.forwarder.close()
-        self.forwarder.cut()
+        self.forwarder.abort()
         self.inbox.wait(TunnelClosed)
         for thread in threads:
             thread.join(WAIT_S)
@@ -164,7 +164,7 @@ class Tunnel:
         assert self.inbox.kinds().count(TunnelClosed) == 1
         assert self.inbox.kinds()[-1] is TunnelClosed
         assert self.forwarder.threads() == () or not any(thread.is_alive() for thread in self.forwarder.threads())
-        assert self.forwarder.standing() == ()
+        assert self.forwarder.unreleased() == ()
 
 
 @contextmanager
@@ -587,17 +587,17 @@ class TestHowMany:
             made.inbox.wait(ConnectionEnded, 30)
             assert made.forwarder.stats().connections == 30
             assert server.channels_opened == 30
-            eventually(lambda: made.forwarder.standing() == ())  # told first, then forgotten
+            eventually(lambda: made.forwarder.unreleased() == ())  # told first, then forgotten
 
     def test_the_connections_that_stand_are_named(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
-            assert made.forwarder.standing() == ()
+            assert made.forwarder.unreleased() == ()
             for _ in range(2):
                 made.connect()
             made.inbox.wait(ChannelOpened, 2)
-            assert made.forwarder.standing() == ("channel 1 of the tunnel", "channel 2 of the tunnel")
+            assert made.forwarder.unreleased() == ("channel 1 of the tunnel", "channel 2 of the tunnel")
 
 
 # ---- refusals ----
@@ -861,25 +861,25 @@ class TestClose:
             assert AgentEof not in made.inbox.kinds()
         assert transport.is_active()
 
-    def test_with_a_stalled_agent_it_waits_until_it_is_cut(
+    def test_with_a_stalled_agent_it_waits_until_it_is_aborted(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, _):
             made.send_until_stuck(local)
             made.forwarder.close()
             assert made.inbox.stays_without(TunnelClosed, 0.2)
-            assert made.forwarder.standing() == ("channel 1 of the tunnel",)
-            made.forwarder.cut()
+            assert made.forwarder.unreleased() == ("channel 1 of the tunnel",)
+            made.forwarder.abort()
             made.inbox.wait(TunnelClosed)
 
-    def test_with_a_stalled_proxy_it_waits_until_it_is_cut(
+    def test_with_a_stalled_proxy_it_waits_until_it_is_aborted(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, _, peer):
             made.send_until_stuck(peer)
             made.forwarder.close()
             assert made.inbox.stays_without(TunnelClosed, 0.2)
-            made.forwarder.cut()
+            made.forwarder.abort()
             made.inbox.wait(TunnelClosed)
 
     def test_on_a_frozen_server_what_stands_is_named_and_freed_when_the_server_goes_on(
@@ -895,9 +895,9 @@ class TestClose:
             # Their windows together are more than what the connection takes.
             eventually(lambda: not takes_bytes(transport))
             made.forwarder.close()
-            made.forwarder.cut()  # neither waits: the server goes on below
+            made.forwarder.abort()  # neither waits: the server goes on below
             assert made.inbox.stays_without(TunnelClosed, 0.2)
-            assert "channel " in made.forwarder.standing()[0]
+            assert "channel " in made.forwarder.unreleased()[0]
             server.thaw()
             made.inbox.wait(TunnelClosed)
             server.wait_for(lambda: server.channels_open == 0)
@@ -906,7 +906,7 @@ class TestClose:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, _):
-            made.forwarder.cut()
+            made.forwarder.abort()
             assert read_all(local) == b""
             made.inbox.wait(ConnectionEnded)
             assert AgentEof not in made.inbox.kinds()
@@ -932,7 +932,7 @@ class TestClose:
                 made.connect()
                 inbox.wait(ChannelOpened, count)
             made.forwarder.close()
-            made.forwarder.cut()
+            made.forwarder.abort()
             inbox.wait(ConnectionEnded, 2)
             inbox.wait(TunnelClosed)
             assert inbox.kinds()[-3:] == [ConnectionEnded, ConnectionEnded, TunnelClosed]
@@ -1015,12 +1015,12 @@ class TestNoThreads:
             failed = made.inbox.wait(WorkerCrashed)
             assert isinstance(failed.error, RuntimeError)
             assert read_all(local) == b""
-            eventually(lambda: made.forwarder.standing() == ())
+            eventually(lambda: made.forwarder.unreleased() == ())
             server.wait_for(lambda: server.channels_open == 0)
 
 
 class TestShortage:
-    """What passes by itself neither ends the listener nor makes a stranger of our own program."""
+    """What passes by itself neither ends the listener nor takes our own program for a foreign one."""
 
     @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
     def test_the_listener_goes_on(
@@ -1059,7 +1059,7 @@ class TestShortage:
             made.inbox.wait(ChannelOpened)
             assert PeerRejected not in made.inbox.kinds()
 
-    def test_our_own_program_is_not_called_a_stranger_by_a_close_meanwhile(
+    def test_our_own_program_is_not_rejected_for_a_close_meanwhile(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         error = OSError(errno.EMFILE, "Too many open files")
@@ -1160,7 +1160,7 @@ class TestTold:
             assert before <= stats.opened_at <= datetime.now(UTC)
 
 
-# ---- strangers ----
+# ---- other users ----
 
 
 def knock(address: str, *, say: str = "hello") -> int:

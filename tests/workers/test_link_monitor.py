@@ -20,7 +20,7 @@ from proxy_fsm.status import Timeouts
 from proxy_fsm.testing import LoopbackSSHServer
 from proxy_fsm.testing import ssh_server as embedded
 from proxy_fsm.workers import link_monitor
-from proxy_fsm.workers.link_monitor import Attachment, attach
+from proxy_fsm.workers.link_monitor import Watcher, attach
 from tests.helpers.agent import dead_port
 from tests.helpers.holdings import own_threads, threads_ended
 from tests.helpers.inbox import Inbox
@@ -63,19 +63,19 @@ def nothing_left() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attached(
+def watching(
     transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Observation], None]
-) -> Iterator[Attachment]:
-    attachment = attach(transport, timeouts, post)
+) -> Iterator[Watcher]:
+    watcher = attach(transport, timeouts, post)
     try:
-        yield attachment
+        yield watcher
     finally:
-        leave(attachment)
+        leave(watcher)
 
 
-def leave(attachment: Attachment) -> None:
+def leave(watcher: Watcher) -> None:
     """Detach, and wait for the monitor where it ends by that: then it has said its last word."""
-    thread = attachment.detach()
+    thread = watcher.detach()
     if thread is not None:
         thread.join(WAIT_S)
         assert not thread.is_alive()
@@ -90,19 +90,19 @@ def monitors() -> int:
 
 class TestShared:
     def test_many_attachments_share_one_thread(self, transport: paramiko.Transport) -> None:
-        attachments = [attach(transport, QUIET, Inbox().post) for _ in range(50)]
+        watchers = [attach(transport, QUIET, Inbox().post) for _ in range(50)]
         assert monitors() == 1
-        assert {attachment.detach() for attachment in attachments[1:]} == {None}
+        assert {watcher.detach() for watcher in watchers[1:]} == {None}
         assert monitors() == 1
-        last = attachments[0].detach()
+        last = watchers[0].detach()
         assert last is not None, "so that one can wait for it"
         last.join(WAIT_S)
         assert monitors() == 0
 
     def test_each_transport_has_its_own(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
-        with contextlib.closing(server.connect_transport()) as other, attached(transport, QUIET, Inbox().post):
+        with contextlib.closing(server.connect_transport()) as other, watching(transport, QUIET, Inbox().post):
             assert monitors() == 1
-            with attached(other, QUIET, Inbox().post):
+            with watching(other, QUIET, Inbox().post):
                 assert monitors() == 2
             assert monitors() == 1
 
@@ -110,28 +110,28 @@ class TestShared:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         gone = Inbox()
-        with attached(transport, QUIET, inbox.post):
+        with watching(transport, QUIET, inbox.post):
             assert attach(transport, QUIET, gone.post).detach() is None
             server.drop()
             inbox.wait(TransportEnded)
         assert gone.seen == []
 
     def test_to_detach_twice_is_harmless(self, transport: paramiko.Transport) -> None:
-        with attached(transport, QUIET, Inbox().post):
-            attachment = attach(transport, QUIET, Inbox().post)
-            assert attachment.detach() is None
-            assert attachment.detach() is None
+        with watching(transport, QUIET, Inbox().post):
+            watcher = attach(transport, QUIET, Inbox().post)
+            assert watcher.detach() is None
+            assert watcher.detach() is None
             assert monitors() == 1
 
     def test_one_may_detach_when_it_is_told(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         detached = threading.Event()
-        attachments: list[Attachment] = []
+        watchers: list[Watcher] = []
 
         def post(_: Observation) -> None:
-            attachments[0].detach()
+            watchers[0].detach()
             detached.set()
 
-        attachments.append(attach(transport, QUIET, post))
+        watchers.append(attach(transport, QUIET, post))
         server.drop()
         assert detached.wait(WAIT_S)
 
@@ -141,7 +141,7 @@ class TestShared:
         for _ in range(20):
             leave(attach(transport, QUIET, Inbox().post))
         inbox = Inbox()
-        with attached(transport, QUIET, inbox.post):
+        with watching(transport, QUIET, inbox.post):
             assert monitors() == 1
             server.drop()
             inbox.wait(TransportEnded)
@@ -150,7 +150,7 @@ class TestShared:
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
         inboxes = [Inbox() for _ in range(8)]
-        kept: list[Attachment] = []
+        kept: list[Watcher] = []
 
         def come_and_go(inbox: Inbox) -> None:
             for _ in range(20):
@@ -166,18 +166,18 @@ class TestShared:
         server.drop()
         for inbox in inboxes:
             inbox.wait(TransportEnded)
-        for attachment in kept:
-            attachment.detach()
+        for watcher in kept:
+            watcher.detach()
 
     def test_it_leaves_no_channel_on_the_transport(self, server: LoopbackSSHServer, transport: Any) -> None:
-        with attached(transport, PATIENT, Inbox().post):
+        with watching(transport, PATIENT, Inbox().post):
             server.wait_for(lambda: server.probes >= 2)
         eventually(lambda: len(transport._channels) == 0)
         assert not transport.channel_events
 
     def test_a_transport_that_is_dropped_can_go(self, server: LoopbackSSHServer, inbox: Inbox) -> None:
         transport = server.connect_transport()
-        with attached(transport, QUIET, inbox.post):
+        with watching(transport, QUIET, inbox.post):
             transport.close()
             inbox.wait(TransportEnded)
         transport.join(WAIT_S)
@@ -189,9 +189,9 @@ class TestShared:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         """As a child does after a fork; here the parent's thread is still there, and must not be shared."""
-        with attached(transport, QUIET, Inbox().post):
+        with watching(transport, QUIET, Inbox().post):
             link_monitor.forget_all()
-            with attached(transport, QUIET, inbox.post):
+            with watching(transport, QUIET, inbox.post):
                 assert monitors() == 2
                 server.drop()
                 inbox.wait(TransportEnded)
@@ -234,7 +234,7 @@ class TestBroken:
         with pytest.raises(RuntimeError):
             attach(transport, QUIET, Inbox().post)
         refused.clear()
-        with attached(transport, QUIET, inbox.post):
+        with watching(transport, QUIET, inbox.post):
             assert monitors() == 1
             server.drop()
             inbox.wait(TransportEnded)
@@ -247,7 +247,7 @@ class TestBroken:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         refused = no_thread_for(monkeypatch, "proxy_fsm-probe")
-        with attached(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
+        with watching(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
             eventually(lambda: len(refused) > 10)  # for longer than link_dead_s
             assert inbox.seen == []
             refused.clear()
@@ -268,11 +268,11 @@ class TestBroken:
         first = Inbox()
         with monkeypatch.context() as patch:
             patch.setattr(link_monitor, "packets_received", broken)
-            with attached(transport, QUIET, first.post):
+            with watching(transport, QUIET, first.post):
                 assert isinstance(first.wait(WorkerCrashed).error, AttributeError)
                 eventually(lambda: monitors() == 0)
                 patch.undo()
-                with attached(transport, QUIET, inbox.post):
+                with watching(transport, QUIET, inbox.post):
                     server.drop()
                     inbox.wait(TransportEnded)
         assert first.kinds() == [WorkerCrashed]
@@ -286,7 +286,7 @@ class TestEnd:
     def test_it_is_told_at_once(self, server: LoopbackSSHServer, end: str) -> None:
         def measure() -> float:
             inbox = Inbox()
-            with contextlib.closing(server.connect_transport()) as transport, attached(transport, QUIET, inbox.post):
+            with contextlib.closing(server.connect_transport()) as transport, watching(transport, QUIET, inbox.post):
                 eventually(lambda: len(transport._channels) == 1, interval_s=0.001)  # type: ignore[attr-defined]
                 began = time.monotonic()
                 if end == "closed by the caller":
@@ -307,7 +307,7 @@ class TestEnd:
         def measure() -> float:
             inbox = Inbox()
             began = time.monotonic()
-            with attached(transport, QUIET, inbox.post):
+            with watching(transport, QUIET, inbox.post):
                 return inbox.wait(TransportEnded).at - began
 
         assert_prompt(measure, SOON_S)
@@ -317,33 +317,33 @@ class TestEnd:
     ) -> None:
         """The first is told while the transport still winds up, and attaches another."""
         inbox = Inbox()
-        attachments: list[Attachment] = []
+        watchers: list[Watcher] = []
 
         def post(_: Observation) -> None:
-            attachments.append(attach(transport, QUIET, inbox.post))
+            watchers.append(attach(transport, QUIET, inbox.post))
 
-        attachments.append(attach(transport, QUIET, post))
+        watchers.append(attach(transport, QUIET, post))
         server.drop()
         inbox.wait(TransportEnded)
-        for attachment in attachments:
-            attachment.detach()
+        for watcher in watchers:
+            watcher.detach()
 
     def test_it_is_told_once_to_each(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         inboxes = [Inbox() for _ in range(50)]
-        attachments = [attach(transport, QUIET, inbox.post) for inbox in inboxes]
+        watchers = [attach(transport, QUIET, inbox.post) for inbox in inboxes]
         server.drop()
         for inbox in inboxes:
             inbox.wait(TransportEnded)
         transport.close()
         eventually(lambda: monitors() == 0)
         assert [inbox.kinds() for inbox in inboxes] == [[TransportEnded]] * 50
-        for attachment in attachments:
-            attachment.detach()
+        for watcher in watchers:
+            watcher.detach()
 
     def test_a_reset_is_named_in_the_detail(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
-        with attached(transport, QUIET, inbox.post):
+        with watching(transport, QUIET, inbox.post):
             server.drop(reset=True)
             assert "reset by peer" in inbox.wait(TransportEnded).detail
 
@@ -351,7 +351,7 @@ class TestEnd:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         server.freeze()
-        with attached(transport, Timeouts(link_probe_s=0.05, link_dead_s=20), inbox.post):
+        with watching(transport, Timeouts(link_probe_s=0.05, link_dead_s=20), inbox.post):
             inbox.wait(LinkSilent)
             transport.close()
             inbox.wait(TransportEnded)
@@ -373,13 +373,13 @@ class Course:
         self.silence = link_monitor._Silence(self.now_s)
         self.told: Told = []
         self.wanted_probe_at: list[float] = []
-        self._names: dict[Attachment, str] = {}
+        self._names: dict[Watcher, str] = {}
 
-    def add(self, probe_s: float, dead_s: float, name: str = "it") -> Attachment:
-        attachment = Attachment(NO_MONITOR, lambda _: None, probe_s, dead_s)
-        self._names[attachment] = name
-        self.silence.add(attachment, self.now_s)
-        return attachment
+    def add(self, probe_s: float, dead_s: float, name: str = "it") -> Watcher:
+        watcher = Watcher(NO_MONITOR, lambda _: None, probe_s, dead_s)
+        self._names[watcher] = name
+        self.silence.add(watcher, self.now_s)
+        return watcher
 
     def goes_on_to(self, after_s: float) -> Course:
         """Look whenever a look is due, as the monitor does, until so many seconds after the beginning."""
@@ -391,7 +391,7 @@ class Course:
         return self
 
     def looks(self) -> None:
-        if self.silence.wants_probe(self.now_s):
+        if self.silence.needs_probe(self.now_s):
             self.wanted_probe_at.append(self.now_s - 1000)
         self._note(self.silence.look(self.now_s))
 
@@ -400,7 +400,7 @@ class Course:
         self.looks()
         return self
 
-    def _note(self, told: list[tuple[Attachment, Observation]]) -> None:
+    def _note(self, told: list[tuple[Watcher, Observation]]) -> None:
         self.told += [(self.now_s - 1000, self._names[who], type(what)) for who, what in told]
 
 
@@ -422,14 +422,14 @@ class TestWhatIsToldWhen:
         assert course.goes_on_to(1000).told == [(20, "it", LinkSilent), (45, "it", LinkDead)], "each is told once"
 
     def test_what_is_told_has_its_times(self, course: Course) -> None:
-        attachment = course.add(10, 45)
+        watcher = course.add(10, 45)
         course.goes_on_to(3).hears()
         (_, silent), (who, dead) = course.silence.look(1003 + 50)
         assert isinstance(silent, LinkSilent)
         assert silent.heard_at == 1003
         assert isinstance(dead, LinkDead)
         assert dead.silent_s == 50
-        assert who is attachment
+        assert who is watcher
         ((_, restored),) = course.silence.heard(1003 + 60)
         assert isinstance(restored, LinkRestored)
         assert restored.silent_s == 60
@@ -510,7 +510,7 @@ class TestWhatIsToldWhen:
         course.goes_on_to(5).add(10, 45, "second")
         course.goes_on_to(9)
         course.now_s += 3600
-        course.silence.stopped(3600, course.now_s)
+        course.silence.process_was_suspended(3600, course.now_s)
         course.looks()
         assert course.told == []
         assert course.wanted_probe_at == []
@@ -523,7 +523,7 @@ class TestWhatIsToldWhen:
         course.add(10, 45)
         course.now_s += 3600
         late = course.add(10, 45)
-        course.silence.stopped(3595, course.now_s)
+        course.silence.process_was_suspended(3595, course.now_s)
         assert late.since == course.now_s
 
     def test_a_server_that_could_not_be_asked_is_not_silent(self, course: Course) -> None:
@@ -531,7 +531,7 @@ class TestWhatIsToldWhen:
         for turn in range(1, 6):
             course.goes_on_to(turn * 10 - 0.1)
             course.now_s += 0.1
-            course.silence.not_asked(course.now_s)
+            course.silence.probe_not_sent(course.now_s)
             course.looks()
         assert course.told == []
         assert course.goes_on_to(65).told == [(65, "it", LinkSilent), (65, "it", LinkDead)]
@@ -544,7 +544,7 @@ class TestSilence:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         began = time.monotonic()
-        with attached(transport, PATIENT, inbox.post):
+        with watching(transport, PATIENT, inbox.post):
             server.wait_for(lambda: server.probes >= 3)
             assert since(began) >= 3 * PATIENT.link_probe_s
         assert LinkDead not in inbox.kinds()
@@ -553,7 +553,7 @@ class TestSilence:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         server.freeze()
-        with attached(transport, PATIENT, inbox.post):
+        with watching(transport, PATIENT, inbox.post):
             silent = inbox.wait(LinkSilent)
             assert silent.at - silent.heard_at >= 2 * PATIENT.link_probe_s
             server.thaw()
@@ -567,7 +567,7 @@ class TestSilence:
     ) -> None:
         server.freeze()
         began = time.monotonic()
-        with attached(transport, FAST, inbox.post):
+        with watching(transport, FAST, inbox.post):
             dead = inbox.wait(LinkDead)
             assert dead.silent_s >= FAST.link_dead_s
             assert dead.at - began >= FAST.link_dead_s
@@ -588,7 +588,7 @@ class TestSilence:
             return len(looks)
 
         monkeypatch.setattr(link_monitor, "packets_received", another)
-        with attached(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
+        with watching(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
             eventually(lambda: len(looks) > 20)
         assert inbox.seen == []
         assert server.probes == 0
@@ -609,7 +609,7 @@ class TestSilence:
 
         monkeypatch.setattr(embedded._Interface, "check_channel_request", refuse)
         began = time.monotonic()
-        with attached(transport, PATIENT, inbox.post):
+        with watching(transport, PATIENT, inbox.post):
             for _ in range(5):
                 assert refusals.acquire(timeout=WAIT_S)
             assert since(began) >= 5 * PATIENT.link_probe_s, "the next is sent when the last answer is old"
@@ -630,10 +630,10 @@ class TestSilence:
         clock = Clock()
         monkeypatch.setattr(link_monitor, "time", clock)
         probe_s = 30.0 if somebody_comes else 0.2
-        with attached(transport, Timeouts(link_probe_s=probe_s, link_dead_s=300), inbox.post):
+        with watching(transport, Timeouts(link_probe_s=probe_s, link_dead_s=300), inbox.post):
             clock.ahead_s += 3600
             if somebody_comes:  # it is woken by that, before it is time to look
-                with attached(transport, Timeouts(link_probe_s=0.2, link_dead_s=300), inbox.post):
+                with watching(transport, Timeouts(link_probe_s=0.2, link_dead_s=300), inbox.post):
                     server.wait_for(lambda: server.probes >= 2)
             else:
                 server.wait_for(lambda: server.probes >= 2)
@@ -643,7 +643,7 @@ class TestSilence:
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         server.freeze()
-        with attached(transport, PATIENT, inbox.post):
+        with watching(transport, PATIENT, inbox.post):
             inbox.wait(LinkSilent)
         threads_ended()
         server.thaw()
@@ -658,9 +658,9 @@ class TestSilence:
         sys.setswitchinterval(1e-6)
         try:
             for turn in range(100):
-                attachment = attach(transport, Timeouts(link_probe_s=0.001, link_dead_s=20), Inbox().post)
+                watcher = attach(transport, Timeouts(link_probe_s=0.001, link_dead_s=20), Inbox().post)
                 threading.Event().wait(turn % 10 * 0.0005)  # another moment each time
-                attachment.detach()
+                watcher.detach()
         finally:
             sys.setswitchinterval(interval)
         threads_ended()
@@ -687,7 +687,7 @@ def probed(
     """A transport that is probed without a pause, though it is busy; gives how many probes were answered so far."""
     monkeypatch.setattr(link_monitor, "packets_received", lambda _: 0)
     server.commands = {"say": lambda line: (7, line.encode(), b"")}
-    with attached(transport, Timeouts(link_probe_s=0.001, link_dead_s=50), inbox.post):
+    with watching(transport, Timeouts(link_probe_s=0.001, link_dead_s=50), inbox.post):
         yield lambda: server.probes
     assert TransportEnded not in inbox.kinds()
     assert transport.is_active()

@@ -25,7 +25,7 @@ from tests.helpers.sockets import LOOPBACK, reset
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is a stranger")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the owner of a peer is not known")
 
 Finder = Callable[[tuple[str, int], tuple[str, int]], Any]
 

@@ -269,7 +269,7 @@ class Run:
             assert self._hold[2].wait(WAIT_S)
         self._news.put(observation)
         if isinstance(observation, OutputLine) and self.takes_lines:
-            self.process.taken()
+            self.process.ack_line()
 
     @contextlib.contextmanager
     def held_at(self, kind: type[_Seen]) -> Iterator[list[_Seen]]:
@@ -654,7 +654,7 @@ class TestFlood:
             for _ in range(self.LINES):
                 run.until(OutputLine)
                 assert run._news.qsize() <= 1000 + (4 << 10)
-                run.process.taken()
+                run.process.ack_line()
             gate.open()
             run.finish()
         assert run.lines == [f"word {number:05}" for number in range(self.LINES)]

@@ -52,20 +52,20 @@ class Lister:
 
 
 class Asked:
-    """A question, and its answer."""
+    """A query, and its answer."""
 
     def __init__(self, transport: paramiko.Transport) -> None:
         self.inbox = Inbox()
-        self.question = SessionStatusQuery(transport, NAME, self.inbox.post)
+        self.query = SessionStatusQuery(transport, NAME, self.inbox.post)
 
     def start(self) -> Asked:
-        self.question.start()
+        self.query.start()
         return self
 
     def answer(self) -> SessionStatus | None:
         """Wait for the thread's end; it has answered once."""
-        self.question.thread.join(WAIT_S)
-        assert not self.question.thread.is_alive()
+        self.query.thread.join(WAIT_S)
+        assert not self.query.thread.is_alive()
         (seen,) = self.inbox.seen
         assert isinstance(seen, SessionStatusReceived)
         return seen.status
@@ -134,7 +134,7 @@ def test_until_nobody_wants_to_know_any_more(server: LoopbackSSHServer, transpor
     server.commands = {"x2golistsessions": lister}
     asked = Asked(transport).start()
     eventually(lambda: len(lister.calls) >= 2)
-    asked.question.abandon()
+    asked.query.cancel()
     assert asked.answer() in {SessionStatus.RUNNING, None}  # None where it had just asked again
     assert_usable(server, transport)
 
@@ -170,7 +170,7 @@ def test_a_server_that_cannot_tell(
     assert_usable(server, transport)
 
 
-def test_a_server_that_never_answers_is_waited_for_until_it_is_abandoned(
+def test_a_server_that_never_answers_is_waited_for_until_it_is_cancelled(
     server: LoopbackSSHServer, transport: paramiko.Transport
 ) -> None:
     lister = Lister(row("S"))
@@ -178,44 +178,44 @@ def test_a_server_that_never_answers_is_waited_for_until_it_is_abandoned(
     server.commands = {"x2golistsessions": lister}
     asked = Asked(transport).start()
     assert lister.called.wait(WAIT_S)
-    assert asked.question.thread.is_alive()
-    asked.question.abandon()
+    assert asked.query.thread.is_alive()
+    asked.query.cancel()
     assert asked.answer() is None, "though the server still has not answered"
     lister.may_answer.set()
     assert_usable(server, transport)
 
 
-def test_a_server_that_never_opens_the_channel_is_abandoned_too(
+def test_a_server_that_never_opens_the_channel_is_cancelled_too(
     server: LoopbackSSHServer, transport: paramiko.Transport
 ) -> None:
     """And the channel that it opens after all is closed."""
     server.commands = {"x2golistsessions": Lister(row("S"))}
     server.freeze()
     asked = Asked(transport).start()
-    eventually(lambda: asked.question._opening is not None)
-    asked.question.abandon()
+    eventually(lambda: asked.query._opening is not None)
+    asked.query.cancel()
     assert asked.answer() is None
     server.thaw()
     assert_usable(server, transport)
 
 
-def test_a_question_that_is_abandoned_before_it_is_asked_is_not_asked(
+def test_a_query_that_is_cancelled_before_it_is_asked_is_not_asked(
     server: LoopbackSSHServer, transport: paramiko.Transport
 ) -> None:
     asked = Asked(transport)
-    asked.question.abandon()
+    asked.query.cancel()
     assert asked.start().answer() is None
     assert server.sessions_opened == 0
 
 
-def test_abandoning_after_the_answer_or_twice_does_no_harm(
+def test_cancelling_after_the_answer_or_twice_does_no_harm(
     server: LoopbackSSHServer, transport: paramiko.Transport
 ) -> None:
     server.commands = {"x2golistsessions": Lister(row("S"))}
     asked = Asked(transport).start()
     assert asked.answer() is SessionStatus.SUSPENDED
-    asked.question.abandon()
-    asked.question.abandon()
+    asked.query.cancel()
+    asked.query.cancel()
     assert len(asked.inbox.seen) == 1
     assert_usable(server, transport)
 
@@ -229,22 +229,22 @@ LINES = [
 
 
 @pytest.mark.parametrize(("function", "line"), LINES)
-def test_abandoning_at_any_line_ends_it_with_one_answer_and_no_channel(
+def test_cancelling_at_any_line_ends_it_with_one_answer_and_no_channel(
     server: LoopbackSSHServer, transport: paramiko.Transport, function: str, line: int
 ) -> None:
     server.commands = {"x2golistsessions": Lister(row("R"), row("S"))}
     asked = Asked(transport)
     (code,) = (each.__code__ for each in ASKING if each.__qualname__ == function)
-    abandoning: list[threading.Thread] = []
+    cancelling: list[threading.Thread] = []
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code is not code:
             return None
-        if event == "line" and frame.f_lineno == line and not abandoning:
+        if event == "line" and frame.f_lineno == line and not cancelling:
             server.freeze()  # nothing that it waits for comes any more
-            abandoning.append(threading.Thread(target=asked.question.abandon, daemon=True))
-            abandoning[0].start()
-            abandoning[0].join(0.05)  # it waits where the question holds the lock
+            cancelling.append(threading.Thread(target=asked.query.cancel, daemon=True))
+            cancelling[0].start()
+            cancelling[0].join(0.05)  # it waits where the query holds the lock
         return trace
 
     before = threading.gettrace()
@@ -254,7 +254,7 @@ def test_abandoning_at_any_line_ends_it_with_one_answer_and_no_channel(
     finally:
         threading.settrace(before)
     status = asked.answer()
-    for thread in abandoning:
+    for thread in cancelling:
         thread.join(WAIT_S)
         assert not thread.is_alive()
     assert status in {SessionStatus.RUNNING, SessionStatus.SUSPENDED, None}
