@@ -1,22 +1,99 @@
-"""Sends events to the caller's logger; one that fails changes nothing."""
+"""Events: what they are called, how grave they are, and how they reach the caller's logger."""
 
 from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-__all__ = ["EventLog", "report_failure"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from proxy_fsm.states import Phase, State
+    from proxy_fsm.status import TransitionRecord
+
+__all__ = ["LEVELS", "Event", "EventLog", "report_failure"]
+
+#: Every event of a proxy, with its level.
+LEVELS: Mapping[str, str] = {
+    "proxy.transition": "info",
+    "proxy.phase": "debug",
+    "tunnel.listening": "info",
+    "tunnel.connected": "info",
+    "tunnel.closed": "info",
+    "tunnel.refused": "warning",
+    "tunnel.rejected": "warning",
+    "process.spawned": "info",
+    "process.exited": "info",
+    "process.output": "debug",
+    "process.log_failed": "warning",
+    "link.silent": "warning",
+    "link.restored": "info",
+    "subscriber.slow": "warning",
+    "subscriber.failed": "error",
+    "internal.error": "error",
+}
 
 #: What a program that has not configured structlog gets: the standard library's logger, silent by default.
 _FALLBACK = logging.getLogger("proxy_fsm")
 _FALLBACK.addHandler(logging.NullHandler())
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event of a proxy, before its ``proxy_id`` and ``session`` are added."""
+
+    name: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def level(self) -> str:
+        """Its level: ``debug``, ``info``, ``warning`` or ``error``."""
+        return LEVELS[self.name]
+
+    @classmethod
+    def of_transition(cls, record: TransitionRecord, **last_words: Any) -> Event:
+        """Return the event of a change of state.
+
+        Args:
+            record: The change.
+            last_words: What the last event of a proxy says beside: ``hint`` and ``retryable``.
+        """
+        fields = {
+            "trigger": str(record.trigger),
+            "source": str(record.source),
+            "dest": str(record.dest),
+            "reason": None if record.reason is None else str(record.reason),
+            "detail": record.detail,
+            "elapsed_s": round(record.elapsed_s, 6),
+            "sequence": record.sequence,
+        }
+        return cls("proxy.transition", {**fields, **last_words})
+
+    @classmethod
+    def of_phase(cls, state: State, phase: Phase, previous: Phase | None, elapsed_s: float) -> Event:
+        """Return the event of a change of phase.
+
+        Args:
+            state: The state.
+            phase: The phase that was entered.
+            previous: The phase of the same state that was left; None where the state was entered.
+            elapsed_s: Time spent in ``previous``, in seconds; 0 where there is none.
+        """
+        fields = {
+            "state": str(state),
+            "phase": str(phase),
+            "previous": None if previous is None else str(previous),
+            "elapsed_s": round(elapsed_s, 6),
+        }
+        return cls("proxy.phase", fields)
+
+
 class EventLog:
-    """Events of one proxy, each with its ``proxy_id`` and ``session``.
+    """Logs the events of one proxy, each with its ``proxy_id`` and ``session``.
 
     Args:
         logger: A structlog logger, or a logger of the standard library. By default structlog's, where the program has
@@ -42,8 +119,8 @@ class EventLog:
 
 
 def report_failure(event: str) -> None:
-    """Tell the standard library's logger what another one has just raised."""
-    with suppress(BaseException):  # both loggers fail: there is nobody left to tell
+    """Report to the standard library's logger what another one has just raised."""
+    with suppress(BaseException):  # both loggers fail: there is nobody left to report to
         _FALLBACK.exception("The logger failed on the event %s.", event)
 
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from proxy_fsm.errors import BackendError
     from proxy_fsm.session import SessionStatus
 
@@ -19,10 +22,12 @@ __all__ = [
     "AgentDataReceived",
     "AgentEof",
     "ChannelOpened",
+    "ChecksPassed",
     "ConnectionEnded",
     "DisplayLost",
     "DisplayRestored",
     "Evidence",
+    "Launch",
     "LinkDead",
     "LinkRestored",
     "LinkSilent",
@@ -36,6 +41,7 @@ __all__ = [
     "ProcessSpawned",
     "SessionStatusReceived",
     "SpawnFailed",
+    "StartOrdered",
     "StopOrdered",
     "TransportEnded",
     "TunnelClosed",
@@ -52,15 +58,43 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
+class StartOrdered(Observation):
+    """The caller wants it to begin."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopOrdered(Observation):
     """The caller wants it to end."""
 
 
 @dataclass(frozen=True, slots=True)
+class ChecksPassed(Observation):
+    """Everything local is good; what is left is to bind the local end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the proxy program is started with.
+
+    Attributes:
+        command: The argument vector; its first entry is the path of the executable.
+        environment: The whole environment.
+        directory: The working directory.
+        log: Descriptor of the session's log; the preflight's, which closes it.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(repr=False)  # secrets are in it
+    directory: Path
+    log: int
+
+
+@dataclass(frozen=True, slots=True)
 class PreflightPassed(Observation):
-    """Everything local is good, and the local end is bound at ``listen_address``."""
+    """Everything local is good, the local end is bound at ``listen_address``, and this is what to launch."""
 
     listen_address: str
+    launch: Launch
 
 
 @dataclass(frozen=True, slots=True)

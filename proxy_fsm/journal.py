@@ -1,4 +1,4 @@
-"""The one place through which every change of state is told: history, event, subscribers, waiters, in this order."""
+"""What happened to a proxy, and who is to hear of it: logger, subscribers, waiters, in this order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from proxy_fsm.events import Event
 from proxy_fsm.states import State
 
 if TYPE_CHECKING:
@@ -18,68 +19,78 @@ if TYPE_CHECKING:
     from proxy_fsm.events import EventLog
     from proxy_fsm.status import TransitionRecord
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "join_notifiers"]
 
-#: A subscriber that is called on the owner thread and takes longer than this holds up what is seen next.
+#: A `via` that takes longer than this to hand a call over holds up the proxy.
 _SLOW_S = 0.05
+#: How long those who wait let a subscriber go first; one that takes longer is waited for no more.
+_COURTESY_S = 0.2
+
+_NOTIFIERS: set[threading.Thread] = set()
+
+
+def join_notifiers(deadline: float) -> None:
+    """Wait until each subscriber has been called with what there was, at the end of the interpreter.
+
+    Args:
+        deadline: Until when at the latest, in seconds of the monotonic clock.
+    """
+    for thread in tuple(_NOTIFIERS):
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @dataclass(eq=False)
 class _Subscriber:
     callback: Callable[[TransitionRecord], object]
     via: Callable[..., object] | None
-    told: int
+    delivered: int
     active: bool = True
 
 
 class Journal:
-    """What happened, and who wants to know.
+    """The records of one proxy, its subscribers, and those who wait for a state.
 
-    There is no lock between the one who records and those who wait: a waiter puts its own queue up first and looks
-    at the state then, so that a signal handler may record while its thread is about to wait.
+    There is no lock between the one who publishes and those who wait: a waiter puts its own queue up first and looks
+    at the state then, so that a signal handler may publish while its thread is about to wait.
 
     Args:
-        log: Where events go.
+        log: Logs events.
     """
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self._records: list[TransitionRecord] = []
-        self._told_state = State.IDLE
-        self._subscribers: list[_Subscriber] = []
+        self._published_state = State.IDLE
+        self._with_via, self._direct = _Delivery(self), _Delivery(self)
+        self._notifier = _Notifier(self._direct.deliver, self._is_over)
         self._waiters: list[SimpleQueue[State]] = []
-        self._delivery = threading.RLock()
-        self._delivering: int | None = None
 
-    def record(self, record: TransitionRecord, **last_words: Any) -> None:
-        """Tell a change of state to everybody.
+    @property
+    def records(self) -> list[TransitionRecord]:
+        """All changes of state so far; only ever appended to."""
+        return self._records
+
+    def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
+        """Publish an event; where it is a change of state, to subscribers and waiters too. Never raises.
 
         Args:
-            record: The change.
-            last_words: Fields that the event has beside those of the record.
+            event: The event.
+            record: The change of state.
         """
+        self._log(event.level, event.name, **event.fields)
+        if record is None:
+            return
         self._records.append(record)
         try:
-            self._tell_log(record, last_words)
-            self._deliver()
+            self._with_via.deliver()
+            if self._direct.is_due():
+                self._notifier.wake()
+            elif record.dest.is_final:
+                self._notifier.call(self._direct.deliver)  # nobody is left to be called: let it see that it is over
         finally:
-            self._told_state = record.dest
+            self._published_state = record.dest
             for waiter in tuple(self._waiters):
                 waiter.put(record.dest)
-
-    def _tell_log(self, record: TransitionRecord, last_words: dict[str, Any]) -> None:
-        self._log(
-            "info",
-            "proxy.transition",
-            trigger=str(record.trigger),
-            source=str(record.source),
-            dest=str(record.dest),
-            reason=None if record.reason is None else str(record.reason),
-            detail=record.detail,
-            elapsed_s=round(record.elapsed_s, 6),
-            sequence=record.sequence,
-            **last_words,
-        )
 
     def subscribe(
         self,
@@ -88,29 +99,35 @@ class Journal:
         *,
         replay: bool,
     ) -> Callable[[], None]:
-        """Have records told from now on, or from the first; see `proxy_fsm.Proxy.subscribe`."""
+        """Call back with each record from now on, or from the first; see `proxy_fsm.Proxy.subscribe`."""
         subscriber = _Subscriber(callback, via, 0 if replay else len(self._records))
-        self._subscribers.append(subscriber)
-        if self._records and self._records[-1].dest.is_final:
-            self._deliver()  # there is nobody else left to do it
+        delivery = self._direct if via is None else self._with_via
+        delivery.add(subscriber)
+        if via is None and self._direct.is_due():
+            self._notifier.wake()
+        elif via is not None and self._is_over():
+            self.catch_up()  # there is no owner thread any more to do it
 
         def unsubscribe() -> None:
-            subscriber.active = False
-            with suppress(ValueError):  # it was called before
-                self._subscribers.remove(subscriber)
+            delivery.remove(subscriber)
 
         return unsubscribe
 
     def catch_up(self) -> None:
-        """Tell past records to those who subscribed since; on the owner thread."""
-        self._deliver()
+        """Hand past records to those who subscribed with a `via` since; on the owner thread."""
+        self._with_via.deliver()
 
     def is_delivering(self) -> bool:
         """Tell whether this thread is inside a subscriber's call."""
-        return self._delivering == threading.get_ident()
+        return self._with_via.is_delivering() or self._direct.is_delivering()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until each subscriber without a `via` was called with all that there is; return whether it was."""
+        done = threading.Event()
+        return self._notifier.call(done.set) or done.wait(timeout)
 
     def wait(self, states: frozenset[State], timeout: float | None) -> State:
-        """Wait until one of the states, or a final one, was told to everybody.
+        """Wait until one of the states, or a final one, was published, and quick subscribers have heard of it.
 
         Raises:
             TimeoutError: It was not within ``timeout`` seconds.
@@ -119,37 +136,77 @@ class Journal:
         waiter: SimpleQueue[State] = SimpleQueue()
         self._waiters.append(waiter)
         try:
-            state = self._told_state
+            state = self._published_state
             while state not in states and not state.is_final:
                 state = waiter.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except Empty:
             wanted = ", ".join(sorted(states)) or "a final state"
-            raise TimeoutError(f"The proxy was not in {wanted} within {timeout} s; it is {self._told_state}.") from None
-        else:
-            return state
+            raise TimeoutError(
+                f"The proxy was not in {wanted} within {timeout} s; it is {self._published_state}."
+            ) from None
         finally:
             self._waiters.remove(waiter)
+        if not self.is_delivering():
+            self._notifier.let_go_first(None if deadline is None else deadline - time.monotonic())
+        return state
 
-    def _deliver(self) -> None:
-        with self._delivery:
-            outer, self._delivering = self._delivering, threading.get_ident()
+    def report(self, name: str, **fields: Any) -> None:
+        """Log an event about a subscriber."""
+        event = Event(name, fields)
+        self._log(event.level, event.name, **event.fields)
+
+    def _is_over(self) -> bool:
+        return bool(self._records) and self._records[-1].dest.is_final
+
+
+class _Delivery:
+    """Calls some of a journal's subscribers with the records that they have not had, one record after the other."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._subscribers: list[_Subscriber] = []
+        self._lock = threading.RLock()
+        self._thread: int | None = None
+
+    def add(self, subscriber: _Subscriber) -> None:
+        self._subscribers.append(subscriber)
+
+    def remove(self, subscriber: _Subscriber) -> None:
+        subscriber.active = False
+        with suppress(ValueError):  # it was called before
+            self._subscribers.remove(subscriber)
+
+    def is_due(self) -> bool:
+        return self._next() is not None
+
+    def is_delivering(self) -> bool:
+        return self._thread == threading.get_ident()
+
+    def deliver(self) -> None:
+        with self._lock:
+            outer, self._thread = self._thread, threading.get_ident()
             try:
-                for subscriber in tuple(self._subscribers):
-                    while subscriber.active and subscriber.told < len(self._records):
-                        subscriber.told += 1
-                        self._tell(subscriber, self._records[subscriber.told - 1])
+                while (subscriber := self._next()) is not None:
+                    subscriber.delivered += 1
+                    self._hand_over(subscriber, self._journal.records[subscriber.delivered - 1])
             finally:
-                self._delivering = outer
+                self._thread = outer
 
-    def _tell(self, subscriber: _Subscriber, record: TransitionRecord) -> None:
-        began = time.monotonic()
+    def _next(self) -> _Subscriber | None:
+        """Return whom the oldest record is due to; the one who came first, where there are several."""
+        count = len(self._journal.records)
+        due = [each for each in tuple(self._subscribers) if each.active and each.delivered < count]
+        return min(due, key=lambda each: each.delivered, default=None)
+
+    def _hand_over(self, subscriber: _Subscriber, record: TransitionRecord) -> None:
         if subscriber.via is None:
             self._call(subscriber, record)
-        else:
-            self._guarded(subscriber, subscriber.via, partial(self._call, subscriber, record))
+            return
+        began = time.monotonic()
+        self._guarded(subscriber, subscriber.via, partial(self._call, subscriber, record))
         took_s = time.monotonic() - began
         if took_s > _SLOW_S:
-            self._log("warning", "subscriber.slow", callback=_name(subscriber.callback), elapsed_s=round(took_s, 6))
+            self._journal.report("subscriber.slow", callback=_name(subscriber.callback), elapsed_s=round(took_s, 6))
 
     def _call(self, subscriber: _Subscriber, record: TransitionRecord) -> None:
         """Call back; returns None whatever the callback does, since GLib repeats what returns something true."""
@@ -159,8 +216,77 @@ class Journal:
     def _guarded(self, subscriber: _Subscriber, function: Callable[..., object], *arguments: object) -> None:
         try:
             function(*arguments)
-        except BaseException:  # noqa: BLE001 - a SystemExit of a subscriber must not end the owner thread either
-            self._log("error", "subscriber.failed", callback=_name(subscriber.callback), exc_info=True)
+        except BaseException:  # noqa: BLE001 - a SystemExit of a subscriber must not end the thread either
+            self._journal.report("subscriber.failed", callback=_name(subscriber.callback), exc_info=True)
+
+
+class _Notifier:
+    """The thread on which subscribers without a `via` are called, so that a slow one delays nobody else.
+
+    It lives from the first record that such a subscriber is due to the end of the proxy.
+    """
+
+    def __init__(self, deliver: Callable[[], None], is_over: Callable[[], bool]) -> None:
+        self._deliver = deliver
+        self._is_over = is_over
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.RLock()  # a signal handler may come back to it
+        self._thread: threading.Thread | None = None
+        self._called_at: float | None = None  # when the call began that it is in
+
+    def wake(self) -> None:
+        """Have it deliver; where no thread can be started any more, this one delivers."""
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="proxy_fsm-notifier", daemon=True)
+                _NOTIFIERS.add(thread)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    _NOTIFIERS.discard(thread)
+                    self._deliver()
+                    return
+                self._thread = thread
+            self._calls.put(self._deliver)
+
+    def call(self, function: Callable[[], None]) -> bool:
+        """Call a function after what is waiting; return True where nothing is, and do not call it."""
+        with self._lock:
+            if self._thread is None:
+                return True
+            self._calls.put(function)
+            return False
+
+    def let_go_first(self, left_s: float | None) -> None:
+        """Wait until those who are due were called, but for none who takes long.
+
+        Args:
+            left_s: For how long at the most, in seconds; None for as long as is polite.
+        """
+        done = threading.Event()
+        if self.call(done.set):
+            return
+        now = time.monotonic()
+        called_at = self._called_at
+        polite_s = (now if called_at is None else called_at) + _COURTESY_S - now
+        done.wait(max(0.0, polite_s if left_s is None else min(polite_s, left_s)))
+
+    def _run(self) -> None:
+        try:
+            while not self._is_done():
+                call = self._calls.get()
+                self._called_at = time.monotonic()
+                call()
+                self._called_at = None
+        finally:
+            _NOTIFIERS.discard(threading.current_thread())
+
+    def _is_done(self) -> bool:
+        with self._lock:
+            if not (self._calls.empty() and self._is_over()):
+                return False
+            self._thread = None
+            return True
 
 
 def _name(callback: Callable[..., object]) -> str:

@@ -1,113 +1,170 @@
-"""The lifecycle of a proxy as a machine: the two tables of `proxy_fsm.states`, made to move.
+"""The lifecycle as a machine: the tables of `proxy_fsm.states`, run by ``transitions``.
+
+One flat machine holds states and phases: its places are the states that have no phases, and the phases of those that
+have. A row of `TRANSITIONS` holds in every phase of its source, and leads to the first phase of its destination that
+has something to do. Nested states would say the same at five times the cost of a transition (measured: 41 µs, not 8).
 
 Nothing here does I/O, starts a thread or logs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transitions import EventData, Machine, MachineError
 
 from proxy_fsm.errors import InvalidTransition
-from proxy_fsm.states import TRANSITIONS, State, Transition, Trigger
+from proxy_fsm.states import PHASES, TRANSITIONS, Phase, PhaseTrigger, State, Trigger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Lifecycle"]
+__all__ = ["Lifecycle", "Place"]
 
 
-class _Model:
-    """What the machine writes its state on, and binds its own helpers to."""
+class Place(NamedTuple):
+    """A place of the machine: a state, and the phase in it where the state has phases."""
 
     state: State
+    phase: Phase | None
+
+    @property
+    def name(self) -> str:
+        """Its name in the machine, such as ``stopped`` or ``stopping_draining``."""
+        return str(self.state) if self.phase is None else f"{self.state}_{self.phase}"
+
+
+def _places(state: State) -> tuple[Place, ...]:
+    return tuple(Place(state, phase) for phase in state.phases or (None,))
+
+
+_PLACES = {place.name: place for state in State for place in _places(state)}
 
 
 class Lifecycle:
-    """The machine alone: a state, and one method per trigger.
+    """The machine alone: a state, a phase, and one method a trigger, such as ``Lifecycle().start()``.
 
-    Each trigger's method returns True where the state changed and False where the table ignores the trigger.
+    A subclass is told what happens by methods named as ``transitions`` names them, each of which takes its
+    ``EventData``: ``on_enter_running`` and ``on_exit_running`` for a state, ``on_enter_stopping_draining`` and
+    ``on_exit_stopping_draining`` for a phase. On entering, the state's method comes before the phase's. A trigger that
+    is fired by one of them is handled once they have returned.
 
-    Args:
-        on_change: Called with each change, as the table's row, once the new state is set.
-        on_enter: Called after that, by the state that was entered.
+    Attributes:
+        place: Name of the place it is at; set by the machine.
+        machine: The machine, of which this is the model.
 
     Raises:
-        InvalidTransition: By each trigger's method, where the table refuses it; the state is unchanged.
+        InvalidTransition: By each trigger, where the tables refuse it; state and phase are unchanged.
     """
 
-    def __init__(
-        self,
-        *,
-        on_change: Callable[[Transition], None] | None = None,
-        on_enter: Mapping[State, Callable[[], None]] | None = None,
-    ) -> None:
-        self._on_change = on_change
-        self._on_enter = dict(on_enter or {})
-        self._model = _Model()
-        self._machine = Machine(
-            self._model,
-            states=[{"name": state, "on_enter": self._entered} for state in State],
-            transitions=[{"trigger": str(row.trigger), "source": row.source, "dest": row.dest} for row in TRANSITIONS],
-            initial=State.IDLE,
+    place: str
+    trigger: Callable[[str], bool]
+
+    start: Callable[[], bool]
+    stop: Callable[[], bool]
+    tunnel_opened: Callable[[], bool]
+    proxy_ready: Callable[[], bool]
+    session_ended: Callable[[], bool]
+    fault_found: Callable[[], bool]
+    closed_cleanly: Callable[[], bool]
+    closed_after_fault: Callable[[], bool]
+
+    checks_passed: Callable[[], bool]
+    process_started: Callable[[], bool]
+    channel_opened: Callable[[], bool]
+    end_suspected: Callable[[], bool]
+    end_denied: Callable[[], bool]
+    process_exited: Callable[[], bool]
+    grace_over: Callable[[], bool]
+    kill_over: Callable[[], bool]
+    drain_over: Callable[[], bool]
+
+    def __init__(self) -> None:
+        self.machine = Machine(
+            self,
+            model_attribute="place",
+            states=[{"name": name, "on_enter": "_entered", "on_exit": "_left"} for name in _PLACES],
+            transitions=list(self._rows()),
+            initial=str(State.IDLE),
             send_event=True,
             auto_transitions=False,
-            queued=False,
+            queued=True,
+            on_exception="_failed",
+            finalize_event="_finished",
         )
 
     @property
     def state(self) -> State:
         """The state it is in."""
-        return self._model.state
+        return _PLACES[self.place].state
 
-    def fire(self, trigger: Trigger) -> bool:
-        """Fire a trigger that is held in a variable; the methods below name them one by one."""
-        before = self.state
-        try:
-            self._machine.events[str(trigger)].trigger(self._model)
-        except MachineError:
-            raise InvalidTransition(str(trigger), before) from None
-        return self.state is not before
+    @property
+    def phase(self) -> Phase | None:
+        """The phase it is in; None where the state has none."""
+        return _PLACES[self.place].phase
 
-    def start(self) -> bool:
-        """Order: idle → tunnelling."""
-        return self.fire(Trigger.START)
+    def fire(self, trigger: Trigger | PhaseTrigger) -> bool:
+        """Fire a trigger that is held in a variable.
 
-    def stop(self) -> bool:
-        """Order: from idle straight to stopped, else to stopping."""
-        return self.fire(Trigger.STOP)
+        Returns:
+            Whether state or phase changed; False too where it is fired by a callback, since it is handled later.
+        """
+        before = self.place
+        self.trigger(trigger)
+        return self.place != before
 
-    def tunnel_opened(self) -> bool:
-        """Observation: everything local is good and the local end is bound."""
-        return self.fire(Trigger.TUNNEL_OPENED)
+    def has_work(self, phase: Phase) -> bool:  # noqa: ARG002 - a subclass knows more
+        """Tell whether a phase has something to do: a state is entered at the first one that has.
 
-    def proxy_ready(self) -> bool:
-        """Observation: the session can be used."""
-        return self.fire(Trigger.PROXY_READY)
+        Its last phase is not asked about: where no other has, it is that one.
+        """
+        return True
 
-    def session_ended(self) -> bool:
-        """Observation: the agent or the viewer ended the session in an orderly way."""
-        return self.fire(Trigger.SESSION_ENDED)
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Turn both tables into the rows of one flat machine."""
+        for row in TRANSITIONS:
+            for source in _places(row.source):
+                for dest in (None,) if row.dest is None else _places(row.dest):
+                    yield {
+                        "trigger": str(row.trigger),
+                        "source": source.name,
+                        "dest": None if dest is None else dest.name,
+                        "conditions": [] if dest is None else self._entry_conditions(dest),
+                    }
+        for ends in PHASES:
+            if isinstance(ends.dest, Phase):
+                source, dest = Place(ends.state, ends.phase), Place(ends.state, ends.dest)
+                yield {"trigger": str(ends.trigger), "source": source.name, "dest": dest.name}
 
-    def fault_found(self) -> bool:
-        """Observation: something broke."""
-        return self.fire(Trigger.FAULT_FOUND)
-
-    def closed_cleanly(self) -> bool:
-        """Observation: all is released after a clean end."""
-        return self.fire(Trigger.CLOSED_CLEANLY)
-
-    def closed_after_fault(self) -> bool:
-        """Observation: all is released after a fault."""
-        return self.fire(Trigger.CLOSED_AFTER_FAULT)
+    def _entry_conditions(self, dest: Place) -> list[Callable[[EventData], bool]]:
+        phase = dest.phase
+        if phase is None or phase is dest.state.phases[-1]:
+            return []
+        return [lambda _: self.has_work(phase)]
 
     def _entered(self, event: EventData) -> None:
-        # transitions knows Enum members by their names, so the source has to be turned back into a member.
-        source = State[event.transition.source]  # type: ignore[union-attr]  # set whenever a state is entered
-        row = Transition(Trigger(event.event.name), source, self.state)
-        if self._on_change is not None:
-            self._on_change(row)
-        effect = self._on_enter.get(self.state)
-        if effect is not None:
-            effect()
+        """Call the state's own method where the state was entered; ``transitions`` calls the phase's after it."""
+        if self.phase is not None and self._source_of(event).state is not self.state:
+            self._call(f"on_enter_{self.state}", event)
+
+    def _left(self, event: EventData) -> None:
+        here, there = _PLACES[self.place], _PLACES[event.transition.dest]  # type: ignore[union-attr,index]
+        if here.phase is not None and there.state is not here.state:
+            self._call(f"on_exit_{here.state}", event)
+
+    def _call(self, name: str, event: EventData) -> None:
+        if (callback := getattr(self, name, None)) is not None:
+            callback(event)
+
+    def _failed(self, event: EventData) -> None:
+        """Raise what a callback raised, or say in this package's words that the tables refuse the trigger."""
+        if isinstance(event.error, MachineError):
+            raise InvalidTransition(event.event.name, self.state) from None
+        raise event.error  # type: ignore[misc]  # there is one whenever this is called
+
+    def _finished(self, event: EventData) -> None:
+        """Hear that a trigger was handled, whatever came of it; must not raise."""
+
+    @staticmethod
+    def _source_of(event: EventData) -> Place:
+        return _PLACES[event.transition.source]  # type: ignore[union-attr]  # set whenever a place is entered

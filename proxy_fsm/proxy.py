@@ -9,6 +9,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,8 +17,10 @@ import paramiko
 
 from proxy_fsm import diagram as drawing
 from proxy_fsm.backends import Backend, NX3Backend
-from proxy_fsm.engine import LIVE, Engine, Workers
+from proxy_fsm.effects import WorkerEffects
+from proxy_fsm.engine import LIVE, Engine
 from proxy_fsm.errors import ProxyFailed, ProxyStopped
+from proxy_fsm.journal import join_notifiers
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.states import State
 from proxy_fsm.status import ProxyStatus, Timeouts
@@ -27,9 +30,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
+    from proxy_fsm.engine import EngineEffects
     from proxy_fsm.status import TransitionRecord
 
 __all__ = ["Proxy"]
+
+#: How long subscribers may take to hear of proxies that had ended, when the interpreter ends.
+_NOTIFY_S = 5.0
 
 
 class Proxy:
@@ -83,22 +90,28 @@ class Proxy:
                 raise TypeError(f"{name} must be a {kind.__name__}, not {type(value).__name__}.")
         backend.check_session(session)
         root = Path(sessions_root) if sessions_root is not None else Path.home() / ".x2go"
-        self._engine = Engine(
+        make_effects = partial(
+            self._make_effects,
             session,
             transport,
             backend,
             sessions_root=root.absolute(),
+            environ=dict(os.environ if environ is None else environ),
+            timeouts=timeouts,
+        )
+        self._engine = Engine(
+            session,
+            backend,
+            make_effects,
             timeouts=timeouts,
             logger=logger,
-            environ=dict(os.environ if environ is None else environ),
             ask_server=ask_server,
             resumed=resumed,
-            workers=self._make_workers(),
         )
 
-    def _make_workers(self) -> Workers:
-        """Return what does the work; `proxy_fsm.testing` puts others in its place."""
-        return Workers()
+    def _make_effects(self, *arguments: Any, **options: Any) -> EngineEffects:
+        """Return what does the work; `proxy_fsm.testing` puts something else in its place."""
+        return WorkerEffects(*arguments, **options)
 
     @property
     def id(self) -> str:
@@ -147,8 +160,8 @@ class Proxy:
     def stop(self) -> None:
         """Ask it to end, in any state, from any thread, any number of times; returns at once.
 
-        A signal handler may call it. On a proxy that was not started, the event is logged by that very call: there,
-        a logger that takes a lock does not belong into a signal handler.
+        A signal handler may call it. On a proxy that was not started, the event is logged by that very call: do not
+        give such a proxy a logger that takes a lock.
         """
         self._engine.stop()
 
@@ -161,7 +174,7 @@ class Proxy:
 
         Raises:
             TimeoutError: It was not within that time; the proxy goes on.
-            RuntimeError: Called by a subscriber on the owner thread, or in a forked child.
+            RuntimeError: Called by a subscriber, or in a forked child.
         """
         return self._engine.wait(frozenset(State(state) for state in states), timeout)
 
@@ -175,7 +188,7 @@ class Proxy:
             ProxyFailed: It failed; ``status`` tells why.
             ProxyStopped: It was stopped, or the session ended.
             TimeoutError: It was neither within that time; the proxy goes on.
-            RuntimeError: Called by a subscriber on the owner thread, or in a forked child.
+            RuntimeError: Called by a subscriber, or in a forked child.
         """
         state = self.wait(State.RUNNING, timeout=timeout)
         if state is State.FAILED:
@@ -191,7 +204,7 @@ class Proxy:
 
         Raises:
             TimeoutError: It was not released within that time; that goes on.
-            RuntimeError: Called by a subscriber on the owner thread.
+            RuntimeError: Called by a subscriber.
         """
         self._engine.forbid_on_owner_thread("close")
         if self._engine.in_forked_child():
@@ -206,16 +219,21 @@ class Proxy:
         via: Callable[..., object] | None = None,
         replay: bool = False,
     ) -> Callable[[], None]:
-        """Have each change of state told, in order, none lost.
+        """Call back with each change of state, in order, none lost.
+
+        A subscriber that takes its time delays nobody: the proxy goes on. Whoever waits for a state lets subscribers
+        hear of it first, but waits for none that takes longer than 0.2 s. When the interpreter ends, all are called
+        with what is left, within the time that stopping may take.
 
         Args:
-            callback: Takes a record. What it raises is logged and changes nothing. One that refers to the proxy
-                keeps it alive: a proxy that is then dropped runs on.
+            callback: Takes a record. What it raises is logged and changes nothing. `stop` is welcome in it, and what
+                waits raises RuntimeError. One that refers to the proxy keeps it alive: a proxy that is then dropped
+                runs on.
             via: Hands the call, which takes no argument, to another loop: ``loop.call_soon_threadsafe``,
                 ``GLib.idle_add``, or the ``emit`` of a Qt ``Signal(object)`` that is connected to
-                ``lambda call: call()``. Without it the call comes on the owner thread and must be short; there,
-                `stop` is welcome, and what waits raises RuntimeError.
-            replay: Whether to tell the past changes first.
+                ``lambda call: call()``. It is called on the owner thread, and must be short. Without it the callback
+                is called on a notifier thread, one for all such subscribers of this proxy.
+            replay: Whether to begin with the past changes.
 
         Returns:
             A function that ends the subscription.
@@ -257,10 +275,11 @@ def _end_all() -> None:
     engines = [engine for engine in tuple(LIVE) if not engine.in_forked_child()]
     for engine in engines:
         engine.stop()
-    deadline = time.monotonic() + max((engine.end_within_s for engine in engines), default=0.0)
+    deadline = time.monotonic() + max((engine.end_within_s for engine in engines), default=_NOTIFY_S)
     for engine in engines:
         with suppress(TimeoutError):  # the proxy program sees its socket close, and goes
             engine.wait(frozenset(), max(0.0, deadline - time.monotonic()))
+    join_notifiers(deadline)
 
 
 def _forget_all() -> None:

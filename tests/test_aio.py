@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WAIT_S = 10.0
+
+
+class Subscriptions:
+    """How many subscriptions to a proxy there are."""
+
+    def __init__(self, proxy: FakedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.active = 0
+        self._subscribe = proxy.subscribe
+        monkeypatch.setattr(proxy, "subscribe", self._counted)
+
+    def _counted(self, *arguments: Any, **options: Any) -> Callable[[], None]:
+        unsubscribe = self._subscribe(*arguments, **options)
+        self.active += 1
+
+        def counted() -> None:
+            unsubscribe()
+            self.active -= 1
+
+        return counted
 
 
 def on(proxy: FakedProxy, state: State, act: Callable[[FakedProxy], object]) -> None:
@@ -65,8 +84,11 @@ def test_a_state_that_was_left_is_waited_for_in_vain(faked_proxy: Callable[[Stat
     assert proxy.ok()
 
 
-def test_no_thread_waits_and_the_loop_goes_on(faked_proxy: Callable[[State], FakedProxy]) -> None:
+def test_no_thread_waits_and_the_loop_goes_on(
+    faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy = faked_proxy(State.SPAWNING)
+    subscriptions = Subscriptions(proxy, monkeypatch)
     threads = set(threading.enumerate())
 
     async def client() -> State:
@@ -78,11 +100,14 @@ def test_no_thread_waits_and_the_loop_goes_on(faked_proxy: Callable[[State], Fak
         return state
 
     assert asyncio.run(client()) is State.RUNNING
-    assert proxy._engine.journal._subscribers == []
+    assert subscriptions.active == 0
 
 
-def test_each_change_comes_once_in_order_and_then_the_end(faked_proxy: Callable[[State], FakedProxy]) -> None:
+def test_each_change_comes_once_in_order_and_then_the_end(
+    faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy = faked_proxy(State.SPAWNING)
+    subscriptions = Subscriptions(proxy, monkeypatch)
 
     async def client() -> list[list[State]]:
         seen = []
@@ -102,7 +127,7 @@ def test_each_change_comes_once_in_order_and_then_the_end(faked_proxy: Callable[
     rest = [State.RUNNING, State.STOPPING, State.FAILED]
     assert everything == [State.TUNNELLING, State.SPAWNING, *rest]
     assert news == rest
-    assert proxy._engine.journal._subscribers == []
+    assert subscriptions.active == 0
 
 
 def test_nothing_new_comes_from_a_proxy_that_has_ended(faked_proxy: Callable[[State], FakedProxy]) -> None:
@@ -156,8 +181,11 @@ def test_what_did_not_get_running_raises_and_is_released(
     assert proxy.state.is_final
 
 
-def test_a_task_that_is_cancelled_leaves_nothing_behind(faked_proxy: Callable[[State], FakedProxy]) -> None:
+def test_a_task_that_is_cancelled_leaves_nothing_behind(
+    faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     proxy = faked_proxy(State.RUNNING)
+    subscriptions = Subscriptions(proxy, monkeypatch)
 
     async def client() -> None:
         task = asyncio.create_task(aio.wait(proxy))
@@ -168,7 +196,7 @@ def test_a_task_that_is_cancelled_leaves_nothing_behind(faked_proxy: Callable[[S
 
     asyncio.run(client())
     assert proxy.ok()
-    assert proxy._engine.journal._subscribers == []
+    assert subscriptions.active == 0
 
 
 @pytest.mark.parametrize("state", [State.SPAWNING, State.RUNNING])
@@ -213,7 +241,7 @@ def test_a_forked_child_waits_for_nothing(faked_proxy: Callable[[State], FakedPr
 
 def test_close_has_a_time_limit_and_goes_on_after_it(faked_proxy: Callable[[State], FakedProxy]) -> None:
     proxy = faked_proxy(State.RUNNING)
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     with pytest.raises(TimeoutError):
         asyncio.run(aio.close(proxy, timeout=0.05))
     assert not proxy.state.is_final

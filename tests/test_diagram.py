@@ -456,7 +456,7 @@ class SlowerLifecycle(Lifecycle):
 
     def __init__(self) -> None:
         super().__init__()
-        self._machine.add_transition("stop", State.STOPPED, State.FAILED)
+        self.machine.add_transition("stop", "stopped", "failed")
 
 
 class OwnProxy(Proxy):

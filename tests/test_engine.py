@@ -57,9 +57,19 @@ from proxy_fsm.testing.scripted import (
     wait_eof,
     wait_file,
 )
+from proxy_fsm.workers.forwarder import Forwarder
 from proxy_fsm.workers.process import ProxyProcess
 from tests.helpers.agent import Agent
-from tests.helpers.engine import COOKIE, HEALTHY, READY_LINE, Maker, ScriptedBackend, end_after, let_deadline_pass
+from tests.helpers.engine import (
+    COOKIE,
+    HEALTHY,
+    READY_LINE,
+    Maker,
+    ScriptedBackend,
+    end_after,
+    let_deadline_pass,
+    notified,
+)
 from tests.helpers.holdings import children, descriptors, nothing_left_open, own_threads, threads_ended
 from tests.helpers.recorder import Recorder
 from tests.helpers.wait import assert_prompt, eventually
@@ -130,6 +140,7 @@ def test_history_events_and_subscribers_agree_and_have_no_gap(make: Maker) -> No
     proxy.start()
     proxy.wait_running(timeout=5)
     proxy.close(timeout=5)
+    notified(proxy)
     history = proxy.status().history
     events = make.log.named("proxy.transition")
     assert list(history) == told
@@ -161,7 +172,7 @@ def test_the_other_events_of_the_contract_are_told_with_their_fields(make: Maker
     assert all({"proxy_id", "session"} <= set(event) for event in make.log.events)
 
 
-def test_the_state_is_told_as_event_then_subscribers_then_waiters(make: Maker) -> None:
+def test_publication_comes_as_event_then_subscribers_then_waiters(make: Maker) -> None:
     order: list[str] = []
     proxy = make()
 
@@ -171,7 +182,9 @@ def test_the_state_is_told_as_event_then_subscribers_then_waiters(make: Maker) -
                 order.append(f"event while {proxy.state}")
 
     proxy = make(logger=Logger())
-    proxy.subscribe(lambda record: order.append("subscriber") if record.dest is State.RUNNING else None)
+    proxy.subscribe(
+        lambda record: order.append("subscriber") if record.dest is State.RUNNING else None, via=lambda call: call()
+    )
     proxy.start()
     proxy.wait_running(timeout=5)
     order.append("waiter")
@@ -394,6 +407,7 @@ def test_a_subscriber_or_a_loop_that_raises_changes_nothing(make: Maker, error: 
     proxy.subscribe(told.append)
     with proxy:
         pass
+    notified(proxy)
     assert [str(record.dest) for record in told] == [*WAY_UP, "stopping", "stopped"]
     assert len(make.log.named("subscriber.failed")) == 10
 
@@ -436,6 +450,7 @@ def test_replay_after_the_end_tells_everything(make: Maker) -> None:
         pass
     told: list[TransitionRecord] = []
     proxy.subscribe(told.append, replay=True)
+    notified(proxy)
     assert tuple(told) == proxy.status().history
 
 
@@ -445,6 +460,7 @@ def test_who_unsubscribed_hears_nothing_more(make: Maker) -> None:
     unsubscribe = proxy.subscribe(told.append)
     proxy.start()
     proxy.wait_running(timeout=5)
+    notified(proxy)
     unsubscribe()
     unsubscribe()
     proxy.close(timeout=5)
@@ -713,14 +729,10 @@ def test_a_silent_transport_is_told_restored_and_given_up(make: Maker, server: L
 
 
 def test_a_transport_that_stays_silent_is_given_up_and_freed_later(make: Maker, server: LoopbackSSHServer) -> None:
-    proxy = make(timeouts=Timeouts(link_probe_s=0.1, link_dead_s=1000, kill_s=0.5))
+    proxy = make(timeouts=Timeouts(link_probe_s=0.1, link_dead_s=3, kill_s=0.5))
     proxy.start()
     proxy.wait_running(timeout=5)
     server.freeze()
-    attachment = proxy._engine._attachment
-    assert attachment is not None
-    attachment.dead_s = 0.4  # only now: the start may have been slow
-    attachment.monitor._wake()  # it may be asleep until the former one
     assert proxy.wait(timeout=20) is State.FAILED
     assert proxy.status().reason is EndReason.TRANSPORT_SILENT
     server.thaw()
@@ -783,10 +795,10 @@ def test_a_preflight_that_hangs_ends_in_start_timeout(make: Maker, tmp_path: Pat
 def test_a_proxy_that_never_gets_ready_ends_in_start_timeout(make: Maker, agent: Agent) -> None:
     proxy = make([connect(), wait_eof()], timeouts=Timeouts(ready_s=1000))
     proxy.start()
-    eventually(lambda: "sign that the session stands" in proxy.status().waiting_for, what="connected")
+    eventually(lambda: "sign that the session is established" in proxy.status().waiting_for, what="connected")
     eventually(lambda: len(agent.connections) == 1, what="the agent was reached once")
     assert late(proxy) is EndReason.START_TIMEOUT
-    assert "sign that the session stands" in proxy.status().detail
+    assert "sign that the session is established" in proxy.status().detail
     assert len(agent.connections) == 1
 
 
@@ -968,8 +980,9 @@ def test_a_transport_that_ends_while_it_is_stopping_shortens_the_grace(
     assert proxy.status().signal == signal.SIGKILL
 
 
-def test_a_status_in_a_forked_child_takes_no_lock(make: Maker) -> None:
-    with make() as proxy, proxy._engine._forwarder._lock:
+def test_a_status_in_a_forked_child_takes_no_lock(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make() as proxy:
+        monkeypatch.delattr(Forwarder, "stats")  # which takes one
         child = os.fork()
         if child == 0:
             end_after(30)
@@ -1044,7 +1057,7 @@ def test_waiting_for_says_what_is_still_missing(make: Maker, tmp_path: Path) -> 
         proxy = make([connect(), wait_file(gate.path), say(READY_LINE), wait_eof()])
         assert proxy.status().waiting_for == ""
         proxy.start()
-        eventually(lambda: "sign that the session stands" in proxy.status().waiting_for, what="connected")
+        eventually(lambda: "sign that the session is established" in proxy.status().waiting_for, what="connected")
         gate.open()
         proxy.wait_running(timeout=5)
         assert proxy.status().waiting_for == ""

@@ -620,7 +620,7 @@ def test_what_is_not_ready_in_time_is_told_with_what_is_missing(said: list[str],
     proxy.settle()
     assert proxy.status().waiting_for == missing if said else True
     assert proxy.deadline_s() == after_s
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     proxy.tunnel.preflight_ends()
     assert proxy.ended() == (State.FAILED, EndReason.START_TIMEOUT)
     what = "ready" if said else "prepared"
@@ -687,7 +687,7 @@ def test_the_backend_is_asked_in_spawning_and_running_alone() -> None:
     proxy.tunnel.agent_speaks()
     proxy.settle()
     assert (backend.asked, proxy.state) == (6, State.RUNNING)
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.stop()
     proxy.process.says("now")
     proxy.settle()
@@ -798,7 +798,7 @@ def test_a_program_that_cannot_start_ends_it_and_is_not_signalled(hint: str | No
 
 def test_a_program_that_cannot_start_while_stopping_frees_the_rest() -> None:
     proxy = in_state(State.SPAWNING)
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.stop()
     proxy.settle()
     proxy.process.cannot_start()
@@ -846,7 +846,7 @@ def test_an_error_in_the_first_step_ends_it_too() -> None:
 
 def test_an_error_after_the_cause_changes_nothing_of_it() -> None:
     proxy = running()
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.stop()
     proxy.settle()
 
@@ -898,7 +898,7 @@ def test_a_display_that_goes_is_told() -> None:
 
 def test_the_first_cause_wins() -> None:
     proxy = running()
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.tunnel.display_goes()
     proxy.stop()
     proxy.tunnel.transport_ends()
@@ -981,7 +981,7 @@ def test_a_doubt_that_nobody_settles_ends_with_its_time() -> None:
     proxy = running()
     proxy._engine._preparation.watch = Watch(suspect=True)  # type: ignore[assignment]
     close_session(proxy)
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.SESSION_ENDED)
 
 
@@ -1045,7 +1045,7 @@ def test_the_server_is_asked_once_and_not_before_the_display_is_sure() -> None:
         proxy.tunnel.display_returns()
         proxy.settle()
         assert proxy.called().count("question.start") == 1
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.SESSION_ENDED)
 
 
@@ -1065,7 +1065,7 @@ def test_a_program_that_stays_without_its_connection_has_its_grace() -> None:
     proxy.tunnel.disconnects()
     proxy.settle()
     assert (proxy.state, proxy.deadline_s()) == (State.RUNNING, 3000)
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.SESSION_ENDED)
     assert proxy.status().detail == "The connection to the agent has ended; the proxy program stayed, alone."
     assert proxy.process.signals == [signal.SIGTERM]
@@ -1103,7 +1103,7 @@ def test_a_connection_that_goes_while_an_end_is_confirmed_leaves_the_deadline() 
 
 def test_a_deadline_that_was_let_pass_has_acted_however_slow_the_owner_is() -> None:
     proxy = in_state(State.SPAWNING)
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     engine = proxy._engine
     catch_up = engine.journal.catch_up
 
@@ -1113,20 +1113,20 @@ def test_a_deadline_that_was_let_pass_has_acted_however_slow_the_owner_is() -> N
             threading.Event().wait(0.1)
 
     engine.journal.catch_up = slowly  # type: ignore[method-assign]
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.state is State.STOPPING
     proxy.end()
 
 
 def test_leaving_is_sigterm_grace_sigkill_and_its_time() -> None:
     proxy = running()
-    proxy.process.obedient = proxy.tunnel.obedient = False
+    proxy.process.auto_complete = proxy.tunnel.auto_complete = False
     proxy.stop()
     assert proxy.deadline_s() == 3000
     assert (proxy.state, proxy.status().waiting_for) == (State.STOPPING, "the proxy program's end")
     assert proxy.process.signals == [signal.SIGTERM]
     assert proxy._engine._evidence.signalled
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.deadline_s() == 4000
     assert proxy.process.signals == [signal.SIGTERM, signal.SIGKILL]
     assert "forwarder.close" not in proxy.called()
@@ -1144,16 +1144,16 @@ def test_leaving_is_sigterm_grace_sigkill_and_its_time() -> None:
 
 def test_the_tunnel_gets_a_moment_to_drain_then_is_aborted_then_abandoned() -> None:
     proxy = running()
-    proxy.tunnel.obedient = False
+    proxy.tunnel.auto_complete = False
     proxy.stop()
     proxy.settle()
     assert proxy._engine._timer is not None
     assert DRAIN_S / 2 < proxy._engine._timer[0] - time.monotonic() <= DRAIN_S
     assert "forwarder.abort" not in proxy.called()
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.called()[-2:] == ["forwarder.abort", "forwarder.close"]
     assert (proxy.state, proxy.deadline_s()) == (State.STOPPING, 4000)
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
     assert proxy.status().abandoned == ("channel 1 of the tunnel",)
     assert proxy.called()[-2:] == ["preparation.close", "forwarder.close"]
@@ -1162,7 +1162,7 @@ def test_the_tunnel_gets_a_moment_to_drain_then_is_aborted_then_abandoned() -> N
 @pytest.mark.parametrize("what", ["transport_ends", "stays_silent"])
 def test_a_tunnel_without_its_transport_is_cut_at_once(what: str) -> None:
     proxy = running()
-    proxy.tunnel.obedient = False
+    proxy.tunnel.auto_complete = False
     getattr(proxy.tunnel, what)()
     proxy.settle()
     assert proxy.called()[-4:] == ["preparation.close", "forwarder.close", "forwarder.abort", "forwarder.close"]
@@ -1175,15 +1175,15 @@ def test_a_preflight_that_hangs_is_abandoned_by_the_name_of_its_step() -> None:
     proxy.settle()
     assert (proxy.state, proxy.status().waiting_for) == (State.STOPPING, "the tunnel's end")
     assert proxy.process.signals == []
-    proxy.pass_deadline()
-    proxy.pass_deadline()
+    proxy.expire_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
     assert proxy.status().abandoned == ("the preflight, waiting for what the test says",)
 
 
 def test_a_link_that_is_silent_has_the_program_killed_at_once_and_one_that_is_restored_does_not() -> None:
     proxy = running()
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.tunnel.falls_silent()
     proxy.settle()
     proxy.stop()
@@ -1204,7 +1204,7 @@ def test_a_link_that_is_silent_has_the_program_killed_at_once_and_one_that_is_re
 def test_where_nothing_orderly_can_travel_any_more_the_program_is_killed_at_once_and_once(what: str) -> None:
     """Also where the engine is leaving already."""
     proxy = running()
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.stop()
     proxy.settle()
     assert proxy.process.signals == [signal.SIGTERM]
@@ -1258,7 +1258,7 @@ def test_an_exit_status_that_somebody_else_took_is_told_as_that() -> None:
 
 def test_a_preflight_that_takes_too_long_says_what_was_missing_and_what_to_do() -> None:
     proxy = in_state(State.TUNNELLING)
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     proxy.tunnel.preflight_ends()
     assert proxy.ended() == (State.FAILED, EndReason.START_TIMEOUT)
     assert proxy.status().detail == "Not prepared after 1000 s: what the test says was still missing."
@@ -1303,13 +1303,13 @@ def test_an_error_in_ending_after_an_error_ends_all_the_same() -> None:
 @pytest.mark.parametrize("clean", [True, False])
 def test_a_program_that_survives_sigkill_turns_a_clean_end_alone_into_stop_timeout(*, clean: bool) -> None:
     proxy = running()
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     if clean:
         proxy.stop()
     else:
         proxy.tunnel.display_goes()
-    proxy.pass_deadline()
-    proxy.pass_deadline()
+    proxy.expire_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.FAILED, EndReason.STOP_TIMEOUT if clean else EndReason.DISPLAY_LOST)
     status = proxy.status()
     survived = "The proxy program (process 4711) is still there after SIGKILL."
@@ -1332,7 +1332,7 @@ def test_a_program_that_cannot_be_signalled_is_abandoned_in_time() -> None:
     process.signal = refuse  # type: ignore[method-assign]
     proxy.stop()
     assert proxy.deadline_s() == 4000
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
     assert sent == [signal.SIGTERM, signal.SIGKILL]
     assert proxy.status().abandoned == ("process 4711", "channel 1 of the tunnel")
@@ -1342,7 +1342,7 @@ def test_a_program_that_cannot_be_signalled_is_abandoned_in_time() -> None:
 def test_all_of_program_preflight_and_tunnel_have_to_be_gone() -> None:
     proxy = in_state(State.TUNNELLING)
     proxy.sees(PreflightPassed(ADDRESS))
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.stop()
     proxy.tunnel.closes()
     proxy.settle()
@@ -1356,7 +1356,7 @@ def test_all_of_program_preflight_and_tunnel_have_to_be_gone() -> None:
 
 def test_a_tunnel_that_is_gone_first_leaves_the_program_its_grace() -> None:
     proxy = running()
-    proxy.process.obedient = False
+    proxy.process.auto_complete = False
     proxy.stop()
     proxy.tunnel.closes()
     proxy.settle()
@@ -1374,7 +1374,7 @@ def test_what_ends_in_running_alone_is_released_in_stopping_alone() -> None:
     proxy.tunnel.closes()
     proxy.settle()
     assert proxy.state is State.RUNNING
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.STOPPED, EndReason.SESSION_ENDED)
 
 
@@ -1526,7 +1526,7 @@ def test_an_error_on_the_way_out_of_an_error_does_not_end_the_owner() -> None:
     assert owner is not None
     owner.join(0.2)
     assert owner.is_alive()
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.ended() == (State.FAILED, EndReason.INTERNAL_ERROR)
 
 
@@ -1545,8 +1545,8 @@ def test_what_cannot_be_released_at_all_does_not_hold_the_end_up(what: str) -> N
         "preparation.close": (engine._preparation, "close"),
     }[what]
     setattr(worker, method, refuse)
-    proxy.tunnel.obedient = False
+    proxy.tunnel.auto_complete = False
     proxy.stop()
     for _ in range(5):
-        proxy.pass_deadline()
+        proxy.expire_deadline()
     assert proxy.wait(timeout=5) is State.STOPPED

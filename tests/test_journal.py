@@ -1,4 +1,4 @@
-"""Each change of state is told to everybody, in order, once, whoever asks from where."""
+"""Each change of state is published to everybody, in order, once, and nobody delays another."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import itertools
 import signal
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from proxy_fsm.events import EventLog
-from proxy_fsm.journal import Journal
+from proxy_fsm.events import Event, EventLog
+from proxy_fsm.journal import Journal, _Delivery, _Notifier, join_notifiers
 from proxy_fsm.reasons import EndReason
 from proxy_fsm.states import State, Trigger
 from proxy_fsm.status import TransitionRecord
 
+from .helpers.holdings import threads_ended
 from .helpers.recorder import Recorder
 from .helpers.task import Task
 from .helpers.wait import WAIT_S, eventually
@@ -48,8 +50,22 @@ def _busy_threads() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+MADE: list[Journal] = []
+
+
 def make(logger: Any = None) -> Journal:
-    return Journal(EventLog(logger, proxy_id="id1", session="name"))
+    MADE.append(Journal(EventLog(logger, proxy_id="id1", session="name")))
+    return MADE[-1]
+
+
+@pytest.fixture(autouse=True)
+def _over() -> Iterator[None]:
+    """Each proxy ends, and its notifier with it."""
+    yield
+    for journal in MADE:
+        publish(journal, record(5))
+    MADE.clear()
+    threads_ended()
 
 
 def record(sequence: int, dest: State | None = None, reason: EndReason | None = None) -> TransitionRecord:
@@ -69,9 +85,21 @@ def record(sequence: int, dest: State | None = None, reason: EndReason | None = 
     )
 
 
-def live(journal: Journal, *, start: int = 1, end: int = len(LIFE)) -> None:
+def publish(journal: Journal, each: TransitionRecord, **last_words: Any) -> None:
+    journal.publish(Event.of_transition(each, **last_words), each)
+
+
+def live(journal: Journal, *, start: int = 1, end: int = len(LIFE), heard: bool = True) -> None:
+    """Publish changes, and wait until all have heard of them."""
     for sequence in range(start, end + 1):
-        journal.record(record(sequence))
+        publish(journal, record(sequence))
+    if heard:
+        assert journal.flush(WAIT_S)
+
+
+def at_once(call: Callable[[], object]) -> None:
+    """Call on the thread that publishes."""
+    call()
 
 
 def collect(told: Told) -> Callable[[TransitionRecord], None]:
@@ -81,14 +109,14 @@ def collect(told: Told) -> Callable[[TransitionRecord], None]:
 class TestOrder:
     def test_history_then_event_then_subscribers_then_waiters(self, journal: Journal, logger: Recorder) -> None:
         order: list[str] = []
-        told, go_on = threading.Event(), threading.Event()
+        called, go_on = threading.Event(), threading.Event()
 
         def at_event() -> None:
-            order.append(f"event, with {len(journal._records)} in the history")
+            order.append(f"event, with {len(journal.records)} in the history")
 
         def at_subscriber(_: TransitionRecord) -> None:
             order.append("subscriber")
-            told.set()
+            called.set()
             assert go_on.wait(WAIT_S)
 
         def wait() -> None:
@@ -96,22 +124,32 @@ class TestOrder:
             order.append("waiter")
 
         logger.on_event = at_event
-        journal.subscribe(at_subscriber, None, replay=False)
+        journal.subscribe(at_subscriber, at_once, replay=False)
         waiter = Task(wait)
         eventually(lambda: journal._waiters)
         owner = Task(lambda: live(journal, end=1))
-        assert told.wait(WAIT_S)
+        assert called.wait(WAIT_S)
         with pytest.raises(TimeoutError):  # nor does one that comes now learn of it before all subscribers did
             journal.wait(frozenset({State.TUNNELLING}), 0)
-        assert order == ["event, with 1 in the history", "subscriber"]
+        assert order == ["event, with 0 in the history", "subscriber"]
         logger.on_event = lambda: None  # the slow subscriber's
         go_on.set()
         waiter.result()
         owner.result()
         assert order[2:] == ["waiter"]
 
+    def test_event_without_a_record_reaches_the_logger_alone(self, journal: Journal, logger: Recorder) -> None:
+        seen: Told = []
+        journal.subscribe(collect(seen), None, replay=True)
+        journal.publish(Event("link.silent", {"silent_s": 1.5}))
+        assert journal.flush(WAIT_S)
+        assert logger.named("link.silent") == [
+            {"event": "link.silent", "level": "warning", "proxy_id": "id1", "session": "name", "silent_s": 1.5}
+        ]
+        assert (seen, journal.records) == ([], [])
+
     def test_the_event_has_the_contracts_fields(self, journal: Journal, logger: Recorder) -> None:
-        journal.record(record(4, reason=EndReason.PEER_LOST), hint="Mend it.", retryable=False)
+        publish(journal, record(4, reason=EndReason.PEER_LOST), hint="Mend it.", retryable=False)
         assert logger.events == [
             {
                 "event": "proxy.transition",
@@ -131,7 +169,7 @@ class TestOrder:
         ]
 
     def test_a_change_without_a_reason_has_none_in_its_event(self, journal: Journal, logger: Recorder) -> None:
-        journal.record(record(1))
+        publish(journal, record(1))
         assert logger.named("proxy.transition")[0]["reason"] is None
 
     def test_subscribers_are_told_in_the_order_in_which_they_came(self, journal: Journal) -> None:
@@ -154,31 +192,53 @@ class TestSubscribers:
         told: Told = []
         live(journal, end=2)
         journal.subscribe(collect(told), None, replay=True)
-        assert told == []  # it is the owner's to tell
+        assert journal.flush(WAIT_S)
+        assert told == [1, 2]
+        live(journal, start=3)
+        assert told == [1, 2, 3, 4, 5]
+
+    def test_replay_with_a_via_is_left_to_the_owner(self, journal: Journal) -> None:
+        told: Told = []
+        live(journal, end=2)
+        journal.subscribe(collect(told), at_once, replay=True)
+        assert told == []
         journal.catch_up()
         assert told == [1, 2]
         journal.catch_up()
         live(journal, start=3)
         assert told == [1, 2, 3, 4, 5]
 
-    def test_the_next_change_tells_the_past_ones_too(self, journal: Journal) -> None:
+    def test_next_change_hands_over_the_past_ones_too(self, journal: Journal) -> None:
         told: Told = []
         live(journal, end=2)
-        journal.subscribe(collect(told), None, replay=True)
+        journal.subscribe(collect(told), at_once, replay=True)
         live(journal, start=3, end=3)
         assert told == [1, 2, 3]
 
-    def test_after_the_last_change_they_are_told_at_once_on_their_own_thread(self, journal: Journal) -> None:
+    def test_replay_with_a_via_after_the_last_change_comes_at_once(self, journal: Journal) -> None:
         live(journal)
         seen: list[tuple[int, int, bool]] = []
 
         def callback(each: TransitionRecord) -> None:
             seen.append((each.sequence, threading.get_ident(), journal.is_delivering()))
 
-        journal.subscribe(callback, None, replay=True)
+        journal.subscribe(callback, at_once, replay=True)
         assert seen == [(sequence, threading.get_ident(), True) for sequence in range(1, 6)]
-        journal.subscribe(callback, None, replay=False)
+        journal.subscribe(callback, at_once, replay=False)
         assert len(seen) == 5
+
+    def test_replay_without_a_via_after_the_last_change_comes_on_a_new_notifier(self, journal: Journal) -> None:
+        journal.subscribe(collect([]), None, replay=False)
+        live(journal)
+        seen: list[tuple[int, str, bool]] = []
+
+        def callback(each: TransitionRecord) -> None:
+            seen.append((each.sequence, threading.current_thread().name, journal.is_delivering()))
+
+        journal.subscribe(callback, None, replay=True)
+        assert journal.flush(WAIT_S)
+        assert seen == [(sequence, "proxy_fsm-notifier", True) for sequence in range(1, 6)]
+        assert not journal.is_delivering()
 
     def test_one_may_subscribe_within_a_call(self, journal: Journal) -> None:
         late: Told = []
@@ -189,7 +249,7 @@ class TestSubscribers:
                 journal.subscribe(collect(late), None, replay=False)
                 journal.subscribe(collect(replayed), None, replay=True)
 
-        journal.subscribe(callback, None, replay=False)
+        journal.subscribe(callback, at_once, replay=False)
         live(journal)
         assert (late, replayed) == ([3, 4, 5], [1, 2, 3, 4, 5])
 
@@ -206,6 +266,7 @@ class TestSubscribers:
         journal.subscribe(callback, None, replay=False)
         journal.subscribe(collect(third), None, replay=False)
         live(journal)
+        assert journal.flush(WAIT_S)
         assert first == third == nested == [1, 2, 3, 4, 5]
 
     @pytest.mark.usefixtures("_busy_threads")
@@ -219,20 +280,21 @@ class TestSubscribers:
                 staying: Told = []
                 leaving: Told = []
                 journal.subscribe(collect(staying), None, replay=number % 2 == 0)
-                comers.append((number % 2 == 0, len(journal._records), staying))
+                comers.append((number % 2 == 0, len(journal.records), staying))
                 goers.append(leaving)
                 journal.subscribe(collect(leaving), None, replay=False)()
 
-        journal.record(record(1, State.RUNNING))
+        publish(journal, record(1, State.RUNNING))
         tasks = [Task(come_and_go) for _ in range(3)]
         for sequence in itertools.count(2):
             over = len(comers) > 120
-            journal.record(record(sequence, State.STOPPED if over else State.RUNNING))
+            publish(journal, record(sequence, State.STOPPED if over else State.RUNNING))
             if over:
                 break
         for task in tasks:
             task.result()
-        every = [each.sequence for each in journal._records]
+        assert journal.flush(WAIT_S)
+        every = [each.sequence for each in journal.records]
         assert len(comers) == 180
         for replay, known, told in comers:
             assert told == every[len(every) - len(told) :]
@@ -283,7 +345,7 @@ class TestUnsubscribing:
             told.append(each.sequence)
             unsubscribe()
 
-        unsubscribe = journal.subscribe(callback, None, replay=True)
+        unsubscribe = journal.subscribe(callback, at_once, replay=True)
         live(journal, start=4)
         assert told == [1]
 
@@ -331,9 +393,6 @@ class TestFailures:
         def fail(*_: object) -> None:
             raise error
 
-        def at_once(function: Callable[..., None], *arguments: object) -> None:
-            function(*arguments)
-
         handled: list[BaseException] = []
         logger.on_event = lambda: handled.extend(filter(None, [sys.exc_info()[1]]))
         told: Told = []
@@ -353,7 +412,7 @@ class TestFailures:
         assert handled == [error] * 5
         assert journal.wait(frozenset(), 0) is State.STOPPED
 
-    def test_one_that_cannot_even_tell_its_name_changes_nothing(self, journal: Journal, logger: Recorder) -> None:
+    def test_subscriber_with_failing_repr_is_ignored(self, journal: Journal, logger: Recorder) -> None:
         told: Told = []
         journal.subscribe(Shy(), None, replay=False)
         journal.subscribe(collect(told), None, replay=False)
@@ -366,16 +425,14 @@ class TestFailures:
         live(journal)
         assert not journal.is_delivering()
 
-    def test_one_that_is_slow_is_logged(
-        self, journal: Journal, logger: Recorder, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_slow_via_is_logged(self, journal: Journal, logger: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = [100.0]
         monkeypatch.setattr("proxy_fsm.journal.time", SimpleNamespace(monotonic=lambda: clock[0]))
 
         def callback(each: TransitionRecord) -> None:
             clock[0] += 0.049 if each.sequence == 1 else 0.0515
 
-        journal.subscribe(callback, None, replay=False)
+        journal.subscribe(callback, at_once, replay=False)
         live(journal, end=2)
         (slow,) = logger.named("subscriber.slow")
         assert slow["callback"] == repr(callback)
@@ -389,7 +446,7 @@ class TestVia:
         handed: list[tuple[Any, ...]] = []
         journal.subscribe(told.append, lambda *call: handed.append(call), replay=False)
         first = record(1)
-        journal.record(first)
+        publish(journal, first)
         assert told == []
         ((function, *arguments),) = handed
         function(*arguments)
@@ -411,6 +468,119 @@ class TestVia:
         journal.subscribe(lambda _: delivering.append(journal.is_delivering()), elsewhere, replay=False)
         live(journal, end=1)
         assert delivering == [False]
+
+
+class TestNotifier:
+    """The thread on which subscribers without a `via` are called."""
+
+    def test_subscriber_that_blocks_delays_nobody(self, journal: Journal) -> None:
+        """Neither who publishes, nor who waits, nor who has a `via`, nor the subscribers of another proxy."""
+        go_on, other = threading.Event(), make(Recorder())
+        slow: Told = []
+        with_via: Told = []
+        others: Told = []
+
+        def block(each: TransitionRecord) -> None:
+            assert go_on.wait(WAIT_S)
+            slow.append(each.sequence)
+
+        journal.subscribe(block, None, replay=False)
+        journal.subscribe(collect(with_via), at_once, replay=False)
+        other.subscribe(collect(others), None, replay=False)
+        live(journal, heard=False)
+        live(other)
+        assert journal.wait(frozenset(), 0) is State.STOPPED
+        assert not journal.flush(0)
+        assert (slow, with_via, others) == ([], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
+        go_on.set()
+        assert journal.flush(WAIT_S)
+        assert slow == [1, 2, 3, 4, 5]
+
+    def test_waiter_lets_quick_subscribers_hear_first(self, journal: Journal) -> None:
+        told: Told = []
+
+        def callback(each: TransitionRecord) -> None:
+            time.sleep(0.01)  # so that the order is no accident
+            told.append(each.sequence)
+
+        journal.subscribe(callback, None, replay=False)
+        waiter = Task(journal.wait, frozenset({State.SPAWNING}), WAIT_S)
+        eventually(lambda: journal._waiters)
+        live(journal, end=2, heard=False)
+        waiter.result()
+        assert told == [1, 2]
+
+    def test_waiter_waits_once_for_a_subscriber_that_blocks(self, journal: Journal) -> None:
+        go_on = threading.Event()
+        journal.subscribe(lambda _: go_on.wait(WAIT_S), None, replay=False)
+        live(journal, end=1, heard=False)
+        eventually(lambda: journal._notifier._called_at)
+        began = time.monotonic()
+        for _ in range(100):
+            journal.wait(frozenset({State.TUNNELLING}), None)
+        assert time.monotonic() - began < 10 < 100 * 0.2
+        with pytest.raises(TimeoutError):
+            journal.wait(frozenset({State.RUNNING}), 0)
+        go_on.set()
+        live(journal, start=2)
+
+    def test_one_thread_serves_all_and_ends_with_the_proxy(self, journal: Journal) -> None:
+        threads: set[threading.Thread] = set()
+        for _ in range(3):
+            journal.subscribe(lambda _: threads.add(threading.current_thread()), None, replay=False)
+        live(journal)
+        (thread,) = threads
+        assert (thread.name, thread.daemon) == ("proxy_fsm-notifier", True)
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+    def test_no_thread_is_started_where_nobody_has_to_be_called(self, journal: Journal) -> None:
+        before = set(threading.enumerate())
+        journal.subscribe(collect([]), None, replay=False)()
+        journal.subscribe(collect([]), at_once, replay=False)
+        live(journal, end=2)
+        journal.subscribe(collect([]), None, replay=False)
+        assert set(threading.enumerate()) <= before
+
+    def test_thread_ends_where_all_have_unsubscribed(self, journal: Journal) -> None:
+        threads: list[threading.Thread] = []
+        unsubscribe = journal.subscribe(lambda _: threads.append(threading.current_thread()), None, replay=False)
+        live(journal, end=1)
+        unsubscribe()
+        live(journal, start=2)
+        threads[0].join(WAIT_S)
+        assert not threads[0].is_alive()
+
+    def test_records_are_delivered_in_place_where_no_thread_can_be_started(
+        self, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        told: Told = []
+        journal.subscribe(collect(told), None, replay=False)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        live(journal, end=2)
+        assert told == [1, 2]
+        monkeypatch.undo()
+        live(journal, start=3)
+        assert told == [1, 2, 3, 4, 5]
+
+    def test_end_of_the_interpreter_waits_for_subscribers_until_a_deadline(self, journal: Journal) -> None:
+        go_on = threading.Event()
+        told: Told = []
+
+        def block(each: TransitionRecord) -> None:
+            assert go_on.wait(WAIT_S)
+            told.append(each.sequence)
+
+        journal.subscribe(block, None, replay=False)
+        live(journal, heard=False)
+        join_notifiers(0)
+        assert told == []
+        go_on.set()
+        join_notifiers(time.monotonic() + WAIT_S)
+        assert told == [1, 2, 3, 4, 5]
 
 
 class TestWaiting:
@@ -528,18 +698,26 @@ class TestSignalHandlers:
     def test_one_may_record_while_its_thread_waits_or_is_about_to(
         self, journal: Journal, line: int, timeout: float | None
     ) -> None:
-        with Strike(lambda: live(journal), Journal.wait, line) as strike:
+        with Strike(lambda: live(journal, heard=False), Journal.wait, line) as strike:
             state = journal.wait(frozenset({State.RUNNING}), timeout)
         assert strike.has_struck
         assert state in {State.RUNNING, State.STOPPED}  # the latter where all was over when it looked first
 
-    @pytest.mark.parametrize("line", lines_of(Journal.subscribe))
-    def test_one_may_record_while_its_thread_subscribes(self, journal: Journal, line: int) -> None:
+    @pytest.mark.parametrize(
+        ("function", "line"),
+        [
+            (function, line)
+            for function in (Journal.subscribe, _Notifier.wake, _Delivery._next)
+            for line in lines_of(function)
+        ],
+    )
+    def test_one_may_publish_while_its_thread_subscribes(self, journal: Journal, function: Any, line: int) -> None:
         told: Told = []
         before: Told = []
         journal.subscribe(collect(before), None, replay=False)
-        with Strike(lambda: live(journal), Journal.subscribe, line) as strike:
+        with Strike(lambda: live(journal, heard=False), function, line) as strike:
             journal.subscribe(collect(told), None, replay=True)
         if not strike.has_struck:
             live(journal)
+        assert journal.flush(WAIT_S)
         assert told == before == [1, 2, 3, 4, 5]

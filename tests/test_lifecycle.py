@@ -1,9 +1,10 @@
-"""The lifecycle against a second copy of its table, written by hand from the design."""
+"""The lifecycle against a second copy of its tables, written by hand from the design."""
 
 from __future__ import annotations
 
 import itertools
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,20 @@ from hypothesis import strategies as st
 
 from proxy_fsm.errors import InvalidTransition
 from proxy_fsm.lifecycle import Lifecycle
-from proxy_fsm.states import TRANSITIONS, State, Transition, Trigger
+from proxy_fsm.states import (
+    PHASES,
+    TRANSITIONS,
+    Phase,
+    PhaseTransition,
+    PhaseTrigger,
+    State,
+    Transition,
+    Trigger,
+)
+from proxy_fsm.status import Timeouts
+
+if TYPE_CHECKING:
+    from transitions import EventData
 
 COLUMNS = "idle        tunnelling  spawning    running     stopping    stopped     failed".split()
 TABLE = """
@@ -31,30 +45,92 @@ CELLS = {
 }
 
 
-def at(state: State) -> Lifecycle:
-    """Lead a fresh machine to a state by the shortest way."""
-    ways: dict[State, tuple[Trigger, ...]] = {State.IDLE: ()}
-    for _ in State:
-        for (trigger, source), cell in CELLS.items():
-            if State(source) in ways and cell in COLUMNS and State(cell) not in ways:
-                ways[State(cell)] = (*ways[State(source)], Trigger(trigger))
+#: What ends each phase: state, phase, trigger, what follows, and the limit.
+PHASE_TABLE = """
+tunnelling  checking     checks_passed       binding      preflight_s
+tunnelling  binding      tunnel_opened       spawning     preflight_s
+spawning    launching    process_started     connecting   ready_s
+spawning    connecting   channel_opened      negotiating  ready_s
+spawning    negotiating  proxy_ready         running      ready_s
+running     established  end_suspected       verifying    -
+running     verifying    end_denied          established  ask_server_s
+running     verifying    session_ended       stopping     ask_server_s
+stopping    terminating  process_exited      draining     stop_grace_s
+stopping    terminating  grace_over          killing      stop_grace_s
+stopping    killing      process_exited      draining     kill_s
+stopping    killing      kill_over           draining     kill_s
+stopping    draining     drain_over          aborting     drain_s
+stopping    draining     closed_cleanly      stopped      drain_s
+stopping    draining     closed_after_fault  failed       drain_s
+stopping    aborting     closed_cleanly      stopped      kill_s
+stopping    aborting     closed_after_fault  failed       kill_s
+"""
+PHASE_ROWS = [line.split() for line in PHASE_TABLE.strip().splitlines()]
+#: The phases of each state, in order.
+PHASES_OF = {
+    state: tuple(dict.fromkeys(phase for owner, phase, *_ in PHASE_ROWS if owner == state)) or (None,)
+    for state in COLUMNS
+}
+#: Where a phase trigger leads within a state.
+MOVES = {(trigger, state, phase): dest for state, phase, trigger, dest, _ in PHASE_ROWS if dest in PHASES_OF[state]}
+PLACES = [(state, phase) for state, phases in PHASES_OF.items() for phase in phases]
+ALL_TRIGGERS: list[Trigger | PhaseTrigger] = [*Trigger, *PhaseTrigger]
+
+Place = tuple[str, str | None]
+
+
+def expected(trigger: str, place: Place, skipped: frozenset[str] = frozenset()) -> Place | None:
+    """Return where the hand-written tables lead; None where they refuse.
+
+    Args:
+        trigger: The trigger.
+        place: State and phase.
+        skipped: Phases that have nothing to do.
+    """
+    state, phase = place
+    if (trigger, state) not in CELLS:
+        dest = MOVES.get((trigger, state, phase or ""))
+        return None if dest is None else (state, dest)
+    cell = CELLS[trigger, state]
+    if cell == "·":
+        return None
+    if cell == "–":
+        return place
+    phases = PHASES_OF[cell]
+    return cell, next((each for each in phases if each not in skipped), phases[-1])
+
+
+def place_of(lifecycle: Lifecycle) -> Place:
+    return str(lifecycle.state), None if lifecycle.phase is None else str(lifecycle.phase)
+
+
+def ways_to(place: Place) -> tuple[Trigger | PhaseTrigger, ...]:
+    """Return the shortest way to a place."""
+    ways: dict[Place, tuple[Trigger | PhaseTrigger, ...]] = {("idle", None): ()}
+    for _ in PLACES:
+        for source, trigger in itertools.product(tuple(ways), ALL_TRIGGERS):
+            dest = expected(trigger, source)
+            if dest is not None and dest not in ways:
+                ways[dest] = (*ways[source], trigger)
+    return ways[place]
+
+
+def at(place: Place) -> Lifecycle:
+    """Lead a fresh machine to a place by the shortest way."""
     lifecycle = Lifecycle()
-    for trigger in ways[state]:
+    for trigger in ways_to(place):
         assert lifecycle.fire(trigger)
-    assert lifecycle.state is state
+    assert place_of(lifecycle) == place
     return lifecycle
 
 
-def expected(trigger: Trigger, state: State) -> State | None:
-    """Return where the hand-written table leads; None where it refuses."""
-    cell = CELLS[trigger, state]
-    return None if cell == "·" else state if cell == "–" else State(cell)
-
-
-def test_states_and_triggers_bear_the_contracts_names_in_its_order() -> None:
+def test_states_phases_and_triggers_bear_the_names_of_the_contract_in_its_order() -> None:
     assert [str(state) for state in State] == COLUMNS
+    assert [str(phase) for phase in Phase] == [phase for _, phase in PLACES if phase is not None]
     assert {str(trigger) for trigger in Trigger} == {trigger for trigger, _ in CELLS}
+    assert {str(trigger) for trigger in PhaseTrigger} == {trigger for trigger, _, _ in MOVES}
     assert str(State.RUNNING) == "running"
+    assert str(Phase.CHECKING) == "checking"
     assert {trigger for trigger in Trigger if trigger.is_order} == {Trigger.START, Trigger.STOP}
 
 
@@ -62,21 +138,12 @@ def test_only_stopped_and_failed_are_final() -> None:
     assert {state for state in State if state.is_final} == {State.STOPPED, State.FAILED}
 
 
-@pytest.mark.parametrize(("trigger", "state"), list(itertools.product(Trigger, State)))
-def test_every_cell_of_the_table(trigger: Trigger, state: State) -> None:
-    lifecycle = at(state)
-    dest = expected(trigger, state)
-    if dest is None:
-        with pytest.raises(InvalidTransition) as refused:
-            getattr(lifecycle, trigger)()
-        assert (refused.value.trigger, refused.value.state) == (trigger, state)
-        assert lifecycle.state is state
-    else:
-        assert getattr(lifecycle, trigger)() is (dest is not state)
-        assert lifecycle.state is dest
+def test_phases_of_each_state_are_in_order() -> None:
+    for state in State:
+        assert tuple(map(str, state.phases)) == tuple(phase for phase in PHASES_OF[state] if phase is not None)
 
 
-def test_the_published_table_is_the_hand_written_one() -> None:
+def test_published_table_of_states_is_the_hand_written_one() -> None:
     listed = {(row.trigger, row.source): row.dest for row in TRANSITIONS}
     assert len(listed) == len(TRANSITIONS)
     assert all(type(row) is Transition and type(row.source) is State for row in TRANSITIONS)
@@ -88,92 +155,193 @@ def test_the_published_table_is_the_hand_written_one() -> None:
     assert listed == by_hand
 
 
-def test_an_ignored_or_refused_trigger_tells_nobody() -> None:
-    told: list[object] = []
-    lifecycle = Lifecycle(on_change=told.append, on_enter=dict.fromkeys(State, lambda: told.append("entered")))
-    lifecycle.stop()
-    told.clear()
-    lifecycle.stop()
-    lifecycle.tunnel_opened()
+def test_published_table_of_phases_is_the_hand_written_one() -> None:
+    assert all(type(row) is PhaseTransition for row in PHASES)
+    assert all(type(row.trigger) in {Trigger, PhaseTrigger} for row in PHASES)
+    assert all(isinstance(row.dest, Phase | State) for row in PHASES)
+    assert [[*map(str, row[:4]), row.limit or "-"] for row in PHASES] == PHASE_ROWS
+
+
+def test_each_limit_is_a_time_out() -> None:
+    assert all(row.limit is None or getattr(Timeouts(), row.limit) > 0 for row in PHASES)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("trigger", ALL_TRIGGERS)
+def test_each_cell_of_the_tables(trigger: Trigger | PhaseTrigger, place: Place) -> None:
+    lifecycle = at(place)
+    dest = expected(trigger, place)
+    if dest is None:
+        with pytest.raises(InvalidTransition) as refused:
+            getattr(lifecycle, trigger)()
+        assert (refused.value.trigger, refused.value.state) == (trigger, place[0])
+        assert place_of(lifecycle) == place
+    else:
+        assert lifecycle.fire(trigger) is (dest != place)
+        assert place_of(lifecycle) == dest
+
+
+class Recording(Lifecycle):
+    """Notes which of its methods were called, and where the machine was then."""
+
+    def __init__(self, skipped: frozenset[str] = frozenset()) -> None:
+        self.calls: list[tuple[str, Place]] = []
+        self._skipped = skipped
+        super().__init__()
+
+    def has_work(self, phase: Phase) -> bool:
+        return phase not in self._skipped
+
+    def _note(self, name: str) -> None:
+        self.calls.append((name, place_of(self)))
+
+
+def _noting(name: str) -> object:
+    def note(self: Recording, event: EventData) -> None:
+        assert event.model is self
+        self._note(name)
+
+    return note
+
+
+for _state, _phase in PLACES:
+    for _when in ("on_enter", "on_exit"):
+        for _name in {f"{_when}_{_state}", f"{_when}_{_state}_{_phase}" if _phase else f"{_when}_{_state}"}:
+            setattr(Recording, _name, _noting(_name))
+
+
+def test_subclass_hears_of_states_and_of_their_phases() -> None:
+    machine = Recording()
+    for trigger in ("start", "checks_passed", "tunnel_opened", "proxy_ready", "end_suspected", "stop"):
+        machine.calls.clear()
+        getattr(machine, trigger)()
+    assert machine.calls == [
+        ("on_exit_running", ("running", "verifying")),
+        ("on_exit_running_verifying", ("running", "verifying")),
+        ("on_enter_stopping", ("stopping", "terminating")),
+        ("on_enter_stopping_terminating", ("stopping", "terminating")),
+    ]
+    machine.calls.clear()
+    machine.grace_over()
+    assert [name for name, _ in machine.calls] == ["on_exit_stopping_terminating", "on_enter_stopping_killing"]
+    machine.calls.clear()
+    machine.closed_cleanly()
+    assert [name for name, _ in machine.calls] == [
+        "on_exit_stopping",
+        "on_exit_stopping_killing",
+        "on_enter_stopped",
+    ]
+
+
+def test_ignored_or_refused_trigger_calls_nobody() -> None:
+    machine = Recording()
+    machine.stop()
+    machine.calls.clear()
+    machine.stop()
+    machine.tunnel_opened()
     with pytest.raises(InvalidTransition):
-        lifecycle.start()
-    assert told == []
+        machine.start()
+    with pytest.raises(InvalidTransition):
+        machine.drain_over()
+    assert machine.calls == []
 
 
-def test_a_change_is_told_before_its_effect_and_with_the_new_state_set() -> None:
-    told: list[object] = []
+def test_trigger_fired_by_a_callback_is_handled_after_it() -> None:
+    order: list[str] = []
 
-    def changed(row: Transition) -> None:
-        told.append((row, lifecycle.state))
+    class Eager(Lifecycle):
+        def on_enter_tunnelling(self, _: EventData) -> None:
+            assert self.fire(Trigger.STOP) is False
+            order.append(f"tunnelling {self.state}")
 
-    lifecycle = Lifecycle(on_change=changed, on_enter={State.TUNNELLING: lambda: told.append("effect")})
-    lifecycle.start()
-    row = Transition(Trigger.START, State.IDLE, State.TUNNELLING)
-    assert told == [(row, State.TUNNELLING), "effect"]
+        def on_enter_stopping(self, _: EventData) -> None:
+            order.append("stopping")
+
+    Eager().start()
+    assert order == ["tunnelling tunnelling", "stopping"]
 
 
-def test_an_effect_that_raises_leaves_the_new_state() -> None:
-    def broken() -> None:
-        raise ValueError("broken")
+def test_callback_that_raises_leaves_the_new_state_and_drops_what_it_fired() -> None:
+    class Broken(Lifecycle):
+        def on_enter_tunnelling(self, _: EventData) -> None:
+            self.stop()
+            raise ValueError("broken")
 
-    lifecycle = Lifecycle(on_enter={State.TUNNELLING: broken})
+    lifecycle = Broken()
     with pytest.raises(ValueError, match="broken"):
         lifecycle.start()
     assert lifecycle.state is State.TUNNELLING
+    assert lifecycle.phase is Phase.CHECKING
+    lifecycle.stop()
+    assert place_of(lifecycle) == ("stopping", "terminating")
 
 
-@given(st.lists(st.sampled_from(Trigger), max_size=30))
-def test_any_sequence_follows_the_hand_written_table(triggers: list[Trigger]) -> None:
-    lifecycle, state = Lifecycle(), State.IDLE
+@pytest.mark.parametrize("state", [state for state in State if state.phases])
+def test_state_is_entered_at_its_first_phase_that_has_something_to_do(state: State) -> None:
+    way = {"tunnelling": 0, "spawning": 1, "running": 2, "stopping": 3}[state]
+    triggers = (Trigger.START, Trigger.TUNNEL_OPENED, Trigger.PROXY_READY, Trigger.STOP)[: way + 1]
+    phases = state.phases
+    for count in range(len(phases) + 1):
+        machine = Recording(frozenset(map(str, phases[:count])))
+        for trigger in triggers:
+            machine.fire(trigger)
+        assert machine.phase is phases[min(count, len(phases) - 1)]
+
+
+@given(st.lists(st.sampled_from(ALL_TRIGGERS), max_size=40), st.frozensets(st.sampled_from([*map(str, Phase)])))
+def test_any_sequence_follows_the_hand_written_tables(
+    triggers: list[Trigger | PhaseTrigger], skipped: frozenset[str]
+) -> None:
+    lifecycle, place = Recording(skipped), PLACES[0]
     for trigger in triggers:
-        dest = expected(trigger, state)
+        dest = expected(trigger, place, skipped)
         if dest is None:
             with pytest.raises(InvalidTransition):
                 lifecycle.fire(trigger)
         else:
             lifecycle.fire(trigger)
-            state = dest
-        assert lifecycle.state is state
-
-
-#: The longest way that there is, from idle to a final state, and one trigger more.
-COVERING = 6
+            place = dest
+        assert place_of(lifecycle) == place
 
 
 @pytest.mark.no_cover  # it repeats what others cover, and would take three times as long
-def test_every_sequence_up_to_the_length_that_covers_all() -> None:
-    """No sequence of orders and observations leads astray, whatever was ignored or refused on the way.
+def test_every_way_through_the_machine() -> None:
+    """Whatever was ignored or refused on the way: each place is entered by each of its ways, and tried in full.
 
-    Sequences with a common beginning share it; the machine is then set back to where they part.
+    A way passes no place twice but to go in a circle once, so that all of them can be tried.
     """
-    told: list[Transition] = []
-    met: set[tuple[Trigger, State]] = set()
-    lifecycle = Lifecycle(on_change=told.append)
+    met: set[tuple[str, Place]] = set()
+    ways = 0
 
-    def fire_each(left: int) -> None:
-        state, told_before = lifecycle.state, told.copy()
-        for trigger in Trigger:
-            met.add((trigger, state))
-            dest = expected(trigger, state) or state
+    def follow(way: tuple[Place, ...]) -> None:
+        nonlocal ways
+        here = way[-1]
+        for trigger in ALL_TRIGGERS:
+            lifecycle._machine_at(here)
+            met.add((trigger, here))
+            dest = expected(trigger, here)
             with suppress(InvalidTransition):
                 lifecycle.fire(trigger)
-            assert lifecycle.state is dest
-            assert told == [*told_before, *([(trigger, state, dest)] if dest is not state else [])]
-            if left > 1:
-                fire_each(left - 1)
-            lifecycle._machine.set_state(state, lifecycle._model)
-            told[:] = told_before
+            assert place_of(lifecycle) == (dest or here)
+            if dest is not None and dest != here and way.count(dest) < 2:
+                ways += 1
+                follow((*way, dest))
 
-    fire_each(COVERING)
-    assert met == set(itertools.product(Trigger, State))
+    class Movable(Lifecycle):
+        def _machine_at(self, place: Place) -> None:
+            self.machine.set_state("_".join(part for part in place if part is not None), self)
+
+    lifecycle = Movable()
+    follow((PLACES[0],))
+    assert met == set(itertools.product(ALL_TRIGGERS, PLACES))
+    assert ways > 100
 
 
-def test_every_state_is_reached_and_a_final_state_is_reached_from_each() -> None:
-    for state in State:
-        at(state)
-    for state in State:
-        reached, fresh = {state}, {state}
+def test_each_place_is_reached_and_a_final_state_is_reached_from_each() -> None:
+    for place in PLACES:
+        at(place)
+        reached, fresh = {place}, {place}
         while fresh:
-            fresh = {dest for t in Trigger for s in fresh if (dest := expected(t, s)) is not None} - reached
+            fresh = {dest for t in ALL_TRIGGERS for p in fresh if (dest := expected(t, p)) is not None} - reached
             reached |= fresh
-        assert any(end.is_final for end in reached)
+        assert any(State(state).is_final for state, _ in reached)

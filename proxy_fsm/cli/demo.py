@@ -162,7 +162,7 @@ class _Demo:
             ):
                 yield
             return
-        unsubscribe = proxy.subscribe(self._show_line)
+        unsubscribe = proxy.subscribe(self._show_line, via=lambda call: call())  # each line before what it leads to
         try:
             yield
         finally:

@@ -19,25 +19,27 @@ byte is sent. What is said may come late, twice, or never: the engine has to bea
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import threading
 import time
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import paramiko
 
 from proxy_fsm.backends import NX3Backend
-from proxy_fsm.engine import Workers
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
     AgentDataReceived,
     AgentEof,
     ChannelOpened,
+    ChecksPassed,
     ConnectionEnded,
     DisplayLost,
     DisplayRestored,
+    Launch,
     LinkDead,
     LinkRestored,
     LinkSilent,
@@ -59,19 +61,17 @@ from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionInfo, SessionStatus
 from proxy_fsm.states import State
 from proxy_fsm.status import TransitionRecord, TunnelStats
-from proxy_fsm.workers.forwarder import Forwarder
-from proxy_fsm.workers.link_monitor import Watcher
-from proxy_fsm.workers.preflight import Launch, Preflight
-from proxy_fsm.workers.process import ProxyProcess
-from proxy_fsm.workers.session_query import SessionStatusQuery
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable
+
+    from proxy_fsm.engine import EngineEffects
+    from proxy_fsm.events import Event
 
 __all__ = ["FakeProcess", "FakeTransport", "FakeTunnel", "FakedProxy"]
 
 READY_LINE = "Info: Established X server connection."
+LAUNCH = Launch(["/fake/nxproxy"], {}, Path(os.sep), -1)
 _SETTLE_S = 5.0
 
 
@@ -98,117 +98,128 @@ class FakeTunnel:
     """What the preflight, the forwarder and the monitor see, said by a test.
 
     Attributes:
-        obedient: Whether it is closed as soon as the engine wants it to be; else `closes` says when.
-        closing: Whether the engine wants it closed.
+        auto_complete: Whether it is closed as soon as the engine wants it to be; else `closes` says when.
+        close_requested: Whether the engine wants it closed.
         released: Whether it is.
+        aborted: Whether the engine wants it closed at once, whatever is still on its way.
         detached: Whether the engine has left the transport's monitor.
+        transport: The transport.
+        post: Takes any observation, also one for which there is no method here.
     """
 
     def __init__(self, transport: FakeTransport) -> None:
-        self.obedient = True
-        self.closing = False
+        self.auto_complete = True
+        self.close_requested = False
         self.released = False
+        self.aborted = False
         self.detached = False
-        self._transport = transport
-        self._post: Callable[[Observation], None] = lambda _: None
+        self.transport = transport
+        self.post: Callable[[Observation], None] = lambda _: None
 
     def opens(self) -> None:
         """Everything local is good, and the local end is bound."""
-        self._post(PreflightPassed("/fake/proxy.sock"))
+        self.post(ChecksPassed())
+        self.post(PreflightPassed("/fake/proxy.sock", LAUNCH))
         self.preflight_ends()
 
     def preflight_ends(self) -> None:
         """The preflight's thread is gone."""
-        self._post(PreflightFinished())
+        self.post(PreflightFinished())
 
     def refuses(self, reason: EndReason = EndReason.AGENT_UNREACHABLE, detail: str = "It was refused.") -> None:
         """The preflight, or the opening of a channel, ends with a reason."""
-        self._post(WorkerFailed(BackendError(reason, detail)))
+        self.post(WorkerFailed(BackendError(reason, detail)))
 
     def breaks(self) -> None:
         """A worker's thread ends with an error that nobody expected."""
-        self._post(WorkerCrashed("tunnel", ZeroDivisionError("a fake one")))
+        self.post(WorkerCrashed("tunnel", ZeroDivisionError("a fake one")))
 
     def connects(self) -> None:
         """The proxy connected, and its channel stands."""
-        self._post(ChannelOpened(1))
+        self.post(ChannelOpened(1))
 
     def agent_speaks(self) -> None:
         """The agent's first bytes came."""
-        self._post(AgentDataReceived(1))
+        self.post(AgentDataReceived(1))
 
     def agent_closes(self) -> None:
         """The agent ended its direction."""
-        self._post(AgentEof(1))
+        self.post(AgentEof(1))
 
     def disconnects(self) -> None:
         """The connection is gone, both ways."""
-        self._post(ConnectionEnded(1, 0, 0, 0.0))
+        self.post(ConnectionEnded(1, 0, 0, 0.0))
 
     def closes(self) -> None:
         """Everything of it is gone."""
         self.released = True
-        self._post(TunnelClosed())
+        self.post(TunnelClosed())
 
     def transport_ends(self) -> None:
         """The SSH connection is gone."""
-        self._transport.end()
-        self._post(TransportEnded("The SSH connection ended."))
+        self.transport.end()
+        self.post(TransportEnded("The SSH connection ended."))
 
     def falls_silent(self) -> None:
         """Nothing has come from the SSH server for a while."""
-        self._post(LinkSilent(time.monotonic() - 1))
+        self.post(LinkSilent(time.monotonic() - 1))
 
     def is_heard_again(self) -> None:
         """Something came from the SSH server."""
-        self._post(LinkRestored(1.0))
+        self.post(LinkRestored(1.0))
 
     def stays_silent(self) -> None:
         """Nothing has come from the SSH server for too long."""
-        self._post(LinkDead(45.0))
+        self.post(LinkDead(45.0))
 
     def display_goes(self) -> None:
         """The X server is gone."""
-        self._post(DisplayLost("There is no X server."))
+        self.post(DisplayLost("There is no X server."))
 
     def display_returns(self) -> None:
         """The X server took a new connection."""
-        self._post(DisplayRestored())
+        self.post(DisplayRestored())
 
     def server_answers(self, status: SessionStatus | None) -> None:
         """The X2Go server said how the session stands."""
-        self._post(SessionStatusReceived(status))
+        self.post(SessionStatusReceived(status))
 
 
 class FakeProcess:
     """What is seen of the proxy program, said by a test.
 
     Attributes:
-        obedient: Whether a signal ends it at once; else `exits` and `is_killed` say when.
-        wanted: Whether the engine has started it.
+        auto_complete: Whether a signal ends it at once; else `exits` and `is_killed` say when.
+        start_requested: Whether the engine has started it.
         signals: The signals it got, in order.
         gone: Whether it has ended.
     """
 
     def __init__(self) -> None:
-        self.obedient = True
-        self.wanted = False
+        self.auto_complete = True
+        self.start_requested = False
         self.signals: list[signal.Signals] = []
         self.gone = False
-        self._post: Callable[[Observation], None] = lambda _: None
+        self.post: Callable[[Observation], None] = lambda _: None
 
     def starts(self, pid: int = 4711) -> None:
         """It runs."""
-        self._post(ProcessSpawned(pid, "/fake/nxproxy"))
+        self.post(ProcessSpawned(pid, "/fake/nxproxy"))
+
+    def receive(self, number: signal.Signals) -> None:
+        """Get a signal."""
+        self.signals.append(number)
+        if self.auto_complete and not self.gone:
+            self.is_killed(number)
 
     def cannot_start(self, reason: EndReason = EndReason.PROXY_NOT_STARTABLE) -> None:
         """It could not be started."""
         self.gone = True
-        self._post(SpawnFailed(BackendError(reason, "It cannot be started.")))
+        self.post(SpawnFailed(BackendError(reason, "It cannot be started.")))
 
     def says(self, line: str) -> None:
         """It printed a line."""
-        self._post(OutputLine(line))
+        self.post(OutputLine(line))
 
     def says_ready(self) -> None:
         """It printed nxproxy's ready sign."""
@@ -217,12 +228,12 @@ class FakeProcess:
     def exits(self, code: int = 0) -> None:
         """It ended by itself."""
         self.gone = True
-        self._post(ProcessExited(code, None))
+        self.post(ProcessExited(code, None))
 
     def is_killed(self, number: int) -> None:
         """A signal ended it."""
         self.gone = True
-        self._post(ProcessExited(None, int(number)))
+        self.post(ProcessExited(None, int(number)))
 
 
 class FakedProxy(Proxy):
@@ -242,27 +253,6 @@ class FakedProxy(Proxy):
         options.setdefault("backend", NX3Backend("/fake/nxproxy"))
         options.setdefault("environ", {})
         super().__init__(session or fake_session(), transport, **options)
-        self.tunnel._post = self.process._post = self._engine._inbox.put  # noqa: SLF001 - as the real ones are given it
-        self._woken = 0
-        self._caught_up = threading.Semaphore(0)
-        catch_up = self._engine.journal.catch_up
-
-        def note() -> None:
-            catch_up()
-            self._caught_up.release()
-
-        self._engine.journal.catch_up = note  # type: ignore[method-assign]
-
-    def subscribe(
-        self,
-        callback: Callable[[TransitionRecord], object],
-        *,
-        via: Callable[..., object] | None = None,
-        replay: bool = False,
-    ) -> Callable[[], None]:
-        """As `Proxy.subscribe`; it wakes the engine, which `settle` has to know."""
-        self._woken += 1
-        return super().subscribe(callback, via=via, replay=replay)
 
     @classmethod
     def in_state(cls, state: State, **options: Any) -> FakedProxy:
@@ -288,7 +278,7 @@ class FakedProxy(Proxy):
             self.tunnel.connects()
             self.process.says_ready()
         if state is State.STOPPING:
-            self.tunnel.obedient = False
+            self.tunnel.auto_complete = False
         if state is State.FAILED:
             self.tunnel.refuses(EndReason.PROXY_NOT_FOUND)
         if state in {State.STOPPING, State.STOPPED}:
@@ -300,55 +290,45 @@ class FakedProxy(Proxy):
 
     def end(self) -> None:
         """Stop it, with everything doing what it is told, and wait for its final state."""
-        self.tunnel.obedient = self.process.obedient = True
+        self.tunnel.auto_complete = self.process.auto_complete = True
         self.stop()
         if self.process.signals and not self.process.gone:
             self.process.is_killed(self.process.signals[-1])
         self.tunnel.preflight_ends()
-        if self.tunnel.closing and not self.tunnel.released:
+        if self.tunnel.close_requested and not self.tunnel.released:
             self.tunnel.closes()
         self.wait(timeout=_SETTLE_S)
 
     def settle(self) -> None:
-        """Wait until the engine has taken in all that was said before, and what it made its workers say.
+        """Wait until all that was said before is handled, what it led to as well, and each subscriber has heard of it.
 
         Raises:
-            TimeoutError: It has not within 5 s.
+            TimeoutError: It was not within 5 s.
         """
-        inbox = self._engine._inbox  # noqa: SLF001 - the engine's own
         deadline = time.monotonic() + _SETTLE_S
-        while self.state is not State.IDLE and not self.state.is_final:
-            self._woken += 1
-            inbox.put(None)
-            while self._woken and not self.state.is_final:
-                if self._caught_up.acquire(timeout=0.01):
-                    self._woken -= 1
-                elif time.monotonic() > deadline:
-                    raise TimeoutError("The engine takes nothing in.")
-            if inbox.empty():  # else it has made its workers say something
-                return
+        caught_up: SimpleQueue[bool] = SimpleQueue()
 
-    def pass_deadline(self) -> None:
+        def ask() -> None:
+            self._engine.call_soon(lambda: caught_up.put(self._engine.is_caught_up()))
+
+        ask()
+        while self.state is not State.IDLE and not self.state.is_final:  # nobody looks into the inbox before and after
+            with suppress(Empty):
+                if caught_up.get(timeout=0.01):
+                    break
+                ask()  # it has made its workers say something
+            if time.monotonic() > deadline:
+                raise TimeoutError("The engine handles nothing.")
+        if not self._engine.journal.is_delivering() and not self._engine.journal.flush(deadline - time.monotonic()):
+            raise TimeoutError("A subscriber does not return.")
+
+    def expire_deadline(self) -> None:
         """Let the deadline that is running, if any, be over now."""
-        self.settle()  # then the owner sleeps, and its timer can be set from here
-        engine = self._engine
-        timer = engine._timer  # noqa: SLF001 - time is what this makes pass
-        if timer is not None:
-            engine._timer = (0.0, timer[1])  # noqa: SLF001
-            self._woken += 1
-            engine._inbox.put(None)  # noqa: SLF001 - it comes round and looks at its timer before it takes what follows
+        self._engine.call_soon(self._engine.expire_deadline)
         self.settle()
 
-    def _make_workers(self) -> Workers:
-        tunnel, process = self.tunnel, self.process
-
-        return Workers(
-            forwarder=partial(_FakeForwarder, tunnel),
-            preparation=_FakePreflight,
-            process=lambda *_, **__: _FakeRun(process),
-            question=_FakeQuery,
-            attach=lambda *_: _FakeWatcher(tunnel),
-        )
+    def _make_effects(self, *_: Any, **options: Any) -> EngineEffects:
+        return FakeEffects(self, post=options["post"], publish=options["publish"])
 
 
 def fake_session(**changes: Any) -> SessionInfo:
@@ -357,63 +337,67 @@ def fake_session(**changes: Any) -> SessionInfo:
     return SessionInfo(**{**fields, **changes})
 
 
-class _FakeWatcher(Watcher):
-    def __init__(self, tunnel: FakeTunnel) -> None:
-        self._tunnel = tunnel
+class FakeEffects:
+    """Carries out nothing: it notes on the fakes what is wanted, and the test says what comes of it."""
 
-    def detach(self) -> None:
-        self._tunnel.detached = True
+    def __init__(
+        self,
+        proxy: FakedProxy,
+        *,
+        post: Callable[[Observation], None],
+        publish: Callable[[Event, TransitionRecord | None], None],
+    ) -> None:
+        self._tunnel, self._process, self._transport = proxy.tunnel, proxy.process, proxy.tunnel.transport
+        self._tunnel.post = self._process.post = post
+        self._publish = publish
 
+    def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
+        self._publish(event, record)
 
-class _FakeForwarder(Forwarder):
-    def __init__(self, tunnel: FakeTunnel, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._tunnel = tunnel
+    def start_preflight(self) -> None:
+        pass
 
-    def start(self) -> None:
-        """Take nothing: the test says who connects."""
+    def start_proxy(self, launch: Launch) -> None:  # noqa: ARG002 - as the engine calls it
+        self._process.start_requested = True
 
-    def close(self) -> None:
-        self._tunnel.closing = True
-        if self._tunnel.obedient and not self._tunnel.released:
+    def acknowledge(self) -> None:
+        pass
+
+    def terminate(self) -> None:
+        self._process.receive(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._process.receive(signal.SIGKILL)
+
+    def drain(self) -> None:
+        self._tunnel.close_requested = True
+        if self._tunnel.auto_complete and not self._tunnel.released:
             self._tunnel.closes()
 
     def abort(self) -> None:
-        self.close()
+        self._tunnel.aborted = True
+        self.drain()
+
+    def release(self) -> None:
+        self._tunnel.detached = True
+
+    def query_session(self) -> None:
+        pass
+
+    def cancel_query(self) -> None:
+        pass
+
+    def preflight_step(self) -> str:
+        return "what the test says"
+
+    def transport_end(self) -> str | None:
+        return None if self._transport.is_active() else "The SSH connection ended."
+
+    def display_in_doubt(self) -> bool:
+        return False
 
     def unreleased(self) -> tuple[str, ...]:
         return () if self._tunnel.released else ("channel 1 of the tunnel",)
 
-    def threads(self) -> tuple[threading.Thread, ...]:
-        return ()
-
-    def stats(self) -> TunnelStats:
+    def tunnel_stats(self) -> TunnelStats:
         return TunnelStats(0, 0, None, 0)
-
-
-class _FakePreflight(Preflight):
-    def start(self) -> None:
-        self.step = "what the test says"
-        self.launch = Launch(["/fake/nxproxy"], {}, Path(os.sep), -1)
-
-
-class _FakeRun(ProxyProcess):
-    def __init__(self, process: FakeProcess) -> None:
-        self._process = process
-        self.thread = threading.Thread(name="proxy_fsm-fake")  # never started
-
-    def start(self) -> None:
-        self._process.wanted = True
-
-    def ack_line(self) -> None:
-        """Need no room: the test says what is printed."""
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.signals.append(number)
-        if self._process.obedient and not self._process.gone:
-            self._process.is_killed(number)
-
-
-class _FakeQuery(SessionStatusQuery):
-    def start(self) -> None:
-        """Ask nobody: the test says what is answered."""

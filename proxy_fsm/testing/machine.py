@@ -101,7 +101,7 @@ class ProxyMachine(RuleBasedStateMachine):
             return
         proxy.stop()
         for _ in range(10):
-            proxy.pass_deadline()
+            proxy.expire_deadline()
         assert proxy.wait(timeout=_END_S).is_final
         self.check()
 
@@ -159,7 +159,7 @@ class ProxyMachine(RuleBasedStateMachine):
     def deadline(self) -> None:
         """Let the running deadline be over."""
         with self.ending(states=frozenset({State.TUNNELLING, State.SPAWNING})):
-            self.proxy.pass_deadline()
+            self.proxy.expire_deadline()
 
     @rule(what=st.sampled_from(sorted(_ENDS)), times=st.integers(1, 2))
     def something_ends_it(self, what: str, times: int) -> None:
@@ -253,7 +253,7 @@ class ProxyMachine(RuleBasedStateMachine):
     @rule(tunnel=st.booleans(), process=st.booleans())
     def obey(self, tunnel: bool, process: bool) -> None:  # noqa: FBT001 - hypothesis passes by name
         """Let tunnel and program do what they are told from now on, or not."""
-        self.proxy.tunnel.obedient, self.proxy.process.obedient = tunnel, process
+        self.proxy.tunnel.auto_complete, self.proxy.process.auto_complete = tunnel, process
 
     @rule()
     def tunnel_closes(self) -> None:
@@ -271,6 +271,8 @@ class ProxyMachine(RuleBasedStateMachine):
         path = [State.IDLE, *(r.dest for r in status.history)]
         assert [r.source for r in status.history] == path[:-1]
         assert status.state is path[-1]
+        assert status.phase in (status.state.phases or {None})
+        assert (status.phase_since is None) is (status.phase is None)
         assert proxy.ok() is (status.state is State.RUNNING)
         assert list(status.history) == self._told
         assert [record.sequence for record in self._told] == list(range(1, len(self._told) + 1))
@@ -279,8 +281,9 @@ class ProxyMachine(RuleBasedStateMachine):
         self._check_cause(status.reason, status.state)
         if status.state.is_final and status.history[0].dest is State.TUNNELLING:
             assert proxy.tunnel.detached
-            assert proxy.tunnel.closing
-            assert proxy.process.gone or not proxy.process.wanted or any("process" in a for a in status.abandoned)
+            assert proxy.tunnel.close_requested
+            left = any("process" in each for each in status.abandoned)
+            assert proxy.process.gone or not proxy.process.start_requested or left
             assert proxy.tunnel.released or status.abandoned
 
     def _check_cause(self, reason: EndReason | None, state: State) -> None:

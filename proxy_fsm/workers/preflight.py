@@ -12,15 +12,16 @@ import stat
 import tempfile
 import threading
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxy_fsm.backends.base import BackendContext
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
+    ChecksPassed,
     DisplayLost,
     DisplayRestored,
+    Launch,
     PreflightFinished,
     PreflightPassed,
     WorkerCrashed,
@@ -35,13 +36,13 @@ from proxy_fsm.workers.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from proxy_fsm.x11 import DisplayError, DisplayWatch, open_display
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from proxy_fsm.backends.base import Backend
     from proxy_fsm.evidence import Observation
     from proxy_fsm.workers.forwarder import Forwarder
 
-__all__ = ["Launch", "Preflight", "check_preflight", "open_private"]
+__all__ = ["Preflight", "check_preflight", "open_private"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
 _X_SERVER_SHARE = 0.8
@@ -56,16 +57,6 @@ _PLACEHOLDER_SESSION = SessionInfo(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """What the proxy program is started with."""
-
-    command: Sequence[str]
-    environment: Mapping[str, str] = field(repr=False)  # secrets are in it
-    directory: Path
-    log: int
-
-
 class Preflight:
     """The preflight of one proxy, and what it acquired.
 
@@ -74,7 +65,6 @@ class Preflight:
     Attributes:
         step: What is being waited for, for a person.
         watch: The display watch, where the backend needs an X server.
-        launch: What the proxy is started with; set before `PreflightPassed` is posted.
     """
 
     def __init__(
@@ -90,7 +80,6 @@ class Preflight:
     ) -> None:
         self.step = "the preflight"
         self.watch: DisplayWatch | None = None
-        self.launch: Launch | None = None
         self._session = session
         self._backend = backend
         self._forwarder = forwarder
@@ -119,8 +108,7 @@ class Preflight:
 
     def _run(self) -> None:
         try:
-            address = self._prepare()
-            self._post(PreflightPassed(address))
+            self._post(self._prepare())
         except BackendError as error:
             self._post(WorkerFailed(error))
         except _ClosedError:
@@ -130,7 +118,7 @@ class Preflight:
         finally:
             self._post(PreflightFinished())
 
-    def _prepare(self) -> str:
+    def _prepare(self) -> PreflightPassed:
         environ = _inherited(self._environ)
         self.step = "the proxy program's path"
         executable = self._backend.find_executable()
@@ -143,6 +131,7 @@ class Preflight:
         if not self._forwarder.transport.is_active():
             raise BackendError(EndReason.TRANSPORT_LOST, "The SSH connection had ended before the proxy was started.")
         set_nodelay(self._forwarder.transport)
+        self._post(ChecksPassed())
         self.step = "the local end of the tunnel"
         address, scratch = self._bind()
         self.step = "the backend's own preflight"
@@ -157,8 +146,7 @@ class Preflight:
         )
         self._backend.preflight(context)
         environment = _merged(environ, self._backend.environment(context))
-        self.launch = Launch(self._backend.command(context), environment, session_root, log)
-        return address
+        return PreflightPassed(address, Launch(self._backend.command(context), environment, session_root, log))
 
     def _keep(self, release: Callable[[], object]) -> None:
         """Have something released with the rest, or at once where that has been done already."""

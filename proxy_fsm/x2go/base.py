@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from proxy_fsm.engine import Workers, is_patched
+from proxy_fsm.effects import WorkerEffects
+from proxy_fsm.engine import is_patched
 from proxy_fsm.errors import BackendError, InvalidTransition
 from proxy_fsm.proxy import Proxy
 from proxy_fsm.reasons import EndReason
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import paramiko
 
     from proxy_fsm.backends import BackendContext
+    from proxy_fsm.engine import EngineEffects
     from proxy_fsm.evidence import Observation
 
 __all__ = ["X2GoProxy"]
@@ -391,8 +393,8 @@ class _ObservedProxy(Proxy):
         self._make_process = make_process
         super().__init__(*args, **options)
 
-    def _make_workers(self) -> Workers:
-        return Workers(process=self._make_process)
+    def _make_effects(self, *arguments: Any, **options: Any) -> EngineEffects:
+        return WorkerEffects(*arguments, make_process=self._make_process, **options)
 
 
 def _without_nx(environ: Mapping[str, str]) -> dict[str, str]:

@@ -94,7 +94,7 @@ class Attempt:
             logger=logger,
             **options,
         )
-        self.proxy.subscribe(self._take_record)
+        self.proxy.subscribe(self._take_record, via=lambda call: call())  # whoever waits comes after it
 
     def _take_event(self, _logger: object, method: str, event: Any) -> Any:
         self.events.append({"level": method, "at": time.monotonic(), **event})

@@ -11,6 +11,7 @@ from proxy_fsm import NX3Backend, Proxy, SessionInfo, State
 from proxy_fsm.testing.scripted import ScriptedProxy, Step, connect, say, wait_eof
 
 from .recorder import Recorder
+from .wait import WAIT_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,12 +26,13 @@ HEALTHY = (connect(), say(READY_LINE), wait_eof())
 
 
 def let_deadline_pass(proxy: Proxy) -> None:
-    """Let the deadline that is running be over now; nothing may happen meanwhile that sets another."""
-    engine = proxy._engine
-    timer = engine._timer
-    assert timer is not None
-    engine._timer = (0.0, timer[1])
-    engine._inbox.put(None)
+    """Let the deadline that is running be over now."""
+    proxy._engine.call_soon(proxy._engine.expire_deadline)
+
+
+def notified(proxy: Proxy) -> None:
+    """Wait until each subscriber has been called with all that there is."""
+    assert proxy._engine.journal.flush(WAIT_S)
 
 
 def end_after(seconds: int) -> None:

@@ -68,22 +68,23 @@ def test_a_client_shows_every_fault_that_it_may_meet() -> None:
         proxy.tunnel.refuses(reason)
         with pytest.raises(ProxyFailed):
             proxy.wait_running(timeout=5)
+        proxy.settle()
         assert window.shown == f"failed ({reason})"
 
 
 def test_a_deadline_passes_when_the_test_says_so() -> None:
     proxy = FakedProxy.in_state(State.SPAWNING)
-    proxy.pass_deadline()
+    proxy.expire_deadline()
     assert proxy.wait(timeout=5) is State.FAILED
     assert proxy.status().reason is EndReason.START_TIMEOUT
 
 
 def test_what_does_not_obey_is_killed_and_then_abandoned() -> None:
     proxy = FakedProxy.in_state(State.RUNNING)
-    proxy.process.obedient = proxy.tunnel.obedient = False
+    proxy.process.auto_complete = proxy.tunnel.auto_complete = False
     proxy.stop()
     for _ in range(6):
-        proxy.pass_deadline()
+        proxy.expire_deadline()
     assert proxy.wait(timeout=5) is State.FAILED
     assert proxy.process.signals == [signal.SIGTERM, signal.SIGKILL]
     assert proxy.status().reason is EndReason.STOP_TIMEOUT

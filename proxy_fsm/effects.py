@@ -1,0 +1,184 @@
+"""Carries out what a supervisor decides, with real workers: each does its work on a thread of its own, and posts."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from proxy_fsm.ssh import why_ended
+from proxy_fsm.workers import link_monitor
+from proxy_fsm.workers.forwarder import Forwarder
+from proxy_fsm.workers.preflight import Preflight
+from proxy_fsm.workers.process import ProxyProcess
+from proxy_fsm.workers.session_query import SessionStatusQuery
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import paramiko
+
+    from proxy_fsm.backends import Backend
+    from proxy_fsm.events import Event
+    from proxy_fsm.evidence import Launch, Observation
+    from proxy_fsm.session import SessionInfo
+    from proxy_fsm.status import Timeouts, TransitionRecord, TunnelStats
+
+__all__ = ["WorkerEffects"]
+
+#: How long the threads that have posted their last observation may take to end.
+_JOIN_S = 1.0
+
+
+class WorkerEffects:
+    """The `Effects` of a supervisor, carried out by the workers of one proxy.
+
+    All but `acknowledge`, `transport_end` and `tunnel_stats` are called on the owner thread alone.
+
+    Args:
+        session: The session.
+        transport: The caller's transport.
+        backend: What differs between proxy programs.
+        sessions_root: Directory for the session roots.
+        environ: The environment that the proxy program inherits.
+        timeouts: How long things may take.
+        secrets: What is hidden in the proxy's output.
+        post: Takes what the workers observe, from any thread.
+        publish: Publishes an event, with its record where it is a change of state.
+        make_process: Makes the process; another one than `ProxyProcess` where somebody has to see it.
+    """
+
+    def __init__(
+        self,
+        session: SessionInfo,
+        transport: paramiko.Transport,
+        backend: Backend,
+        *,
+        sessions_root: Path,
+        environ: Mapping[str, str],
+        timeouts: Timeouts,
+        secrets: Sequence[str],
+        post: Callable[[Observation], None],
+        publish: Callable[[Event, TransitionRecord | None], None],
+        make_process: Callable[..., ProxyProcess] = ProxyProcess,
+    ) -> None:
+        self._session = session
+        self._transport = transport
+        self._timeouts = timeouts
+        self._secrets = secrets
+        self._post = post
+        self._publish = publish
+        self._make_process = make_process
+        self._forwarder = Forwarder(
+            transport,
+            (session.agent_host, session.graphics_port),
+            max_connections=backend.max_connections,
+            agent_connect_s=timeouts.agent_connect_s,
+            post=post,
+        )
+        self._preflight = Preflight(
+            session,
+            backend,
+            self._forwarder,
+            sessions_root=sessions_root,
+            environ=environ,
+            timeout_s=timeouts.preflight_s,
+            post=post,
+        )
+        self._watcher: link_monitor.Watcher | None = None
+        self._process: ProxyProcess | None = None
+        self._query: SessionStatusQuery | None = None
+
+    def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
+        """Publish an event, with the record that goes to subscribers where it is a change of state."""
+        self._publish(event, record)
+
+    def start_preflight(self) -> None:
+        """Start the preflight, and watch the transport."""
+        self._preflight.start()
+        self._watcher = link_monitor.attach(self._transport, self._timeouts, self._post)
+
+    def start_proxy(self, launch: Launch) -> None:
+        """Start the proxy program, accept its connections, and watch the display."""
+        if self._preflight.watch is not None:
+            self._preflight.watch.start()
+        self._forwarder.start()
+        process = self._make_process(
+            launch.command,
+            environment=launch.environment,
+            directory=launch.directory,
+            log=launch.log,
+            secrets=self._secrets,
+            post=self._post,
+        )
+        process.start()
+        self._process = process
+
+    def acknowledge(self) -> None:
+        """Note that one more line of the proxy's output was handled."""
+        if self._process is not None:
+            self._process.ack_line()
+
+    def terminate(self) -> None:
+        """Send the proxy program SIGTERM."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send the proxy program SIGKILL."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.signal(number)
+
+    def drain(self) -> None:
+        """Close everything, letting through what the proxy has sent."""
+        self._preflight.close()
+        self._forwarder.close()
+
+    def abort(self) -> None:
+        """Close everything at once, whatever is still on its way."""
+        self.drain()
+        self._forwarder.abort()
+
+    def query_session(self) -> None:
+        """Ask the server for the status of the session."""
+        self._query = SessionStatusQuery(self._transport, self._session.name, self._post)
+        self._query.start()
+
+    def cancel_query(self) -> None:
+        """Want no answer to that any more."""
+        if self._query is not None:
+            self._query.cancel()
+
+    def release(self) -> None:
+        """Leave the transport's monitor, and wait for the threads that have posted their last observation."""
+        deadline = time.monotonic() + _JOIN_S
+        monitor = None if self._watcher is None else self._watcher.detach()
+        workers = [worker.thread for worker in (self._preflight, self._process, self._query) if worker is not None]
+        for thread in (*workers, *self._forwarder.threads(), monitor):
+            if thread is not None and thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if self._preflight.watch is not None:
+            self._preflight.watch.join(max(0.0, deadline - time.monotonic()))
+
+    def preflight_step(self) -> str:
+        """Return what the preflight is waiting for, for a person."""
+        return self._preflight.step
+
+    def transport_end(self) -> str | None:
+        """Return why the transport has ended, in a sentence; None while it is active."""
+        return None if self._transport.is_active() else why_ended(self._transport)
+
+    def display_in_doubt(self) -> bool:
+        """Tell whether the display watch is finding out if the X server is gone."""
+        return self._preflight.watch is not None and self._preflight.watch.suspect
+
+    def unreleased(self) -> tuple[str, ...]:
+        """Return what is still open, for a person."""
+        return self._forwarder.unreleased()
+
+    def tunnel_stats(self) -> TunnelStats:
+        """Return what the tunnel has carried so far."""
+        return self._forwarder.stats()
