@@ -30,7 +30,7 @@ from proxy_fsm.errors import InvalidTransition
 from proxy_fsm.events import EventLog
 from proxy_fsm.evidence import Observation, OutputLine, StartOrdered, StopOrdered
 from proxy_fsm.journal import Journal
-from proxy_fsm.redaction import Hidden, Redactor
+from proxy_fsm.text import Redactor, Secrets
 from proxy_fsm.states import State, Trigger
 from proxy_fsm.status import Link, ProxyStatus, Timeouts
 from proxy_fsm.supervisor import Effects, Now, Supervisor
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         def __call__(
             self,
             *,
-            secrets: Hidden,
+            secrets: Secrets,
             post: Callable[[Observation], None],
             publish: Callable[[Event, TransitionRecord | None], None],
         ) -> EngineEffects:
@@ -113,7 +113,7 @@ class Engine:
         self._owner: threading.Thread | None = None
         self._owner_pid: int | None = None
 
-        hidden = Hidden([session.cookie] if session.cookie else [])
+        hidden = Secrets([session.cookie] if session.cookie else [])
         self._effects = make_effects(secrets=hidden, post=self._inbox.put, publish=self.journal.publish)
         now = _now()
         self._supervisor = Supervisor(

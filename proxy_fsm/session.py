@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from proxy_fsm.errors import InvalidSession
+from proxy_fsm.text import excerpt
 
 __all__ = [
     "ListedSession",
@@ -37,7 +38,6 @@ _NOT_IN_NAME = re.compile(r"[^A-Za-z0-9_.@-]")
 _COOKIE = re.compile(r"[0-9A-Fa-f]{32}")
 _HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]{1,10}")
-_SECRET_LIKE = re.compile(r"[0-9A-Fa-f]{16,}")
 
 # x2gostartagent prints these on standard error and ends.
 _REFUSALS = {
@@ -292,10 +292,8 @@ def _optional_port(title: str, text: str) -> int | None:
 
 
 def _excerpt(text: str) -> str:
-    """Shorten what a server sent so that it can be shown: printable, and without what looks like a cookie."""
-    harmless = "".join(char if char.isprintable() else "?" for char in text)
-    harmless = _SECRET_LIKE.sub("…", harmless)
-    return f"'{harmless[:_EXCERPT_MAX]}…'" if len(harmless) > _EXCERPT_MAX else f"'{harmless}'"
+    """Quote what a server sent, fit to be shown."""
+    return f"'{excerpt(text, _EXCERPT_MAX)}'"
 
 
 def _check_str(title: str, value: object) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from proxy_fsm.errors import ProxyFsmError
+from proxy_fsm.text import Redactor, excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,6 @@ _TCP_BASE_PORT = 6000
 _DISPLAY_MAX = 65_535 - _TCP_BASE_PORT
 _COOKIE_NAME = b"MIT-MAGIC-COOKIE-1"
 _XAUTHORITY_MAX_BYTES = 2**20
-_SHOWN_MAX = 200
 
 _FAMILY_INTERNET = 0
 _FAMILY_INTERNET6 = 6
@@ -426,11 +426,11 @@ def _attempt(
     sock.sendall(set_up)
     status, reason_bytes, length = struct.unpack("<BB4xH", _receive(sock, 8, deadline))
     if status not in {_REFUSED, _ACCEPTED, _AUTHENTICATE}:
-        raise _error("absent", f"What answers at {_shown(str(display))} is no X server.")
+        raise _error("absent", f"What answers at {excerpt(str(display))} is no X server.")
     body = _receive(sock, length * 4, deadline)
     if status != _ACCEPTED:
         reason = _reason(body[:reason_bytes] if status == _REFUSED else body, data)
-        raise _error("refused", f"The X server at {_shown(str(display))} does not let us in: {reason}.")
+        raise _error("refused", f"The X server at {excerpt(str(display))} does not let us in: {reason}.")
     sock.settimeout(None)
     return sock
 
@@ -469,7 +469,7 @@ def _addresses(display: DisplayName) -> Iterator[tuple[int, Any]]:
 
 @contextlib.contextmanager
 def _as_display_error(display: DisplayName, timeout_s: float) -> Iterator[None]:
-    where = _shown(str(display))
+    where = excerpt(str(display))
     try:
         yield
     except (TimeoutError, BlockingIOError):  # the latter: its queue of connections is full
@@ -572,15 +572,9 @@ def _error(kind: DisplayErrorKind, detail: str) -> DisplayError:
 
 
 def _malformed(text: str) -> DisplayError:
-    return _error("malformed", f"DISPLAY cannot be read: '{_shown(text)}'.")
+    return _error("malformed", f"DISPLAY cannot be read: '{excerpt(text)}'.")
 
 
 def _reason(text: bytes, secret: bytes) -> str:
-    if secret:
-        text = re.sub(rb"(?i:%s)|%s" % (secret.hex().encode(), re.escape(secret)), b"***", text)
-    return _shown(text.decode("latin-1").strip("\0 \n.")) or "it gave no reason"
-
-
-def _shown(text: str) -> str:
-    """Make a text harmless to show: printable, and not long."""
-    return "".join(char if char.isprintable() else "?" for char in text[:_SHOWN_MAX])
+    redact = Redactor([secret.hex(), secret.decode("latin-1")])
+    return excerpt(redact(text.decode("latin-1")).strip("\0 \n.")) or "it gave no reason"

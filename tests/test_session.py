@@ -293,9 +293,9 @@ class TestParseAgentOutput:
             ("LIMIT\n", "LIMIT"),
             ("bash: warning: setlocale\nLIMIT", "LIMIT"),
             ("The $USER environment variable is not set.", "'The $USER environment variable is not set.'"),
-            ("a\x1b[31mb\x07", "'a?[31mb?'"),
-            (f"{COOKIE}\n51", "2 of 7 lines came, and the first is '…'"),
-            (f"key={COOKIE.upper()}", "'key=…'"),
+            ("a\x1b[31mb\x07", "'a\\x1b[31mb\\x07'"),
+            (f"{COOKIE}\n51", "2 of 7 lines came, and the first is '<hidden>'"),
+            (f"key={COOKIE.upper()}", "'key=<hidden>'"),
             ("x" * 1000, "x" * 120 + "…'"),
         ],
     )

@@ -20,9 +20,9 @@ from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from proxy_fsm import fast_transport
-from proxy_fsm.cli.output import printable
 from proxy_fsm.cli.ssh_config import read_ssh_config
 from proxy_fsm.cli.verb import NotReachedError, UsageError
+from proxy_fsm.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 from proxy_fsm import BackendError, DisplayError, KDriveBackend, NX3Backend, open_display
-from proxy_fsm.cli.output import LogFormat, Output, printable
+from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.verb import ExitStatus, conclude
+from proxy_fsm.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

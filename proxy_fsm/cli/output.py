@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import threading
 from enum import StrEnum
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import structlog
 
-from proxy_fsm.diagram.text import printable
+from proxy_fsm.text import Redactor, printable
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
     from pathlib import Path
 
-__all__ = ["LogFormat", "Output", "printable"]
+__all__ = ["LogFormat", "Output"]
 
 #: In every event of a session that the console shows one of.
 _SAME_EVERYWHERE = ("proxy_id", "session")
@@ -42,6 +41,7 @@ class Output:
     Attributes:
         log: The structlog logger.
         is_json: Whether standard output is for JSON alone.
+        redact: Hides the secrets that were added to it, in every event; call it for what is written past the log.
     """
 
     def __init__(self, log_format: LogFormat, *, verbose: bool = False, console_level: int = logging.DEBUG) -> None:
@@ -49,7 +49,7 @@ class Output:
         logging.getLogger("paramiko").addHandler(logging.NullHandler())
         self.is_json = log_format is LogFormat.JSON
         self._lock = threading.Lock()
-        self._secrets: list[re.Pattern[str]] = []
+        self.redact = Redactor(cookie_values=False)
         self._record: TextIO | None = None
         self._sinks = [
             _Sink(sys.stdout, _JSON) if self.is_json else _Sink(sys.stderr, _for_people(sys.stderr), console_level)
@@ -78,16 +78,6 @@ class Output:
         """Whether events are written as JSON, to be worked on later."""
         return self.is_json or self._record is not None
 
-    def hide(self, secret: str) -> None:
-        """Keep a secret out of everything that is written from now on, wherever it should turn up."""
-        self._secrets.append(re.compile(re.escape(secret), re.IGNORECASE))
-
-    def redacted(self, text: str) -> str:
-        """Return a text with all that is to be hidden left out; for what is written past the log."""
-        for secret in self._secrets:
-            text = secret.sub("(secret)", text)
-        return text
-
     def close(self) -> None:
         """Close the record."""
         if self._record is not None:
@@ -98,7 +88,7 @@ class Output:
             for sink in self._sinks:
                 if logging.getLevelNamesMapping()[event["level"].upper()] < sink.level:
                     continue
-                sink.write(self.redacted(sink.render(method, event)))
+                sink.write(self.redact(sink.render(method, event)))
         raise structlog.DropEvent
 
 

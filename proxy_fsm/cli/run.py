@@ -126,7 +126,7 @@ def run(
             agent_host=agent_host,
         )
         if info.cookie is not None:
-            output.hide(info.cookie)
+            output.redact.add(info.cookie)
         backend.check_session(info)
         output.log = output.log.bind(session=info.name)
         with connected(host, ssh_options, output, interrupts) as transport:

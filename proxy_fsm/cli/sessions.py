@@ -89,5 +89,5 @@ def _print(output: Output, listed: Sequence[ListedSession]) -> None:
             session.client,
             _RESUMABLE[session.status],
         )
-        table.add_row(*(Text(output.redacted(cell)) for cell in cells))
+        table.add_row(*(Text(output.redact(cell)) for cell in cells))
     console.print(table)

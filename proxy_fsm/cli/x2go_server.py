@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import paramiko
 
 from proxy_fsm import InvalidSession, ListedSession, SessionInfo, parse_agent_output, parse_session_list
-from proxy_fsm.cli.output import printable
 from proxy_fsm.cli.verb import NotReachedError
+from proxy_fsm.text import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,9 +30,7 @@ _ANSWER_S = 30.0
 #: programs, and has taken 21 s on a busy machine.
 _START_S = 60.0
 _MAX_ANSWER_BYTES = 1 << 20
-_MAX_EXCERPT_CHARS = 200
 _NOT_FOUND = 127
-_SECRET_LIKE = re.compile(r"[0-9A-Fa-f]{16,}")
 _SESSION_NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*-[0-9]+-[0-9]+_st[A-Za-z0-9_.-]+", re.ASCII)
 #: An answer's line that has the new session's name.
 _NAME_LINE = 3
@@ -66,7 +64,7 @@ class Answer:
         """The last line of its standard error that has these words in it, fit to be shown; empty where none has."""
         lines = [line.strip() for line in self.errors.decode("utf-8", "replace").splitlines()]
         line = next((line for line in reversed(lines) if line and words in line), "")
-        return _SECRET_LIKE.sub("…", printable(line))[:_MAX_EXCERPT_CHARS]
+        return excerpt(line)
 
 
 class X2GoServer:
@@ -191,7 +189,7 @@ class X2GoServer:
 
     def _hide(self, info: SessionInfo) -> None:
         if info.cookie is not None:
-            self._output.hide(info.cookie)
+            self._output.redact.add(info.cookie)
 
     def _run_checked(self, words: Sequence[str], *, interruptible: bool = True, timeout_s: float = _ANSWER_S) -> Answer:
         """Run a command that must succeed."""

@@ -14,16 +14,11 @@ if TYPE_CHECKING:
 
     from proxy_fsm.diagram.chart import Chart, Step
 
-__all__ = ["as_json", "dot", "markdown_table", "mermaid", "mermaid_text", "printable", "table_rows"]
+__all__ = ["as_json", "dot", "markdown_table", "mermaid", "mermaid_text", "table_rows"]
 
 #: Names that mean nothing to Mermaid. Its keywords are too many to list, change with its version, and so does what the
 #: page that shows it makes of names such as ``constructor``.
 _PLAIN = frozenset(map(str, State))
-
-
-def printable(text: str) -> str:
-    """Return a text with its control characters, and whatever else cannot be shown, spelled out."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def mermaid_text(text: str) -> str:

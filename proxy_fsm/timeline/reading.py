@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.diagram.text import printable
 from proxy_fsm.reasons import EndReason
 from proxy_fsm.states import TRANSITIONS, State
+from proxy_fsm.text import printable
 from proxy_fsm.timeline.run import Event, Flow, Run, Stay, TimelineError, Track
 
 if TYPE_CHECKING:

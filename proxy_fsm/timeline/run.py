@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.diagram.text import printable
 from proxy_fsm.errors import ProxyFsmError
+from proxy_fsm.text import printable
 
 if TYPE_CHECKING:
     from datetime import datetime

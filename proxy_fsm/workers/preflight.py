@@ -28,10 +28,10 @@ from proxy_fsm.evidence import (
     WorkerFailed,
 )
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.redaction import SecretEnvironment
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import Timeouts
+from proxy_fsm.text import SecretEnvironment
 from proxy_fsm.workers.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from proxy_fsm.x11 import DisplayError, DisplayWatch, open_display
 

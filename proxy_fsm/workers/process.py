@@ -29,7 +29,7 @@ from proxy_fsm.evidence import (
     WorkerCrashed,
 )
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.redaction import REDACTED, Redactor, SecretEnvironment
+from proxy_fsm.text import REDACTED, Redactor, SecretEnvironment, printable
 
 if sys.platform == "linux":
     import resource
@@ -93,11 +93,7 @@ class LineReader:
             yield from self._pieces(self._clean(left.removesuffix("\r")))
 
     def _clean(self, line: str) -> str:
-        if not line.isprintable():
-            line = "".join(
-                char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode() for char in line
-            )
-        return self._redact(line)
+        return self._redact(printable(line, keep="\t"))
 
     @staticmethod
     def _pieces(line: str) -> Iterator[str]:

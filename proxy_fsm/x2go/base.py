@@ -18,9 +18,9 @@ from proxy_fsm.engine import is_patched
 from proxy_fsm.errors import BackendError, InvalidTransition
 from proxy_fsm.proxy import Proxy
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.redaction import Redactor
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.states import State
+from proxy_fsm.text import Redactor
 from proxy_fsm.workers.process import ProxyProcess
 from proxy_fsm.x2go.backends import HookedBackend, HookedKDrive, HookedNX3, HookedViewer, Hooks
 from proxy_fsm.x2go.handles import ProcessHandle, TunnelHandle

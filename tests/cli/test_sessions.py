@@ -63,7 +63,7 @@ def test_a_cookie_that_the_server_puts_elsewhere_is_hidden(home: Home, x2go: Fak
     """Within one row this is refused; here it is another session's."""
     x2go.other_rows = [row(), row("bob-51", client=f"x{COOKIE.upper()}y", cookie="f" * 32)]
     program = listed(home, x2go)
-    assert program.named("session.listed")[1]["client"] == "x(secret)y"
+    assert program.named("session.listed")[1]["client"] == "x<hidden>y"
     table = listed(home, x2go, "console").process.stdout.read()  # type: ignore[union-attr]  # it is there
     assert COOKIE.upper() not in table
 
@@ -95,7 +95,7 @@ def test_a_command_that_fails_is_told_in_its_own_words_without_a_cookie(home: Ho
     reason, words = failure(listed(home, x2go))
     assert reason == "command_failed"
     assert "status 5" in words
-    assert "no database\\x1b[2J …" in words
+    assert "no database\\x1b[2J <hidden>" in words
 
 
 def test_a_list_that_cannot_be_read_is_told(home: Home, x2go: FakeX2Go) -> None:

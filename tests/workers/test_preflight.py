@@ -498,7 +498,7 @@ class TestRefusals:
         failed, _ = make(FakeBackend(call, fail), environ={"PASSWORD": "very secret"}).run()
         assert isinstance(failed, WorkerCrashed)
         shown = "".join(traceback.TracebackException.from_exception(failed.error, capture_locals=True).format())
-        assert "environ = <environment>" in shown
+        assert "environ = <hidden>" in shown
         assert COOKIE not in shown
         assert "very secret" not in shown
 

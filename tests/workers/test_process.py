@@ -32,7 +32,6 @@ from proxy_fsm.evidence import (
     WorkerCrashed,
 )
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.redaction import SecretEnvironment
 from proxy_fsm.testing.scripted import (
     Gate,
     ScriptedProxy,
@@ -47,6 +46,7 @@ from proxy_fsm.testing.scripted import (
     say,
     wait_file,
 )
+from proxy_fsm.text import SecretEnvironment
 from proxy_fsm.workers.process import LineReader, ProxyProcess
 from tests.e2e.procs import alive
 from tests.helpers.holdings import descriptors, nothing_left_open, own_threads
@@ -683,7 +683,7 @@ class TestSecrets:
     def test_an_environment_is_one(self) -> None:
         assert dict(self.SECRET) == {"NX_DISPLAY": f"cookie={COOKIE}"}
         assert len(self.SECRET) == 1
-        assert repr(self.SECRET) == str(self.SECRET) == "<environment>"
+        assert repr(self.SECRET) == str(self.SECRET) == "<hidden>"
         assert not isinstance(self.SECRET, dict)  # rich would look into it
 
     def test_where_a_run_cannot_be_made(self, tmp_path: Path) -> None:
