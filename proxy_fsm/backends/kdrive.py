@@ -9,13 +9,13 @@ its user has closed it.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from proxy_fsm.backends.base import BackendContext, Program
 from proxy_fsm.backends.option_string import OptionStringBackend
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import AgentDataReceived, AgentEof, ConnectionEnded
+from proxy_fsm.private_files import write_private
 from proxy_fsm.reasons import EndReason
 
 if TYPE_CHECKING:
@@ -111,14 +111,9 @@ def write_options(scratch: Path, string: str) -> Path:
             "Set TMPDIR or XDG_RUNTIME_DIR to a path without comma, colon, blank, equals or per cent sign.",
         )
     try:
-        with open(path, "w", encoding="utf-8", opener=_private) as file:
-            file.write(string)
+        write_private(path, string)
     except OSError as error:
         raise BackendError(
             EndReason.PROXY_NOT_STARTABLE, f"The options file {path} cannot be written: {error.strerror}."
         ) from error
     return path
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_EXCL, 0o600)

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING
 from proxy_fsm import NX3Backend, SessionInfo
 from proxy_fsm.cli.screenshot import Screenshot, paint_desktop
 from proxy_fsm.cli.verb import NotReachedError
+from proxy_fsm.private_files import write_private
 from proxy_fsm.testing import standins
 
 if TYPE_CHECKING:
@@ -117,11 +118,7 @@ def real(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
         _authorise(agent_authority, number, cookie)
         port = _free_port()
         options = directory / "options"
-        options.touch(mode=0o600)
-        options.write_text(
-            f"nx/nx,accept=127.0.0.1,listen={port},cookie={cookie},link=lan:{number}\n",
-            encoding="ascii",
-        )
+        write_private(options, f"nx/nx,accept=127.0.0.1,listen={port},cookie={cookie},link=lan:{number}\n")
         environ = os.environ | {"XAUTHORITY": str(agent_authority)}
         agent = stack.enter_context(
             _started(
@@ -276,9 +273,9 @@ def _first_line(stream: IO[bytes], program: str, interrupts: Interrupts) -> str:
 
 def _authorise(path: Path, display: int, cookie: str) -> None:
     """Write an Xauthority file; the cookie goes through a pipe, since everybody can read arguments."""
-    path.touch(mode=0o600)
     request = f"add :{display} MIT-MAGIC-COOKIE-1 {cookie}\n".encode("ascii")
     try:
+        write_private(path, "")
         subprocess.run(["xauth", "-q", "-f", str(path), "source", "-"], input=request, check=True, capture_output=True)  # noqa: S607 - the one in PATH
     except (OSError, subprocess.CalledProcessError) as error:
         raise NotReachedError("demo.failed", f"xauth could not write {path}: {error}.") from error

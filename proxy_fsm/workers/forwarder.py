@@ -32,6 +32,7 @@ from proxy_fsm.evidence import (
     WorkerCrashed,
     WorkerFailed,
 )
+from proxy_fsm.private_files import SOCKET_NAME
 from proxy_fsm.reasons import EndReason
 from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone, why_ended
 from proxy_fsm.status import TunnelStats
@@ -45,11 +46,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.evidence import Observation
 
-__all__ = ["MAX_SOCKET_PATH_BYTES", "SOCKET_NAME", "Forwarder"]
-
-#: The longest path of a unix socket: ``sun_path`` holds 108 bytes with its end mark.
-MAX_SOCKET_PATH_BYTES = 107
-SOCKET_NAME = "proxy.sock"
+__all__ = ["Forwarder"]
 
 #: How much of what the proxy sends is read at once, about.
 _READ_BYTES = 128 << 10

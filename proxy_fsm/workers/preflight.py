@@ -8,41 +8,39 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxy_fsm.backends.base import BackendContext
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
-    ChecksPassed,
     DisplayLost,
     DisplayRestored,
-    Launch,
     PreflightFinished,
     PreflightPassed,
     WorkerCrashed,
     WorkerFailed,
 )
+from proxy_fsm.private_files import SOCKET_NAME, make_private_directory, make_socket_directory, open_private
 from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionInfo
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import Timeouts
 from proxy_fsm.text import SecretEnvironment
-from proxy_fsm.workers.forwarder import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from proxy_fsm.x11 import DisplayError, DisplayWatch, open_display
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from proxy_fsm.backends.base import Backend
     from proxy_fsm.evidence import Observation
     from proxy_fsm.workers.forwarder import Forwarder
 
-__all__ = ["Preflight", "check_preflight", "open_private"]
+__all__ = ["Launch", "Preflight", "check_preflight"]
 
 #: What of the time an X server may take to answer, so that its silence is told before the time is up.
 _X_SERVER_SHARE = 0.8
@@ -57,6 +55,16 @@ _PLACEHOLDER_SESSION = SessionInfo(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the proxy program is started with."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(repr=False)  # secrets are in it
+    directory: Path
+    log: int
+
+
 class Preflight:
     """The preflight of one proxy, and what it acquired.
 
@@ -65,6 +73,7 @@ class Preflight:
     Attributes:
         step: What is being waited for, for a person.
         watch: The display watch, where the backend needs an X server.
+        launch: What the proxy is started with; set before `PreflightPassed` is posted.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class Preflight:
     ) -> None:
         self.step = "the preflight"
         self.watch: DisplayWatch | None = None
+        self.launch: Launch | None = None
         self._session = session
         self._backend = backend
         self._forwarder = forwarder
@@ -108,7 +118,8 @@ class Preflight:
 
     def _run(self) -> None:
         try:
-            self._post(self._prepare())
+            address = self._prepare()
+            self._post(PreflightPassed(address))
         except BackendError as error:
             self._post(WorkerFailed(error))
         except _ClosedError:
@@ -118,7 +129,7 @@ class Preflight:
         finally:
             self._post(PreflightFinished())
 
-    def _prepare(self) -> PreflightPassed:
+    def _prepare(self) -> str:
         environ = _inherited(self._environ)
         self.step = "the proxy program's path"
         executable = self._backend.find_executable()
@@ -131,7 +142,6 @@ class Preflight:
         if not self._forwarder.transport.is_active():
             raise BackendError(EndReason.TRANSPORT_LOST, "The SSH connection had ended before the proxy was started.")
         set_nodelay(self._forwarder.transport)
-        self._post(ChecksPassed())
         self.step = "the local end of the tunnel"
         address, scratch = self._bind()
         self.step = "the backend's own preflight"
@@ -146,7 +156,8 @@ class Preflight:
         )
         self._backend.preflight(context)
         environment = _merged(environ, self._backend.environment(context))
-        return PreflightPassed(address, Launch(self._backend.command(context), environment, session_root, log))
+        self.launch = Launch(self._backend.command(context), environment, session_root, log)
+        return address
 
     def _keep(self, release: Callable[[], object]) -> None:
         """Have something released with the rest, or at once where that has been done already."""
@@ -161,9 +172,7 @@ class Preflight:
         root = self._sessions_root / f"S-{self._session.name}"
         try:
             self._sessions_root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                root.mkdir(mode=0o700)
-            _make_private(root)
+            make_private_directory(root)
             log = open_private(root / "session.log")
             self._keep(lambda: os.close(log))
             os.write(log, _START_LINE)  # a full disk lets a file be made, and refuses the first byte
@@ -187,7 +196,7 @@ class Preflight:
 
     def _bind(self) -> tuple[str, Path]:
         try:
-            directory = _make_socket_directory(self._environ)
+            directory = make_socket_directory(self._environ)
             self._keep(lambda: shutil.rmtree(directory, ignore_errors=True))
             address = self._forwarder.bind(self._backend.listen_kind, directory)
         except OSError as error:
@@ -232,7 +241,7 @@ def check_preflight(
                 except DisplayError as error:
                     raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
             try:
-                scratch = _make_socket_directory(inherited)
+                scratch = make_socket_directory(inherited)
             except OSError as error:
                 raise _unbound(backend, error) from error
             briefly.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -258,7 +267,7 @@ def _try_sessions_root(root: Path, held: ExitStack) -> Path:
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         session_root = Path(held.enter_context(tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=root)))
-        _make_private(session_root)
+        make_private_directory(session_root)
         with os.fdopen(open_private(session_root / "session.log"), "wb", buffering=0) as log:
             log.write(_START_LINE)
     except OSError as error:
@@ -293,48 +302,3 @@ def _inherited(environ: Mapping[str, str]) -> SecretEnvironment:
     if path := inherited.get("XAUTHORITY"):
         inherited["XAUTHORITY"] = os.path.abspath(path)  # noqa: PTH100 - symbolic links stay as they are
     return SecretEnvironment(inherited)
-
-
-def _make_private(directory: Path) -> None:
-    """Make sure that a directory is ours, no link, and open to nobody else."""
-    info = directory.lstat()
-    if not stat.S_ISDIR(info.st_mode):
-        raise NotADirectoryError(f"{directory} is no directory, or a link to one")
-    if info.st_uid != os.geteuid():
-        raise PermissionError(f"{directory} belongs to another user")
-    directory.chmod(0o700)
-
-
-def open_private(path: Path) -> int:
-    """Open a file for appending that is ours, no link, and readable by nobody else.
-
-    Raises:
-        OSError: It cannot be opened so.
-    """
-    # O_NONBLOCK: a FIFO would wait for its reader.
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    info = os.fstat(log)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-        os.close(log)
-        raise PermissionError(f"{path} is no plain file of ours")
-    os.fchmod(log, 0o600)
-    return log
-
-
-def _make_socket_directory(environ: Mapping[str, str]) -> Path:
-    """Make a directory of mode 0700 whose path leaves room for a socket's name.
-
-    Raises:
-        OSError: There is no place for it.
-    """
-    for parent in (environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp is safe there
-        if not parent or not Path(parent).is_absolute():  # the proxy's working directory is another one
-            continue
-        try:
-            directory = tempfile.mkdtemp(prefix="proxy_fsm-", dir=parent)
-        except OSError:
-            continue
-        if len(os.fsencode(Path(directory, SOCKET_NAME))) <= MAX_SOCKET_PATH_BYTES:
-            return Path(directory)
-        Path(directory).rmdir()
-    raise OSError("no temporary directory is writable and has a path short enough for a unix socket")

@@ -8,8 +8,8 @@ from contextlib import ExitStack, suppress
 from typing import IO, TYPE_CHECKING
 
 from proxy_fsm.errors import BackendError
+from proxy_fsm.private_files import open_private
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.workers.preflight import open_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -32,12 +32,13 @@ from proxy_fsm.evidence import (
     WorkerCrashed,
     WorkerFailed,
 )
+from proxy_fsm.private_files import MAX_SOCKET_PATH_BYTES
 from proxy_fsm.reasons import EndReason
 from proxy_fsm.ssh import WINDOW_BYTES, ChannelOpening, ChannelRefused, SafeChannel, set_nodelay
 from proxy_fsm.status import TunnelStats
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 from proxy_fsm.workers import forwarder, peer
-from proxy_fsm.workers.forwarder import MAX_SOCKET_PATH_BYTES, Forwarder
+from proxy_fsm.workers.forwarder import Forwarder
 from tests.helpers.agent import Agent, dead_port
 from tests.helpers.holdings import descriptors, nothing_left_open, threads_ended
 from tests.helpers.inbox import Inbox
