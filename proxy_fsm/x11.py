@@ -1,7 +1,4 @@
-"""Is there an X server, and does it let us in.
-
-`open_display` answers that once, by a connection set-up with the user's cookie; `DisplayWatch` keeps the
-connection, so that its end tells within milliseconds that the X server went away.
+"""Is there an X server, and does it let us in: a connection set-up with the user's cookie.
 
 Source: X Window System Protocol, "Connection Setup" and appendix B; Xsecurity(7); ``Xau.h`` of libXau;
 ``xcb_util.c`` and ``xcb_auth.c`` of libxcb.
@@ -12,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import itertools
 import re
 import socket
 import struct
@@ -27,13 +23,16 @@ from proxy_fsm.errors import ProxyFsmError
 from proxy_fsm.text import Redactor, excerpt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = [
+    "PAUSES_AFTER_HANG_UP_S",
+    "CancellableSocket",
+    "Cancelled",
     "DisplayError",
     "DisplayErrorKind",
     "DisplayName",
-    "DisplayWatch",
+    "connect",
     "find_authorisation",
     "open_display",
 ]
@@ -53,11 +52,8 @@ _FAMILY_WILD = 65_535
 
 _REFUSED, _ACCEPTED, _AUTHENTICATE = 0, 1, 2
 
-# An X server whose last client leaves starts anew, and may hang up on whoever connects in these 50 ms.
-_PAUSES_AFTER_HANG_UP_S = (0.01, 0.02, 0.04, 0.08, 0.16)
-# One that accepts us and hangs up at once, again and again, is of no use to a proxy either.
-_SHORT_LIFE_S = 1.0
-_SHORT_LIVES_MAX = 5
+#: An X server whose last client disconnects resets, and may hang up on whoever connects in these 50 ms.
+PAUSES_AFTER_HANG_UP_S = (0.01, 0.02, 0.04, 0.08, 0.16)
 
 _DISPLAY = re.compile(
     r"(?:(?P<protocol>[a-z0-9]+)/)?(?P<host>\[[^\[\]]+\]|[^/\[\]\s]*):(?P<number>\d{1,5})(?:\.\d{1,5})?",
@@ -90,14 +86,14 @@ class DisplayError(ProxyFsmError):
             ``refused`` (it does not let us in), ``silent`` (it did not answer in time) or ``local`` (this side
             could not ask).
         detail: One sentence for a person: what happened.
-        hint: What to do about it.
+        hint: What to do about it; by default what helps with this kind.
     """
 
-    def __init__(self, kind: DisplayErrorKind, detail: str, hint: str) -> None:
+    def __init__(self, kind: DisplayErrorKind, detail: str, hint: str | None = None) -> None:
         self.kind = kind
         self.detail = detail
-        self.hint = hint
-        super().__init__(f"{detail} {hint}")
+        self.hint = _HINTS[kind] if hint is None else hint
+        super().__init__(f"{detail} {self.hint}")
 
     def __reduce__(self) -> tuple[type[DisplayError], tuple[DisplayErrorKind, str, str]]:
         return type(self), (self.kind, self.detail, self.hint)
@@ -203,146 +199,44 @@ def open_display(environ: Mapping[str, str], *, timeout_s: float) -> socket.sock
     Raises:
         DisplayError: There is no X server that lets us in; ``kind`` tells which way.
     """
-    return _open(environ, timeout_s, _CancellableSocket())
+    return connect(environ, timeout_s, CancellableSocket())
 
 
-class DisplayWatch:
-    """Keeps a connection to the X server and tells when the server is gone.
+def connect(environ: Mapping[str, str], timeout_s: float, connection: CancellableSocket) -> socket.socket:
+    """Connect as `open_display` does, by a socket that another thread can cancel.
 
-    The end of the connection alone does not prove that: a second connection is tried first. While that is
-    under way `suspect` is true. Callbacks come on the watch's own thread, must be short, and must not wait
-    for another thread that calls `close`; none comes after `close` returned.
-
-    Args:
-        environ: As in `open_display`.
-        on_lost: Called once, with a sentence for a person, when the X server is gone.
-        timeout_s: How long one connection may take, in seconds.
-        on_restored: Called whenever a suspicion proved wrong.
-
-    Attributes:
-        suspect: Whether the connection ended and it is not yet known why; stays true when the server is gone.
+    Raises:
+        Cancelled: It was cancelled.
+        DisplayError: As `open_display`.
     """
-
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        on_lost: Callable[[str], None],
-        *,
-        timeout_s: float,
-        on_restored: Callable[[], None] | None = None,
-    ) -> None:
-        self.suspect = False
-        self._environ = dict(environ)
-        self._on_lost = on_lost
-        self._on_restored = on_restored
-        self._timeout_s = timeout_s
-        self._socket = _CancellableSocket()
-        self._thread: threading.Thread | None = None
-
-    def open(self) -> None:
-        """Connect; returns without a connection when `close` came meanwhile.
-
-        Raises:
-            DisplayError: There is no X server that lets us in.
-            RuntimeError: It is open already.
-        """
-        if self._socket.sock is not None or self._thread is not None:
-            raise RuntimeError("A display watch is opened once.")
-        with contextlib.suppress(_Cancelled), self._socket.in_use():
-            _open(self._environ, self._timeout_s, self._socket)
-
-    def start(self) -> None:
-        """Begin to watch; does nothing after `close`.
-
-        Raises:
-            RuntimeError: It is not open, or started already.
-        """
-        with self._socket.lock:
-            if self._socket.cancelled:
-                return
-            if self._socket.sock is None or self._thread is not None:
-                raise RuntimeError("A display watch is opened once and then started once.")
-            thread = threading.Thread(target=self._run, name="proxy_fsm-display", daemon=True)
-            thread.start()
-            self._thread = thread
-
-    def close(self) -> None:
-        """End the watch; from any thread, any number of times. The thread ends at once: see `join`."""
-        self._socket.cancel()
-
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait until the watch's thread is gone.
-
-        Args:
-            timeout: In seconds; None waits without end.
-
-        Returns:
-            Whether it is gone.
-        """
-        if self._thread is None:
-            return True
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        try:
-            with contextlib.suppress(_Cancelled), self._socket.in_use():
-                self._watch()
-        finally:
-            self._socket.close()
-
-    def _watch(self) -> None:
-        short_lives = 0
-        while True:
-            since = time.monotonic()
-            self._read_until_end()
-            short_lives = short_lives + 1 if time.monotonic() - since < _SHORT_LIFE_S else 0
-            with self._socket.raise_if_cancelled():
-                self.suspect = True
-            try:
-                self._reopen(short_lives)
-            except DisplayError as error:
-                with self._socket.raise_if_cancelled():
-                    self._on_lost(error.detail)
-                return
-            with self._socket.raise_if_cancelled():
-                self.suspect = False
-                if self._on_restored is not None:
-                    self._on_restored()
-
-    def _read_until_end(self) -> None:
-        sock = self._socket.sock
-        buffer = bytearray(4096)
-        with contextlib.suppress(OSError):
-            while sock is not None and sock.recv_into(buffer):
-                pass
-
-    def _reopen(self, short_lives: int) -> None:
-        self._socket.close()
-        if short_lives > _SHORT_LIVES_MAX:
-            raise _error("absent", "The X server lets us in and hangs up at once.")
-        for pause_s in itertools.chain(_PAUSES_AFTER_HANG_UP_S, itertools.repeat(_PAUSES_AFTER_HANG_UP_S[-1])):
-            try:
-                _open(self._environ, self._timeout_s, self._socket)
-            except DisplayError as error:
-                if error.kind != "local":  # which proves nothing: it is tried until it can tell
-                    raise
-            else:
-                return
-            with self._socket.raise_if_cancelled():
-                pass
-            time.sleep(pause_s)
+    text = environ.get("DISPLAY")
+    if not text:
+        raise DisplayError("unset", "DISPLAY is not set.")
+    display = DisplayName.parse(text)
+    deadline = time.monotonic() + timeout_s
+    with _as_display_error(display, timeout_s), _closing_on_error(connection):
+        for pause_s in PAUSES_AFTER_HANG_UP_S:
+            with contextlib.suppress(*_HANG_UPS):
+                return _attempt(display, environ, deadline, connection)
+            connection.close()
+            time.sleep(min(pause_s, _left_s(deadline)))
+        return _attempt(display, environ, deadline, connection)
 
 
-class _Cancelled(Exception):  # noqa: N818 - no error: the owner wants no connection any more
-    pass
+class Cancelled(Exception):  # noqa: N818 - no error
+    """The owner wants no connection any more."""
 
 
-class _CancellableSocket:
-    """The one place where a connection's socket is kept, so that another thread can shut it down.
+class CancellableSocket:
+    """Holds a connection's socket, so that another thread can shut it down.
 
     While it is in use by a thread, that thread alone closes the socket: a descriptor closed under a reader
     could meanwhile be another file's.
+
+    Attributes:
+        lock: Guards what follows.
+        sock: The socket, or None.
+        cancelled: Whether `cancel` was called.
     """
 
     def __init__(self) -> None:
@@ -353,6 +247,7 @@ class _CancellableSocket:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
+        """Keep others from closing the socket meanwhile; one that was cancelled is closed at the end."""
         with self.lock:
             self._users += 1
         try:
@@ -365,24 +260,28 @@ class _CancellableSocket:
 
     @contextlib.contextmanager
     def raise_if_cancelled(self) -> Iterator[None]:
+        """Raise `Cancelled`, or keep others from cancelling it meanwhile."""
         with self.lock:
             if self.cancelled:
-                raise _Cancelled
+                raise Cancelled
             yield
 
     def set(self, sock: socket.socket) -> None:
+        """Hold a socket from now on; raise `Cancelled` where it comes too late."""
         with self.lock:
             self.sock = sock
             if self.cancelled:
-                raise _Cancelled
+                raise Cancelled
 
     def close(self) -> None:
+        """Close the socket; another one can be set."""
         with self.lock:
             if self.sock is not None:
                 self.sock.close()
                 self.sock = None
 
     def cancel(self) -> None:
+        """Shut the socket down, which wakes whoever uses it, and want no other."""
         with self.lock:
             self.cancelled = True
             if self.sock is not None:
@@ -400,23 +299,8 @@ class _Entry(NamedTuple):
     data: bytes
 
 
-def _open(environ: Mapping[str, str], timeout_s: float, connection: _CancellableSocket) -> socket.socket:
-    text = environ.get("DISPLAY")
-    if not text:
-        raise _error("unset", "DISPLAY is not set.")
-    display = DisplayName.parse(text)
-    deadline = time.monotonic() + timeout_s
-    with _as_display_error(display, timeout_s), _closing_on_error(connection):
-        for pause_s in _PAUSES_AFTER_HANG_UP_S:
-            with contextlib.suppress(*_HANG_UPS):
-                return _attempt(display, environ, deadline, connection)
-            connection.close()
-            time.sleep(min(pause_s, _left_s(deadline)))
-        return _attempt(display, environ, deadline, connection)
-
-
 def _attempt(
-    display: DisplayName, environ: Mapping[str, str], deadline: float, connection: _CancellableSocket
+    display: DisplayName, environ: Mapping[str, str], deadline: float, connection: CancellableSocket
 ) -> socket.socket:
     sock = _connect(display, deadline, connection)
     peer = None if display.host is None else sock.getpeername()[0]
@@ -426,16 +310,16 @@ def _attempt(
     sock.sendall(set_up)
     status, reason_bytes, length = struct.unpack("<BB4xH", _receive(sock, 8, deadline))
     if status not in {_REFUSED, _ACCEPTED, _AUTHENTICATE}:
-        raise _error("absent", f"What answers at {excerpt(str(display))} is no X server.")
+        raise DisplayError("absent", f"What answers at {excerpt(str(display))} is no X server.")
     body = _receive(sock, length * 4, deadline)
     if status != _ACCEPTED:
         reason = _reason(body[:reason_bytes] if status == _REFUSED else body, data)
-        raise _error("refused", f"The X server at {excerpt(str(display))} does not let us in: {reason}.")
+        raise DisplayError("refused", f"The X server at {excerpt(str(display))} does not let us in: {reason}.")
     sock.settimeout(None)
     return sock
 
 
-def _connect(display: DisplayName, deadline: float, connection: _CancellableSocket) -> socket.socket:
+def _connect(display: DisplayName, deadline: float, connection: CancellableSocket) -> socket.socket:
     failure = OSError("it has no address")
     for family, address in _addresses(display):
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -473,21 +357,21 @@ def _as_display_error(display: DisplayName, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except (TimeoutError, BlockingIOError):  # the latter: its queue of connections is full
-        raise _error("silent", f"The X server at {where} did not answer within {timeout_s:g} s.") from None
+        raise DisplayError("silent", f"The X server at {where} did not answer within {timeout_s:g} s.") from None
     except _HANG_UPS:
-        raise _error("absent", f"The X server at {where} hung up before it had answered.") from None
+        raise DisplayError("absent", f"The X server at {where} hung up before it had answered.") from None
     except PermissionError as error:
-        raise _error("refused", f"The X server at {where} is closed to us: {error.strerror}.") from None
+        raise DisplayError("refused", f"The X server at {where} is closed to us: {error.strerror}.") from None
     except OSError as error:
         if error.errno in _SHORTAGES:
-            raise _error("local", f"The X server at {where} cannot be asked: {error.strerror}.") from None
-        raise _error("absent", f"There is no X server at {where}: {error.strerror or error}.") from None
+            raise DisplayError("local", f"The X server at {where} cannot be asked: {error.strerror}.") from None
+        raise DisplayError("absent", f"There is no X server at {where}: {error.strerror or error}.") from None
     except UnicodeError:  # no host can have that name
         raise _malformed(str(display)) from None
 
 
 @contextlib.contextmanager
-def _closing_on_error(connection: _CancellableSocket) -> Iterator[None]:
+def _closing_on_error(connection: CancellableSocket) -> Iterator[None]:
     try:
         yield
     except BaseException:
@@ -567,12 +451,8 @@ def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _error(kind: DisplayErrorKind, detail: str) -> DisplayError:
-    return DisplayError(kind, detail, _HINTS[kind])
-
-
 def _malformed(text: str) -> DisplayError:
-    return _error("malformed", f"DISPLAY cannot be read: '{excerpt(text)}'.")
+    return DisplayError("malformed", f"DISPLAY cannot be read: '{excerpt(text)}'.")
 
 
 def _reason(text: bytes, secret: bytes) -> str:

@@ -1,4 +1,4 @@
-"""An X server is found or not, lets us in or not, goes away or not; each is told apart, and soon."""
+"""An X server is found or not, and lets us in or not; each is told apart, and soon."""
 
 from __future__ import annotations
 
@@ -6,153 +6,55 @@ import contextlib
 import errno
 import os
 import pickle
-import queue
-import select
-import shutil
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy_fsm import x11
-from proxy_fsm.x11 import DisplayError, DisplayName, DisplayWatch, find_authorisation, open_display
+from proxy_fsm.x11 import DisplayError, DisplayName, find_authorisation, open_display
 
 from .helpers.holdings import descriptors, nothing_left_open
-from .helpers.real import skip_or_fail
-from .helpers.sockets import reset
 from .helpers.wait import WAIT_S
+from .helpers.x_server import (
+    ACCEPTED,
+    COOKIE,
+    HOSTNAME,
+    INTERNET,
+    INTERNET6,
+    LOCAL,
+    MAGIC,
+    WILD,
+    Client,
+    FakeServer,
+    RealServer,
+    accept,
+    authenticate,
+    entry,
+    environ_in,
+    hang_up,
+    listener_at,
+    refused,
+    sends,
+    serving,
+    short_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-MAGIC = b"MIT-MAGIC-COOKIE-1"
-COOKIE = bytes(range(16))
-HOSTNAME = socket.gethostname().encode()
-LOCAL, INTERNET, INTERNET6, WILD = 256, 0, 6, 0xFFFF
-
-
-def entry(family: int, address: bytes, number: bytes, name: bytes = MAGIC, data: bytes = COOKIE) -> bytes:
-    """One entry of an Xauthority file."""
-    fields = (address, number, name, data)
-    return struct.pack(">H", family) + b"".join(struct.pack(">H", len(part)) + part for part in fields)
-
-
-def refused(reason: bytes) -> bytes:
-    padded = reason + bytes(-len(reason) % 4)
-    return struct.pack("<BBHHH", 0, len(reason), 11, 0, len(padded) // 4) + padded
-
-
-def authenticate(reason: bytes) -> bytes:
-    padded = reason + bytes(-len(reason) % 4)
-    return struct.pack("<B5xH", 2, len(padded) // 4) + padded
-
-
-ACCEPTED = struct.pack("<BxHHH", 1, 11, 0, 4) + bytes(16)
-
-
-class Client:
-    """One connection to the `FakeServer`, after its set-up was read."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        name_bytes, data_bytes = struct.unpack("<cxHHHHxx", self._read(12))[3:]
-        self.name = self._read(name_bytes + -name_bytes % 4)[:name_bytes]
-        self.data = self._read(data_bytes + -data_bytes % 4)[:data_bytes]
-
-    def _read(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            more = self.sock.recv(count - len(data))
-            if not more:
-                raise ConnectionResetError("it hung up before its set-up was through")
-            data += more
-        return data
-
-
-class FakeServer:
-    """An X server that does with each connection what it is told; the clients it holds are in `clients`."""
-
-    def __init__(self, listener: socket.socket, *answers: Callable[[FakeServer, Client], None]) -> None:
-        self.listener = listener
-        self.answers = list(answers)
-        self.clients: queue.SimpleQueue[Client] = queue.SimpleQueue()
-        self.kept: list[Client] = []
-        self.thread = threading.Thread(target=self.serve, name="fake-x", daemon=True)
-
-    def serve(self) -> None:
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            try:
-                client = Client(sock)
-            except OSError:
-                sock.close()
-                continue
-            self.kept.append(client)
-            answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-            with contextlib.suppress(OSError):  # the client may have left
-                answer(self, client)
-            self.clients.put(client)
-
-    def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self.thread.join(WAIT_S)
-        for client in self.kept:
-            client.sock.close()
-
-
-def sends(answer: bytes, *, hang_up: bool = False) -> Callable[[FakeServer, Client], None]:
-    def act(_: FakeServer, client: Client) -> None:
-        if answer:
-            client.sock.sendall(answer)
-        if hang_up:
-            client.sock.shutdown(socket.SHUT_RDWR)
-
-    return act
-
-
-def accept(server: FakeServer, client: Client) -> None:
-    sends(ACCEPTED)(server, client)
-
-
-silent = sends(b"")
-hang_up = sends(b"", hang_up=True)
-
-
-def listener_at(path: Path | str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
-    return listener
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> dict[str, str]:
     """An environment whose DISPLAY is a socket in this test's own directory."""
-    return {"DISPLAY": f"{tmp_path}/server:7", "XAUTHORITY": f"{tmp_path}/authority"}
-
-
-def serving(place: dict[str, str], *answers: Callable[[FakeServer, Client], None]) -> FakeServer:
-    return FakeServer(listener_at(place["DISPLAY"]), *answers)
+    return environ_in(tmp_path)
 
 
 def display_error(environ: dict[str, str], *, timeout_s: float = WAIT_S) -> DisplayError:
@@ -532,311 +434,6 @@ class TestShortage:
             server.stop()
             monkeypatch.undo()
 
-    def test_a_watch_does_not_take_it_for_a_loss(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
-            client = server.clients.get(timeout=WAIT_S)
-            tries = threading.Semaphore(0)
-            with monkeypatch.context() as patch:
-                patch.setattr(x11, "_connect", short_of(errno.EMFILE, tries.release))
-                client.sock.shutdown(socket.SHUT_RDWR)
-                for _ in range(8):
-                    assert tries.acquire(timeout=WAIT_S)
-                assert heard.said.empty()
-                assert heard.watch.suspect
-            assert heard.next() == "restored, suspect=False"
-
-    def test_a_watch_that_waits_for_its_end_can_be_closed(
-        self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with serving(place, accept) as server:
-            heard = Heard(place)
-            tries = threading.Semaphore(0)
-            with heard:
-                client = server.clients.get(timeout=WAIT_S)
-                monkeypatch.setattr(x11, "_connect", short_of(errno.EMFILE, tries.release))
-                client.sock.shutdown(socket.SHUT_RDWR)
-                assert tries.acquire(timeout=WAIT_S)
-            assert heard.said.empty()
-
-
-def short_of(number: int, note: Callable[[], None] = lambda: None) -> Callable[..., None]:
-    """What fails for want of something."""
-
-    def fail(*_: object, **__: object) -> None:
-        note()
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
-class Heard:
-    """A watch, and what it said, in order."""
-
-    def __init__(self, environ: dict[str, str], *, timeout_s: float = WAIT_S) -> None:
-        self.said: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.watch = DisplayWatch(
-            environ,
-            self.said.put,
-            timeout_s=timeout_s,
-            on_restored=lambda: self.said.put(f"restored, suspect={self.watch.suspect}"),
-        )
-
-    def next(self) -> str:
-        return self.said.get(timeout=WAIT_S)
-
-    def __enter__(self) -> Self:
-        self.watch.open()
-        self.watch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.watch.close()
-        assert self.watch.join(WAIT_S)
-
-
-class TestDisplayWatch:
-    def test_events_are_read_and_discarded(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
-            client = server.clients.get(timeout=WAIT_S)
-            client.sock.sendall(bytes(2**20))  # more than a socket holds
-            assert heard.said.empty()
-            assert not heard.watch.suspect
-
-    def test_the_servers_end_is_told_once(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
-            client = server.clients.get(timeout=WAIT_S)
-            server.stop()
-            Path(place["DISPLAY"]).unlink()
-            client.sock.shutdown(socket.SHUT_RDWR)
-            assert heard.next().startswith("There is no X server at ")
-            assert heard.watch.suspect
-            assert heard.watch.join(WAIT_S)
-            assert heard.said.empty()
-
-    def test_a_reset_connection_is_replaced(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
-            for _ in range(3):
-                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-                assert heard.next() == "restored, suspect=False"
-            assert heard.said.empty()
-
-    def test_a_connection_may_end_by_an_error(self, place: dict[str, str]) -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        place["DISPLAY"] = f"127.0.0.1:{listener.getsockname()[1] - 6000}"
-        with FakeServer(listener, accept) as server, Heard(place) as heard:
-            reset(server.clients.get(timeout=WAIT_S).sock)
-            assert heard.next() == "restored, suspect=False"
-
-    def test_on_restored_may_be_left_out(self, place: dict[str, str]) -> None:
-        lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-        with serving(place, accept) as server:
-            watch = DisplayWatch(place, lost.put, timeout_s=WAIT_S)
-            watch.open()
-            watch.start()
-            for _ in range(2):
-                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-            server.clients.get(timeout=WAIT_S)  # the third connection: the second was watched
-            watch.close()
-            assert watch.join(WAIT_S)
-        assert lost.empty()
-
-    def test_it_is_suspect_before_it_is_confirmed(self, place: dict[str, str]) -> None:
-        suspects: queue.SimpleQueue[bool] = queue.SimpleQueue()
-
-        def ask(_: FakeServer, client: Client) -> None:
-            suspects.put(heard.watch.suspect)
-            client.sock.sendall(refused(b"no more"))
-
-        with serving(place, accept, ask) as server, Heard(place) as heard:
-            server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-            assert suspects.get(timeout=WAIT_S)
-            assert "no more" in heard.next()
-
-    def test_a_server_that_hangs_up_again_and_again_is_lost(
-        self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(x11, "_SHORT_LIFE_S", 3600)  # however slow the machine is, each of these is short
-        with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
-            said = [heard.next() for _ in range(x11._SHORT_LIVES_MAX + 1)]
-            assert said[:-1] == ["restored, suspect=False"] * x11._SHORT_LIVES_MAX
-            assert said[-1] == "The X server lets us in and hangs up at once."
-
-    def test_one_whose_connections_last_is_never_lost(
-        self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(x11, "_SHORT_LIFE_S", 0)
-        with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
-            for _ in range(2 * x11._SHORT_LIVES_MAX):
-                assert heard.next() == "restored, suspect=False"
-
-    def test_close_ends_thread_and_descriptor(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server:
-            heard = Heard(place)
-            with heard:
-                (thread,) = [one for one in threading.enumerate() if one.name == "proxy_fsm-display"]
-                assert thread.daemon
-            client = server.clients.get(timeout=WAIT_S)
-            client.sock.settimeout(WAIT_S)
-            assert client.sock.recv(1) == b""
-            assert not thread.is_alive()
-            assert heard.watch._socket.sock is None
-            assert heard.said.empty()
-            assert not heard.watch.suspect
-            heard.watch.close()
-
-    def test_close_before_start_ends_the_connection(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server:
-            watch = Heard(place).watch
-            watch.open()
-            with_it = descriptors()
-            watch.close()
-            assert with_it - descriptors() or not with_it
-            client = server.clients.get(timeout=WAIT_S)
-            client.sock.settimeout(WAIT_S)
-            assert client.sock.recv(1) == b""
-            watch.start()
-            assert watch.join(0)
-
-    def test_close_before_open_wins(self, place: dict[str, str]) -> None:
-        with serving(place, accept):
-            watch = Heard(place).watch
-            watch.close()
-            watch.open()
-            watch.start()
-            assert watch._socket.sock is None
-            assert watch.join()
-
-    def test_close_interrupts_open(self, place: dict[str, str]) -> None:
-        with serving(place, silent) as server:
-            watch = Heard(place, timeout_s=3600).watch
-            opener = threading.Thread(target=watch.open, daemon=True)
-            opener.start()
-            server.clients.get(timeout=WAIT_S)
-            watch.close()
-            opener.join(WAIT_S)
-            assert not opener.is_alive()
-            assert watch._socket.sock is None
-
-    def test_close_interrupts_the_confirmation(self, place: dict[str, str]) -> None:
-        with serving(place, accept, silent) as server:
-            heard = Heard(place, timeout_s=3600)
-            with heard:
-                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-                server.clients.get(timeout=WAIT_S)
-                assert heard.watch.suspect
-            assert heard.said.empty()
-
-    @pytest.mark.parametrize("answer", [accept, sends(refused(b"no"))])
-    def test_no_callback_comes_after_close(
-        self, place: dict[str, str], answer: Callable[[FakeServer, Client], None]
-    ) -> None:
-        def close_then(server: FakeServer, client: Client) -> None:
-            heard.watch._socket.cancelled = True  # close() came, and its shutdown too early for this socket
-            answer(server, client)
-
-        with serving(place, accept, close_then) as server:
-            heard = Heard(place)
-            with heard:
-                server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-                assert heard.watch.join(WAIT_S)
-            assert heard.said.empty()
-
-    def test_close_waits_for_a_callback_under_way(self, place: dict[str, str]) -> None:
-        entered, leave, closed = threading.Event(), threading.Event(), threading.Event()
-
-        def lost(_: str) -> None:
-            entered.set()
-            leave.wait(WAIT_S)
-
-        def close() -> None:
-            watch.close()
-            closed.set()
-
-        watch = DisplayWatch(place, lost, timeout_s=WAIT_S)
-        with serving(place, accept, sends(refused(b"no"))) as server:
-            watch.open()
-            watch.start()
-            server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-            assert entered.wait(WAIT_S)
-            closer = threading.Thread(target=close, daemon=True)
-            closer.start()
-            assert not closed.wait(0.05)
-            leave.set()
-            closer.join(WAIT_S)
-            assert closed.is_set()
-            assert watch.join(WAIT_S)
-
-    def test_a_callback_may_close(self, place: dict[str, str]) -> None:
-        done = threading.Event()
-
-        def lost(_: str) -> None:
-            watch.close()
-            done.set()
-
-        watch = DisplayWatch(place, lost, timeout_s=WAIT_S)
-        with serving(place, accept, sends(refused(b"no"))) as server:
-            watch.open()
-            watch.start()
-            server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-            assert done.wait(WAIT_S)
-            assert watch.join(WAIT_S)
-
-    def test_many_closes_at_once(self, place: dict[str, str]) -> None:
-        with serving(place, accept), Heard(place) as heard:
-            closers = [threading.Thread(target=heard.watch.close, daemon=True) for _ in range(8)]
-            for closer in closers:
-                closer.start()
-            for closer in closers:
-                closer.join(WAIT_S)
-
-    def test_open_raises_what_open_display_raises(self, place: dict[str, str]) -> None:
-        watch = Heard(place).watch
-        with pytest.raises(DisplayError) as caught:
-            watch.open()
-        assert caught.value.kind == "absent"
-        assert watch._socket.sock is None
-
-    def test_it_is_opened_once_and_then_started_once(self, place: dict[str, str]) -> None:
-        with pytest.raises(RuntimeError):
-            Heard(place).watch.start()
-        with serving(place, accept), Heard(place) as heard:
-            with pytest.raises(RuntimeError):
-                heard.watch.open()
-            with pytest.raises(RuntimeError):
-                heard.watch.start()
-
-
-class RealServer:
-    """An Xvfb with a cookie, on a display number of its own choice."""
-
-    def __init__(self, directory: Path) -> None:
-        self.authority = directory / "authority"
-        self.authority.write_bytes(entry(LOCAL, HOSTNAME, b""))
-        reader, writer = os.pipe()
-        command = [xvfb(), "-displayfd", str(writer), "-auth", str(self.authority)]
-        command += ["-screen", "0", "64x64x8", "-nolisten", "tcp"]
-        with (directory / "xvfb.log").open("wb") as log:
-            self.process = subprocess.Popen(command, pass_fds=[writer], stdout=log, stderr=log)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as ready:
-            readable, _, _ = select.select([ready], [], [], WAIT_S)
-            line = ready.readline() if readable else b""
-        if not line:
-            self.kill()
-            pytest.fail(f"Xvfb did not start: {(directory / 'xvfb.log').read_text()}")
-        self.environ = {"DISPLAY": f":{int(line)}", "XAUTHORITY": str(self.authority)}
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(WAIT_S)
-
-
-def xvfb() -> str:
-    path = shutil.which("Xvfb")
-    if path is None:
-        skip_or_fail(["Xvfb"])
-    return path
-
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[RealServer]:
@@ -866,9 +463,3 @@ class TestRealServer:
     def test_it_starts_anew_and_is_there(self, real: RealServer) -> None:
         for _ in range(5):
             open_display(real.environ, timeout_s=WAIT_S).close()
-
-    def test_its_death_is_told(self, real: RealServer) -> None:
-        with Heard(real.environ) as heard:
-            real.kill()
-            assert heard.next().startswith("There is no X server at :")
-            assert heard.watch.suspect

@@ -31,7 +31,8 @@ from proxy_fsm.session import SessionInfo
 from proxy_fsm.ssh import set_nodelay
 from proxy_fsm.status import Timeouts
 from proxy_fsm.text import SecretEnvironment
-from proxy_fsm.x11 import DisplayError, DisplayWatch, open_display
+from proxy_fsm.workers.display_watch import DisplayWatch
+from proxy_fsm.x11 import DisplayError, open_display
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
