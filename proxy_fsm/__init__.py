@@ -27,7 +27,7 @@ from proxy_fsm.session import (
 from proxy_fsm.ssh import fast_transport
 from proxy_fsm.states import PHASES, TRANSITIONS, Phase, PhaseTransition, PhaseTrigger, State, Transition, Trigger
 from proxy_fsm.status import Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats
-from proxy_fsm.workers.preflight import check_preflight
+from proxy_fsm.workers.checks import check_preflight, run_checks
 from proxy_fsm.x11 import DisplayError, open_display
 
 __version__ = "0.1.0"
@@ -72,4 +72,5 @@ __all__ = [
     "parse_agent_output",
     "parse_resume_output",
     "parse_session_list",
+    "run_checks",
 ]

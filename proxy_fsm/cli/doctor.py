@@ -8,8 +8,8 @@ import re
 import shutil
 import stat
 import subprocess
-import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,19 +17,18 @@ import paramiko
 from rich.console import Console
 from rich.text import Text
 
-from proxy_fsm import BackendError, DisplayError, KDriveBackend, NX3Backend, open_display
+from proxy_fsm import BackendError, EndReason, KDriveBackend, NX3Backend, run_checks
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.verb import ExitStatus, conclude
 from proxy_fsm.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from proxy_fsm.cli.interrupts import Interrupts
 
 __all__ = ["Check", "doctor"]
 
-_DISPLAY_S = 4.0
 _VERSION_S = 5.0
 _VERSION = re.compile(r"Version ([0-9][0-9A-Za-z.~+-]*)")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -122,10 +121,8 @@ def _print(console: Console, check: Check) -> None:
 
 
 def _checks() -> Iterator[Check]:
-    yield _nxproxy()
-    yield _display()
-    yield _xauth()
-    yield _sessions_root()
+    for name, error in run_checks(NX3Backend()):
+        yield from _PREFLIGHT[name](error)
     yield _kdrive()
     yield _known_hosts()
     yield _ssh_keys()
@@ -133,11 +130,11 @@ def _checks() -> Iterator[Check]:
     yield _extra("timeline", "matplotlib")
 
 
-def _nxproxy() -> Check:
-    try:
-        path = NX3Backend().find_executable()
-    except BackendError as error:
-        return Check("nxproxy", ok=False, detail=error.detail, hint=_GET_NXPROXY, needed=True)
+def _nxproxy(error: BackendError | None) -> Iterator[Check]:
+    if error is not None:
+        yield Check("nxproxy", ok=False, detail=error.detail, hint=_GET_NXPROXY, needed=True)
+        return
+    path = NX3Backend().find_executable()
     try:
         answer = subprocess.run(
             [path, "-v"],
@@ -147,61 +144,76 @@ def _nxproxy() -> Check:
             timeout=_VERSION_S,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = error.strerror if isinstance(error, OSError) and error.strerror else "it does not end"
-        return Check("nxproxy", ok=False, detail=f"{path} cannot be run: {problem}.", hint=_GET_NXPROXY, needed=True)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        why = problem.strerror if isinstance(problem, OSError) and problem.strerror else "it does not end"
+        yield Check("nxproxy", ok=False, detail=f"{path} cannot be run: {why}.", hint=_GET_NXPROXY, needed=True)
+        return
     version = _VERSION.search(answer.stdout.decode("utf-8", "replace"))
     known = f"version {version[1]}" if version else "which does not tell its version"
-    return Check("nxproxy", ok=True, detail=f"{path}, {known}.", needed=True)
+    yield Check("nxproxy", ok=True, detail=f"{path}, {known}.", needed=True)
 
 
-def _display() -> Check:
-    try:
-        open_display(os.environ, timeout_s=_DISPLAY_S).close()
-    except DisplayError as error:
-        hint = f"{error.hint} (On macOS, XQuartz is an X server.)"
-        return Check("X server", ok=False, detail=error.detail, hint=hint, needed=True)
-    return Check("X server", ok=True, detail=f"the one at {os.environ['DISPLAY']} lets us in.", needed=True)
-
-
-def _xauth() -> Check:
-    path = shutil.which("xauth")
-    if path is not None:
-        return Check("xauth", ok=True, detail=f"{path}.", needed=True)
-    display = os.environ.get("DISPLAY", "")
-    try:
-        open_display({"DISPLAY": display}, timeout_s=_DISPLAY_S).close()
-    except DisplayError:
-        detail = "the program xauth, with which nxproxy reads the X server's cookie, was not found."
-        return Check("xauth", ok=False, detail=detail, hint=_GET_XAUTH, needed=True)
-    detail = "the program xauth was not found, and this X server lets us in without a cookie."
-    return Check("xauth", ok=False, detail=detail, hint=_GET_XAUTH)
-
-
-def _sessions_root() -> Check:
+def _sessions_root(error: BackendError | None) -> Iterator[Check]:
     name, root = "~/.x2go", Path.home() / ".x2go"
-    place = root
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    try:
-        tempfile.TemporaryDirectory(prefix=".proxy_fsm-", dir=place).cleanup()
-        info = place.stat()
-    except OSError as error:
-        detail = f"{place} cannot be written to: {error.strerror or error}."
-        return Check(name, ok=False, detail=detail, hint="Make it a directory of yours, writable.", needed=True)
-    if place != root:
-        return Check(name, ok=True, detail=f"{root} is not there yet, and can be made.", needed=True)
+    if error is not None:
+        yield Check(name, ok=False, detail=error.detail, hint=error.hint, needed=True)
+        return
+    if not root.exists():
+        yield Check(name, ok=True, detail=f"{root} is not there yet, and can be made.", needed=True)
+        return
+    info = root.stat()
+    advice = partial(Check, name, ok=False, there=True)
     if info.st_uid != os.geteuid():
         detail = f"{root} belongs to another user, who can read and replace what is in it."
-        hint = f"Move it away, or have root make it yours: chown $(id -un) {root}"
-        return Check(name, ok=False, there=True, detail=detail, hint=hint)
-    if info.st_mode & _OTHERS_WRITE:
-        detail = f"{root} can be written to by others."
-        return Check(name, ok=False, there=True, detail=detail, hint=f"Make it yours alone: chmod 700 {root}")
-    if info.st_mode & _OTHERS_READ:
+        yield advice(detail=detail, hint=f"Move it away, or have root make it yours: chown $(id -un) {root}")
+    elif info.st_mode & _OTHERS_WRITE:
+        yield advice(detail=f"{root} can be written to by others.", hint=f"Make it yours alone: chmod 700 {root}")
+    elif info.st_mode & _OTHERS_READ:
         detail = f"{root} can be read by others; what is in it is still private."
-        return Check(name, ok=False, there=True, detail=detail, hint=f"chmod 700 {root}")
-    return Check(name, ok=True, detail=f"{root} is yours alone, and writable.", needed=True)
+        yield advice(detail=detail, hint=f"chmod 700 {root}")
+    else:
+        yield Check(name, ok=True, detail=f"{root} is yours alone, and writable.", needed=True)
+
+
+def _display(error: BackendError | None) -> Iterator[Check]:
+    if error is not None:
+        hint = f"{error.hint} (On macOS, XQuartz is an X server.)"
+        yield Check("X server", ok=False, detail=error.detail, hint=hint, needed=True)
+    else:
+        yield Check("X server", ok=True, detail=f"the one at {os.environ['DISPLAY']} lets us in.", needed=True)
+
+
+def _tunnel(error: BackendError | None) -> Iterator[Check]:
+    if error is not None:
+        yield Check("tunnel", ok=False, detail=error.detail, hint=error.hint or error.reason.hint, needed=True)
+    else:
+        yield Check("tunnel", ok=True, detail="its local end can be bound.", needed=True)
+
+
+def _xauth(error: BackendError | None) -> Iterator[Check]:
+    """Besides xauth, nxproxy needs a socket's path that can be written into its options."""
+    path = shutil.which("xauth")
+    if path is not None:
+        yield Check("xauth", ok=True, detail=f"{path}.", needed=True)
+    elif error is not None:
+        detail = "the program xauth, with which nxproxy reads the X server's cookie, was not found."
+        yield Check("xauth", ok=False, detail=detail, hint=_GET_XAUTH, needed=True)
+    else:
+        detail = "the program xauth was not found, and this X server lets us in without a cookie."
+        yield Check("xauth", ok=False, detail=detail, hint=_GET_XAUTH)
+    if error is not None and error.reason is not EndReason.DISPLAY_UNAVAILABLE:
+        yield Check("nxproxy's options", ok=False, detail=error.detail, hint=error.hint, needed=True)
+
+
+#: The preflight's checks, and how each is shown; the connection to a server is not there yet.
+_PREFLIGHT: dict[str, Callable[[BackendError | None], Iterator[Check]]] = {
+    "the proxy program's path": _nxproxy,
+    "the session root and its log": _sessions_root,
+    "the X server": _display,
+    "the SSH transport": lambda _: iter(()),
+    "the local end of the tunnel": _tunnel,
+    "the backend's own preflight": _xauth,
+}
 
 
 def _kdrive() -> Check:

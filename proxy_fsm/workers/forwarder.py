@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.evidence import Observation
 
-__all__ = ["Forwarder"]
+__all__ = ["Forwarder", "bind_listener"]
 
 #: How much of what the proxy sends is read at once, about.
 _READ_BYTES = 128 << 10
@@ -58,6 +58,20 @@ _SHORTAGE_PAUSE_S = 0.1
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def bind_listener(kind: str, directory: Path) -> tuple[socket.socket, str]:
+    """Return a listener and its address; see `Forwarder.bind`."""
+    path = str(directory / SOCKET_NAME)
+    listener = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
+    try:
+        listener.settimeout(None)  # whatever the program's default is
+        listener.bind(path if kind == "unix" else ("127.0.0.1", 0))
+        listener.listen(16)
+    except BaseException:
+        listener.close()
+        raise
+    return listener, path if kind == "unix" else f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 class Forwarder:
@@ -110,17 +124,8 @@ class Forwarder:
         Raises:
             OSError: It cannot be bound.
         """
-        path = str(directory / SOCKET_NAME)
-        listener = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
-        try:
-            listener.settimeout(None)  # whatever the program's default is
-            listener.bind(path if kind == "unix" else ("127.0.0.1", 0))
-            listener.listen(16)
-        except BaseException:
-            listener.close()
-            raise
-        self._listener = listener
-        return path if kind == "unix" else f"127.0.0.1:{listener.getsockname()[1]}"
+        self._listener, address = bind_listener(kind, directory)
+        return address
 
     def start(self) -> None:
         """Take connections from now on; returns at once."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
+import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import pytest
 from proxy_fsm.cli import main
 from proxy_fsm.testing import standins
 from proxy_fsm.testing.scripted import Gate, install
+from proxy_fsm.workers import checks
 
 from .fake_x2go import COOKIE
 from .program import Running, run, started
@@ -84,7 +87,7 @@ def missing_optional(program: Running, name: str) -> str:
 def test_a_machine_with_all_that_is_needed_is_fine(home: Home, environ: dict[str, str]) -> None:
     program = doctor(home, environ)
     assert program.process.returncode == 0
-    for name in ("nxproxy", "X server", "xauth", "~/.x2go"):
+    for name in ("nxproxy", "~/.x2go", "X server", "tunnel", "xauth"):
         assert check(program, name)["result"] == "ok"
     assert "version 3.5.99.26" in check(program, "nxproxy")["detail"]
     missing_optional(program, "x2gokdriveclient")
@@ -149,7 +152,9 @@ def test_xauth_is_needed_where_the_x_server_wants_a_cookie(home: Home, environ: 
     missing_optional(program, "xauth")
     assert program.process.returncode == 0
     with x_server(COOKIE) as display:
-        assert "xorg-x11-xauth" in missing(doctor(home, environ | {"DISPLAY": display}), "xauth")
+        program = doctor(home, environ | {"DISPLAY": display})
+        assert "xorg-x11-xauth" in missing(program, "xauth")
+        assert "nxproxy's options" not in {event["check"] for event in program.events}
 
 
 def test_a_sessions_root_that_is_private(home: Home, environ: dict[str, str]) -> None:
@@ -163,17 +168,35 @@ def test_a_sessions_root_that_is_private(home: Home, environ: dict[str, str]) ->
         assert f"chmod 700 {root}" in event["hint"]
 
 
-def test_a_sessions_root_of_another_user(
-    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to another user")
+def test_a_sessions_root_of_another_user(home: Home, environ: dict[str, str]) -> None:
     """Which chmod does not cure."""
     (home.path / ".x2go").mkdir(mode=0o777)
+    os.chown(home.path / ".x2go", 1, 1)
+    event = check(doctor(home, environ), "~/.x2go")
+    assert event["result"] == "advice"
+    assert "belongs to another user" in event["detail"]
+
+
+def test_a_place_for_sockets_that_nxproxy_cannot_be_told(home: Home, environ: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="a,b-", dir="/tmp") as place:
+        program = doctor(home, environ | {"XDG_RUNTIME_DIR": place})
+    assert "cannot be written into an NX option string" in missing(program, "nxproxy's options")
+    assert check(program, "tunnel")["result"] == check(program, "xauth")["result"] == "ok"
+
+
+def test_no_place_for_sockets(home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(kind: str, directory: Path) -> object:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), f"{kind} {directory}")
+
     monkeypatch.setenv("HOME", str(home.path))
-    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    monkeypatch.setattr(checks, "bind_listener", refuse)
     main(["doctor"])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "~/.x2go" in line]
-    assert line.startswith("advice ")
-    assert "belongs to another user" in line
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [at for at, line in enumerate(lines) if "tunnel: " in line]
+    assert lines[at].startswith("missing (needed)")
+    assert lines[at].endswith("The local end of the tunnel cannot be bound: Operation not permitted.")
+    assert "writable and not full" in lines[at + 1]
 
 
 def test_x2gokdriveclient_where_its_variable_says(home: Home, environ: dict[str, str]) -> None:
@@ -198,6 +221,7 @@ def test_a_signal_ends_it(home: Home, environ: dict[str, str]) -> None:
             os.write(gate._fd, b"go on\n")
             assert program.finish() == 0
     assert [event["event"] for event in program.events] == ["interrupted"]
+    assert list(home.path.glob(".proxy_fsm-*")) == []
 
 
 def test_a_sessions_root_that_is_no_directory(home: Home, environ: dict[str, str]) -> None:

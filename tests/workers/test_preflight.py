@@ -7,20 +7,18 @@ import os
 import shutil
 import socket
 import stat
-import struct
 import tempfile
 import threading
 import traceback
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy_fsm.backends import Backend, BackendContext
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import (
+    ChecksPassed,
     Observation,
     PreflightFinished,
     PreflightPassed,
@@ -29,101 +27,23 @@ from proxy_fsm.evidence import (
     WorkerFailed,
 )
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.session import SessionInfo
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
+from proxy_fsm.workers import checks, forwarder
 from proxy_fsm.workers.forwarder import Forwarder
-from proxy_fsm.workers.preflight import Preflight, check_preflight
+from proxy_fsm.workers.preflight import Preflight
 from tests.helpers.holdings import descriptors, nothing_left_open, own_threads
 from tests.helpers.inbox import Inbox
+from tests.helpers.preflight import CALLS, COOKIE, SESSION, Display, FakeBackend
 from tests.helpers.wait import WAIT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
     import paramiko
 
+    from proxy_fsm.backends import Backend
     from proxy_fsm.backends.base import ListenKind
-    from proxy_fsm.evidence import Evidence
-
-COOKIE = "0123456789abcdef0123456789abcdef"
-SESSION = SessionInfo(name="name", cookie=COOKIE, graphics_port=4788, display=51)
-
-
-class FakeBackend(Backend):
-    """A backend that keeps what it was asked, and does something at one of its calls."""
-
-    def __init__(self, at: str = "", action: Callable[[], object] = lambda: None, kind: ListenKind = "unix") -> None:
-        self.listen_kind = kind
-        self.contexts: list[BackendContext] = []
-        self._at = at
-        self._action = action
-
-    def _asked(self, what: str) -> None:
-        if what == self._at:
-            self._action()
-
-    def find_executable(self) -> str:
-        self._asked("find_executable")
-        return "/bin/true"
-
-    def preflight(self, context: BackendContext) -> None:
-        self.contexts.append(context)
-        self._asked("preflight")
-
-    def environment(self, context: BackendContext) -> Mapping[str, str | None]:
-        self._asked("environment")
-        return {"NX_DISPLAY": f"cookie={COOKIE}", "OVERRIDDEN": context.session.name, "UNWANTED": None}
-
-    def command(self, context: BackendContext) -> Sequence[str]:
-        self._asked("command")
-        return [context.executable, context.listen_address]
-
-    def ready(self, evidence: Evidence) -> bool:  # noqa: ARG002
-        return True
-
-
-CALLS = ["find_executable", "preflight", "environment", "command"]
-
-
-class Display:
-    """An X server that lets everybody in, once it may answer."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "x:0"
-        self.name = str(self._path)
-        self.may_answer = threading.Event()
-        self.may_answer.set()
-        self.asked = threading.Event()
-        self.clients: list[socket.socket] = []
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(self.name)
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-
-    def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                self.clients.append(client)
-                with suppress(ConnectionError):
-                    client.recv(12, socket.MSG_WAITALL)
-                    self.asked.set()
-                    self.may_answer.wait(WAIT_S)
-                    client.sendall(struct.pack("<BxHHH", 1, 11, 0, 4) + bytes(16))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.may_answer.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(WAIT_S)
-        self._listener.close()
-        self._path.unlink()
-        for client in self.clients:
-            client.close()
 
 
 @dataclass
@@ -141,7 +61,7 @@ class Trial:
         self.forwarder = Forwarder(
             self.transport, ("127.0.0.1", 9), max_connections=1, agent_connect_s=1, post=self.inbox.post
         )
-        self.preparation = Preflight(
+        self.preflight = Preflight(
             SESSION,
             self.backend,
             self.forwarder,
@@ -153,16 +73,16 @@ class Trial:
 
     @property
     def told(self) -> list[Observation]:
-        """What the preparation itself said; the forwarder's word comes whenever it is closed."""
-        return [each for each in self.inbox.seen if not isinstance(each, TunnelClosed)]
+        """How it went; that the checks have passed, and that the tunnel is closed, is not in it."""
+        return [each for each in self.inbox.seen if not isinstance(each, TunnelClosed | ChecksPassed)]
 
     def run(self) -> list[Observation]:
-        self.preparation.start()
+        self.preflight.start()
         return self.finish()
 
     def finish(self) -> list[Observation]:
-        self.preparation.thread.join(WAIT_S)
-        assert not self.preparation.thread.is_alive()
+        self.preflight.thread.join(WAIT_S)
+        assert not self.preflight.thread.is_alive()
         return self.told
 
     def prepared(self) -> PreflightPassed:
@@ -175,12 +95,11 @@ class Trial:
         refused, ended = self.run()
         assert isinstance(ended, PreflightFinished)
         assert isinstance(refused, WorkerFailed)
-        assert self.preparation.launch is None
         return refused.error
 
     def close(self) -> None:
         """Release it as the engine does."""
-        self.preparation.close()
+        self.preflight.close()
         self.forwarder.close()
 
 
@@ -233,10 +152,10 @@ def make(transport: paramiko.Transport, tmp_path: Path, runtime: Path) -> Iterat
 
 
 def assert_ended_once(trial: Trial) -> None:
-    """The preparation's last word is its last word."""
+    """The preflight's last word is its last word."""
     ends = [number for number, each in enumerate(trial.told) if isinstance(each, PreflightFinished)]
     assert ends in ([], [len(trial.told) - 1])
-    assert ends or not trial.preparation.thread.ident
+    assert ends or not trial.preflight.thread.ident
 
 
 def mode(path: Path) -> int:
@@ -244,6 +163,33 @@ def mode(path: Path) -> int:
 
 
 class TestAllIsGood:
+    def test_passed_checks_are_posted_before_the_listener_is_bound(
+        self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trial = make()
+        posted: list[list[type[Observation]]] = []
+        bind = trial.forwarder.bind
+
+        def bound(kind: str, directory: Path) -> str:
+            posted.append(trial.inbox.kinds())
+            return bind(kind, directory)
+
+        monkeypatch.setattr(trial.forwarder, "bind", bound)
+        trial.run()
+        assert posted == [[ChecksPassed]]
+        assert trial.inbox.kinds() == [ChecksPassed, PreflightPassed, PreflightFinished]
+
+    def test_watch_is_set_when_the_checks_have_passed(self, make: Callable[..., Trial], runtime: Path) -> None:
+        backend = FakeBackend("preflight", lambda: seen.append(trial.preflight.watch))
+        backend.needs_display = True
+        seen: list[object] = []
+        with Display(runtime) as display:
+            trial = make(backend, environ={"DISPLAY": display.name})
+            trial.prepared()
+            assert seen == [trial.preflight.watch]
+            assert seen != [None]
+            trial.close()
+
     def test_its_local_end_takes_connections_already(self, make: Callable[..., Trial]) -> None:
         address = make().prepared().listen_address
         with socket.socket(socket.AF_UNIX) as proxy:
@@ -255,10 +201,9 @@ class TestAllIsGood:
     def test_what_the_proxy_is_started_with(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         environ = {"HOME": "/home/alice", "NX_ROOT": "stale", "NX_": "", "NXPROXY": "x", "OVERRIDDEN": "y"}
         trial = make(environ={**environ, "UNWANTED": "z"})
-        address = trial.prepared().listen_address
-        launch = trial.preparation.launch
-        assert launch is not None
-        assert launch.command == ["/bin/true", address]
+        passed = trial.prepared()
+        launch = passed.launch
+        assert launch.command == ["/bin/true", passed.listen_address]
         assert launch.directory == tmp_path / "sessions/S-name"
         assert launch.environment == {
             "XDG_RUNTIME_DIR": trial.environ["XDG_RUNTIME_DIR"],
@@ -267,7 +212,7 @@ class TestAllIsGood:
             "NX_DISPLAY": f"cookie={COOKIE}",
             "OVERRIDDEN": "name",
         }
-        assert COOKIE not in repr(launch)
+        assert COOKIE not in repr(passed)
 
     def test_what_the_backend_is_told(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         backend = FakeBackend()
@@ -285,21 +230,16 @@ class TestAllIsGood:
     ) -> None:
         """The proxy starts in another directory."""
         monkeypatch.chdir(tmp_path)
-        trial = make(environ={"XAUTHORITY": "authority"})
-        trial.prepared()
-        assert trial.preparation.launch is not None
-        assert trial.preparation.launch.environment["XAUTHORITY"] == f"{tmp_path}/authority"
-        trial = make(environ={"XAUTHORITY": ""})
-        trial.prepared()
-        assert trial.preparation.launch is not None
-        assert trial.preparation.launch.environment["XAUTHORITY"] == ""
+        for path, absolute in (("authority", f"{tmp_path}/authority"), ("", "")):
+            launch = make(environ={"XAUTHORITY": path}).prepared().launch
+            assert launch.environment["XAUTHORITY"] == absolute
 
     def test_what_it_waits_for_is_told(self, make: Callable[..., Trial]) -> None:
         steps: list[str] = []
-        trial = make(FakeBackend("find_executable", lambda: steps.append(trial.preparation.step)))
-        steps.append(trial.preparation.step)
+        trial = make(FakeBackend("find_executable", lambda: steps.append(trial.preflight.step)))
+        steps.append(trial.preflight.step)
         trial.prepared()
-        steps.append(trial.preparation.step)
+        steps.append(trial.preflight.step)
         assert steps == ["the preflight", "the proxy program's path", "the backend's own preflight"]
 
     def test_small_messages_are_sent_at_once_from_now_on(
@@ -317,7 +257,7 @@ class TestAllIsGood:
             backend.needs_display = True
             trial = make(backend, environ={"DISPLAY": display.name})
             trial.prepared()
-            assert trial.preparation.watch is not None
+            assert trial.preflight.watch is not None
             (client,) = display.clients
             with pytest.raises(BlockingIOError):
                 client.recv(1, socket.MSG_DONTWAIT)
@@ -326,7 +266,7 @@ class TestAllIsGood:
 
     def test_closing_twice_releases_once(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
         trial = make()
-        trial.prepared()
+        log = trial.prepared().launch.log
         closed: list[int] = []
         real_close = os.close
 
@@ -337,8 +277,7 @@ class TestAllIsGood:
         monkeypatch.setattr(os, "close", close)
         trial.close()
         trial.close()
-        assert trial.preparation.launch is not None
-        assert closed.count(trial.preparation.launch.log) == 1
+        assert closed.count(log) == 1
 
 
 def put_file(path: Path) -> None:
@@ -400,19 +339,17 @@ class TestSessionRoot:
         assert mode(tmp_path / "sessions/S-name") == 0o700
         assert mode(tmp_path / "sessions/S-name/session.log") == 0o600
 
-    def test_also_where_they_were_there_before_and_wider(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+    def test_permissions_of_existing_files_are_tightened(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         root = tmp_path / "sessions/S-name"
         root.mkdir(parents=True)
         log = root / "session.log"
         log.write_text("earlier\n", encoding="ascii")
         for path, bits in ((tmp_path / "sessions", 0o755), (root, 0o777), (log, 0o666)):
             path.chmod(bits)
-        trial = make()
-        trial.prepared()
+        launch = make().prepared().launch
         assert (mode(root), mode(log)) == (0o700, 0o600)
         assert mode(tmp_path / "sessions") == 0o755  # the caller's own
-        assert trial.preparation.launch is not None
-        os.write(trial.preparation.launch.log, b"later\n")
+        os.write(launch.log, b"later\n")
         assert log.read_text(encoding="ascii") == "earlier\n--- a new attempt\nlater\n"
 
     def test_the_sessions_root_may_be_a_link_or_missing(self, make: Callable[..., Trial], tmp_path: Path) -> None:
@@ -498,7 +435,7 @@ class TestRefusals:
         failed, _ = make(FakeBackend(call, fail), environ={"PASSWORD": "very secret"}).run()
         assert isinstance(failed, WorkerCrashed)
         shown = "".join(traceback.TracebackException.from_exception(failed.error, capture_locals=True).format())
-        assert "environ = <hidden>" in shown
+        assert "context = " in shown
         assert COOKIE not in shown
         assert "very secret" not in shown
 
@@ -515,12 +452,12 @@ class TestRefusals:
         assert error.reason is EndReason.DISPLAY_UNAVAILABLE
         assert error.detail.startswith(detail)
         assert error.hint is not None
-        assert trial.preparation.watch is None
+        assert trial.preflight.watch is None
 
     def test_a_backend_that_needs_none_looks_for_none(self, make: Callable[..., Trial]) -> None:
         trial = make(environ={"DISPLAY": "/nonexistent/x:0"})
         trial.prepared()
-        assert trial.preparation.watch is None
+        assert trial.preflight.watch is None
 
     def test_an_x_server_that_does_not_answer(self, make: Callable[..., Trial], runtime: Path) -> None:
         backend = FakeBackend()
@@ -588,7 +525,7 @@ class TestRefusals:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
             with pytest.raises(RuntimeError, match="new thread"):
-                trial.preparation.start()
+                trial.preflight.start()
         assert trial.inbox.kinds() == [PreflightFinished]
 
 
@@ -640,113 +577,13 @@ class TestSocketDirectory:
         assert list(long.iterdir()) == []
 
 
-class TestRehearsal:
-    """The same steps without a session, before a server is asked for one."""
-
-    @pytest.mark.parametrize("kind", ["unix", "tcp"])
-    def test_a_backend_is_asked_as_it_will_be(self, tmp_path: Path, runtime: Path, kind: ListenKind) -> None:
-        backend = FakeBackend(kind=kind)
-        inherited = {"XDG_RUNTIME_DIR": str(runtime), "NX_DISPLAY": "an outer session's", "XAUTHORITY": "x"}
-        with check_preflight(backend, sessions_root=tmp_path / "root", environ=inherited):
-            (context,) = backend.contexts
-        assert context.executable == "/bin/true"
-        assert context.scratch.parent == runtime
-        assert dict(context.environ) == {"XDG_RUNTIME_DIR": str(runtime), "XAUTHORITY": str(Path.cwd() / "x")}
-        assert (context.port is None) == (kind == "unix")
-        assert kind == "tcp" or Path(context.listen_address).parent == context.scratch
-        assert context.session_root.parent == context.sessions_root == tmp_path / "root"
-        assert len(context.session.cookie or "") == 32
-
-    def test_an_x_server_is_held_while_it_is_entered_and_nothing_else(self, tmp_path: Path, runtime: Path) -> None:
-        backend = FakeBackend()
-        backend.needs_display = True
-        with Display(runtime) as display:
-            environ = {"XDG_RUNTIME_DIR": str(runtime), "DISPLAY": display.name}
-            with check_preflight(backend, sessions_root=tmp_path / "root", environ=environ):
-                (client,) = display.clients
-                client.setblocking(False)  # noqa: FBT003 - socket's own
-                with pytest.raises(BlockingIOError):
-                    client.recv(1)
-                assert [path.name for path in runtime.iterdir()] == [Path(display.name).name]
-                assert list((tmp_path / "root").iterdir()) == []
-            client.settimeout(WAIT_S)
-            assert client.recv(1) == b""
-
-    def test_a_place_for_sockets_is_looked_for_as_a_proxy_does(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        long = tmp_path / ("x" * 100)
-        long.mkdir()
-        monkeypatch.setattr(tempfile, "tempdir", str(long))
-        backend = FakeBackend()
-        with check_preflight(backend, sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(long)}):
-            assert backend.contexts[0].scratch.parent == Path("/tmp")
-        assert not backend.contexts[0].scratch.exists()
-        assert list(long.iterdir()) == []
-
-    @pytest.mark.parametrize("lacking", ["root", "display", "preflight"])
-    def test_what_is_not_good_is_told_and_nothing_is_left(self, tmp_path: Path, runtime: Path, lacking: str) -> None:
-        def refuse() -> None:
-            raise BackendError(EndReason.PROXY_NOT_STARTABLE, "Not today.")
-
-        backend, root = FakeBackend("preflight" if lacking == "preflight" else "", refuse), tmp_path / "root"
-        backend.needs_display = lacking == "display"
-        if lacking == "root":
-            root.touch()
-        reasons = {
-            "root": EndReason.LISTEN_FAILED,
-            "display": EndReason.DISPLAY_UNAVAILABLE,
-            "preflight": EndReason.PROXY_NOT_STARTABLE,
-        }
-        with (
-            pytest.raises(BackendError) as caught,
-            check_preflight(backend, sessions_root=root, environ={"XDG_RUNTIME_DIR": str(runtime)}),
-        ):
-            raise AssertionError("It is not good.")
-        assert caught.value.reason is reasons[lacking]
-        assert list(runtime.iterdir()) == []
-        assert root.is_file() or list(root.iterdir()) == []
-
-    def test_without_a_place_for_sockets_it_says_so(
-        self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Such as where every temporary directory is full."""
-        plain = tempfile.mkdtemp
-
-        def refuse(*args: Any, **options: Any) -> Any:
-            if options.get("dir") == tmp_path / "root":
-                return plain(*args, **options)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-        with (
-            pytest.raises(BackendError) as caught,
-            check_preflight(FakeBackend(), sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(runtime)}),
-        ):
-            raise AssertionError("There is no place.")
-        assert caught.value.reason is EndReason.LISTEN_FAILED
-        assert list((tmp_path / "root").iterdir()) == []
-
-    def test_by_default_it_is_this_users_root_and_this_processs_environment(
-        self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path))
-        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-        backend = FakeBackend()
-        with check_preflight(backend):
-            assert backend.contexts[0].sessions_root == tmp_path / ".x2go"
-            assert backend.contexts[0].scratch.parent == runtime
-        assert mode(tmp_path / ".x2go") == 0o700
-
-
 TRACED = (
     Preflight._run,
-    Preflight._prepare,
-    Preflight._open_log,
-    Preflight._open_display,
-    Preflight._bind,
+    Preflight._check,
     Preflight._keep,
+    *(check.run for check in checks.CHECKS),
     Forwarder.bind,
+    forwarder.bind_listener,
 )
 PLACES = [
     (function.__qualname__, line)
@@ -770,11 +607,11 @@ class TestClosing:
             assert go_on.wait(WAIT_S)
 
         trial = make(FakeBackend("find_executable", block))
-        trial.preparation.start()
+        trial.preflight.start()
         assert asked.wait(WAIT_S)
         trial.close()
         assert trial.told == []
-        assert trial.preparation.thread.is_alive()
+        assert trial.preflight.thread.is_alive()
         go_on.set()
         assert [type(each) for each in trial.finish()] == [PreflightFinished]
 
@@ -785,7 +622,7 @@ class TestClosing:
         with Display(runtime) as display:
             display.may_answer.clear()
             trial = make(backend, environ={"DISPLAY": display.name})
-            trial.preparation.start()
+            trial.preflight.start()
             assert display.asked.wait(WAIT_S)
             trial.close()
             assert isinstance(trial.finish()[-1], PreflightFinished)
@@ -818,7 +655,7 @@ class TestClosing:
             traced_before = threading.gettrace()
             threading.settrace(trace)
             try:
-                trial.preparation.start()
+                trial.preflight.start()
             finally:
                 threading.settrace(traced_before)
             trial.finish()

@@ -1,0 +1,190 @@
+"""The checks without a session: each is run, what is not good is reported, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from proxy_fsm.errors import BackendError
+from proxy_fsm.reasons import EndReason
+from proxy_fsm.workers.checks import CHECKS, check_preflight, run_checks
+from tests.helpers.holdings import descriptors, nothing_left_open
+from tests.helpers.preflight import Display, FakeBackend
+from tests.helpers.wait import WAIT_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from proxy_fsm.backends.base import ListenKind
+
+
+@pytest.fixture
+def runtime() -> Iterator[Path]:
+    """A directory for sockets, whose path is short; nothing is left in it."""
+    path = Path(tempfile.mkdtemp(prefix="pf-", dir="/tmp"))
+    before = descriptors()
+    yield path
+    assert list(path.iterdir()) == []
+    nothing_left_open(before)
+    shutil.rmtree(path)
+
+
+class TestCheckPreflight:
+    @pytest.mark.parametrize("kind", ["unix", "tcp"])
+    def test_a_backend_is_asked_as_it_will_be(self, tmp_path: Path, runtime: Path, kind: ListenKind) -> None:
+        backend = FakeBackend(kind=kind)
+        inherited = {"XDG_RUNTIME_DIR": str(runtime), "NX_DISPLAY": "an outer session's", "XAUTHORITY": "x"}
+        with check_preflight(backend, sessions_root=tmp_path / "root", environ=inherited):
+            (context,) = backend.contexts
+        assert context.executable == "/bin/true"
+        assert context.scratch.parent == runtime
+        assert dict(context.environ) == {"XDG_RUNTIME_DIR": str(runtime), "XAUTHORITY": str(Path.cwd() / "x")}
+        assert (context.port is None) == (kind == "unix")
+        assert kind == "tcp" or Path(context.listen_address).parent == context.scratch
+        assert context.sessions_root == tmp_path / "root"
+        assert not context.session_root.exists()
+        assert len(context.session.cookie or "") == 32
+
+    def test_an_x_server_is_held_while_it_is_entered_and_nothing_else(self, tmp_path: Path, runtime: Path) -> None:
+        backend = FakeBackend()
+        backend.needs_display = True
+        with Display(runtime) as display:
+            environ = {"XDG_RUNTIME_DIR": str(runtime), "DISPLAY": display.name}
+            with check_preflight(backend, sessions_root=tmp_path / "root", environ=environ):
+                (client,) = display.clients
+                client.setblocking(False)  # noqa: FBT003 - socket's own
+                with pytest.raises(BlockingIOError):
+                    client.recv(1)
+                assert [path.name for path in runtime.iterdir()] == [Path(display.name).name]
+                assert not (tmp_path / "root").exists()
+            client.settimeout(WAIT_S)
+            assert client.recv(1) == b""
+
+    def test_a_place_for_sockets_is_looked_for_as_a_proxy_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        long = tmp_path / ("x" * 100)
+        long.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        backend = FakeBackend()
+        with check_preflight(backend, sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(long)}):
+            assert backend.contexts[0].scratch.parent == Path("/tmp")
+        assert not backend.contexts[0].scratch.exists()
+        assert list(long.iterdir()) == []
+
+    @pytest.mark.parametrize("lacking", ["root", "display", "preflight"])
+    def test_what_is_not_good_is_told_and_nothing_is_left(self, tmp_path: Path, runtime: Path, lacking: str) -> None:
+        def refuse() -> None:
+            raise BackendError(EndReason.PROXY_NOT_STARTABLE, "Not today.")
+
+        backend, root = FakeBackend("preflight" if lacking == "preflight" else "", refuse), tmp_path / "root"
+        backend.needs_display = lacking == "display"
+        if lacking == "root":
+            root.touch()
+        reasons = {
+            "root": EndReason.LISTEN_FAILED,
+            "display": EndReason.DISPLAY_UNAVAILABLE,
+            "preflight": EndReason.PROXY_NOT_STARTABLE,
+        }
+        with (
+            pytest.raises(BackendError) as caught,
+            check_preflight(backend, sessions_root=root, environ={"XDG_RUNTIME_DIR": str(runtime)}),
+        ):
+            raise AssertionError("It is not good.")
+        assert caught.value.reason is reasons[lacking]
+        assert list(runtime.iterdir()) == []
+        assert root.is_file() == (lacking == "root")
+        assert list(tmp_path.iterdir()) == ([root] if lacking == "root" else [])
+
+    def test_without_a_place_for_sockets_it_says_so(
+        self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Such as where every temporary directory is full."""
+        plain = tempfile.mkdtemp
+
+        def refuse(*args: Any, **options: Any) -> Any:
+            if options.get("dir") == tmp_path:
+                return plain(*args, **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        with (
+            pytest.raises(BackendError) as caught,
+            check_preflight(FakeBackend(), sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(runtime)}),
+        ):
+            raise AssertionError("There is no place.")
+        assert caught.value.reason is EndReason.LISTEN_FAILED
+        assert list(tmp_path.iterdir()) == []
+
+    def test_by_default_it_is_this_users_root_and_this_processs_environment(
+        self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        backend = FakeBackend()
+        with check_preflight(backend):
+            assert backend.contexts[0].sessions_root == tmp_path / ".x2go"
+            assert backend.contexts[0].scratch.parent == runtime
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("there", [True, False])
+    def test_session_root_is_tried_where_it_would_be_made(self, tmp_path: Path, runtime: Path, *, there: bool) -> None:
+        root = tmp_path / "not/yet"
+        if there:
+            root.mkdir(parents=True)
+        roots: list[Path] = []
+        backend = FakeBackend("preflight", lambda: roots.append(backend.contexts[0].session_root))
+        with check_preflight(backend, sessions_root=root, environ={"XDG_RUNTIME_DIR": str(runtime)}):
+            assert [each.parent for each in roots] == [root if there else tmp_path]
+            assert not roots[0].exists()
+
+    def test_address_is_one_that_can_be_bound(self, tmp_path: Path, runtime: Path) -> None:
+        bound: list[bool] = []
+        backend = FakeBackend("preflight", lambda: bound.append(Path(backend.contexts[0].listen_address).is_socket()))
+        with check_preflight(backend, sessions_root=tmp_path, environ={"XDG_RUNTIME_DIR": str(runtime)}):
+            assert bound == [True]
+
+
+class TestRunChecks:
+    def test_every_check_is_run_in_order_whatever_is_wrong(self, tmp_path: Path, runtime: Path) -> None:
+        def refuse() -> None:
+            raise BackendError(EndReason.PROXY_NOT_FOUND, "It is not there.")
+
+        backend = FakeBackend("find_executable", refuse)
+        backend.needs_display = True
+        (tmp_path / "file").touch()
+        environ = {"XDG_RUNTIME_DIR": str(runtime)}
+        results = list(run_checks(backend, sessions_root=tmp_path / "file/root", environ=environ))
+        assert [(name, error and error.reason) for name, error in results] == [
+            ("the proxy program's path", EndReason.PROXY_NOT_FOUND),
+            ("the session root and its log", EndReason.LISTEN_FAILED),
+            ("the X server", EndReason.DISPLAY_UNAVAILABLE),
+            ("the SSH transport", None),
+            ("the local end of the tunnel", None),
+            ("the backend's own preflight", None),
+        ]
+        assert len(backend.contexts) == 1
+        assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+    def test_what_was_made_is_removed_where_nobody_reads_on(self, tmp_path: Path, runtime: Path) -> None:
+        results = run_checks(FakeBackend(), sessions_root=tmp_path, environ={"XDG_RUNTIME_DIR": str(runtime)})
+        for (name, error), check in zip(results, CHECKS[:5], strict=False):
+            assert (name, error) == (check.name, None)
+        assert list(tmp_path.iterdir()) != []
+        results.close()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_error_that_is_no_answer_is_raised(self, tmp_path: Path, runtime: Path) -> None:
+        def fail() -> None:
+            raise RuntimeError("a bug")
+
+        backend = FakeBackend("preflight", fail)
+        with pytest.raises(RuntimeError, match="a bug"):
+            list(run_checks(backend, sessions_root=tmp_path, environ={"XDG_RUNTIME_DIR": str(runtime)}))
+        assert list(tmp_path.iterdir()) == []
