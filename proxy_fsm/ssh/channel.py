@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable
 
-    from proxy_fsm.ssh.opening import ChannelOpening
-
 __all__ = ["PACKET_BYTES", "WINDOW_BYTES", "SafeChannel"]
 
 #: What this side is ready to take ahead of the reader, and in one message, in bytes. The window is what one channel can
@@ -48,7 +46,7 @@ class SafeChannel(paramiko.Channel):
     Attributes:
         ended: Set once the channel is closed from either side, or its transport is gone.
         transport_ended: Whether the transport went away under it.
-        opening: The open that waits for it; None once that was answered.
+        on_unlinked: Called when its transport goes away: a pending open, which the transport may not notify.
     """
 
     def __init__(self, chanid: int) -> None:
@@ -56,7 +54,7 @@ class SafeChannel(paramiko.Channel):
         self.ended = threading.Event()
         self.transport_ended = False
         self._most_messages = 1
-        self.opening: ChannelOpening | None = None
+        self.on_unlinked: Callable[[], None] | None = None
         self.in_buffer = ReceiveBuffer(WINDOW_BYTES)
         self._close_sent = threading.Lock()
 
@@ -173,16 +171,16 @@ class SafeChannel(paramiko.Channel):
         super()._unlink()  # type: ignore[misc]
         # paramiko leaves out a channel that is closed already, and no CLOSE of the server will remove it any more.
         cast("Any", self.transport)._channels.delete(self.chanid)  # noqa: SLF001
-        opening = self.opening
-        if opening is not None:  # a transport that is closed by its owner sets no event of a pending open
-            opening.set()
+        on_unlinked = self.on_unlinked
+        if on_unlinked is not None:  # a transport that is closed by its owner sets no event of a pending open
+            on_unlinked()
 
 
 class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub alone
     """What came for a channel: handed straight on where a socket takes it, kept in order where it does not.
 
     Args:
-        most_bytes: How much is kept. A server that sends more heeds no window, and nothing more is taken from it.
+        most_bytes: How much is kept. A server that sends more violates flow control; the buffer is closed.
 
     Attributes:
         delivered: How many bytes were handed on.

@@ -82,7 +82,7 @@ class ChannelOpening:
             _prepare(transport)
             number = transport._next_channel()  # noqa: SLF001
             channel = self._channel = SafeChannel(number)
-            channel.opening = self
+            channel.on_unlinked = self.set
             channel._set_transport(transport)  # noqa: SLF001
             channel._set_window(WINDOW_BYTES, PACKET_BYTES)  # type: ignore[attr-defined]  # noqa: SLF001
             transport._channels.put(number, channel)  # noqa: SLF001
@@ -122,7 +122,7 @@ class ChannelOpening:
         with self._lock:
             answer, self._answer = self._answer, None
         if answer is not None and self._channel is not None:  # without an answer the channel may still open
-            self._channel.opening = None  # else each would keep the other, and what the channel keeps
+            self._channel.on_unlinked = None  # else each would keep the other, and what the channel keeps
             self._channel = None
         if isinstance(answer, SafeChannel):
             return answer
@@ -175,7 +175,7 @@ class ChannelOpening:
 
 def _discard(channel: SafeChannel) -> None:
     """Close a channel that nobody uses, on a thread of its own since sending may block."""
-    channel.opening = None  # else each would keep the other
+    channel.on_unlinked = None  # else each would keep the other
     try:
         threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
     except RuntimeError:
@@ -198,7 +198,7 @@ class EndWatch:
             number = self._transport._next_channel()  # noqa: SLF001
             self._sentinel = _Sentinel(number, callback)
             self._transport._channels.put(number, self._sentinel)  # noqa: SLF001
-        # A transport that winds up leaves this list, then unlinks its channels, then is no more active.
+        # On shutdown a transport leaves this list, then unlinks its channels, then becomes inactive.
         if not transport.is_active() or transport not in cast("Any", paramiko.transport)._active_threads:  # noqa: SLF001
             self._sentinel._unlink()  # noqa: SLF001
 
