@@ -154,7 +154,7 @@ class ProcessExited(Observation):
 
 @dataclass(frozen=True, slots=True)
 class PeerRejected(Observation):
-    """Somebody else than the proxy's user knocked at the local end and was sent away."""
+    """A connection from another local user was rejected."""
 
     peer: str
 

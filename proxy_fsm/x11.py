@@ -52,7 +52,7 @@ _FAMILY_WILD = 65_535
 
 _REFUSED, _ACCEPTED, _AUTHENTICATE = 0, 1, 2
 
-#: An X server whose last client disconnects resets, and may hang up on whoever connects in these 50 ms.
+#: An X server whose last client disconnects resets, and may hang up on clients that connect in these 50 ms.
 PAUSES_AFTER_HANG_UP_S = (0.01, 0.02, 0.04, 0.08, 0.16)
 
 _DISPLAY = re.compile(
@@ -224,7 +224,7 @@ def connect(environ: Mapping[str, str], timeout_s: float, connection: Cancellabl
 
 
 class Cancelled(Exception):  # noqa: N818 - no error
-    """The owner wants no connection any more."""
+    """The connection is not wanted any more."""
 
 
 class CancellableSocket:
@@ -247,7 +247,7 @@ class CancellableSocket:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep others from closing the socket meanwhile; one that was cancelled is closed at the end."""
+        """Keep other threads from closing the socket meanwhile; where it was cancelled, it is closed at the end."""
         with self.lock:
             self._users += 1
         try:
@@ -267,7 +267,7 @@ class CancellableSocket:
             yield
 
     def set(self, sock: socket.socket) -> None:
-        """Hold a socket from now on; raise `Cancelled` where it comes too late."""
+        """Hold a socket from now on; raises `Cancelled` where it comes too late."""
         with self.lock:
             self.sock = sock
             if self.cancelled:
@@ -281,7 +281,7 @@ class CancellableSocket:
                 self.sock = None
 
     def cancel(self) -> None:
-        """Shut the socket down, which wakes whoever uses it, and want no other."""
+        """Shut the socket down, which wakes its user, and accept no other."""
         with self.lock:
             self.cancelled = True
             if self.sock is not None:

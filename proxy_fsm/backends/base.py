@@ -105,7 +105,7 @@ class Backend:
         raise NotImplementedError
 
     def environment(self, context: BackendContext) -> Mapping[str, str | None]:  # noqa: ARG002 - for subclasses
-        """Return what is added to the inherited environment, None for what is taken out; secrets may be in it."""
+        """Return what is added to the inherited environment, None for what is removed; secrets may be in it."""
         return {}
 
     def ready(self, evidence: Evidence) -> bool:
@@ -167,7 +167,7 @@ class Program:
 
 
 def find_program(program: str, *, hint: str | None = None) -> str:
-    """Return the absolute path of a program: looked up in PATH, or taken as it is where it names a directory.
+    """Return the absolute path of a program: looked up in PATH, or as it is where it names a directory.
 
     Raises:
         BackendError: ``proxy_not_found``, or ``proxy_not_startable`` where it is there and cannot be executed.
@@ -190,7 +190,7 @@ class CommandBackend(Backend):
     Args:
         command: Program and arguments. ``{host}`` and ``{port}`` are replaced by the local end's address, or
             ``{path}`` by that of a unix socket.
-        ready_when: ``"first_bytes"``: the agent's first bytes came; ``"connected"``: the channel stands; or a
+        ready_when: ``"first_bytes"``: the agent's first bytes came; ``"connected"``: the channel is open; or a
             pattern that is searched in each line of the viewer's output. Beware of the last: many programs hold
             their output back while it goes to a pipe.
         max_connections: How many connections the viewer makes; None for any number.

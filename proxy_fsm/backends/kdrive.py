@@ -3,8 +3,8 @@
 **Not tried against the program itself**: no package repository that we know of offers it (November 2026). What is
 known of it is what python-x2go 0.6.1.3 does with it (``x2go/backends/proxy/kdrive.py``), and stand-ins are what the
 tests run: it takes nxproxy's option string, by ``options=FILE``; it connects by TCP, once; it needs an X display. What
-is assumed here beyond that: that the agent's first bytes mean that the session stands, and exit code 0 after them that
-its user has closed it.
+is assumed here beyond that: that the agent's first bytes mean that the session is established, and exit code 0 after
+them that its user has closed it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ NXPROXY = Program(
 
 _READY = "Established X server connection"
 _TERMINATING = "Session: Terminating session at"
-#: It says the first before the session stands, the second after.
+#: It prints the first before the session is established, the second after.
 _CAUGHT_SIGNAL = ("Aborting the procedure due to signal", "Waiting the cleanup timeout")
 _SIGNALLED = EndReason.PROXY_KILLED, "nxproxy was told to end by a signal TERM, INT or HUP from outside."
 #: What it calls a unix socket, and anything else: the tunnel's address where that is TCP, and the display's.
@@ -168,7 +168,7 @@ def check_xauth(environ: Mapping[str, str]) -> None:
     """Make sure that nxproxy can read the X server's cookie, or that the X server asks for none.
 
     Without xauth nxproxy shows a cookie that it has made up. Measured: an X server that wants none lets it in,
-    whatever the authority file holds; one that wants a cookie refuses it, and the agent's only chance is gone.
+    whatever the authority file holds; one that wants a cookie refuses it, and the agent's only chance is lost.
 
     Raises:
         BackendError: ``display_unavailable``.

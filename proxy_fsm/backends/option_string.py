@@ -27,7 +27,7 @@ _OWN_OPTIONS = frozenset({"connect", "cookie", "port", "id", "root", "errors", "
 
 
 class OptionStringBackend(Backend):
-    """A program that is told by an option string where to connect, and with which cookie.
+    """A program that learns from an option string where to connect, and with which cookie.
 
     Args:
         executable: The program; by default what `PROGRAM` says.
@@ -68,8 +68,8 @@ class OptionStringBackend(Backend):
 
     def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Take what fits into an option string and is not set by the engine; return the others."""
-        taken, ignored = split_options(options)
-        self._options.update(taken)
+        accepted, ignored = split_options(options)
+        self._options.update(accepted)
         return ignored
 
     @property
@@ -85,10 +85,10 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
         options: By their names; nothing is changed in it.
 
     Returns:
-        What can be taken, and what is to be ignored.
+        What is accepted, and what is to be ignored.
     """
-    taken = {key: value for key, value in options.items() if key not in _OWN_OPTIONS and fits(key, value)}
-    return taken, {key: value for key, value in options.items() if key not in taken}
+    accepted = {key: value for key, value in options.items() if key not in _OWN_OPTIONS and fits(key, value)}
+    return accepted, {key: value for key, value in options.items() if key not in accepted}
 
 
 def fits(key: object, value: object) -> bool:

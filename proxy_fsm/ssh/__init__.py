@@ -21,13 +21,13 @@ too, but it has no AES-GCM, so that `fast_transport` is no faster.
 
 Three things are done differently from ``Transport.open_channel`` and ``Channel.close``, for these reasons:
 
-* An open is a message and, later, its answer; nothing has to wait in between, an open that nobody wants any
-  more closes itself when it succeeds late, and each refusal is told to the open that it answers.
+* An open is a message and, later, its answer; nothing has to wait in between, an abandoned open
+  closes itself when it succeeds late, and each refusal reaches the open that it answers.
 * A channel's CLOSE is sent by the thread that used the channel, when it is done, and not by whichever thread
   notices first. So data can never follow it, which OpenSSH answers by disconnecting everything
   (paramiko issues 1115 and 1705), and the transport's own thread never waits for a key exchange that only
   itself can finish (issue 822).
-* The end of a transport is told by the transport: it unlinks its channels, and one of them is ours.
+* The end of a transport is reported by the transport: it unlinks its channels, and one of them is ours.
 
 Three things are changed in the caller's transport, and stay: `set_nodelay` before a proxy is started, and, when the
 first channel is opened here:

@@ -41,10 +41,10 @@ _MOST_MESSAGES = 64
 class SafeChannel(paramiko.Channel):
     """A channel whose CLOSE is sent once, by `send_close`, after its user has stopped sending.
 
-    ``close()`` and the server's CLOSE only mark it closed, which wakes whoever waits on it and never blocks.
+    ``close()`` and the server's CLOSE only mark it closed, which wakes its waiters and never blocks.
 
     Attributes:
-        ended: Set once the channel is closed from either side, or its transport is gone.
+        ended: Set once the channel is closed from either side, or its transport has ended.
         transport_ended: Whether the transport went away under it.
         on_unlinked: Called when its transport goes away: a pending open, which the transport may not notify.
     """
@@ -65,7 +65,7 @@ class SafeChannel(paramiko.Channel):
 
     @property
     def message_bytes(self) -> int:
-        """How much the server takes in one message."""
+        """How much the server accepts in one message."""
         return max(1, self.out_max_packet_size - _ROOM_BYTES)
 
     def send(self, s: bytes | bytearray | memoryview) -> int:
@@ -185,7 +185,7 @@ class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its s
     Attributes:
         delivered: How many bytes were handed on.
         carrier: The TCP socket that it came over, if it is one.
-        wake_after_bytes: How many bytes may be handed straight on before whoever waits in `take` is told.
+        wake_after_bytes: How many bytes may be handed straight on before a waiter in `take` is woken.
     """
 
     _buffer: array[int]
@@ -222,7 +222,7 @@ class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its s
         try:
             # Not send(): gevent's heeds no flag, and would have the transport's own thread wait.
             sent = self._sink.sendmsg([data], [], socket.MSG_DONTWAIT)
-        except OSError:  # it is full, or closed: then whoever waits in take() will find out
+        except OSError:  # it is full, or closed: then the waiter in take() will find out
             sent = 0
         self.delivered += sent
         self._unacknowledged += sent

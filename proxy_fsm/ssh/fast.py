@@ -37,7 +37,7 @@ _LEAST_PADDING_BYTES = 4
 
 
 class Messages(Message):
-    """Messages that a `Packetizer` sends in one go; nobody else can take them for one."""
+    """Messages that a `Packetizer` sends in one go; any other sender fails on them."""
 
     def __init__(self, pieces: Sequence[tuple[bytes, memoryview]]) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Packetizer(packet.Packetizer):
 
     def _write(self, out: list[bytes]) -> None:
         try:
-            # Not writev() on its number: whoever closes it meanwhile may have that number in use for something else.
+            # Not writev() on its number: it may be closed meanwhile, and the number in use for something else.
             sent = self._sock.sendmsg(out)
         except (TimeoutError, BlockingIOError):
             sent = 0
@@ -245,9 +245,8 @@ def acknowledge(sock: socket.socket | None) -> None:
     """Have what came over a TCP socket acknowledged now, and not in up to 40 ms; a no-op outside Linux.
 
     Source: OpenSSH's server leaves Nagle's algorithm on where a connection carries no terminal: it holds back a small
-    packet until the one before is acknowledged, and Linux does not acknowledge at once whoever answers little (tcp(7),
-    ``TCP_QUICKACK``, which has to be asked for again and again). The start of an NX session then takes three times as
-    long.
+    packet until the one before is acknowledged, and Linux delays ACKs on connections that send little back (tcp(7),
+    ``TCP_QUICKACK``, which has to be set again and again). The start of an NX session then takes three times as long.
     """
     if sock is not None and sys.platform == "linux":
         with suppress(OSError):  # it is closed: others will tell

@@ -1,4 +1,4 @@
-"""Opening channels: a message and, later, its answer; and the end of a transport, which tells its channels."""
+"""Opening channels: a message and, later, its answer; and the end of a transport, which unlinks its channels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["ChannelOpening", "EndWatch", "packets_received", "why_ended"]
 
 
 class _Refusals:
-    """Takes the refusals of opens: ours are told to them alone, the others go where they always went."""
+    """Handles the refusals of opens: ours reach the open that they answer, the others go to paramiko's handler."""
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
@@ -139,7 +139,7 @@ class ChannelOpening:
     # Called by the transport, on its own thread.
 
     def set(self) -> None:
-        """Take the answer: paramiko takes this object for an event."""
+        """Receive the answer: paramiko treats this object as an event."""
         channel = self._channel
         if channel is None:
             return
@@ -153,11 +153,11 @@ class ChannelOpening:
             self._settle(TransportGone("The SSH transport ended."))
 
     def refuse(self, code: int) -> None:
-        """Take a refusal."""
+        """Receive a refusal."""
         self._settle(ChannelRefused(code, CONNECTION_FAILED_CODE.get(code, "The server refused the channel.")))
 
     def _withdraw(self, channel: SafeChannel) -> None:
-        """Take back what was registered for an answer that cannot come."""
+        """Unregister an open whose answer cannot come."""
         transport = cast("Any", self._transport)
         with transport.lock:
             transport.channel_events.pop(channel.chanid, None)
@@ -174,7 +174,7 @@ class ChannelOpening:
 
 
 def _discard(channel: SafeChannel) -> None:
-    """Close a channel that nobody uses, on a thread of its own since sending may block."""
+    """Close an unused channel, on its own thread since sending may block."""
     channel.on_unlinked = None  # else each would keep the other
     try:
         threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
@@ -212,7 +212,7 @@ class _Sentinel(paramiko.Channel):
     def __init__(self, chanid: int, callback: Callable[[], None]) -> None:
         super().__init__(chanid)
         self.callback = callback
-        self.due = threading.Lock()  # taken by the one who calls back, or by who cancels it
+        self.due = threading.Lock()  # acquired by the one that calls back, or by the one that cancels
 
     def _unlink(self) -> None:
         if self.due.acquire(blocking=False):

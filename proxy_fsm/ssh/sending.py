@@ -62,7 +62,7 @@ class DeferredSender:
         try:
             while self._deferred:
                 try:
-                    with suppress(paramiko.SSHException, OSError, EOFError):  # the transport is gone
+                    with suppress(paramiko.SSHException, OSError, EOFError):  # the transport has ended
                         send_through_rekey(self._transport, self._deferred[0])
                 finally:
                     self._deferred.popleft()  # only now: until it is sent, nothing overtakes it
@@ -73,11 +73,11 @@ class DeferredSender:
 
 
 def send_through_rekey(transport: Any, message: Message) -> None:
-    """Send, however long keys are exchanged; it raises, or drops the message, where the transport is gone."""
+    """Send, however long keys are exchanged; it raises, or drops the message, where the transport has ended."""
     while True:
         try:
             transport._send_user_message(message)  # noqa: SLF001
-        except paramiko.ProxyCommandFailure:  # its pipe is gone: no matter of keys
+        except paramiko.ProxyCommandFailure:  # its pipe is closed: not a matter of keys
             raise
         except paramiko.SSHException:  # keys were not exchanged in time, and nothing was sent
             if not transport.is_active():

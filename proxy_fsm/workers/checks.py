@@ -2,7 +2,7 @@
 
 An agent that is connected and then dropped in its first attempt is dead, and the session with it. So an engine's
 preflight runs them all, before anything remote is touched; `check_preflight` runs them before a server is asked for a
-session; `run_checks` tells of each, which is what ``proxy-fsm doctor`` shows.
+session; `run_checks` reports each, which is what ``proxy-fsm doctor`` shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The display watch: a connection to the X server, whose end tells within milliseconds that the server is gone."""
+"""The display watch: a connection to the X server, whose end shows within milliseconds that the server has exited."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_SHORT_LIVES = 5
 
 
 class DisplayWatch:
-    """Keeps a connection to the X server and tells when the server is gone.
+    """Keeps a connection to the X server, and calls back when the server is lost.
 
     The end of the connection alone does not prove that: a second connection is tried first. While that is
     under way `suspect` is true. Callbacks come on the watch's own thread, must be short, and must not wait
@@ -29,12 +29,12 @@ class DisplayWatch:
 
     Args:
         environ: As in `proxy_fsm.x11.open_display`.
-        on_lost: Called once, with a sentence for a person, when the X server is gone.
+        on_lost: Called once, with a sentence for a person, when the X server is lost.
         timeout_s: How long one connection may take, in seconds.
         on_restored: Called whenever a suspicion proved wrong.
 
     Attributes:
-        suspect: Whether the connection ended and it is not yet known why; stays true when the server is gone.
+        suspect: Whether the connection ended and it is not yet known why; stays true when the server is lost.
     """
 
     def __init__(

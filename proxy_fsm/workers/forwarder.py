@@ -5,7 +5,7 @@ What ``ssh -L`` does. Data flow of a connection::
     proxy ── local socket ──► up relay ───► channel ──► agent
     proxy ◄── local socket ── down relay ◄── channel ◄── agent
 
-Each relay is one blocking thread: the side that takes nothing holds the side that gives. End of one direction is
+Each relay is one blocking thread: a receiver that is full blocks the sender. End of one direction is
 passed on as the end of that direction. The channel is closed when both relays have ended, by the last of them.
 """
 
@@ -80,9 +80,9 @@ class Forwarder:
     Args:
         transport: Where channels are opened.
         destination: Host and port of the agent, as the server knows them.
-        max_connections: How many connections are taken before the listener is closed; None for any number.
-        agent_connect_s: How long a refused channel is tried again, in seconds.
-        post: Takes what is observed, on any thread.
+        max_connections: How many connections are accepted before the listener is closed; None for any number.
+        agent_connect_s: How long a refused channel is retried, in seconds.
+        post: Receives what is observed, on any thread.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Forwarder:
         return address
 
     def start(self) -> None:
-        """Take connections from now on; returns at once."""
+        """Accept connections from now on; returns at once."""
         with self._lock:
             if self.closing.is_set():
                 return
@@ -137,10 +137,10 @@ class Forwarder:
             self._acceptor, self._accepting = acceptor, True
 
     def close(self) -> None:
-        """Take no more connections, and end those that stand once what the proxy sent is through.
+        """Accept no more connections, and close each open one once what the proxy sent has been forwarded.
 
-        Returns at once; `TunnelClosed` is posted when all are gone. Over TCP, where the system does not tell how much
-        the proxy sent, its own end is awaited: then `abort` has to follow.
+        Returns at once; `TunnelClosed` is posted when all are closed. Over TCP, where the system does not say how
+        much the proxy sent, the proxy's own end is awaited: then `abort` has to follow.
         """
         with self._lock:
             self.closing.set()
@@ -155,25 +155,25 @@ class Forwarder:
         self._post_if_closed()
 
     def abort(self) -> None:
-        """After `close`: end the connections that stand without waiting for what is still under way."""
+        """After `close`: close the open connections without waiting for data in flight."""
         with self._lock:
             connections = tuple(self._open)
         for connection in connections:
             connection.abort()
 
     def unreleased(self) -> tuple[str, ...]:
-        """Return what is not released yet, for a person."""
+        """Return what has not been released yet, for a person."""
         with self._lock:
             return tuple(f"channel {connection.number} of the tunnel" for connection in self._open)
 
     def threads(self) -> tuple[threading.Thread, ...]:
-        """Return the threads that are at work here."""
+        """Return the threads that run here."""
         with self._lock:
             acceptor = () if self._acceptor is None else (self._acceptor,)
             return (*acceptor, *(thread for connection in self._open for thread in connection.threads))
 
     def stats(self) -> TunnelStats:
-        """Return what was carried so far."""
+        """Return what was forwarded so far."""
         with self._lock:
             return TunnelStats(
                 bytes_to_agent=self._closed_bytes_to_agent + sum(c.bytes_to_agent for c in self._open),
@@ -183,20 +183,20 @@ class Forwarder:
             )
 
     def connection_opened(self, connection: _Connection) -> None:
-        """Count a channel that stands, and tell."""
+        """Count an open channel, and post it."""
         with self._lock:
             self._connections += 1
             self._opened_at = self._opened_at or datetime.now(UTC)
         self.post(ChannelOpened(connection.number))
 
     def connection_closed(self, connection: _Connection) -> None:
-        """Tell that a connection has ended, and forget it."""
+        """Post that a connection has ended, and forget it."""
         if connection.opened_at is not None:
             duration_s = time.monotonic() - connection.opened_at
             self.post(
                 ConnectionEnded(connection.number, connection.bytes_to_agent, connection.bytes_from_agent, duration_s)
             )
-        with self._lock:  # told before: what is forgotten here may be the last, and nothing comes after TunnelClosed
+        with self._lock:  # posted before: this may be the last connection, and nothing follows TunnelClosed
             self._open.remove(connection)
             self._closed_bytes_to_agent += connection.bytes_to_agent
             self._closed_bytes_from_agent += connection.bytes_from_agent
@@ -215,8 +215,8 @@ class Forwarder:
         last: _Connection | None = None
         try:
             for number in itertools.count(1):
-                local = self._next(listener)
-                connection = None if local is None else self._take(local, number)
+                local = self._accept_own(listener)
+                connection = None if local is None else self._register(local, number)
                 if connection is None:
                     return
                 if number == self._max_connections:
@@ -233,12 +233,12 @@ class Forwarder:
         if last is not None:
             last.run()  # the last connection that may come is served by this thread
 
-    def _next(self, listener: socket.socket) -> socket.socket | None:
+    def _accept_own(self, listener: socket.socket) -> socket.socket | None:
         """Return the next connection of our own user; None when the listener was shut down."""
         while True:
             try:
                 local, _ = self._retry_on_shortage(listener.accept)
-            except ConnectionAbortedError:  # it went before it was taken
+            except ConnectionAbortedError:  # the client left before accept
                 continue
             except OSError:
                 if self.closing.is_set():
@@ -246,7 +246,7 @@ class Forwarder:
                 raise
             try:
                 user = self._retry_on_shortage(peer.foreign_user_of, local)
-            except OSError as error:  # whoever cannot be told apart is not let in
+            except OSError as error:  # an unknown user is rejected
                 user = f"user unknown ({error.strerror or error})"
             if user is None:
                 return local
@@ -256,7 +256,7 @@ class Forwarder:
             self.post(PeerRejected(user))
 
     def _retry_on_shortage(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call a function again and again while there is a shortage, until this is closed."""
+        """Retry a function while the machine is short of descriptors or memory, until this is closed."""
         while True:
             try:
                 return function(*args, **kwargs)
@@ -264,7 +264,7 @@ class Forwarder:
                 if error.errno not in _SHORTAGES or self.closing.wait(_SHORTAGE_PAUSE_S):
                     raise
 
-    def _take(self, local: socket.socket, number: int) -> _Connection | None:
+    def _register(self, local: socket.socket, number: int) -> _Connection | None:
         connection = _Connection(self, local, number)
         with self._lock:
             if not self.closing.is_set():
@@ -298,7 +298,7 @@ class _Connection:
 
     @property
     def bytes_from_agent(self) -> int:
-        """How much the local socket has taken."""
+        """How much was written to the local socket."""
         return 0 if self._channel is None else self._channel.delivered_bytes
 
     def start(self) -> None:
@@ -334,7 +334,7 @@ class _Connection:
             self._leave()
 
     def finish(self) -> None:
-        """Let what the proxy has sent through, then end."""
+        """Forward what the proxy has sent, then close."""
         with self._lock:
             opening, channel, up_done = self._opening, self._channel, self._up_done
         if opening is not None:
@@ -349,15 +349,15 @@ class _Connection:
                 self._local.shutdown(socket.SHUT_RD)  # what was received before can still be read, then comes the end
 
     def _upload_flushed(self) -> bool:
-        """Tell whether all that the proxy had sent when it was to finish has gone to the agent.
+        """Return whether all that the proxy had sent before `finish` has been forwarded to the agent.
 
-        Who finishes sets what is due and then looks at the counter, the relay counts and then looks at what is due:
-        one of the two sees the other.
+        `finish` sets the target and then reads the counter, the relay counts and then reads the target: one of the two
+        sees the other.
         """
         return self._bytes_to_flush is not None and self.bytes_to_agent >= self._bytes_to_flush
 
     def abort(self) -> None:
-        """End without waiting for what is under way."""
+        """Close without waiting for data in flight."""
         self._ended_here = True
         with self._lock, suppress(OSError):  # it is closed: that is what is wanted
             self._local.shutdown(socket.SHUT_RDWR)
@@ -379,9 +379,9 @@ class _Connection:
                 opening.send()
                 return opening.wait()
             except (TransportGone, OpenAbandoned):
-                return None  # told by the transport's monitor, or wanted by the owner
+                return None  # posted by the transport's monitor, or wanted by the owner
             except ChannelRefused as refused:
-                error = self._judge(refused, time.monotonic() - began, give_up=time.monotonic() >= deadline)
+                error = self._meaning_of(refused, time.monotonic() - began, give_up=time.monotonic() >= deadline)
             finally:
                 with self._lock:
                     self._opening = None
@@ -392,8 +392,8 @@ class _Connection:
                 return None
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _judge(self, refused: ChannelRefused, after_s: float, *, give_up: bool) -> BackendError | None:
-        """Tell what a refusal means; None where another try may help."""
+    def _meaning_of(self, refused: ChannelRefused, after_s: float, *, give_up: bool) -> BackendError | None:
+        """Return what a refusal means; None where a retry may help."""
         target = f"{self._forwarder.destination[0]}:{self._forwarder.destination[1]}"
         if refused.code in {ChannelRefused.PROHIBITED, ChannelRefused.UNKNOWN_TYPE}:
             return BackendError(
@@ -441,10 +441,10 @@ class _Connection:
                 channel.close()
 
     def _discard_local_input(self) -> None:
-        """Let a proxy that is in the middle of writing, and does not read, learn that nobody listens."""
+        """Unblock a proxy that is in the middle of writing, and does not read: nobody reads what it writes."""
         with suppress(OSError):  # it is closed
             self._local.shutdown(socket.SHUT_RD)
-            while self._local.recv(_READ_BYTES):  # who waits for room is told only when there is some
+            while self._local.recv(_READ_BYTES):  # a blocked writer wakes up only when there is room
                 pass
 
     def _down(self, channel: SafeChannel) -> None:
@@ -468,7 +468,7 @@ class _Connection:
             self._leave()
 
     def _post_if_lost(self, channel: SafeChannel, *, lost: bool = False) -> None:
-        """Tell once that the transport ended, before the proxy can notice it: the first cause counts."""
+        """Post once that the transport ended, before the proxy can notice it: the first cause counts."""
         with self._lock:  # held while it is posted, so that the other relay cannot shut the socket before
             if (lost or channel.transport_ended) and not self._loss_posted:
                 self._loss_posted = True

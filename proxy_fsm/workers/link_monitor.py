@@ -1,9 +1,9 @@
 """One monitor per transport: its end, and its silence.
 
-All proxies on a transport share it. Its one thread sleeps until the transport ends, somebody attaches or detaches,
-a probe is answered, or it is time to look whether anything came. A probe asks for a channel of a kind that no server
-knows: its refusal is a sign of life, costs none of the caller's sessions, and, unlike the answer to a global request,
-cannot be taken for the answer to a request of the caller's.
+All proxies on a transport share it. Its one thread sleeps until the transport ends, a watcher attaches or detaches,
+a probe is answered, or it is time to check whether anything was received. A probe asks for a channel of a kind that
+no server knows: its refusal is a sign of life, costs none of the caller's sessions, and, unlike the answer to a global
+request, cannot be mistaken for the answer to a request of the caller's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Watcher", "attach"]
 
-#: A sleep that lasts so much longer than it should means that this process was stopped, in seconds.
+#: A sleep that lasts so much longer than it should means that this process was suspended, in seconds.
 _SUSPENDED_S = 0.1
 #: A kind of channel that no server knows.
 _PROBE = "probe@proxy-fsm"
@@ -40,12 +40,12 @@ class Watcher:
 
     Attributes:
         monitor: The one of the transport.
-        post: Takes the observations.
-        probe_s: After how much silence a probe is sent, in seconds, and after how much more it is silent.
+        post: Receives the observations.
+        probe_s: After how much silence a probe is sent, in seconds, and after how much more the link counts as silent.
         dead_s: After how much silence the transport is given up, in seconds.
         since: From when on it counts silence (monotonic).
-        told_silent: Whether it was told of a silence that lasts.
-        told_dead: Whether it was told that the transport is given up, which is told once.
+        silent_posted: Whether the present silence was posted to it.
+        dead_posted: Whether it was posted, which is done once, that the transport is given up.
     """
 
     monitor: _TransportMonitor
@@ -53,18 +53,18 @@ class Watcher:
     probe_s: float
     dead_s: float
     since: float = field(init=False, default=0.0)
-    told_silent: bool = field(init=False, default=False)
-    told_dead: bool = field(init=False, default=False)
+    silent_posted: bool = field(init=False, default=False)
+    dead_posted: bool = field(init=False, default=False)
 
     def quiet_since(self, heard_at: float) -> float:
         """Return when its silence began: when something was heard last, or when it attached, whichever is later."""
         return max(heard_at, self.since)
 
     def detach(self) -> threading.Thread | None:
-        """Want nothing more; the last one out ends the monitor.
+        """Stop watching; the last watcher ends the monitor.
 
         Returns:
-            The monitor's thread where it ends by this, or has ended, so that one can wait for it; else None.
+            The monitor's thread where it ends by this, or has ended, to be joined; else None.
         """
         return self.monitor.remove(self)
 
@@ -79,7 +79,7 @@ def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Ob
     Args:
         transport: The transport; where it has ended, that is posted at once.
         timeouts: ``link_probe_s`` and ``link_dead_s`` are used.
-        post: Takes the observations, on any thread; must be short.
+        post: Receives the observations, on any thread; must be short.
 
     Raises:
         RuntimeError: No thread can be started.
@@ -95,7 +95,7 @@ def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Ob
         monitor = _TransportMonitor(transport)
         monitor.add(watcher := at(monitor))
         monitor.start()
-        _registry[transport] = monitor  # only now: one that never ran would leave all who share it blind
+        _registry[transport] = monitor  # only now: one that never ran would see nothing for all who share it
         return watcher
 
 
@@ -107,7 +107,7 @@ def forget_all() -> None:
 
 
 class _Silence:
-    """Says what has to be told to whom, and when to look again; it has neither a clock nor a lock.
+    """Decides what to post to whom, and when to check again; it has neither a clock nor a lock.
 
     All times are seconds of one clock, which goes on from call to call.
 
@@ -120,51 +120,51 @@ class _Silence:
         self._heard_at = self._looked_at = now
 
     def add(self, watcher: Watcher, now: float) -> None:
-        """Take one in, for which the quiet before it came does not count."""
+        """Add a watcher, for which the silence before now does not count."""
         watcher.since = now
         self.watchers.append(watcher)
 
     def due(self) -> float:
-        """Return when to look next, if nothing is heard until then; it may be past by now."""
+        """Return when to check next, if nothing is heard until then; it may be past by now."""
         quiet = [(a, a.quiet_since(self._heard_at)) for a in self.watchers]
         marks = [since + after for a, since in quiet for after in (a.probe_s, 2 * a.probe_s, a.dead_s)]
         marks = [mark for mark in marks if mark > self._looked_at]
         return min(marks, default=self._looked_at + min(a.probe_s for a in self.watchers))
 
     def heard(self, now: float) -> list[tuple[Watcher, Observation]]:
-        """Take in that something came; return what has to be told."""
+        """Note that something was received; return what to post."""
         silent_s, self._heard_at = now - self._heard_at, now
-        relieved = [a for a in self.watchers if a.told_silent]
+        relieved = [a for a in self.watchers if a.silent_posted]
         for a in relieved:
-            a.told_silent = False
+            a.silent_posted = False
         return [(a, LinkRestored(silent_s)) for a in relieved]
 
     def needs_probe(self, now: float) -> bool:
-        """Tell whether the server has to be asked for a sign of life."""
+        """Return whether the server has to be probed."""
         return any(now - a.quiet_since(self._heard_at) >= a.probe_s for a in self.watchers)
 
     def look(self, now: float) -> list[tuple[Watcher, Observation]]:
-        """Return what has to be told of the silence so far."""
+        """Return what to post of the silence so far."""
         self._looked_at = now
-        told: list[tuple[Watcher, Observation]] = []
+        posts: list[tuple[Watcher, Observation]] = []
         for a in self.watchers:
             quiet_s = now - a.quiet_since(self._heard_at)
-            if quiet_s >= min(2 * a.probe_s, a.dead_s) and not a.told_silent:
-                a.told_silent = True
-                told.append((a, LinkSilent(self._heard_at)))
-            if quiet_s >= a.dead_s and not a.told_dead:
-                a.told_dead = True
-                told.append((a, LinkDead(quiet_s)))
-        return told
+            if quiet_s >= min(2 * a.probe_s, a.dead_s) and not a.silent_posted:
+                a.silent_posted = True
+                posts.append((a, LinkSilent(self._heard_at)))
+            if quiet_s >= a.dead_s and not a.dead_posted:
+                a.dead_posted = True
+                posts.append((a, LinkDead(quiet_s)))
+        return posts
 
     def process_was_suspended(self, for_s: float, now: float) -> None:
-        """Count no silence for the time in which this process itself was stopped."""
+        """Do not count the time in which this process itself was suspended."""
         self._heard_at = min(self._heard_at + for_s, now)
         for a in self.watchers:
             a.since = min(a.since + for_s, now)
 
     def probe_not_sent(self, now: float) -> None:
-        """Count from now on, since a server that could not be asked is not silent."""
+        """Count from now on, since a server that could not be probed is not silent."""
         for a in self.watchers:
             a.since = now
 
@@ -172,20 +172,20 @@ class _Silence:
 class _TransportMonitor:
     """Watches one transport.
 
-    Its thread runs `_run` and posts everything; `add` and `remove` are called on any. Another thread lives as long as a
-    probe is out, so that a server that takes nothing holds nobody else. The lock guards what is counted, those who are
-    attached, and whether it takes in more; nothing is posted under it, since who is told may leave.
+    Its thread runs `_run` and posts everything; `add` and `remove` are called on any. Probes run on their own thread,
+    so a stalled server cannot block other watchers. The lock guards the counting, the watchers, and whether more may
+    attach; nothing is posted under it, since a watcher may detach from within.
     """
 
     def __init__(self, transport: paramiko.Transport) -> None:
         # Held weakly, so that the registry's key can go when the caller drops a transport that has ended.
         self._transport = weakref.ref(transport)
-        #: Something has happened; True where it was the transport's end.
+        #: Something has happened; True if it was the transport's end.
         self._happened: SimpleQueue[bool] = SimpleQueue()
         self._lock = threading.Lock()
         self._silence = _Silence(time.monotonic())
         self._closed_to_new = False
-        #: The one that is out; its own thread forgets it.
+        #: The pending one; its own thread clears it.
         self._probe: ChannelOpening | None = None
         self._thread = threading.Thread(target=self._run, name="proxy_fsm-monitor", daemon=True)
 
@@ -193,7 +193,7 @@ class _TransportMonitor:
         self._thread.start()
 
     def add(self, watcher: Watcher) -> bool:
-        """Take one more in; False where this monitor has come to its end."""
+        """Add a watcher; False where this monitor has ended, or is about to."""
         with self._lock:
             if self._closed_to_new:
                 return False
@@ -202,7 +202,7 @@ class _TransportMonitor:
         return True
 
     def remove(self, watcher: Watcher) -> threading.Thread | None:
-        """Let one go; return the thread where it comes to its end."""
+        """Remove a watcher; return the thread where the monitor ends by this."""
         with self._lock:
             if watcher in self._silence.watchers:
                 self._silence.watchers.remove(watcher)
@@ -221,9 +221,9 @@ class _TransportMonitor:
             if transport is not None:
                 self._watch(transport)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owners have to know
-            self._tell_all(WorkerCrashed("transport monitor", error))
+            self._post_to_all(WorkerCrashed("transport monitor", error))
         finally:
-            with self._lock:  # whoever comes later needs another one
+            with self._lock:  # later watchers need a new monitor
                 self._closed_to_new = True
 
     def _watch(self, transport: paramiko.Transport) -> None:
@@ -244,30 +244,30 @@ class _TransportMonitor:
             except Empty:
                 ended = False
             if ended:
-                self._tell_all(TransportEnded(why_ended(transport)))
+                self._post_to_all(TransportEnded(why_ended(transport)))
                 return
             now = time.monotonic()
             overslept_s = now - due  # negative where it was woken before
-            told: list[tuple[Watcher, Observation]] = []
+            posts: list[tuple[Watcher, Observation]] = []
             with self._lock:
                 if overslept_s > _SUSPENDED_S:
                     self._silence.process_was_suspended(overslept_s, now)
                 if (count := packets_received(transport)) != packets:
                     packets = count
-                    told += self._silence.heard(now)
+                    posts += self._silence.heard(now)
                 if self._silence.needs_probe(now) and not self._send_probe(transport):
                     self._silence.probe_not_sent(now)
-                told += self._silence.look(now)
-            for watcher, observation in told:
+                posts += self._silence.look(now)
+            for watcher, observation in posts:
                 watcher.post(observation)
 
     def _due(self) -> float | None:
-        """Return when to look next; None where nobody is left."""
+        """Return when to check next; None without a watcher."""
         with self._lock:
             return self._silence.due() if self._silence.watchers else None
 
-    def _tell_all(self, last_word: Observation) -> None:
-        """Take nobody in any more, and tell all who are there why."""
+    def _post_to_all(self, last_word: Observation) -> None:
+        """Accept no more watchers, and post to each why."""
         with self._lock:
             self._closed_to_new = True
             watchers = tuple(self._silence.watchers)
@@ -275,7 +275,7 @@ class _TransportMonitor:
             watcher.post(last_word)
 
     def _send_probe(self, transport: paramiko.Transport) -> bool:
-        """See that a probe is out; False where no thread can be started for it, which a later look tries again."""
+        """Make sure that a probe is pending; False where no thread can be started for it, which is retried later."""
         if self._probe is not None:
             return True
         probe = self._probe = ChannelOpening(transport, _PROBE)
@@ -285,7 +285,7 @@ class _TransportMonitor:
                 probe.send()
                 probe.wait().send_close()
             except NotOpened:
-                pass  # a refusal is an answer; the others are told elsewhere
+                pass  # a refusal is an answer; the others are posted elsewhere
             finally:
                 self._probe = None
                 self._wake()

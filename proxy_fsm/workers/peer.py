@@ -38,7 +38,7 @@ _OWNER = struct.Struct("=IIIII")
 #: Then attributes come, each with its length and kind before it; one of them, if it is asked for, is a tcp_info.
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO = 2
-#: Another is there where something stands between program and TCP (MPTCP, TLS), which holds data of its own.
+#: Another is there where a layer between program and TCP (MPTCP, TLS) holds data of its own.
 _INET_DIAG_ULP_INFO = 19
 #: Of a tcp_info (linux/tcp.h, Linux 4.19): what waits to be sent, what was sent, and how much of that again.
 _NOT_SENT = struct.Struct("=144xI")
@@ -59,8 +59,8 @@ class _Owner(NamedTuple):
 def foreign_user_of(local: socket.socket) -> str | None:
     """Return who is at the other end of a local socket where that is not our own user, else None.
 
-    Where the system does not tell (outside Linux), nobody is taken for a foreign user: a unix socket is private by its
-    directory then, and a TCP port is open to all users of the machine.
+    Where the system does not say (outside Linux), it is None: a unix socket is private by its directory then, and a TCP
+    port is open to all users of the machine.
 
     Raises:
         OSError: It cannot be found out, such as for want of a descriptor.
@@ -73,7 +73,7 @@ def foreign_user_of(local: socket.socket) -> str | None:
         return None if uid == os.geteuid() else f"user {uid}"
     try:
         ends = local.getpeername(), local.getsockname()
-    except OSError:  # it has gone already
+    except OSError:  # it has disconnected already
         return "user unknown"
     owner = _tcp_owner(*ends)
     return None if owner == os.geteuid() else f"user {'unknown' if owner is None else owner}"
@@ -83,13 +83,13 @@ def written_bytes(local: socket.socket) -> int | None:
     """Return how many bytes the other end of a TCP connection of this machine has written until now, received or not.
 
     None where it writes no more, so that the connection ends by itself behind its last byte; and where the system
-    does not tell (outside Linux, or before Linux 4.19; where netlink is kept from this process; of MPTCP).
+    does not say (outside Linux, or before Linux 4.19; where netlink is kept from this process; of MPTCP).
     """
     if sys.platform != "linux":
         return None
     try:
         answer = _ask(local.getpeername(), local.getsockname(), 1 << (_INET_DIAG_INFO - 1))
-    except OSError:  # it has gone, or the kernel may not be asked
+    except OSError:  # it has disconnected, or the kernel may not be asked
         return None
     if answer is None or answer[1] not in _WRITING:
         return None

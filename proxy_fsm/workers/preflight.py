@@ -87,7 +87,7 @@ class Preflight:
         except BackendError as error:
             self._post(WorkerFailed(error))
         except _ClosedError:
-            pass  # the owner has gone on, and holds nothing of this
+            pass  # it was closed meanwhile, and holds nothing
         except BaseException as error:  # noqa: BLE001 - whatever it was, sys.exit() included, the owner has to know
             self._post(WorkerCrashed("preflight", error))
         finally:
@@ -109,4 +109,4 @@ class Preflight:
 
 
 class _ClosedError(Exception):
-    """The owner does not want it any more."""
+    """The preflight was closed."""

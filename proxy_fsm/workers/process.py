@@ -2,7 +2,7 @@
 
 One thread does it all: it spawns, then sleeps until output comes or the program ends. It posts
 `ProcessSpawned`, an `OutputLine` per line, and `ProcessExited` as the last thing, after all output. While lines wait
-to be taken in, no more are read: a program that floods is held up by its own pipe, and our memory stays small.
+to be handled, no more are read: a program that floods is blocked by its own pipe, and our memory stays small.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _READ_BYTES = 4 << 10
 _MAX_LINE_CHARS = 8 << 10
 #: How much output of a program that has ended is still read, in bytes.
 _LAST_WORDS_BYTES = 1 << 20
-#: So many lines may wait to be taken in; then no more output is read. And so many last ones are kept at the end.
+#: So many lines may wait to be handled; then no more output is read. And so many last ones are kept at the end.
 _MAX_WAITING_LINES = 1000
-#: How long until it is looked again whether lines were taken in.
+#: Poll interval while output is paused (back-pressure).
 _PAUSE_MS = 20
 #: How much one run writes into the session's log.
 _MAX_LOG_BYTES = 16 << 20
@@ -74,7 +74,7 @@ class LineReader:
         self._kept_back = max(len(text) for text in (f"cookie={REDACTED}", *secrets))
 
     def feed(self, data: bytes) -> Iterator[str]:
-        """Take bytes as they come; yield the lines that they complete."""
+        """Accept bytes as they come; yield the lines that they complete."""
         *lines, self._buffer = (self._buffer + self._decoder.decode(data)).split("\n")
         for line in lines:
             yield from self._pieces(self._clean(line.removesuffix("\r")))
@@ -110,7 +110,7 @@ class ProxyProcess:
         directory: Its working directory.
         log: File descriptor that the lines are written to; stays the caller's, this run has a duplicate.
         secrets: What is hidden in its output.
-        post: Takes what is observed, on this run's thread; who takes an `OutputLine` in, calls `ack_line`.
+        post: Receives what is observed, on this run's thread; call `ack_line` for each `OutputLine` that was handled.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class ProxyProcess:
                 self._child.send(number)
 
     def ack_line(self) -> None:
-        """Note that one more line was taken in; call it for each, always on the same thread."""
+        """Acknowledge one more line as handled; call it for each, always on the same thread."""
         self._acked += 1
 
     def _run(self) -> None:
@@ -229,14 +229,14 @@ class ProxyProcess:
     def _last_words(self, output: int) -> Iterator[str]:
         os.set_blocking(output, False)
         left = _LAST_WORDS_BYTES
-        with suppress(BlockingIOError):  # somebody else still holds the other end, and says nothing
+        with suppress(BlockingIOError):  # another process still has the other end open, and writes nothing
             while left > 0 and (data := os.read(output, _READ_BYTES)):
                 left -= len(data)
                 yield from self._lines.feed(data)
         yield from self._lines.finish()
 
     def _post_last(self, lines: Iterator[str]) -> None:
-        """Take the lines that are left; where there is no room, the last of them alone: nobody waits for a dead one."""
+        """Post the lines that are left; only the last without room: a dead program needs no back-pressure."""
         kept: deque[str] = deque(maxlen=_MAX_WAITING_LINES)
         left_out = 0
         for line in lines:
@@ -296,8 +296,7 @@ class ProxyProcess:
 class _Child:
     """A program that was started: signalled, seen to end, and reaped.
 
-    All by a descriptor of it where there is one: whoever else may have reaped it, and whatever process has its
-    number by then, no other is hit.
+    All by its pidfd where there is one: even if it was reaped elsewhere and its number reused, no other process is hit.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -340,8 +339,8 @@ class _Child:
         """Wait for its end, and return it; nothing else can be asked of it afterwards."""
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        except ChildProcessError:  # SIGCHLD is ignored, or somebody else waits for whatever ends
-            self._process.wait()  # it takes such an end for exit code 0
+        except ChildProcessError:  # SIGCHLD is ignored, or another thread waits for any child
+            self._process.wait()  # it reports such an end as exit code 0
             return ProcessExited(None, None)
         finally:
             for descriptor in (self._pidfd, self._exit_fd):

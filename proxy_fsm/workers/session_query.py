@@ -1,4 +1,4 @@
-"""The question to an X2Go server how a session stands."""
+"""Asks an X2Go server for the status of a session."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _ROW = re.compile(r"[^|]*\|\s*(?P<name>[\w.@-]+)\s*\|", re.ASCII)
 
 
 class SessionStatusQuery:
-    """Finds out whether a session is suspended or gone, on a thread of its own; posts `SessionStatusReceived`.
+    """Finds out whether a session was suspended or terminated, on its own thread; posts `SessionStatusReceived`.
 
-    A server may still list a session as running for a moment after its agent has let go, so it is asked again until
-    it says something else, or `cancel` is called.
+    A server may still list a session as running for a moment after its agent has disconnected, so it is asked again
+    until it says something else, or `cancel` is called.
 
     Args:
         transport: Where the command is run.
         name: The session's name.
-        post: Takes the answer.
+        post: Receives the answer.
     """
 
     COMMAND = "x2golistsessions"
@@ -55,7 +55,7 @@ class SessionStatusQuery:
         self.thread.start()
 
     def cancel(self) -> None:
-        """Want no answer any more: the thread ends as soon as it can."""
+        """Stop asking: the thread ends as soon as it can."""
         with self._lock:
             self._cancelled.set()
             opening, channel = self._opening, self._channel
@@ -78,7 +78,7 @@ class SessionStatusQuery:
         self._post(SessionStatusReceived(status))
 
     def _list_sessions(self) -> str | None:
-        """Return what the server lists; None where it could not, or nobody wants it any more."""
+        """Return what the server lists; None where it could not, or after `cancel`."""
         with self._lock:
             if self._cancelled.is_set():
                 return None
@@ -112,6 +112,6 @@ class SessionStatusQuery:
         return SessionStatus.FINISHED
 
     def _is_anothers(self, line: str) -> bool:
-        """Tell whether a line is the row of another session, which may be as malformed as it likes."""
+        """Return whether a line is the row of another session, which may be as malformed as it likes."""
         row = _ROW.match(line)
         return row is not None and row["name"] != self._name
