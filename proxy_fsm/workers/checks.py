@@ -44,6 +44,8 @@ _NO_PORT_HINT = (
 )
 #: Before what each attempt writes into the session's log.
 _START_LINE = b"--- a new attempt\n"
+#: Where nothing can be written: what a backend gets in place of a directory that could not be made.
+_NOWHERE = Path(os.devnull)
 #: Placeholder session for the dry run.
 _PLACEHOLDER_SESSION = SessionInfo(
     name="user-50-1700000000_stDprogram_dp24", cookie="0" * 32, graphics_port=1, display=50
@@ -81,10 +83,10 @@ class CheckContext:
     post: Callable[[Observation], None]
     keep: Callable[[Callable[[], object]], object]
     executable: str = ""
-    session_root: Path = Path()
+    session_root: Path = _NOWHERE
     log: int = -1
     watch: DisplayWatch | None = None
-    scratch: Path = Path()
+    scratch: Path = _NOWHERE
     listen_address: str = ""
 
     def for_backend(self) -> BackendContext:

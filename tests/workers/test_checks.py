@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from proxy_fsm.backends import KDriveBackend
 from proxy_fsm.errors import BackendError
 from proxy_fsm.reasons import EndReason
+from proxy_fsm.workers import checks
 from proxy_fsm.workers.checks import CHECKS, check_preflight, run_checks
 from tests.helpers.holdings import descriptors, nothing_left_open
 from tests.helpers.preflight import Display, FakeBackend
@@ -171,6 +173,20 @@ class TestRunChecks:
         ]
         assert len(backend.contexts) == 1
         assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+    def test_backend_without_a_directory_writes_nothing(
+        self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_: object) -> Path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(checks, "make_socket_directory", refuse)
+        results = dict(run_checks(KDriveBackend("/bin/true"), sessions_root=runtime, environ={}))
+        error = results["the backend's own preflight"]
+        assert error is not None
+        assert error.detail == "The options file /dev/null/options cannot be written: Not a directory."
+        assert list(tmp_path.iterdir()) == []
 
     def test_what_was_made_is_removed_where_nobody_reads_on(self, tmp_path: Path, runtime: Path) -> None:
         results = run_checks(FakeBackend(), sessions_root=tmp_path, environ={"XDG_RUNTIME_DIR": str(runtime)})
