@@ -178,6 +178,8 @@ def check_xauth(environ: Mapping[str, str]) -> None:
     try:
         open_display({"DISPLAY": environ.get("DISPLAY", "")}, timeout_s=_DISPLAY_S).close()
     except DisplayError as error:
+        if error.kind != "refused":
+            raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
         raise BackendError(
             EndReason.DISPLAY_UNAVAILABLE,
             "The X server wants a cookie, and the program xauth, with which nxproxy reads it, was not found.",

@@ -234,6 +234,12 @@ class TestPreflight:
                 thread.join()
         assert asked == [struct.pack("<cxHHHHxx", b"l", 11, 0, 0, 0)]  # it showed none
 
+    def test_without_xauth_an_x_server_that_is_not_there_is_reported_as_that(self, tmp_path: Path) -> None:
+        environ = {"DISPLAY": f"{tmp_path}/x:0", "PATH": str(tmp_path)}
+        with pytest.raises(BackendError, match="There is no X server at") as caught:
+            NX3Backend().preflight(replace(context(), environ=environ))
+        assert caught.value.reason is EndReason.DISPLAY_UNAVAILABLE
+
     def test_a_session_has_a_cookie_and_a_display(self) -> None:
         backend = NX3Backend()
         backend.check_session(SessionInfo(name=NAME, cookie=COOKIE, graphics_port=1, display=0))
