@@ -104,7 +104,7 @@ class TestLineReader:
             "\\x1b]0;owned\\x07 \\x1b[2J\\x08\\x00\\x7f\t10%\\r20%"
         ]
 
-    def test_so_are_those_beyond_ascii(self) -> None:
+    def test_non_ascii_control_characters_are_escaped(self) -> None:
         assert read(["\u202e \u2028 \x85 \u200b \U000e0041".encode()]) == [
             "\\u202e \\u2028 \\x85 \\u200b \\U000e0041",
         ]
