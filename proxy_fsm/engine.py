@@ -30,10 +30,10 @@ from proxy_fsm.errors import InvalidTransition
 from proxy_fsm.events import EventLog
 from proxy_fsm.evidence import Observation, OutputLine, StartOrdered, StopOrdered
 from proxy_fsm.journal import Journal
-from proxy_fsm.text import Redactor, Secrets
 from proxy_fsm.states import State, Trigger
 from proxy_fsm.status import Link, ProxyStatus, Timeouts
 from proxy_fsm.supervisor import Effects, Now, Supervisor
+from proxy_fsm.text import Redactor, Secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
