@@ -5,6 +5,7 @@
     ProxyFsmError
     ├── InvalidTransition      an order that the lifecycle's table refuses in this state
     ├── InvalidSession         a field of a session cannot be used (also a ValueError)
+    ├── DiagramError           a picture cannot be drawn (also a ValueError)
     ├── BackendError           a backend cannot go on; carries reason, detail and hint
     └── ProxyEnded
         ├── ProxyFailed        the engine ended by a fault; carries the status
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "DiagramError",
     "InvalidSession",
     "InvalidTransition",
     "ProxyEnded",
@@ -73,6 +75,10 @@ class InvalidSession(ProxyFsmError, ValueError):  # noqa: N818 - the contract's 
 
     def __reduce__(self) -> tuple[type[InvalidSession], tuple[str, str]]:
         return type(self), (self.field, self.problem)
+
+
+class DiagramError(ProxyFsmError, ValueError):
+    """A picture cannot be drawn; the message says why, and what to do."""
 
 
 class BackendError(ProxyFsmError):

@@ -20,7 +20,7 @@ from PIL import Image
 import proxy_fsm
 from proxy_fsm import diagram, timeline
 from proxy_fsm.diagram.layout import Edge, Node, graph_scene
-from proxy_fsm.diagram.scene import svg
+from proxy_fsm.scene import svg
 
 from .helpers.imports import imports_of
 

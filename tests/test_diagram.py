@@ -23,10 +23,10 @@ from pygraphviz import AGraph  # type: ignore[import-untyped]
 from transitions import Machine
 from transitions.extensions import HierarchicalMachine
 
-from proxy_fsm import Backend, CommandBackend, EndReason, Lifecycle, NX3Backend, Proxy, State, Trigger, diagram
+from proxy_fsm import Backend, CommandBackend, EndReason, Lifecycle, NX3Backend, Proxy, State, Trigger, diagram, scene
 from proxy_fsm.diagram import Arrow, Chart, DiagramError, Step
 from proxy_fsm.diagram.layout import chart_scene
-from proxy_fsm.diagram.scene import Box, Text, width_of
+from proxy_fsm.scene import Box, Text, width_of
 from proxy_fsm.states import TRANSITIONS
 from proxy_fsm.testing import FakedProxy
 
@@ -219,7 +219,7 @@ class TestTheLifecycle:
         said = "4. fault_found after 2.161 s"
         kinds = {text.text: text.get("class") for text in svg_of(way=way).iter(f"{SVG}text")}
         assert kinds[said] == "time"
-        light = diagram.scene.rules("light")
+        light = scene.rules("light")
         assert light["", "time"] not in (light["", "order"], light["", "observation"])
         assert f"running --> stopping: session_ended, fault_found, STOP, {said}\n" in diagram.mermaid(way=way)
         assert said in diagram.dot(way=way)
@@ -291,7 +291,7 @@ class TestLooks:
     @pytest.mark.parametrize("theme", ["light", "dark"])
     def test_colours_can_be_told_apart_by_whoever_looks(self, theme: diagram.Theme, vision: str) -> None:
         """CIE 1976: a difference of 2.3 is just seen where two colours touch; these lie apart, and may be thin."""
-        rules = diagram.scene.rules(theme)
+        rules = scene.rules(theme)
         states = [f"is-{state}" for state in State]
         for one, other in [*combinations(states, 2), ("flow-to", "flow-from")]:
             spots = [seen(rules["", kind]["fill"], vision) for kind in (one, other)]
@@ -300,7 +300,7 @@ class TestLooks:
     @pytest.mark.parametrize("theme", ["light", "dark"])
     def test_words_stand_out_from_their_ground(self, theme: diagram.Theme) -> None:
         """WCAG 2 asks for 4.5 to 1."""
-        rules = diagram.scene.rules(theme)
+        rules = scene.rules(theme)
         grounds = {kind: style["fill"] for (owner, kind), style in rules.items() if not owner and "fill" in style}
         for word in ("name", "plain", "order", "observation", "time", "caption", "fault"):
             assert contrast(rules["", word]["fill"], grounds["paper"]) >= 4.5, word
@@ -344,14 +344,14 @@ class TestLooks:
     def test_no_label_lies_on_a_state_or_on_another_label(self) -> None:
         """Judged by the estimated widths, which are those of a wide font."""
         for thing in (diagram.LIFECYCLE, NX3Backend):
-            scene = chart_scene(diagram.chart_of(thing), highlight="running", way=WAY)
-            boxes = [(i.x, i.y, i.width, i.height) for g in scene.groups for i in g.items if isinstance(i, Box)]
+            whole = chart_scene(diagram.chart_of(thing), highlight="running", way=WAY)
+            boxes = [(i.x, i.y, i.width, i.height) for g in whole.groups for i in g.items if isinstance(i, Box)]
             boxes = [box for box in boxes if box[2] > 12]
-            lines = [i for g in scene.groups if "arrow-label" in g.classes for i in g.items if isinstance(i, Text)]
+            lines = [i for g in whole.groups if "arrow-label" in g.classes for i in g.items if isinstance(i, Text)]
             spots = [(t.x - (w := width_of(t.words, t.size)) / 2, t.y - t.size * 0.75, w, t.size * 0.95) for t in lines]
             for at, one in enumerate(spots):
                 assert one[0] >= 0
-                assert one[0] + one[2] <= scene.width
+                assert one[0] + one[2] <= whole.width
                 for other in boxes + spots[at + 1 :]:
                     apart = (
                         one[0] + one[2] <= other[0]
@@ -686,4 +686,4 @@ def test_any_name_gets_through_every_format(states: list[str], triggers: list[st
     assert len(set(re.findall(r"^    (\w+) --> \[\*\]$", drawn, re.MULTILINE))) == len(states[1:])
     assert len(AGraph(string=diagram.dot(chart)).nodes()) == len(states) + 2
     root = svg_of(chart)
-    assert [group.get("data-state") for group in groups(root, "state")] == [diagram.scene.legal(s) for s in states]
+    assert [group.get("data-state") for group in groups(root, "state")] == [scene.legal(s) for s in states]

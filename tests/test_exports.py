@@ -24,7 +24,7 @@ Backend Link fast_transport
 #: backends read evidence, which knows no backend.
 LAYERS = """
 states reasons status errors lifecycle events text private_files session ssh x11 evidence backends workers supervisor
-effects journal engine diagram proxy aio timeline x2go sphinx testing cli
+effects journal engine scene diagram proxy aio timeline x2go sphinx testing cli
 """.split()
 
 

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from proxy_fsm import EndReason, State, timeline
-from proxy_fsm.diagram import DiagramError, scene
+from proxy_fsm import EndReason, State, scene, timeline
+from proxy_fsm.diagram import DiagramError
 from proxy_fsm.timeline import Flow, TimelineError
 
 RUNS = Path(__file__).parent.parent / "diagrams" / "runs"

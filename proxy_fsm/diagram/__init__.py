@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from proxy_fsm.diagram import scene
-from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, DiagramError, Step, chart_of, way_of
+from proxy_fsm import scene
+from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, Step, chart_of, way_of
 from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.diagram.target import load
 from proxy_fsm.diagram.text import as_json, dot, markdown_table, mermaid, table_rows
+from proxy_fsm.errors import DiagramError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

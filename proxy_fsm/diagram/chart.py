@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transitions import Machine
 
 from proxy_fsm.backends import Backend
-from proxy_fsm.errors import ProxyFsmError
+from proxy_fsm.errors import DiagramError
 from proxy_fsm.states import TRANSITIONS, State, Trigger
 
 if TYPE_CHECKING:
@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.status import TransitionRecord
 
-__all__ = ["LIFECYCLE", "Arrow", "Chart", "DiagramError", "Step", "chart_of", "visited", "way_of"]
-
-
-class DiagramError(ProxyFsmError, ValueError):
-    """A picture cannot be drawn; the message says why, and what to do."""
+__all__ = ["LIFECYCLE", "Arrow", "Chart", "Step", "chart_of", "visited", "way_of"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.diagram.chart import DiagramError, visited
-from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, width_of
+from proxy_fsm.diagram.chart import visited
+from proxy_fsm.errors import DiagramError
+from proxy_fsm.scene import Box, Group, Line, Scene, Text, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from proxy_fsm.diagram.chart import Arrow, Chart, Step
-    from proxy_fsm.diagram.scene import Point
+    from proxy_fsm.scene import Point
 
 __all__ = ["Edge", "Node", "chart_scene", "graph_scene"]
 

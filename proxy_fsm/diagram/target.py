@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from functools import reduce
 
-from proxy_fsm.diagram.chart import Chart, DiagramError, chart_of
+from proxy_fsm.diagram.chart import Chart, chart_of
+from proxy_fsm.errors import DiagramError
 
 __all__ = ["load"]
 

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from proxy_fsm.diagram.chart import LIFECYCLE, visited
-from proxy_fsm.diagram.scene import COLOURS
+from proxy_fsm.scene import COLOURS
 from proxy_fsm.states import State
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from proxy_fsm.diagram import scene
+from proxy_fsm import scene
 from proxy_fsm.timeline.page import page
 from proxy_fsm.timeline.picture import run_scene
 from proxy_fsm.timeline.reading import read

@@ -9,7 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from proxy_fsm.diagram.scene import COLOURS, STATE_COLOURS
+from proxy_fsm.scene import COLOURS, STATE_COLOURS
 
 if TYPE_CHECKING:
     from proxy_fsm.timeline.run import Event, Run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy_fsm.diagram.scene import Box, Group, Line, Scene, Text, shortened, width_of
+from proxy_fsm.scene import Box, Group, Line, Scene, Text, shortened, width_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from proxy_fsm import State, diagram, timeline
+from proxy_fsm import State, scene, timeline
 from tests.test_timeline import HOSTILE, event, in_order, life, recorded, tunnel
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def test_it_is_painted_in_light_and_in_dark(opened: Callable[[timeline.Run], Pag
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
         width = page.lane_width
         for at, state in enumerate(list(State)[:5]):
-            colour = diagram.scene.STATE_COLOURS[state][theme == "dark"]
+            colour = scene.STATE_COLOURS[state][theme == "dark"]
             wanted = tuple(bytes.fromhex(colour[1:]))
             is_painted = partial(painted_so, page, NAMES + (at + 0.1) / 5 * width, 35, wanted)
             WebDriverWait(page.browser, WAIT_S).until(is_painted)

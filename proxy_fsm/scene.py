@@ -14,7 +14,7 @@ from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from proxy_fsm.diagram.chart import DiagramError
+from proxy_fsm.errors import DiagramError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
