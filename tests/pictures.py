@@ -93,7 +93,7 @@ def way() -> str | bytes:
         diagram.Step(each["trigger"], each["source"], each["dest"], each["elapsed_s"], each["sequence"])
         for each in changes
     ]
-    return diagram.draw(format="svg", highlight=steps[-1].dest, way=steps)
+    return diagram.draw(format="svg", highlight=steps[-1].dest, way=steps, phases=False)
 
 
 def overview() -> str:
@@ -107,9 +107,16 @@ def overview() -> str:
             "",
             "## The lifecycle",
             "",
+            "The seven states alone:",
+            "",
             "![The state diagram](lifecycle.svg)",
             "",
-            "Every trigger with every state; `–` is ignored, `·` is refused:",
+            "And with the phases inside them:",
+            "",
+            "![The state diagram with phases](phases.svg)",
+            "",
+            "Every trigger with every state; `–` is ignored, `·` is refused. Then what ends each phase, and what",
+            "limits its time:",
             "",
             diagram.markdown_table(),
             "In Mermaid's language:",
@@ -159,14 +166,18 @@ def run_page(name: str) -> str | bytes:
 #: What is committed, by its path, in the order in which it is drawn: the page holds the lifecycle.
 PICTURES: dict[str, Callable[[], str | bytes]] = {
     "diagrams/README.md": overview,
-    "diagrams/lifecycle.mmd": diagram.mermaid,
+    "diagrams/lifecycle.mmd": partial(diagram.draw, phases=False),
     "diagrams/lifecycle.md": diagram.markdown_table,
-    "diagrams/lifecycle.svg": partial(diagram.draw, format="svg"),
-    "diagrams/lifecycle.png": partial(diagram.draw, format="png"),
+    "diagrams/lifecycle.svg": partial(diagram.draw, format="svg", phases=False),
+    "diagrams/lifecycle.png": partial(diagram.draw, format="png", phases=False),
+    "diagrams/phases.mmd": diagram.mermaid,
+    "diagrams/phases.svg": partial(diagram.draw, format="svg"),
+    "diagrams/phases.png": partial(diagram.draw, format="png"),
     "diagrams/modules.mmd": module_mermaid,
     "diagrams/modules.svg": module_svg,
     "diagrams/way.svg": way,
-    "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, format="svg"),
+    "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, format="svg", phases=False),
+    "proxy_fsm/timeline/phases.svg": partial(diagram.draw, format="svg"),
     "diagrams/run-fault.html": partial(run_page, "fault"),
 }
 for _name in RUNS:

@@ -10,24 +10,38 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from enum import Enum
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
 from pygraphviz import AGraph  # type: ignore[import-untyped]
 from transitions import Machine
 from transitions.extensions import HierarchicalMachine
+from transitions.extensions.nesting import NestedState
 
-from proxy_fsm import Backend, CommandBackend, EndReason, Lifecycle, NX3Backend, Proxy, State, Trigger, diagram, scene
-from proxy_fsm.diagram import Arrow, Chart, DiagramError, Step
+from proxy_fsm import (
+    Backend,
+    CommandBackend,
+    EndReason,
+    Lifecycle,
+    NX3Backend,
+    Phase,
+    Proxy,
+    State,
+    Trigger,
+    diagram,
+    scene,
+)
+from proxy_fsm.diagram import Arrow, Chart, DiagramError, Inner, Step
 from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.scene import Box, Text, width_of
-from proxy_fsm.states import TRANSITIONS
+from proxy_fsm.states import PHASES, TRANSITIONS
 from proxy_fsm.testing import FakedProxy
 
 from . import pictures
@@ -42,6 +56,10 @@ ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 WAY = (Step("start", "idle", "tunnelling", 1.25, 1), Step("tunnel_opened", "tunnelling", "spawning", 0.0123, 2))
 CHANGES = {(str(r.source), str(r.dest), str(r.trigger)) for r in TRANSITIONS if r.dest is not None}
+#: What moves a proxy inside a state. What leaves a phase and its state is said by the state's own arrow.
+MOVES = {
+    (f"{r.state}/{r.phase}", f"{r.state}/{r.dest}", str(r.trigger)) for r in PHASES if not isinstance(r.dest, State)
+}
 
 
 def svg_of(machine: object = diagram.LIFECYCLE, **options: Any) -> ET.Element:
@@ -123,7 +141,7 @@ class TestTheLifecycle:
     def test_mermaid_has_each_change_of_the_table_once_and_no_other(self) -> None:
         drawn = [
             (source.strip(), dest.strip(), label.strip().lower())
-            for line in diagram.mermaid().splitlines()
+            for line in str(diagram.draw(phases=False)).splitlines()
             if ":" in line
             for source, dest, labels in [line.replace("-->", ":").split(":")]
             for label in labels.split(",")
@@ -142,7 +160,7 @@ class TestTheLifecycle:
         assert rows[0] == ["trigger", *State]
         assert rows[2] == ["`start`", "tunnelling", "·", "·", "·", "·", "·", "·"]
         assert rows[3] == ["`stop`", "stopped", "stopping", "stopping", "stopping", "–", "–", "–"]
-        assert len(rows) == 2 + 8
+        assert rows.index([""]) == 2 + 8
 
     def test_json_says_all_of_it(self) -> None:
         whole = json.loads(diagram.as_json(highlight="running", way=WAY))
@@ -162,7 +180,8 @@ class TestTheLifecycle:
         }
 
     def test_dot_is_read_by_graphviz_and_has_each_change(self) -> None:
-        graph = AGraph(string=diagram.dot(highlight="running", way=WAY, theme="dark"))
+        flat = diagram.LIFECYCLE.without_phases()
+        graph = AGraph(string=diagram.dot(flat, highlight="running", way=WAY, theme="dark"))
         assert set(graph.nodes()) == {"[*]", *State}
         drawn = {
             (source, dest, label.strip().lower())
@@ -178,13 +197,13 @@ class TestTheLifecycle:
 
     def test_svg_has_each_state_and_each_change(self) -> None:
         root = svg_of()
-        assert [group.get("data-state") for group in groups(root, "state")] == list(State)
+        assert sorted(group.get("data-state", "") for group in groups(root, "state")) == sorted(State)
         drawn = {
             (group.get("data-from"), group.get("data-to"), (text.text or "").lower())
             for group in groups(root, "arrow-label")
             for text in group.iter(f"{SVG}text")
         }
-        assert drawn == CHANGES
+        assert drawn == CHANGES | MOVES
         framed = {g.get("data-state") for g in groups(root, "state") if any(r.get("class") == "frame" for r in g)}
         assert framed == {"stopped", "failed"}
 
@@ -196,7 +215,7 @@ class TestTheLifecycle:
     def test_the_place_where_it_stands_and_the_way_there_are_shown(self) -> None:
         root = svg_of(highlight="spawning", way=WAY)
         assert [group.get("data-state") for group in groups(root, "current")] == ["spawning"]
-        assert [group.get("data-state") for group in groups(root, "visited")] == ["idle", "tunnelling", "spawning"]
+        assert {group.get("data-state") for group in groups(root, "visited")} == {"idle", "tunnelling", "spawning"}
         assert [(g.get("data-from"), g.get("data-to")) for g in groups(root, "taken")] == [
             ("idle", "tunnelling"),
             ("tunnelling", "spawning"),
@@ -232,6 +251,165 @@ class TestTheLifecycle:
     def test_a_format_that_is_not_there_is_told(self) -> None:
         with pytest.raises(DiagramError, match="no format 'gif'; there are mermaid, dot"):
             diagram.draw(format="gif")  # type: ignore[arg-type]
+
+
+def block(drawn: str, name: str) -> list[str]:
+    """Return the lines inside a composite state of Mermaid's."""
+    indent, _, rest = next(line.partition("state ") for line in drawn.splitlines() if line.endswith(f"state {name} {{"))
+    inside = drawn.partition(f"{indent}state {rest}\n")[2].partition(f"\n{indent}}}\n")[0]
+    return [line.strip() for line in inside.splitlines()]
+
+
+class TestPhases:
+    def test_chart_of_the_lifecycle_has_the_phases_of_each_state(self) -> None:
+        for state in State:
+            assert [inner.name for inner in diagram.LIFECYCLE.inside(state)] == list(state.phases)
+
+    def test_state_begins_in_its_first_phase(self) -> None:
+        first = [inner.path for inner in diagram.LIFECYCLE.phases if inner.initial]
+        assert first == [f"{state}/{state.phases[0]}" for state in State if state.phases]
+
+    def test_phase_has_the_limit_of_the_table(self) -> None:
+        limits = {inner.path: inner.limit for inner in diagram.LIFECYCLE.phases}
+        assert limits["stopping/draining"] == "drain_s"
+        assert limits["running/established"] == ""
+
+    def test_mermaid_nests_them(self) -> None:
+        assert block(diagram.mermaid(), "running") == [
+            "[*] --> established",
+            "established --> verifying: end_suspected",
+            "verifying --> established: end_denied",
+        ]
+
+    def test_mermaid_has_each_move_once(self) -> None:
+        drawn = [
+            (f"{state}/{source}", f"{state}/{dest.strip()}", label.strip())
+            for state in State
+            if state.phases
+            for line in block(diagram.mermaid(), str(state))
+            if ":" in line
+            for source, dest, labels in [line.replace(" -->", ":").split(":")]
+            for label in labels.split(",")
+        ]
+        assert set(drawn) == MOVES
+        assert len(drawn) == len(MOVES)
+
+    def test_trigger_that_leaves_the_state_is_drawn_at_the_state_alone(self) -> None:
+        """PHASES says in which phase it is due, and TRANSITIONS that it may come in any."""
+        assert diagram.mermaid().count("tunnel_opened") == 1
+        assert words(svg_of()).count("tunnel_opened") == 1
+        assert diagram.dot().count("tunnel_opened") == 1
+
+    def test_dot_has_a_cluster_for_each_state_with_phases(self) -> None:
+        graph = AGraph(string=diagram.dot())
+        clusters = {g.graph_attr["label"]: g for g in graph.subgraphs() if g.name.startswith("cluster")}
+        assert list(clusters) == ["tunnelling", "spawning", "running", "stopping"]
+        for state, cluster in clusters.items():
+            phases = [node for node in cluster.nodes() if not node.startswith("[*]")]
+            assert phases == [f"{state}/{phase}" for phase in State(state).phases]
+        assert graph.get_node("running/verifying").attr["label"] == "verifying"
+
+    def test_dot_cuts_arrows_of_a_state_at_its_cluster(self) -> None:
+        graph = AGraph(string=diagram.dot())
+        edge = graph.get_edge("running/verifying", "stopping/terminating")
+        clusters = {g.name: g.graph_attr["label"] for g in graph.subgraphs()}
+        assert (clusters[edge.attr["ltail"]], clusters[edge.attr["lhead"]]) == ("running", "stopping")
+
+    def test_svg_has_each_phase_after_its_state(self) -> None:
+        shown = [
+            g.get("data-phase", g.get("data-state", ""))
+            for g in svg_of().iter(f"{SVG}g")
+            if {"state", "phase"} & set(g.get("class", "").split())
+        ]
+        assert set(shown) == set(diagram.LIFECYCLE.paths())
+        assert all(shown.index(inner.state) < shown.index(inner.path) for inner in diagram.LIFECYCLE.phases)
+
+    def test_second_table_says_what_ends_each_phase(self) -> None:
+        """It is ``PHASES`` itself."""
+        rows = [line.strip("| ").split(" | ") for line in diagram.markdown_table().split("\n\n")[1].splitlines()]
+        assert rows[0] == ["state", "phase", "trigger", "leads to", "limit"]
+        told = [
+            [str(r.state), str(r.phase), str(r.trigger), str(r.dest), *([r.limit] if r.limit else [])] for r in PHASES
+        ]
+        assert [[cell for cell in row if cell] for row in rows[2:]] == told
+
+    def test_table_of_states_is_the_same_with_and_without_them(self) -> None:
+        whole = diagram.markdown_table()
+        assert whole.split("\n\n")[0] + "\n" == diagram.draw(format="table", phases=False)
+
+    def test_json_says_all_of_them(self) -> None:
+        told = json.loads(diagram.as_json())["phases"]
+        assert [(each["state"], each["name"]) for each in told] == [(s, p) for s in State for p in s.phases]
+        assert told[8] == {
+            "state": "stopping",
+            "name": "killing",
+            "initial": False,
+            "final": False,
+            "limit": "kill_s",
+            "transitions": [
+                {"trigger": "process_exited", "dest": "stopping/draining", "condition": None},
+                {"trigger": "kill_over", "dest": "stopping/draining", "condition": None},
+            ],
+        }
+
+    @pytest.mark.parametrize("picture", diagram.FORMATS)
+    def test_picture_without_them_is_that_of_the_states_alone(self, picture: diagram.Format) -> None:
+        flat = diagram.LIFECYCLE.without_phases()
+        assert not flat.phases
+        assert flat.triggers == tuple(map(str, Trigger))
+        drawn = diagram.draw(format=picture, phases=False)
+        assert drawn == diagram.draw(flat, picture)
+        assert drawn != diagram.draw(format=picture)
+
+
+class TestHighlightedPhases:
+    def test_svg_marks_the_phase_and_its_state(self) -> None:
+        root = svg_of(highlight="stopping/draining")
+        marked = [g.get("data-phase") or g.get("data-state") for g in groups(root, "current")]
+        assert marked == ["stopping", "stopping/draining"]
+
+    def test_mermaid_marks_the_phase_and_its_state(self) -> None:
+        drawn = diagram.mermaid(highlight="stopping/draining", way=WAY).splitlines()
+        assert "    class draining current" in drawn
+        assert "    class stopping around" in drawn
+        assert "    class idle,tunnelling,spawning visited" in drawn
+
+    def test_dot_marks_the_phase_and_its_state(self) -> None:
+        graph = AGraph(string=diagram.dot(highlight="stopping/draining"))
+        assert graph.get_node("stopping/draining").attr["fillcolor"] == scene.COLOURS["current"][0]
+        grounds = {g.graph_attr["label"]: g.graph_attr["fillcolor"] for g in graph.subgraphs()}
+        assert grounds["stopping"] == scene.COLOURS["marked"][0]
+        assert not grounds["running"]
+
+    def test_table_marks_the_column_and_the_rows(self) -> None:
+        table = diagram.markdown_table(highlight="running/established")
+        assert "| **running** |" in table
+        assert "| **running** | **established** | **end_suspected** | **verifying** |  |" in table
+        assert "| running | verifying | end_denied |" in table
+
+    def test_json_names_it(self) -> None:
+        assert json.loads(diagram.as_json(highlight="stopping/draining"))["highlight"] == "stopping/draining"
+
+    @pytest.mark.parametrize("picture", diagram.FORMATS)
+    def test_unknown_phase_is_refused(self, picture: diagram.Format) -> None:
+        with pytest.raises(DiagramError, match=r"'running' has no phase 'gone'; it has established, verifying\."):
+            diagram.draw(format=picture, highlight="running/gone")
+
+    def test_phase_of_a_state_that_has_none_is_refused(self) -> None:
+        with pytest.raises(DiagramError, match=r"^State 'idle' has no phase 'checking'; it has none\.$"):
+            diagram.draw(highlight="idle/checking")
+
+    def test_phase_of_an_unknown_state_is_refused(self) -> None:
+        with pytest.raises(DiagramError, match="no state 'gone/checking'; it has idle"):
+            diagram.draw(highlight="gone/checking")
+
+    def test_phase_is_its_state_where_phases_are_not_drawn(self) -> None:
+        flat = diagram.draw(phases=False, highlight="stopping")
+        assert diagram.draw(phases=False, highlight="stopping/draining") == flat
+
+    def test_unknown_phase_is_refused_also_where_phases_are_not_drawn(self) -> None:
+        with pytest.raises(DiagramError, match="no phase 'gone'"):
+            diagram.draw(phases=False, highlight="stopping/gone")
 
 
 def linear(colour: str) -> list[float]:
@@ -334,32 +512,69 @@ class TestLooks:
     def test_the_main_story_is_one_straight_column(self, way: tuple[Step, ...]) -> None:
         middles = {
             group.get("data-state"): float(box.get("x", 0)) + float(box.get("width", 0)) / 2
-            for group in groups(svg_of(way=way), "state")
+            for group in groups(svg_of(way=way, phases=False), "state")
             for box in group.iter(f"{SVG}rect")
             if box.get("class") == "box"
         }
         main = [middles[str(state)] for state in State if state is not State.FAILED]
         assert main == pytest.approx([main[0]] * 6, abs=0.02)
 
-    def test_no_label_lies_on_a_state_or_on_another_label(self) -> None:
+    def test_phases_stand_in_the_same_column(self) -> None:
+        """All of them: each is the one before which nothing has to be gone back to."""
+        middles = [
+            float(box.get("x", 0)) + float(box.get("width", 0)) / 2
+            for group in groups(svg_of(), "phase")
+            for box in group.iter(f"{SVG}rect")
+        ]
+        assert len(middles) == 11
+        assert middles == pytest.approx([middles[0]] * 11, abs=0.02)
+
+    @pytest.mark.parametrize("phases", [True, False])
+    @pytest.mark.parametrize("thing", [diagram.LIFECYCLE, NX3Backend])
+    def test_no_label_lies_on_a_state_or_on_another_label(self, thing: object, phases: bool) -> None:  # noqa: FBT001
         """Judged by the estimated widths, which are those of a wide font."""
-        for thing in (diagram.LIFECYCLE, NX3Backend):
-            whole = chart_scene(diagram.chart_of(thing), highlight="running", way=WAY)
-            boxes = [(i.x, i.y, i.width, i.height) for g in whole.groups for i in g.items if isinstance(i, Box)]
-            boxes = [box for box in boxes if box[2] > 12]
-            lines = [i for g in whole.groups if "arrow-label" in g.classes for i in g.items if isinstance(i, Text)]
-            spots = [(t.x - (w := width_of(t.words, t.size)) / 2, t.y - t.size * 0.75, w, t.size * 0.95) for t in lines]
-            for at, one in enumerate(spots):
-                assert one[0] >= 0
-                assert one[0] + one[2] <= whole.width
-                for other in boxes + spots[at + 1 :]:
-                    apart = (
-                        one[0] + one[2] <= other[0]
-                        or other[0] + other[2] <= one[0]
-                        or one[1] + one[3] <= other[1]
-                        or other[1] + other[3] <= one[1]
-                    )
-                    assert apart, (lines[at].words, one, other)
+        chart = diagram.chart_of(thing)
+        whole = chart_scene(chart if phases else chart.without_phases(), highlight="running", way=WAY)
+        boxes = [(i.x, i.y, i.width, i.height) for g in whole.groups for i in g.items if isinstance(i, Box)]
+        boxes = [box for box in boxes if box[2] > 12]
+        lines = [i for g in whole.groups if "arrow-label" in g.classes for i in g.items if isinstance(i, Text)]
+        spots = [(t.x - (w := width_of(t.words, t.size)) / 2, t.y - t.size * 0.75, w, t.size * 0.95) for t in lines]
+        for at, one in enumerate(spots):
+            assert one[0] >= 0
+            assert one[0] + one[2] <= whole.width
+            for other in boxes + spots[at + 1 :]:
+                assert is_apart(one, other) or is_within(one, other), (lines[at].words, one, other)
+
+    def test_boxes_of_phases_lie_inside_that_of_their_state_and_no_others_overlap(self) -> None:
+        boxes = {
+            g.data[0][1]: (i.x, i.y, i.width, i.height)
+            for g in chart_scene(diagram.chart_of(Lift)).groups
+            if {"state", "phase"} & set(g.classes)
+            for i in g.items
+            if isinstance(i, Box)
+        }
+        assert len(boxes) == len(diagram.chart_of(Lift).paths())
+        for one, other in combinations(boxes, 2):
+            if other.startswith(f"{one}/"):
+                assert is_within(boxes[other], boxes[one]), (one, other)
+            else:
+                assert is_apart(boxes[one], boxes[other]), (one, other)
+
+
+Corners = tuple[float, float, float, float]
+
+
+def is_apart(one: Corners, other: Corners) -> bool:
+    """Tell whether two boxes share no place."""
+    return any(
+        one[at] + one[at + 2] <= other[at] or other[at] + other[at + 2] <= one[at]  # beside, or above
+        for at in (0, 1)
+    )
+
+
+def is_within(one: Corners, other: Corners) -> bool:
+    """Tell whether a box lies inside another one."""
+    return all(other[at] <= one[at] and one[at] + one[at + 2] <= other[at] + other[at + 2] for at in (0, 1))
 
 
 DRAW_ALL = """
@@ -451,12 +666,63 @@ class NeedsMuch(Machine):
         super().__init__(states=[str(much)])
 
 
-class SlowerLifecycle(Lifecycle):
-    """A client's subclass with a transition of its own."""
+class Lift(HierarchicalMachine):
+    """A client's machine with states inside states, in two levels, and some that are entered together."""
+
+    orders: ClassVar = ("call", "reset")
 
     def __init__(self) -> None:
+        moving = {
+            "name": "moving",
+            "initial": "up",
+            "children": ["up", "down"],
+            "transitions": [["turn", "up", "down"]],
+        }
+        doors = {
+            "name": "doors",
+            "initial": "shut",
+            "children": ["shut", "open"],
+            "transitions": [["open", "shut", "open"]],
+        }
+        super().__init__(
+            states=[
+                "idle",
+                {
+                    "name": "busy",
+                    "initial": "waiting",
+                    "children": ["waiting", moving, {"name": "stuck", "final": True}],
+                    "transitions": [
+                        ["go", "waiting", "moving"],
+                        ["go", "moving", "="],
+                        {"trigger": "jam", "source": "moving", "dest": "stuck", "conditions": "is_old"},
+                        ["jam", "stuck", None],
+                    ],
+                },
+                {"name": "arrived", "parallel": ["bell", doors]},
+                "end",
+            ],
+            transitions=[
+                ["call", "idle", "busy"],
+                ["stop", "busy", "idle"],
+                ["stop", "busy_waiting", "idle"],
+                ["reset", "busy", "busy_waiting"],
+                ["fall", "busy_moving", "busy"],
+                ["arrive", "busy_moving_down", "arrived_doors_open"],
+                ["leave", "arrived", "end"],
+            ],
+            initial="idle",
+        )
+
+    def is_old(self) -> bool:
+        return True
+
+
+class SlowerLifecycle(Lifecycle):
+    """A client's subclass, which is no other machine."""
+
+    def __init__(self, delay_s: float) -> None:
         super().__init__()
-        self.machine.add_transition("stop", "stopped", "failed")
+        self.delay_s = delay_s
 
 
 class OwnProxy(Proxy):
@@ -532,10 +798,16 @@ class TestMachinesOfClients:
         for picture in ("mermaid", "table", "svg"):
             assert diagram.draw(Lifecycle, picture) == diagram.draw(diagram.LIFECYCLE, picture)
 
-    def test_a_subclass_of_lifecycle_with_a_change_of_its_own(self) -> None:
-        assert "stopped --> failed: STOP" in str(diagram.draw(SlowerLifecycle))
-        assert diagram.chart_of(SlowerLifecycle).triggers == tuple(map(str, Trigger))
-        assert diagram.chart_of(SlowerLifecycle).finals == {"failed"}
+    def test_subclass_of_lifecycle_is_drawn_under_its_own_name_without_being_made(self) -> None:
+        for thing in (SlowerLifecycle, SlowerLifecycle(0.1)):
+            assert diagram.chart_of(thing) == replace(diagram.LIFECYCLE, title="SlowerLifecycle")
+
+    def test_subclass_of_lifecycle_may_bring_its_own_chart(self) -> None:
+        class Own(SlowerLifecycle):
+            more = Arrow("stop", "stopped", "failed")
+            __chart__ = replace(diagram.LIFECYCLE, arrows=(*diagram.LIFECYCLE.arrows, more))
+
+        assert "stopped --> failed: STOP" in str(diagram.draw(Own))
 
     def test_a_subclass_of_proxy_is_drawn_under_its_own_name(self) -> None:
         chart = diagram.chart_of(OwnProxy)
@@ -560,11 +832,13 @@ class TestMachinesOfClients:
         assert "spawning" not in dict(diagram.chart_of(SilentBackend).notes)
 
     def test_what_cannot_be_drawn_is_told(self) -> None:
-        nested = HierarchicalMachine(states=[{"name": "a", "children": ["b"]}, "c"], initial="c")
+        together = HierarchicalMachine(states=["a", "b"], initial=["a", "b"])
+        astray = Machine(None, ["a"], transitions=[["go", "a", "gone"]], initial="a")
         for thing, message in (
             (int, "int is no state machine"),
             (NeedsMuch, "NeedsMuch cannot be made without arguments.*missing 1 required.* Give it a __chart__"),
-            (nested, "states within states"),
+            (together, "begins in several states at once: put a state around them"),
+            (astray, "Machine names the state 'gone', which is none of its own"),
         ):
             with pytest.raises(DiagramError, match=message):
                 diagram.chart_of(thing)
@@ -587,6 +861,180 @@ class TestMachinesOfClients:
         ]
         rest = "\n".join(line for line in drawn if not line.startswith('    state "'))
         assert not set(names) & set(re.findall(r"\w+", rest))
+
+
+class TestNestedMachinesOfClients:
+    def test_states_inside_states_are_its_phases(self) -> None:
+        chart = diagram.chart_of(Lift)
+        assert chart.states == ("idle", "busy", "arrived", "end")
+        assert chart.paths() == [
+            "idle",
+            "busy",
+            "busy/waiting",
+            "busy/moving",
+            "busy/moving/up",
+            "busy/moving/down",
+            "busy/stuck",
+            "arrived",
+            "arrived/bell",
+            "arrived/doors",
+            "arrived/doors/shut",
+            "arrived/doors/open",
+            "end",
+        ]
+
+    def test_several_are_begun_in_where_they_are_parallel(self) -> None:
+        begun = [inner.path for inner in diagram.chart_of(Lift).phases if inner.initial]
+        assert begun == ["busy/waiting", "busy/moving/up", "arrived/bell", "arrived/doors", "arrived/doors/shut"]
+
+    def test_transitions_have_their_whole_paths(self) -> None:
+        arrows = set(diagram.chart_of(Lift).arrows)
+        assert {
+            Arrow("turn", "busy/moving/up", "busy/moving/down"),
+            Arrow("jam", "busy/moving", "busy/stuck", "is_old"),
+            Arrow("arrive", "busy/moving/down", "arrived/doors/open"),
+            Arrow("reset", "busy", "busy/waiting"),
+        } <= arrows
+        assert len(arrows) == 12
+        assert diagram.chart_of(Lift).ignored == {("jam", "busy/stuck")}
+
+    def test_transitions_that_transitions_adds_by_itself_are_left_out(self) -> None:
+        assert not [trigger for trigger in diagram.chart_of(Lift).triggers if trigger.startswith("to_")]
+
+    def test_final_states_are_those_that_nothing_leaves(self) -> None:
+        """Nor the states around them; or those that say so."""
+        assert diagram.chart_of(Lift).finals == {"busy/stuck", "end"}
+
+    def test_mermaid_has_blocks_within_blocks(self) -> None:
+        drawn = str(diagram.draw(Lift))
+        names = dict(re.findall(r'state "([^"(]+?)(?: \([^"]*\))?" as (\w+)', drawn))
+        inner = block(drawn, names["moving"])
+        assert f"{names['up']} --> {names['down']}: turn" in inner
+        assert f"[*] --> {names['up']}" in inner
+        assert set(inner) <= set(block(drawn, names["busy"]))
+        assert f"{names['stuck']} --> [*]" in block(drawn, names["busy"])
+
+    def test_mermaid_separates_what_is_parallel(self) -> None:
+        drawn = str(diagram.draw(Lift))
+        (name,) = re.findall(r'state "arrived" as (\w+)', drawn)
+        regions = " ".join(block(drawn, name)).split(" -- ")
+        assert [region.count('state "bell"') for region in regions] == [1, 0]
+        assert all("[*] -->" in region for region in regions)
+
+    def test_mermaid_lifts_arrows_between_the_insides_of_two_states(self) -> None:
+        """It has none such."""
+        drawn = str(diagram.draw(Lift))
+        (line,) = [line for line in drawn.splitlines() if ": arrive" in line]
+        busy, arrived = (re.findall(rf'state "{name}[^"]*" as (\w+)', drawn)[0] for name in ("busy", "arrived"))
+        assert line == f"    {busy} --> {arrived}: arrive from moving/down to doors/open"
+
+    def test_arrow_between_a_state_and_its_own_inside_is_in_words(self) -> None:
+        chart = diagram.chart_of(Lift)
+        assert chart.inner_moves("busy") == ["RESET → waiting", "moving: fall → busy"]
+        assert chart.inner_moves("busy/moving") == ["go → moving"]
+        assert {"RESET → waiting", "moving: fall → busy", "go → moving"} <= set(words(svg_of(Lift)))
+        assert "RESET → waiting\\nmoving: fall → busy" in str(diagram.draw(Lift, "dot"))
+        assert "(RESET #8594; waiting, moving#58; fall #8594; busy)" in str(diagram.draw(Lift))
+
+    def test_transition_that_repeats_that_of_the_state_around_is_drawn_once(self) -> None:
+        assert words(svg_of(Lift)).count("stop") == 1
+        assert "busy | waiting | stop | idle" in str(diagram.draw(Lift, "table"))
+
+    def test_dot_is_read_by_graphviz_and_has_clusters_within_clusters(self) -> None:
+        graph = AGraph(string=str(diagram.draw(Lift, "dot")))
+        (busy,) = [g for g in graph.subgraphs() if (g.graph_attr["label"] or "").startswith("busy")]
+        assert [g.graph_attr["label"] for g in busy.subgraphs() if g.name] == ["moving\\ngo → moving"]
+        assert graph.has_edge("busy/moving/down", "arrived/doors/open")
+
+    def test_svg_joins_the_insides_of_two_states(self) -> None:
+        ends = [(g.get("data-from"), g.get("data-to")) for g in groups(svg_of(Lift), "arrow")]
+        assert ("busy/moving/down", "arrived/doors/open") in ends
+
+    def test_phase_in_a_phase_is_highlighted_with_all_around_it(self) -> None:
+        root = svg_of(Lift, highlight="busy/moving/up")
+        marked = [g.get("data-phase") or g.get("data-state") for g in groups(root, "current")]
+        assert marked == ["busy", "busy/moving", "busy/moving/up"]
+
+    def test_unknown_phase_in_a_phase_is_refused(self) -> None:
+        with pytest.raises(DiagramError, match=r"^State 'busy/moving' has no phase 'left'; it has up, down\.$"):
+            diagram.draw(Lift, highlight="busy/moving/left")
+
+    def test_table_has_a_row_for_each_phase(self) -> None:
+        rows = diagram.phase_rows(diagram.chart_of(Lift))
+        assert rows[:3] == [
+            ("busy", "waiting", "stop", "idle", ""),
+            ("busy", "waiting", "go", "moving", ""),
+            ("busy", "moving", "fall", "busy", ""),
+        ]
+        assert ("busy", "moving", "jam", "stuck [is_old]", "") in rows
+        assert ("busy", "stuck", "jam", "–", "") in rows
+        assert ("arrived", "bell", "", "", "") in rows
+
+    def test_without_phases_arrows_lead_from_state_to_state(self) -> None:
+        flat = diagram.chart_of(Lift).without_phases()
+        assert flat.arrows == (
+            Arrow("call", "idle", "busy"),
+            Arrow("stop", "busy", "idle"),
+            Arrow("arrive", "busy", "arrived"),
+            Arrow("leave", "arrived", "end"),
+        )
+        assert flat.triggers == ("call", "stop", "arrive", "leave")
+
+    def test_chart_of_a_flat_machine_stays_as_it_is_without_phases(self) -> None:
+        assert diagram.chart_of(Doors).without_phases() == diagram.chart_of(Doors)
+
+    def test_states_of_nested_enums_have_their_names(self) -> None:
+        class Inside(Enum):
+            LEFT = 1
+            RIGHT = 2
+
+        class Outside(Enum):
+            ON = Inside
+            OFF = 3
+
+        machine = HierarchicalMachine(states=Outside, initial=Outside.OFF)
+        machine.add_transition("go", Outside.OFF, Inside.RIGHT)
+        chart = diagram.chart_of(machine)
+        assert (chart.initial, chart.arrows) == ("OFF", (Arrow("go", "OFF", "ON/RIGHT"),))
+
+    def test_separator_of_the_machine_is_heeded(self) -> None:
+        class Dotted(NestedState):
+            separator = "."
+
+        class Own(HierarchicalMachine):
+            state_cls = Dotted
+
+        machine = Own(
+            states=["off_now", {"name": "on", "children": ["left", "right"]}],
+            initial="on.left",
+            transitions=[["go", "off_now", "on.right"]],
+        )
+        chart = diagram.chart_of(machine)
+        assert (chart.initial, chart.arrows) == ("on/left", (Arrow("go", "off_now", "on/right"),))
+
+    def test_machine_that_begins_inside_a_state_is_drawn_so(self) -> None:
+        machine = HierarchicalMachine(states=[{"name": "on", "children": ["left", "right"]}], initial="on_right")
+        assert diagram.chart_of(machine).initial == "on/right"
+        assert "[*] --> state_0: to right" in str(diagram.draw(machine))
+        assert AGraph(string=str(diagram.draw(machine, "dot"))).has_edge("[*]", "on/right")
+        assert diagram.chart_of(machine).without_phases().initial == "on"
+
+    def test_machine_inside_a_machine_is_drawn(self) -> None:
+        inner = HierarchicalMachine(
+            states=["a", "b", "done"], transitions=[["go", "a", "b"], ["go", "b", "done"]], initial="a"
+        )
+        outer = HierarchicalMachine(
+            states=["off", {"name": "on", "children": inner, "remap": {"done": "off"}}],
+            transitions=[["start", "off", "on"]],
+            initial="off",
+        )
+        chart = diagram.chart_of(outer)
+        assert chart.paths() == ["off", "on", "on/a", "on/b"]
+        assert set(chart.arrows) == {
+            Arrow("start", "off", "on"),
+            Arrow("go", "on/a", "on/b"),
+            Arrow("go", "on/b", "off"),
+        }
 
 
 class TestLoading:
@@ -638,7 +1086,7 @@ class TestALivePicture:
         proxy.wait_running(timeout=5)
         history = proxy.status().history
         root = ET.fromstring(str(proxy.diagram("svg")))  # noqa: S314
-        assert [group.get("data-state") for group in groups(root, "current")] == ["running"]
+        assert [g.get("data-state") for g in groups(root, "current") if g in [*groups(root, "state")]] == ["running"]
         assert len(list(groups(root, "taken"))) == 3
         names = [str(r.trigger).upper() if r.trigger.is_order else str(r.trigger) for r in history]
         said = {f"{r.sequence}. {name} after {r.elapsed_s:.3f} s" for r, name in zip(history, names, strict=True)}
@@ -651,6 +1099,13 @@ class TestALivePicture:
         assert "class stopped current" in str(proxy.diagram())
         assert json.loads(str(proxy.diagram("json")))["way"][-1]["dest"] == "stopped"
 
+    def test_points_at_the_phase(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        proxy = FakedProxy()
+        here = replace(proxy.status(), state=State.STOPPING, phase=Phase.DRAINING)
+        monkeypatch.setattr(proxy, "status", lambda: here)
+        assert json.loads(str(proxy.diagram("json")))["highlight"] == "stopping/draining"
+        assert json.loads(str(proxy.diagram("json", phases=False)))["highlight"] == "stopping"
+
 
 NAMES = st.lists(
     st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12),
@@ -658,6 +1113,36 @@ NAMES = st.lists(
     max_size=4,
     unique=True,
 )
+
+
+@given(states=NAMES, inner=NAMES, triggers=NAMES)
+@example(states=["a", "a/b"], inner=["b", "%", '"', "x}"], triggers=["-->", "\n"])
+def test_any_name_of_a_phase_gets_through_every_format(
+    states: list[str], inner: list[str], triggers: list[str]
+) -> None:
+    phases = tuple(Inner(states[0], name, name == inner[0]) for name in inner)
+    paths = {each.path for each in phases}
+    assume(not paths & set(states))
+    arrows = tuple(Arrow(trigger, phases[0].path, phases[-1].path) for trigger in triggers)
+    chart = Chart(
+        title="x",
+        states=tuple(states),
+        initial=states[0],
+        finals=frozenset(),
+        triggers=tuple(triggers),
+        arrows=(*arrows, Arrow(triggers[0], states[0], phases[0].path)),
+        phases=phases,
+    )
+    highlight = phases[-1].path
+    assert [each["name"] for each in json.loads(diagram.as_json(chart, highlight=highlight))["phases"]] == inner
+    table = diagram.markdown_table(chart, highlight=highlight).split("\n\n")[1].splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {6}
+    drawn = diagram.mermaid(chart, highlight=highlight)
+    assert len(drawn.splitlines()) == drawn.count("\n")
+    assert len(re.findall(r"^    state \w+ \{$", drawn, re.MULTILINE)) == drawn.count("\n    }\n") == 1
+    assert len(AGraph(string=diagram.dot(chart, highlight=highlight)).nodes()) == len(states) - 1 + len(inner) + 2
+    root = svg_of(chart, highlight=highlight)
+    assert [g.get("data-phase") for g in groups(root, "phase")] == [scene.legal(each.path) for each in phases]
 
 
 @given(states=NAMES, triggers=NAMES)

@@ -1,11 +1,11 @@
-"""Draws state machines from the code: the lifecycle, a client's own subclass or backend, any ``transitions.Machine``.
+"""Draws state machines from the code: the lifecycle, a client's backend, any ``transitions`` machine, nested ones too.
 
 ::
 
     from proxy_fsm import diagram
 
     print(diagram.draw(diagram.LIFECYCLE, "mermaid"))
-    svg = diagram.draw(MyLifecycle, "svg", highlight="running")
+    svg = diagram.draw(MyMachine, "svg", highlight="running/verifying")
 
 The same input gives the same bytes, on every machine with the same versions of the extra's packages. Mermaid, DOT, the
 table and JSON need nothing else; SVG and PNG need the extra ``diagram``. On the command line it is
@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 from proxy_fsm import scene
-from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, Step, chart_of, way_of
+from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, Inner, Step, chart_of, way_of
 from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.diagram.target import load
-from proxy_fsm.diagram.text import as_json, dot, markdown_table, mermaid, table_rows
+from proxy_fsm.diagram.text import PHASE_COLUMNS, as_json, dot, markdown_table, mermaid, phase_rows, table_rows
 from proxy_fsm.errors import DiagramError
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "LIFECYCLE",
+    "PHASE_COLUMNS",
     "Arrow",
     "Chart",
     "DiagramError",
     "Format",
+    "Inner",
     "Step",
     "Theme",
     "as_json",
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "markdown_table",
     "mermaid",
+    "phase_rows",
     "table_rows",
     "way_of",
 ]
@@ -59,14 +62,16 @@ def draw(
     highlight: str | None = None,
     way: Sequence[Step] = (),
     theme: Theme | None = None,
+    phases: bool = True,
 ) -> str | bytes:
     """Draw a state machine.
 
     Args:
         machine: What to draw; see `chart_of` for what that may be.
         format: What to draw it as.
-        highlight: A state to point at.
+        highlight: A state to point at, or a phase of it: ``state/phase``.
         way: The changes that a running machine has made (see `way_of`); the table does not show them.
+        phases: Whether what is inside the states is drawn; without it a highlighted phase is its state.
         theme: ``light`` or ``dark``. By default SVG and Mermaid follow whoever looks, and DOT and PNG are light.
 
     Returns:
@@ -76,6 +81,10 @@ def draw(
         DiagramError: It is no machine, has no such state, or the extra is missing; or there is no such format.
     """
     chart = chart_of(machine)
+    highlight = chart.state_named(highlight)
+    if not phases:
+        highlight = None if highlight is None else chart.around(highlight)[0]
+        chart = chart.without_phases()
     match format:
         case "mermaid":
             return mermaid(chart, highlight=highlight, way=way, theme=theme)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm.diagram.chart import visited
@@ -12,7 +11,7 @@ from proxy_fsm.errors import DiagramError
 from proxy_fsm.scene import Box, Group, Line, Scene, Text, width_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from proxy_fsm.diagram.chart import Arrow, Chart, Step
     from proxy_fsm.scene import Point
@@ -25,14 +24,18 @@ _LINE = 1.35
 _FRAME = 4.0
 #: What an arrow weighs that leads to the next state: the main story is a straight column.
 _MAIN = 20
+#: The same where states have others inside: more than Graphviz' own wish for narrow clusters.
+_MAIN_NESTED = 1000
 
+#: The left, upper corner of a box, its width and its height.
+_Corners = tuple[float, float, float, float]
 #: A word and its kind.
 Words = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A box with lines in it."""
+    """A box with lines in it; one of the kind ``group`` has those nodes in it that are ``inside`` it."""
 
     lines: tuple[Words, ...]
     classes: tuple[str, ...] = ()
@@ -40,14 +43,15 @@ class Node:
     kind: str = "box"
     framed: bool = False
     beside: str = ""
+    inside: str = ""
 
     @property
     def text_size(self) -> float:
         """Of its letters."""
-        return _NAME_SIZE if self.kind == "box" else _CAPTION_SIZE
+        return _NAME_SIZE if self.kind in {"box", "group"} else _CAPTION_SIZE
 
     def extent(self) -> tuple[float, float]:
-        """Return its width and height."""
+        """Return its width and height; of a group, those of its lines."""
         if self.kind == "dot":
             return 12.0, 12.0
         wide, high = _extent(self.lines, self.text_size)
@@ -79,25 +83,37 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
 
     Args:
         chart: What to draw.
-        highlight: A state to point at.
+        highlight: A state to point at, or a phase of it: ``state/phase``.
         way: The changes that were made.
 
     Raises:
         DiagramError: There is no such state, or pygraphviz is not installed.
     """
     highlight = chart.state_named(highlight)
+    current = () if highlight is None else chart.around(highlight)
     behind = visited(way)
     # The names are the caller's; a prefix keeps them apart from those of the other nodes.
     nodes = {} if chart.initial is None else {"initial": Node((), kind="dot")}
-    for state in chart.states:
-        marks = ["state", *(["visited"] if state in behind else []), *(["current"] if state == highlight else [])]
-        nodes[f"state {state}"] = Node(
-            ((state, "name"),), tuple(marks), (("state", state),), framed=state in chart.finals
-        )
-    main = set(pairwise(chart.states))
     edges = [] if chart.initial is None else [Edge("initial", f"state {chart.initial}")]
-    for source, dest, arrows in chart.bundles():
-        taken = [(words, "time") for words in chart.taken(way, source, dest)]
+    for path in chart.paths():
+        outer = chart.around(path)[:-1]
+        marks = ("visited",) * (path in behind) + ("current",) * (path in current)
+        nodes[f"state {path}"] = Node(
+            ((chart.name_of(path), "name"), *((words, "plain") for words in chart.inner_moves(path))),
+            ("phase" if outer else "state", *marks),
+            (("phase" if outer else "state", path),),
+            kind="group" if chart.inside(path) else "box",
+            framed=path in chart.finals,
+            inside=f"state {outer[-1]}" if outer else "",
+        )
+    for inner in chart.phases:
+        if inner.initial:
+            begin = f"initial {inner.path}"
+            nodes[begin] = Node((), kind="dot", beside=f"state {inner.path}", inside=f"state {inner.state}")
+            edges.append(Edge(begin, f"state {inner.path}"))
+    main, weight = chart.main_story(), _MAIN_NESTED if chart.phases else _MAIN
+    for source, dest, arrows in chart.grouped_arrows():
+        taken = [(words, "time") for words in chart.labels_taken(way, source, dest)]
         edges.append(
             Edge(
                 f"state {source}",
@@ -105,7 +121,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
                 (*((chart.label(arrow), _kind(chart, arrow)) for arrow in arrows), *taken),
                 ("arrow", *(["taken"] if taken else [])),
                 (("from", source), ("to", dest)),
-                weight=_MAIN if (source, dest) in main else 1,
+                weight=weight if (source, dest) in main else 1,
             )
         )
     for at, (state, remarks) in enumerate(chart.notes):
@@ -161,13 +177,20 @@ def graph_scene(
         x, y = (float(value) for value in pair.split(","))
         return left + x, top + high - y
 
+    by_name = {item["name"]: item for item in plan["objects"]}
+    placed = {name: by_name[_graphviz_name(node, at)] for at, (name, node) in enumerate(nodes.items())}
+    drawn = {int(item["at"]): item for item in plan.get("edges", ())}
+    boxes = _group_boxes(nodes, edges, placed, drawn, place)
+    full = max([full, *(x + wide + _MARGIN for x, _, wide, _ in boxes.values())])
     scene = Scene(full, top + high + _MARGIN + len(caption) * _CAPTION_SIZE * _LINE + 4, title)
     scene.groups.append(Group((Text(full / 2, _MARGIN + _NAME_SIZE, title, "plain", _NAME_SIZE),)))
-    by_name = {item["name"]: item for item in plan["objects"]}
-    drawn = {int(item["at"]): item for item in plan.get("edges", ())}
-    places = {name: place(by_name[f"n{at}"]["pos"]) for at, name in enumerate(nodes)}
+    scene.groups.extend(
+        _shown(node, boxes[name], place(placed[name]["lp"])) for name, node in nodes.items() if node.kind == "group"
+    )
     scene.groups.extend(_edge_group(edge, drawn[at], place) for at, edge in enumerate(edges))
-    scene.groups.extend(_node_group(node, places[name]) for name, node in nodes.items())
+    scene.groups.extend(
+        _node_group(node, place(placed[name]["pos"])) for name, node in nodes.items() if node.kind != "group"
+    )
     scene.groups.extend(_label_group(edge, drawn[at], place) for at, edge in enumerate(edges) if edge.lines)
     base = top + high + 8
     scene.groups.append(
@@ -183,26 +206,53 @@ def graph_scene(
 
 def _layout_source(nodes: Mapping[str, Node], edges: Sequence[Edge], node_gap: float, rank_gap: float) -> str:
     """Write a graph for the layout alone: it holds no text, so that no font has a say."""
-    numbers = {name: at for at, name in enumerate(nodes)}
-    lines = [
-        f"digraph {{ graph [nodesep={node_gap / 72:.4f} ranksep={rank_gap / 72:.4f}] node [shape=box fixedsize=true]"
-    ]
+    names = {name: _graphviz_name(node, at) for at, (name, node) in enumerate(nodes.items())}
+    inside: dict[str, list[str]] = {}
     for name, node in nodes.items():
-        wide, high = node.extent()
-        shape = " shape=circle" if node.kind == "dot" else ""
-        lines.append(f'n{numbers[name]} [label="" width={wide / 72:.4f} height={high / 72:.4f}{shape}]')
-    lines += [
-        f"{{ rank=same n{numbers[node.beside]} n{numbers[name]} }}" for name, node in nodes.items() if node.beside
-    ]
+        inside.setdefault(node.inside, []).append(name)
+
+    def within(outer: str) -> Iterator[str]:
+        for name in inside.get(outer, ()):
+            node = nodes[name]
+            wide, high = node.extent()
+            if node.kind == "group":
+                yield f"subgraph {names[name]} {{ graph [margin=14 label={_room(wide - 24, high - 8)}]"
+                yield from within(name)
+                yield "}"
+                continue
+            shape = " shape=circle" if node.kind == "dot" else ""
+            yield f'{names[name]} [label="" width={wide / 72:.4f} height={high / 72:.4f}{shape}]'
+            if node.beside and nodes[node.beside].kind != "group":
+                yield f"{{ rank=same {names[node.beside]} {names[name]} }}"
+
+    def end(name: str, at: int, attribute: str) -> tuple[str, str]:
+        """Return the node where an edge ends: of a group the first or last one inside, and the border to cut it at."""
+        cut = f" {attribute}={names[name]}" if nodes[name].kind == "group" else ""
+        while nodes[name].kind == "group":
+            name = [each for each in inside[name] if nodes[each].kind != "dot"][at]
+        return names[name], cut
+
+    attributes = f"nodesep={node_gap / 72:.4f} ranksep={rank_gap / 72:.4f} compound=true"
+    lines = [f"digraph {{ graph [{attributes}] node [shape=box fixedsize=true]", *within("")]
+    order = {name: at for at, name in enumerate(nodes)}
     for at, edge in enumerate(edges):
-        label = ""
-        if edge.lines:
-            wide, high = _extent(edge.lines, _LABEL_SIZE)
-            size = f'FIXEDSIZE="TRUE" WIDTH="{wide + 14:.0f}" HEIGHT="{high + 4:.0f}"'
-            label = f' label=<<TABLE BORDER="0" CELLBORDER="0" {size}><TR><TD></TD></TR></TABLE>>'
+        near = (-1, 0) if order[edge.source] < order[edge.dest] else (0, -1)
+        (source, tail), (dest, head) = end(edge.source, near[0], "ltail"), end(edge.dest, near[1], "lhead")
+        wide, high = _extent(edge.lines, _LABEL_SIZE)
+        label = f" label={_room(wide + 14, high + 4)}" if edge.lines else ""
         arrow = "" if edge.headed else " dir=none"
-        lines.append(f"n{numbers[edge.source]} -> n{numbers[edge.dest]} [at={at} weight={edge.weight}{label}{arrow}]")
+        lines.append(f"{source} -> {dest} [at={at} weight={edge.weight}{label}{arrow}{tail}{head}]")
     return "\n".join([*lines, "}"])
+
+
+def _graphviz_name(node: Node, at: int) -> str:
+    return f"cluster_{at}" if node.kind == "group" else f"n{at}"
+
+
+def _room(wide: float, high: float) -> str:
+    """Return a label that takes some room and holds nothing."""
+    size = f'FIXEDSIZE="TRUE" WIDTH="{wide:.0f}" HEIGHT="{high:.0f}"'
+    return f'<<TABLE BORDER="0" CELLBORDER="0" {size}><TR><TD></TD></TR></TABLE>>'
 
 
 def _layout(source: str) -> dict[str, Any]:
@@ -240,16 +290,48 @@ def _label_group(edge: Edge, drawn: Mapping[str, str], place: Callable[[str], Po
     )
 
 
+def _group_boxes(
+    nodes: Mapping[str, Node],
+    edges: Sequence[Edge],
+    placed: Mapping[str, Mapping[str, str]],
+    drawn: Mapping[int, Mapping[str, str]],
+    place: Callable[[str], Point],
+) -> dict[str, _Corners]:
+    """Return the boxes of groups, widened where Graphviz left out the labels at the right of what is inside."""
+
+    def is_inside(name: str, group: str) -> bool:
+        return nodes[name].inside == group or (bool(nodes[name].inside) and is_inside(nodes[name].inside, group))
+
+    boxes: dict[str, _Corners] = {}
+    for group in reversed([name for name, node in nodes.items() if node.kind == "group"]):  # the inner ones first
+        x, y, right, top = placed[group]["bb"].split(",")
+        (left, bottom), (right_x, top_y) = place(f"{x},{y}"), place(f"{right},{top}")
+        ends = [right_x, *(boxes[name][0] + boxes[name][2] + 10 for name in boxes if is_inside(name, group))]
+        ends += [
+            place(drawn[at]["lp"])[0] + _extent(edge.lines, _LABEL_SIZE)[0] / 2 + 10
+            for at, edge in enumerate(edges)
+            if edge.lines and is_inside(edge.source, group) and is_inside(edge.dest, group)
+        ]
+        boxes[group] = (left, top_y, max(ends) - left, bottom - top_y)
+    return boxes
+
+
 def _node_group(node: Node, centre: Point) -> Group:
     (wide, high), (x, y) = node.extent(), centre
+    return _shown(node, (x - wide / 2, y - high / 2, wide, high), centre)
+
+
+def _shown(node: Node, box: _Corners, middle: Point) -> Group:
+    """Return a node's box, and its lines around a middle."""
+    x, y, wide, high = box
     radius = wide / 2 if node.kind == "dot" else 2.0 if node.kind == "note" else 8.0
-    items: list[Box | Line | Text] = [Box(x - wide / 2, y - high / 2, wide, high, node.kind, radius)]
+    items: list[Box | Line | Text] = [Box(*box, node.kind, radius)]
     if node.framed:
-        inner = (wide - 2 * _FRAME, high - 2 * _FRAME)
-        items.append(Box(x - inner[0] / 2, y - inner[1] / 2, *inner, "frame", radius - 3))
-    top = y - len(node.lines) * node.text_size * _LINE / 2
+        items.append(Box(x + _FRAME, y + _FRAME, wide - 2 * _FRAME, high - 2 * _FRAME, "frame", radius - 3))
+    top = middle[1] - len(node.lines) * node.text_size * _LINE / 2
     items += [
-        Text(x, top + (at + 0.78) * node.text_size * _LINE, words, kind, node.text_size)
+        Text(middle[0], top + (at + 0.78) * node.text_size * _LINE, words, kind, node.text_size)
         for at, (words, kind) in enumerate(node.lines)
     ]
-    return Group(tuple(items), node.classes, node.data, dict(node.data).get("state", ""))
+    data = dict(node.data)
+    return Group(tuple(items), node.classes, node.data, data.get("state", data.get("phase", "")))

@@ -7,18 +7,27 @@ from typing import TYPE_CHECKING
 
 from proxy_fsm.diagram.chart import LIFECYCLE, visited
 from proxy_fsm.scene import COLOURS
-from proxy_fsm.states import State
+from proxy_fsm.states import Phase, State
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from proxy_fsm.diagram.chart import Chart, Step
+    from proxy_fsm.diagram.chart import Arrow, Chart, Inner, Step
 
-__all__ = ["as_json", "dot", "markdown_table", "mermaid", "mermaid_text", "table_rows"]
+__all__ = [
+    "PHASE_COLUMNS",
+    "as_json",
+    "dot",
+    "markdown_table",
+    "mermaid",
+    "mermaid_text",
+    "phase_rows",
+    "table_rows",
+]
 
 #: Names that mean nothing to Mermaid. Its keywords are too many to list, change with its version, and so does what the
 #: page that shows it makes of names such as ``constructor``.
-_PLAIN = frozenset(map(str, State))
+_PLAIN = frozenset(map(str, (*State, *Phase)))
 
 
 def mermaid_text(text: str) -> str:
@@ -36,7 +45,7 @@ def mermaid(
 
     Args:
         chart: What to draw; what is ignored is left out.
-        highlight: A state to point at.
+        highlight: A state to point at, or a phase of it: ``state/phase``.
         way: The changes that were made; each adds its number, trigger and time to its arrow.
         theme: ``light`` or ``dark``; by default whatever shows it decides.
 
@@ -44,21 +53,15 @@ def mermaid(
         DiagramError: There is no such state.
     """
     highlight = chart.state_named(highlight)
-    names = {state: _mermaid_name(chart, at) for at, state in enumerate(chart.states)}
+    names = _mermaid_names(chart)
     lines = [] if theme is None else [f'%%{{init: {{"theme": "{"dark" if theme == "dark" else "default"}"}}}}%%']
     lines.append("stateDiagram-v2")
-    lines += [f'    state "{mermaid_text(state)}" as {name}' for state, name in names.items() if name != state]
-    if chart.initial is not None:
-        lines.append(f"    [*] --> {names[chart.initial]}")
-    for source, dest, arrows in chart.bundles():
-        labels = [*map(chart.label, arrows), *chart.taken(way, source, dest)]
-        lines.append(f"    {names[source]} --> {names[dest]}: {', '.join(map(mermaid_text, labels))}")
-    lines += [f"    {names[state]} --> [*]" for state in chart.states if state in chart.finals]
+    lines += [f"    {line}" for line in _mermaid_level(chart, "", names, _mermaid_arrows(chart, names, way))]
     for state, remarks in chart.notes:
         words = "<br/>".join(map(mermaid_text, remarks))
         lines += [f"    note right of {names[state]}", f"        {words}", "    end note"]
     colour = _colours(theme)
-    if behind := visited(way) - {highlight}:
+    if behind := visited(way).difference(() if highlight is None else chart.around(highlight)):
         lines += [
             f"    classDef visited fill:{colour['visited']},stroke:{colour['accent']},color:{colour['ink']}",
             f"    class {','.join(names[s] for s in chart.states if s in behind)} visited",
@@ -69,6 +72,12 @@ def mermaid(
             f"    classDef current {looks},color:{colour['current-ink']}",
             f"    class {names[highlight]} current",
         ]
+        if outer := chart.around(highlight)[:-1]:
+            looks = f"fill:{colour['marked']},stroke:{colour['current-line']},stroke-width:3px"
+            lines += [
+                f"    classDef around {looks},color:{colour['current-ink']}",
+                f"    class {','.join(names[state] for state in outer)} around",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -77,13 +86,69 @@ def _colours(theme: str | None) -> dict[str, str]:
     return {name: dark if theme == "dark" else light for name, (light, dark) in COLOURS.items()}
 
 
-def _mermaid_name(chart: Chart, at: int) -> str:
-    return chart.states[at] if chart.states[at] in _PLAIN else f"state_{at}"
+def _mermaid_names(chart: Chart) -> dict[str, str]:
+    paths = chart.paths()
+    own = [chart.name_of(path) for path in paths]
+    return {
+        path: name if name in _PLAIN and own.count(name) == 1 else f"state_{at}"
+        for at, (path, name) in enumerate(zip(paths, own, strict=True))
+    }
+
+
+def _mermaid_arrows(chart: Chart, names: Mapping[str, str], way: Sequence[Step]) -> dict[str, list[str]]:
+    """Return the lines of the arrows, by the state that they are inside of; none for the outermost.
+
+    Mermaid has no arrow from inside one state to inside another. Such a one leads from the outer state to the outer
+    state, and says where it begins and ends.
+    """
+    labels: dict[tuple[str, str, str], list[str]] = {}
+    for source, dest, arrows in chart.grouped_arrows():
+        one, other = chart.around(source), chart.around(dest)
+        level = next((at for at, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), len(one) - 1)
+        ends = [f"from {source[len(one[level]) + 1 :]}"] if source != one[level] else []
+        ends += [f"to {dest[len(other[level]) + 1 :]}"] if dest != other[level] else []
+        words = labels.setdefault((one[level - 1] if level else "", one[level], other[level]), [])
+        words += [" ".join([chart.label(arrow), *ends]) for arrow in arrows]
+        words += chart.labels_taken(way, source, dest)
+    lines: dict[str, list[str]] = {}
+    for (inside, source, dest), words in labels.items():
+        line = f"{names[source]} --> {names[dest]}: {', '.join(map(mermaid_text, words))}"
+        lines.setdefault(inside, []).append(line)
+    return lines
+
+
+def _mermaid_level(
+    chart: Chart, outer: str, names: Mapping[str, str], arrows: Mapping[str, list[str]]
+) -> Iterator[str]:
+    """Yield the lines of what is inside a state; of the outermost states, for none."""
+    inside = chart.inside(outer)
+    paths = [inner.path for inner in inside] if outer else chart.states
+    begin = [inner.path for inner in inside if inner.initial]
+    for path in paths:
+        moves = chart.inner_moves(path)
+        title = " ".join([chart.name_of(path), *([f"({', '.join(moves)})"] if moves else [])])
+        if title != names[path]:
+            yield f'state "{mermaid_text(title)}" as {names[path]}'
+        if chart.inside(path):
+            yield f"state {names[path]} {{"
+            yield from (f"    {line}" for line in _mermaid_level(chart, path, names, arrows))
+            yield "}"
+        if len(begin) > 1 and path in begin:  # all at once: each in a region of its own
+            yield f"[*] --> {names[path]}"
+            yield from ["--"] if path != paths[-1] else []
+    if len(begin) == 1:
+        yield f"[*] --> {names[begin[0]]}"
+    if not outer and chart.initial is not None:
+        first = chart.around(chart.initial)[0]
+        where = chart.initial[len(first) + 1 :]
+        yield f"[*] --> {names[first]}" + (f": to {mermaid_text(where)}" if where else "")
+    yield from arrows.get(outer, ())
+    yield from (f"{names[path]} --> [*]" for path in paths if path in chart.finals)
 
 
 def _unused(name: str, chart: Chart) -> str:
     """Return a name that no state has."""
-    while name in chart.states:
+    while name in chart.paths():
         name += "_"
     return name
 
@@ -95,53 +160,119 @@ def dot(
 
     Args:
         chart: What to draw.
-        highlight: A state to point at.
+        highlight: A state to point at, or a phase of it: ``state/phase``.
         way: The changes that were made.
         theme: ``light`` or ``dark``.
 
     Raises:
         DiagramError: There is no such state.
     """
-    highlight = chart.state_named(highlight)
-    colour = _colours(theme)
-    ink, accent = colour["ink"], colour["accent"]
-    behind = visited(way)
-    begin = _quoted(_unused("[*]", chart))
-    # Graphviz takes a name that begins with a percent sign for none.
-    names = {
-        state: _quoted(_unused(f"state {at}", chart) if state.startswith("%") else state)
-        for at, state in enumerate(chart.states)
-    }
+    drawing = _Dot(chart, _colours(theme), chart.state_named(highlight), visited(way))
+    ink, accent = drawing.colour["ink"], drawing.colour["accent"]
+    graph = f'bgcolor="{drawing.colour["paper"]}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5'
     lines = [
         f"digraph {_quoted(chart.title)} {{",
-        f'    graph [bgcolor="{colour["paper"]}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5]',
+        f"    graph [{graph}{' compound=true' if chart.phases else ''}]",
         f'    node [color="{ink}" fontcolor="{ink}" fontname="sans-serif" shape=box style=rounded]',
         f'    edge [color="{ink}" fontcolor="{ink}" fontname="sans-serif" fontsize=11]',
     ]
+    main = chart.main_story()
     if chart.initial is not None:
-        lines.append(f'    {begin} [label="" shape=circle style=filled width=0.15 fillcolor="{ink}"]')
-        lines.append(f"    {begin} -> {names[chart.initial]}")
-    for state in chart.states:
-        looks = [f"label={_quoted(state)}"] if state.startswith("%") else []
-        looks += ["peripheries=2"] if state in chart.finals else []
-        if state == highlight:
-            looks += ['style="rounded,filled"', f'fillcolor="{colour["current"]}"', "penwidth=3"]
-            looks += [f'color="{colour["current-line"]}"', f'fontcolor="{colour["current-ink"]}"']
-        elif state in behind:
-            looks.append(f'color="{accent}"')
-        lines.append(f"    {names[state]}{' [' + ' '.join(looks) + ']' if looks else ''}")
-    for source, dest, arrows in chart.bundles():
-        taken = chart.taken(way, source, dest)
+        lines += [f"    {line}" for line in drawing.beginning("[*]", chart.initial)]
+    lines += [f"    {line}" for state in chart.states for line in drawing.state(state)]
+    for source, dest, arrows in chart.grouped_arrows():
+        taken = chart.labels_taken(way, source, dest)
         labels = [f" {words} " for words in [*map(chart.label, arrows), *taken]]
         looks = [f"label={_quoted(chr(10).join(labels))}"]
         if taken:
             looks += [f'color="{accent}"', "penwidth=2.5"]
-        lines.append(f"    {names[source]} -> {names[dest]} [{' '.join(looks)}]")
+        if chart.phases and (source, dest) in main:
+            looks.append("weight=1000")  # more than Graphviz' own wish for narrow clusters: the story is a column
+        lines.append(f"    {drawing.arrow(source, dest, *looks)}")
     for at, (state, remarks) in enumerate(chart.notes):
         name, words = _quoted(_unused(f"note {at}", chart)), _quoted("\n".join(remarks))
         lines.append(f'    {name} [label={words} shape=note style="" fontsize=10]')
-        lines.append(f"    {name} -> {names[state]} [arrowhead=none style=dashed]")
+        lines.append(f"    {drawing.edge((name, ''), drawing.end(state), 'arrowhead=none', 'style=dashed')}")
     return "\n".join([*lines, "}"]) + "\n"
+
+
+class _Dot:
+    """A chart in Graphviz' language: states are nodes, and clusters where others are inside."""
+
+    def __init__(self, chart: Chart, colour: Mapping[str, str], highlight: str | None, behind: frozenset[str]) -> None:
+        self.chart, self.colour, self.highlight, self.behind = chart, colour, highlight, behind
+        # Graphviz takes a name that begins with a percent sign for none.
+        self._nodes = {
+            path: _quoted(_unused(f"state {at}", chart) if path.startswith("%") else path)
+            for at, path in enumerate(chart.paths())
+        }
+
+    def end(self, path: str, at: int = 0) -> tuple[str, str]:
+        """Return the node where an arrow ends, and the cluster at whose border it is cut off.
+
+        Graphviz joins nodes alone: for a cluster it is the first (``at`` 0) or last (-1) of those inside.
+        """
+        cluster = self._cluster(path) if self.chart.inside(path) else ""
+        while inside := self.chart.inside(path):
+            path = inside[at].path
+        return self._nodes[path], cluster
+
+    def arrow(self, source: str, dest: str, *looks: str) -> str:
+        """Return an arrow from where one state is near the other."""
+        order = [*self._nodes]
+        near = (-1, 0) if order.index(source) < order.index(dest) else (0, -1)
+        return self.edge(self.end(source, near[0]), self.end(dest, near[1]), *looks)
+
+    @staticmethod
+    def edge(source: tuple[str, str], dest: tuple[str, str], *looks: str) -> str:
+        clipped = [f"{name}={cluster}" for name, (_, cluster) in (("ltail", source), ("lhead", dest)) if cluster]
+        words = " ".join([*looks, *clipped])
+        return f"{source[0]} -> {dest[0]}" + (f" [{words}]" if words else "")
+
+    def beginning(self, name: str, path: str, *, inside: bool = False) -> list[str]:
+        """Return the dot where a machine or a state begins, and the arrow from it."""
+        dot = _quoted(_unused(name, self.chart))
+        looks = f'label="" shape=circle style=filled width=0.15 fillcolor="{self.colour["ink"]}"'
+        node, cluster = self.end(path)
+        beside = [f"{{ rank=same {dot} {node} }}"] if inside and not cluster else []
+        return [f"{dot} [{looks}]", *beside, self.edge((dot, ""), (node, cluster))]
+
+    def state(self, path: str) -> Iterator[str]:
+        """Yield the lines of a state and of what is inside."""
+        inside, name = self.chart.inside(path), self.chart.name_of(path)
+        looks = {"peripheries": "2"} if path in self.chart.finals else {}
+        if not inside:
+            label = {} if self._nodes[path] == _quoted(name) else {"label": _quoted(name)}
+            words = _attributes(label | looks | self._looks(path))
+            yield self._nodes[path] + (f" [{words}]" if words else "")
+            return
+        # Said in full, since a cluster takes the looks of the one around it where it has none of its own.
+        ink = f'"{self.colour["ink"]}"'
+        plain = {"style": "rounded", "color": ink, "fontcolor": ink, "penwidth": "1", "peripheries": "1"}
+        label = {"label": _quoted("\n".join([name, *self.chart.inner_moves(path)]))}
+        yield f"subgraph {self._cluster(path)} {{"
+        yield f"    graph [{_attributes(label | plain | looks | self._looks(path))}]"
+        for inner in inside:
+            yield from (f"    {line}" for line in self.state(inner.path))
+        for inner in inside:
+            if inner.initial:
+                yield from (f"    {line}" for line in self.beginning(f"[*] {inner.path}", inner.path, inside=True))
+        yield "}"
+
+    def _cluster(self, path: str) -> str:
+        return f"cluster_{[*self._nodes].index(path)}"
+
+    def _looks(self, path: str) -> dict[str, str]:
+        if self.highlight is not None and path in self.chart.around(self.highlight):
+            ground = self.colour["current" if path == self.highlight else "marked"]
+            line, ink = self.colour["current-line"], self.colour["current-ink"]
+            looks = {"style": '"rounded,filled"', "fillcolor": f'"{ground}"', "penwidth": "3"}
+            return {**looks, "color": f'"{line}"', "fontcolor": f'"{ink}"'}
+        return {"color": f'"{self.colour["accent"]}"'} if path in self.behind else {}
+
+
+def _attributes(looks: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in looks.items())
 
 
 def _quoted(text: str) -> str:
@@ -149,38 +280,81 @@ def _quoted(text: str) -> str:
 
 
 def table_rows(chart: Chart) -> list[tuple[str, list[str]]]:
-    """Return each trigger, and what comes of it in each state; ``–`` is ignored, ``·`` is refused."""
+    """Return each trigger, and what comes of it in each state; ``–`` is ignored, ``·`` is refused.
+
+    Triggers of phases alone are left out: they are in `phase_rows`.
+    """
     cells = dict.fromkeys(chart.ignored, "–")
     for arrow in chart.arrows:
         there = cells.get((arrow.trigger, arrow.source), "–")
-        words = arrow.dest + (f" [{arrow.condition}]" if arrow.condition else "")
+        words = _leads_to(arrow)
         cells[arrow.trigger, arrow.source] = words if there == "–" else f"{there}, {words}"
-    return [(trigger, [cells.get((trigger, state), "·") for state in chart.states]) for trigger in chart.triggers]
+    of_phases = {trigger for trigger, _ in cells} - {trigger for trigger, state in cells if state in chart.states}
+    return [
+        (trigger, [cells.get((trigger, state), "·") for state in chart.states])
+        for trigger in chart.triggers
+        if trigger not in of_phases
+    ]
+
+
+#: What the columns of `phase_rows` are.
+PHASE_COLUMNS = ("state", "phase", "trigger", "leads to", "limit")
+
+
+def phase_rows(chart: Chart) -> list[tuple[str, str, str, str, str]]:
+    """Return what ends each phase: its state, its name, the trigger, what that leads to, and what limits its time.
+
+    A phase without triggers of its own has one row, and what has nothing to say is empty.
+    """
+    inner_at = {inner.path: inner for inner in chart.phases}
+    return [
+        (inner.state, inner.name, trigger, dest, inner.limit)
+        for inner in (inner_at[path] for path in chart.paths() if path in inner_at)
+        for trigger, dest in _ends_of(chart, inner) or [("", "")]
+    ]
+
+
+def _leads_to(arrow: Arrow) -> str:
+    return arrow.dest + (f" [{arrow.condition}]" if arrow.condition else "")
+
+
+def _ends_of(chart: Chart, inner: Inner) -> list[tuple[str, str]]:
+    ends = [
+        (arrow.trigger, _leads_to(arrow).removeprefix(f"{inner.state}/"))
+        for arrow in chart.arrows
+        if arrow.source == inner.path
+    ]
+    return ends + [(trigger, "–") for trigger in chart.triggers if (trigger, inner.path) in chart.ignored]
 
 
 def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) -> str:
     """Return the whole table in Markdown: every trigger with every state; ``–`` is ignored, ``·`` is refused.
 
+    Where states have phases, a second table says what ends each of them.
+
     Args:
         chart: What to draw.
-        highlight: A state whose column is to be bold.
+        highlight: A state whose column is to be bold, or a phase, whose rows are then bold too.
 
     Raises:
         DiagramError: There is no such state.
     """
     highlight = chart.state_named(highlight)
+    marked = () if highlight is None else chart.around(highlight)
 
-    def shown(state: str, words: str) -> str:
-        return f"**{words}**" if state == highlight else words
+    def row(cells: Iterable[tuple[str, bool]]) -> str:
+        return "".join(f"| **{_cell(words)}** " if bold else f"| {_cell(words)} " for words, bold in cells) + "|"
 
-    lines = ["| trigger | " + " | ".join(shown(state, _cell(state)) for state in chart.states) + " |"]
+    columns = [state in marked for state in chart.states]
+    lines = ["| trigger " + row(zip(chart.states, columns, strict=True))]
     lines.append("|---" * (len(chart.states) + 1) + "|")
-    lines += [
-        f"| `{_cell(trigger)}` | "
-        + " | ".join(shown(state, _cell(words)) for state, words in zip(chart.states, cells, strict=True))
-        + " |"
-        for trigger, cells in table_rows(chart)
-    ]
+    lines += [f"| `{_cell(trigger)}` " + row(zip(cells, columns, strict=True)) for trigger, cells in table_rows(chart)]
+    if chart.phases:
+        lines += ["", row((column, False) for column in PHASE_COLUMNS), "|---" * len(PHASE_COLUMNS) + "|"]
+        lines += [
+            row((words, f"{cells[0]}/{cells[1]}" in marked and bool(words)) for words in cells)
+            for cells in phase_rows(chart)
+        ]
     lines += [f"\n{_cell(state)}: {_cell('; '.join(remarks))}" for state, remarks in chart.notes]
     return "\n".join(lines) + "\n"
 
@@ -194,7 +368,7 @@ def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequ
 
     Args:
         chart: What to write.
-        highlight: A state to point at.
+        highlight: A state to point at, or a phase of it: ``state/phase``.
         way: The changes that were made.
 
     Raises:
@@ -204,6 +378,7 @@ def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequ
     rows: list[dict[str, str | None]] = [
         {"trigger": arrow.trigger, "source": arrow.source, "dest": arrow.dest, "condition": arrow.condition or None}
         for arrow in chart.arrows
+        if arrow.source in chart.states
     ]
     rows += [
         {"trigger": trigger, "source": state, "dest": None, "condition": None}
@@ -221,6 +396,21 @@ def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequ
             for trigger in chart.triggers
         ],
         "transitions": rows,
+        "phases": [
+            {
+                "state": inner.state,
+                "name": inner.name,
+                "initial": inner.initial,
+                "final": inner.path in chart.finals,
+                "limit": inner.limit or None,
+                "transitions": [
+                    {"trigger": arrow.trigger, "dest": arrow.dest, "condition": arrow.condition or None}
+                    for arrow in chart.arrows
+                    if arrow.source == inner.path
+                ],
+            }
+            for inner in chart.phases
+        ],
         "notes": {state: list(remarks) for state, remarks in chart.notes},
         "highlight": highlight,
         "way": [
