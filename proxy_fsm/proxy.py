@@ -131,12 +131,15 @@ class Proxy:
         """Return a snapshot of everything that is known."""
         return self._engine.status()
 
-    def diagram(self, format: drawing.Format = "mermaid", *, theme: drawing.Theme | None = None) -> str | bytes:
-        """Draw the lifecycle with the present state and the way there; each arrow on it says after how long.
+    def diagram(
+        self, format: drawing.Format = "mermaid", *, theme: drawing.Theme | None = None, phases: bool = True
+    ) -> str | bytes:
+        """Draw the lifecycle with the present state and phase, and the way there, each arrow with its time.
 
         Args:
             format: What to draw it as; see `proxy_fsm.diagram.draw`.
             theme: ``light`` or ``dark``; see there.
+            phases: Whether what is inside the states is drawn.
 
         Returns:
             The picture, as bytes for ``png`` and else as text.
@@ -146,7 +149,9 @@ class Proxy:
         """
         status = self.status()
         chart = replace(drawing.chart_of(self), title=f"{type(self).__name__} {status.id} of {status.session}")
-        return drawing.draw(chart, format, highlight=status.state, way=drawing.way_of(status.history), theme=theme)
+        here = str(status.state) if status.phase is None else f"{status.state}/{status.phase}"
+        way = drawing.way_of(status.history)
+        return drawing.draw(chart, format, highlight=here, way=way, theme=theme, phases=phases)
 
     def start(self) -> None:
         """Start it; returns as soon as it is under way.

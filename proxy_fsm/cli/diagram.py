@@ -27,6 +27,7 @@ def diagram(
     format: Annotated[drawing.Format, Parameter(name=("--format", "-f"))] = "mermaid",
     highlight: str | None = None,
     theme: drawing.Theme | None = None,
+    no_phases: bool = False,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     log_format: LogFormat = LogFormat.CONSOLE,
 ) -> int:
@@ -34,10 +35,12 @@ def diagram(
 
     Args:
         target: ``package.module:Class``: a subclass of Proxy, Lifecycle or Backend, or what holds a
-            ``transitions.Machine``. It is imported, from the working directory too. By default the lifecycle.
+            ``transitions.Machine`` or ``HierarchicalMachine``. It is imported, from the working directory too. By
+            default the lifecycle.
         format: What to draw it as; SVG and PNG need the extra ``diagram``.
-        highlight: The name of a state to point at.
+        highlight: A state to point at, or a phase of it: ``state/phase``.
         theme: By default SVG and Mermaid follow whoever looks; DOT and PNG are light.
+        no_phases: Draw the states alone, without the phases inside them.
         output: The file to write; by default standard output.
         log_format: ``json`` writes events on standard output, and nothing else; then ``--output`` is needed.
     """
@@ -51,7 +54,7 @@ def diagram(
             sys.path.insert(0, here)
         try:
             chart = drawing.LIFECYCLE if target is None else drawing.load(target)
-            drawn = drawing.draw(chart, format, highlight=highlight, theme=theme)
+            drawn = drawing.draw(chart, format, highlight=highlight, theme=theme, phases=not no_phases)
         except drawing.DiagramError as error:
             raise UsageError(str(error)) from error
         return deliver(drawn, output, events)

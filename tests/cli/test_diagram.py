@@ -34,6 +34,15 @@ def test_is_mermaid_of_the_lifecycle_by_default(home: Home) -> None:
     assert shown(run(home, "diagram")) == diagram.mermaid()
 
 
+def test_points_at_a_phase(home: Home) -> None:
+    program = run(home, "diagram", "--highlight", "stopping/draining")
+    assert shown(program) == diagram.mermaid(highlight="stopping/draining")
+
+
+def test_leaves_phases_out_when_told(home: Home) -> None:
+    assert shown(run(home, "diagram", "--no-phases")) == diagram.draw(phases=False)
+
+
 def test_png_goes_to_a_pipe_and_never_to_a_terminal(home: Home) -> None:
     arguments: dict[str, Any] = {"env": home.environ, "timeout": PROGRAM_S, "stderr": subprocess.PIPE}
     piped = subprocess.run(command("diagram", "-f", "png"), stdout=subprocess.PIPE, check=False, **arguments)
@@ -79,6 +88,7 @@ def test_draws_a_machine_of_the_working_directory(home: Home) -> None:
     ("arguments", "message"),
     [
         (["--highlight", "gone"], "Lifecycle has no state 'gone'"),
+        (["--highlight", "running/gone"], "State 'running' has no phase 'gone'; it has established, verifying."),
         (["client"], "write it as package.module:Class"),
         (["not_there:X"], "There is no module not_there"),
         (["broken:X"], "broken cannot be imported: SyntaxError"),
