@@ -3,11 +3,12 @@
 With ``extensions = ["proxy_fsm.sphinx"]`` in ``conf.py`` (extra ``docs``)::
 
     .. proxy-fsm-diagram:: myclient.sessions:MyProxy
-       :highlight: running
+       :highlight: running/verifying
 
-Without an argument it draws the lifecycle. Options: ``highlight`` (a state), ``theme`` (``light`` or ``dark``; by
-default the picture follows the reader), ``table`` (the table of states and triggers instead of the picture), ``alt``,
-``align``, ``scale`` and ``width`` as for images. HTML gets SVG, and what cannot show that, such as LaTeX, gets PNG.
+Without an argument it draws the lifecycle. Options: ``highlight`` (``state`` or ``state/phase``), ``no-phases`` (the
+outermost states alone), ``theme`` (``light`` or ``dark``; by default the picture follows the reader), ``table`` (the
+table of states and triggers instead of the picture, and that of the phases), ``alt``, ``align``, ``scale`` and
+``width`` as for images. HTML gets SVG, and what cannot show that, such as LaTeX, gets PNG.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sphinx.util.docutils import SphinxDirective
 from proxy_fsm import diagram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from sphinx.application import Sphinx
     from sphinx.util.typing import ExtensionMetadata
@@ -49,6 +50,7 @@ class ProxyFsmDiagram(SphinxDirective):
     has_content = False
     option_spec: ClassVar[dict[str, Callable[[str], Any]] | None] = {
         "highlight": directives.unchanged_required,
+        "no-phases": directives.flag,
         "theme": _theme,
         "table": directives.flag,
         "alt": directives.unchanged,
@@ -62,7 +64,7 @@ class ProxyFsmDiagram(SphinxDirective):
         try:
             chart = diagram.load(self.arguments[0]) if self.arguments else diagram.LIFECYCLE
             self._depend()
-            return [self._table(chart) if "table" in self.options else self._image(chart)]
+            return self._tables(chart) if "table" in self.options else [self._image(chart)]
         except diagram.DiagramError as error:
             raise self.error(str(error)) from error
 
@@ -71,6 +73,10 @@ class ProxyFsmDiagram(SphinxDirective):
         module = sys.modules.get(self.arguments[0].partition(":")[0]) if self.arguments else diagram
         if file := getattr(module, "__file__", None):
             self.env.note_dependency(file)
+
+    @property
+    def _phases(self) -> bool:
+        return "no-phases" not in self.options
 
     def _image(self, chart: diagram.Chart) -> nodes.image:
         vector, pixels = self._drawn(chart, "svg"), self._drawn(chart, "png")
@@ -91,26 +97,55 @@ class ProxyFsmDiagram(SphinxDirective):
         return image
 
     def _drawn(self, chart: diagram.Chart, format: diagram.Format) -> bytes:
-        drawn = diagram.draw(chart, format, highlight=self.options.get("highlight"), theme=self.options.get("theme"))
+        highlight, theme = self.options.get("highlight"), self.options.get("theme")
+        drawn = diagram.draw(chart, format, highlight=highlight, theme=theme, phases=self._phases)
         return drawn.encode() if isinstance(drawn, str) else drawn
 
-    def _table(self, chart: diagram.Chart) -> nodes.table:
-        """Build it of nodes: text would have to be of the markup of the document, which may be Markdown."""
+    def _tables(self, chart: diagram.Chart) -> list[nodes.Node]:
         highlight = chart.state_named(self.options.get("highlight"))
+        marked = () if highlight is None else chart.around(highlight)
+        chart = chart if self._phases else chart.without_phases()
+        columns = [False, *(state in marked for state in chart.states)]
+        tables: list[nodes.Node] = [
+            self._table(
+                ("trigger", *chart.states),
+                [((trigger, *cells), columns) for trigger, cells in diagram.table_rows(chart)],
+                literal=0,
+                marked=columns,
+            )
+        ]
+        if chart.phases:
+            rows = [(row, [f"{row[0]}/{row[1]}" in marked] * len(row)) for row in diagram.phase_rows(chart)]
+            tables.append(self._table(diagram.PHASE_COLUMNS, rows, literal=2))
+        return tables
 
-        def row(first: nodes.Node, cells: Iterable[str]) -> nodes.row:
+    def _table(
+        self,
+        heads: Sequence[str],
+        rows: Iterable[tuple[Sequence[str], Sequence[bool]]],
+        *,
+        literal: int,
+        marked: Sequence[bool] = (),
+    ) -> nodes.table:
+        """Build it of nodes: text would have to be of the markup of the document, which may be Markdown.
+
+        Args:
+            heads: The names of its columns.
+            rows: Their cells, and which of them are bold.
+            literal: The column that holds triggers.
+            marked: Which of the heads are bold.
+        """
+
+        def row(cells: Sequence[str], bold: Sequence[bool], code: int | None) -> nodes.row:
             shown = [
-                nodes.strong("", cell) if state == highlight else nodes.Text(cell)
-                for state, cell in zip(chart.states, cells, strict=True)
+                nodes.literal("", cell) if at == code else nodes.strong("", cell) if strong else nodes.Text(cell)
+                for at, (cell, strong) in enumerate(zip(cells, bold, strict=True))
             ]
-            return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", each)) for each in (first, *shown)))
+            return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", each)) for each in shown))
 
-        columns = len(chart.states) + 1
-        group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in range(columns)), cols=columns)
-        group += nodes.thead("", row(nodes.Text("trigger"), chart.states))
-        group += nodes.tbody(
-            "", *(row(nodes.literal("", trigger), cells) for trigger, cells in diagram.table_rows(chart))
-        )
+        group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in heads), cols=len(heads))
+        group += nodes.thead("", row(heads, marked or [False] * len(heads), None))
+        group += nodes.tbody("", *(row(cells, bold, literal) for cells, bold in rows))
         table = nodes.table("", group, classes=["proxy-fsm-diagram"])
         self.set_source_info(table)
         return table

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from proxy_fsm import PHASES
+
 from .helpers.wait import PROGRAM_S
 
 ROOT = Path(__file__).parent.parent
@@ -81,13 +83,41 @@ def test_latex_gets_png(tmp_path: Path) -> None:
     ],
     ids=["reStructuredText", "Markdown"],
 )
-def test_the_table_is_one_of_sphinx(tmp_path: Path, suffix: str, text: str) -> None:
+def test_tables_are_those_of_sphinx(tmp_path: Path, suffix: str, text: str) -> None:
     built = build(tmp_path, text, suffix=suffix)
     assert (built.returncode, built.stderr) == (0, "")
     page = (tmp_path / "_build/html/below/page.html").read_text()
-    assert (page.count("<table"), page.count("<tr"), page.count("<th ")) == (1, 9, 8)
+    assert (page.count("<table"), page.count("<tr"), page.count("<th ")) == (2, 9 + 1 + len(PHASES), 8 + 5)
     assert "closed_after_fault</span>" in page
     assert "<strong>running</strong>" in page
+
+
+def test_phase_is_highlighted_in_the_picture(tmp_path: Path) -> None:
+    built = build(tmp_path, ".. proxy-fsm-diagram::\n   :highlight: stopping/draining\n")
+    assert (built.returncode, built.stderr) == (0, "")
+    (picture,) = (tmp_path / "_build/html/_images").iterdir()
+    root = ET.fromstring(picture.read_text())  # noqa: S314 - we have written it
+    marked = [g for g in root.iter() if "current" in g.get("class", "").split()]
+    assert [g.get("data-phase", g.get("data-state")) for g in marked] == ["stopping", "stopping/draining"]
+
+
+def test_phase_is_highlighted_in_the_tables(tmp_path: Path) -> None:
+    built = build(tmp_path, ".. proxy-fsm-diagram::\n   :table:\n   :highlight: running/established\n")
+    assert (built.returncode, built.stderr) == (0, "")
+    page = (tmp_path / "_build/html/below/page.html").read_text()
+    assert page.count("<strong>running</strong>") == 2
+    assert page.count("<strong>established</strong>") == 1
+
+
+@pytest.mark.parametrize("options", ["", "\n   :table:"])
+def test_phases_are_left_out_when_told(tmp_path: Path, options: str) -> None:
+    built = build(tmp_path, f".. proxy-fsm-diagram::\n   :no-phases:\n   :highlight: stopping/draining{options}\n")
+    assert (built.returncode, built.stderr) == (0, "")
+    made = "".join(
+        file.read_text() for file in (tmp_path / "_build/html").rglob("*") if file.suffix in {".svg", ".html"}
+    )
+    assert "stopping" in made
+    assert "draining" not in made.replace("_static", "")
 
 
 def test_names_in_the_table_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -104,6 +134,7 @@ def test_names_in_the_table_are_kept_as_they_are(tmp_path: Path) -> None:
     [
         (".. proxy-fsm-diagram:: client_docs:Gone", "The module client_docs has no Gone"),
         (".. proxy-fsm-diagram::\n   :highlight: gone", "Lifecycle has no state 'gone'"),
+        (".. proxy-fsm-diagram::\n   :highlight: running/gone", "State 'running' has no phase 'gone'"),
         (".. proxy-fsm-diagram::\n   :theme: pink", '"pink" unknown'),
     ],
 )
