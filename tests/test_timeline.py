@@ -59,6 +59,31 @@ def life(proxy_id: str = "aa", begin_s: float = 1.0, *, upto: int = 5, session: 
     ]
 
 
+#: Phases of that life: when each begins, its state, itself, the one before it and how long that was.
+PHASES = [
+    (1.0, "tunnelling", "checking", None, 0.0),
+    (1.6, "tunnelling", "binding", "checking", 0.6),
+    (2.0, "spawning", "launching", None, 0.0),
+    (2.1, "spawning", "connecting", "launching", 0.1),
+    (2.5, "spawning", "negotiating", "connecting", 0.4),
+    (3.0, "running", "established", None, 0.0),
+    (4.0, "stopping", "terminating", None, 0.0),
+    (4.7, "stopping", "draining", "terminating", 0.7),
+]
+
+
+def phase(at_s: float, state: str, name: object, previous: object, elapsed_s: object, **fields: Any) -> bytes:
+    told = {"proxy_id": "aa", "session": "desk", "level": "debug"} | fields
+    return event(at_s, "proxy.phase", state=state, phase=name, previous=previous, elapsed_s=elapsed_s, **told)
+
+
+def phased(**fields: Any) -> list[bytes]:
+    """Return the life with its phases, each told after the change of state that led to it."""
+    lines = [(json.loads(line)["timestamp"], 0, line) for line in life()]
+    lines += [(json.loads(line)["timestamp"], 1, line) for line in (phase(*row, **fields) for row in PHASES)]
+    return [line for *_, line in sorted(lines)]
+
+
 def tunnel(at_s: float, name: str, to_agent: object, from_agent: int, **fields: Any) -> bytes:
     return event(
         at_s,
@@ -154,6 +179,118 @@ class TestReading:
         assert (fault.reason, fault.state) == (EndReason.PEER_LOST, State.FAILED)
         assert fault.hint.startswith("Ask the server")
         assert "cookie" not in (RUNS / "fault.jsonl").read_text() + (RUNS / "healthy.jsonl").read_text()
+
+
+class TestPhases:
+    def test_phases_have_their_times(self) -> None:
+        (track,) = timeline.read(phased()).tracks
+        assert [(str(each.state), str(each.phase), each.begin_s, each.end_s) for each in track.phases] == [
+            ("tunnelling", "checking", 1.0, 1.6),
+            ("tunnelling", "binding", 1.6, 2.0),
+            ("spawning", "launching", 2.0, 2.1),
+            ("spawning", "connecting", 2.1, 2.5),
+            ("spawning", "negotiating", 2.5, 3.0),
+            ("running", "established", 3.0, 4.0),
+            ("stopping", "terminating", 4.0, 4.7),
+            ("stopping", "draining", 4.7, 5.0),
+        ]
+
+    def test_phases_fill_their_states(self) -> None:
+        (track,) = timeline.read(phased()).tracks
+        for stay in track.stays:
+            inside = [each for each in track.phases if each.state is stay.state]
+            if stay.state.phases:
+                assert (inside[0].begin_s, inside[-1].end_s) == (stay.begin_s, stay.end_s)
+
+    def test_states_are_the_same_with_and_without_them(self) -> None:
+        assert timeline.read(phased()).tracks[0].stays == timeline.read(life()).tracks[0].stays
+
+    def test_phase_is_as_long_as_was_measured_where_the_clock_was_set(self) -> None:
+        lines = [line.replace(b"T12:", b"T13:") if b"draining" in line else line for line in phased()]
+        assert timeline.read(lines).tracks[0].phases == timeline.read(phased()).tracks[0].phases
+
+    def test_phase_ends_with_its_state_at_the_latest(self) -> None:
+        lines = [
+            *life(),
+            phase(4.0, "stopping", "terminating", None, 0),
+            phase(4.5, "stopping", "draining", "terminating", 99),
+        ]
+        (track,) = timeline.read(lines).tracks
+        assert [(each.begin_s, each.end_s) for each in track.phases] == [(4, 5), (5, 5)]
+
+    def test_phase_left_before_the_record_of_phases_began_is_known(self) -> None:
+        lines = in_order(*life(), phase(2.5, "spawning", "negotiating", "connecting", 0.3))
+        (track,) = timeline.read(lines).tracks
+        shown = [(str(each.phase), each.begin_s, each.end_s) for each in track.phases]
+        assert shown == [("connecting", pytest.approx(2.2), 2.5), ("negotiating", 2.5, 3)]
+
+    def test_phase_of_a_record_that_ends_early_lasts_to_its_end(self) -> None:
+        lines = [*life(upto=3), phase(3.0, "running", "established", None, 0), event(9, "note", proxy_id="aa")]
+        assert timeline.read(lines).tracks[0].phases[-1].end_s == 9
+
+    def test_phase_told_before_the_change_of_state_is_of_that_state(self) -> None:
+        lines = [*life(upto=1), phase(2.0, "spawning", "launching", None, 0), *life()[1:]]
+        (told,) = timeline.read(lines).tracks[0].phases
+        assert (told.begin_s, told.end_s) == (2, 3)
+
+    def test_phases_of_several_proxies_are_kept_apart(self) -> None:
+        others = [phase(*row, proxy_id="bb") for row in PHASES]
+        run = timeline.read(in_order(*phased(), *life("bb"), *others))
+        assert run.tracks[0].phases == run.tracks[1].phases
+
+    def test_null_may_be_left_out(self) -> None:
+        lines = phased()
+        told = [{k: v for k, v in json.loads(line).items() if (k, v) != ("previous", None)} for line in lines]
+        again = [json.dumps(each).encode() + b"\n" for each in told]
+        assert timeline.read(again).tracks[0].phases == timeline.read(lines).tracks[0].phases
+
+    def test_picture_has_a_band_of_them_under_the_states(self) -> None:
+        root = drawn(timeline.read(phased()))
+        bands = [each for each in root.iter(f"{SVG}rect") if each.get("class", "").startswith("is-")]
+        (thick, thin) = sorted({float(each.get("height", 0)) for each in bands}, reverse=True)
+        spots = {
+            high: [
+                (each.get("class"), float(each.get("x", 0))) for each in bands if float(each.get("height", 0)) == high
+            ]
+            for high in (thick, thin)
+        }
+        assert (len(spots[thick]), len(spots[thin])) == (6, 8)
+        assert {spot for spot in spots[thick] if spot[0] not in {"is-idle", "is-stopped"}} <= set(spots[thin])
+        assert {"phases", "checking", "established", "terminating"} <= set(words(root))
+        assert "stopping/draining: 0.300 s" in [title.text for title in root.iter(f"{SVG}title")]
+
+    def test_picture_without_them_has_no_row_for_them(self) -> None:
+        assert "phases" not in words(drawn(timeline.read(life())))
+
+    def test_picture_of_many_proxies_leaves_them_out(self) -> None:
+        lines = [line for at in range(13) for line in life(f"p{at}")]
+        lines += [phase(*row, proxy_id="p0") for row in PHASES]
+        assert "phases" not in words(drawn(timeline.read(lines)))
+
+    def test_sequence_has_them_as_notes(self) -> None:
+        shown = [line.strip() for line in timeline.sequence_mermaid(timeline.read(phased())).splitlines()]
+        at = shown.index("Note over engine: stopping")
+        assert shown[at + 1 : at + 3] == ["Note over engine: terminating", "Note over engine: draining"]
+
+    def test_page_has_the_nested_diagram_where_there_are_any(self) -> None:
+        assert [
+            'data-phase="stopping/draining"' in str(timeline.draw(timeline.read(lines), "html"))
+            for lines in (phased(), life())
+        ] == [True, False]
+
+    def test_page_says_what_moved(self) -> None:
+        page = str(timeline.draw(timeline.read(phased()), "html"))
+        data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+        told = [each for each in data["events"] if each[2] == "proxy.phase"]
+        assert told[-1][4:] == ["stopping: terminating → draining", "stopping/draining"]
+        assert told[0][4:] == ["tunnelling: checking", "tunnelling/checking"]
+        assert data["tracks"][0]["phases"][-1] == ["stopping", 4.7, 5.0, "draining"]
+
+    @pytest.mark.parametrize("name", ["proxy.phase", "proxy.transition"])
+    def test_event_of_no_proxy_may_have_its_name(self, name: str) -> None:
+        run = timeline.read([*life(), event(9, name, phase="x")])
+        for picture in ("svg", "html", "mermaid"):
+            assert timeline.draw(run, picture)
 
 
 class TestBytesASecond:
@@ -294,6 +431,64 @@ BROKEN = [
         7,
         "line 7 has totals below those before it",
     ),
+    (
+        "phase of no state",
+        [*life(), phase(3, "flying", "checking", None, 0)],
+        6,
+        "line 6 has no state as 'state': 'flying'",
+    ),
+    ("phase of a list", [*life(), phase(3, ["running"], "x", None, 0)], 6, "line 6 has no state as 'state'"),  # type: ignore[arg-type]
+    (
+        "phase of another state",
+        [*life(), phase(3, "running", "checking", None, 0)],
+        6,
+        "line 6 has no phase of running as 'phase': 'checking'",
+    ),
+    ("phase of idle", [*life(), phase(0, "idle", "checking", None, 0)], 6, "line 6 has no phase of idle as 'phase'"),
+    ("phase missing", [*life(), phase(3, "running", None, None, 0)], 6, "line 6 has no phase of running as 'phase'"),
+    ("phase a list", [*life(), phase(3, "running", ["x"], None, 0)], 6, "line 6 has no phase of running as 'phase'"),
+    (
+        "odd previous phase",
+        [*life(), phase(3, "running", "verifying", "binding", 0)],
+        6,
+        "line 6 has no phase of running as 'previous': 'binding'",
+    ),
+    (
+        "phase without time",
+        [*life(), phase(3, "running", "verifying", "established", None)],
+        6,
+        "line 6 has no number from 0",
+    ),
+    (
+        "phase missing before",
+        [*life(), phase(2, "spawning", "launching", None, 0), phase(2.5, "spawning", "negotiating", "connecting", 0.1)],
+        7,
+        "line 7 enters phase negotiating from connecting, and proxy aa was in launching: lines are missing",
+    ),
+    (
+        "phase entered twice",
+        [*life(), phase(2, "spawning", "launching", None, 0), phase(2, "spawning", "launching", None, 0)],
+        7,
+        "line 7 enters phase launching from none, and proxy aa was in launching",
+    ),
+    (
+        "odd move",
+        [*life(), phase(2, "spawning", "negotiating", "launching", 0)],
+        6,
+        "line 6 goes from launching to negotiating, which the lifecycle does not allow",
+    ),
+    (
+        "phase of a state before",
+        [*life(), phase(3, "running", "established", None, 0), phase(3, "spawning", "launching", None, 0)],
+        7,
+        "line 7 has a phase of spawning, after one of running",
+    ),
+    (
+        "phase of a state never reached",
+        [*life(upto=2), phase(3, "running", "established", None, 0)],
+        3,
+        "line 3 has a phase of running, which its proxy never was",
+    ),
     ("empty", [], None, "tells of no change of state: record a run with proxy-fsm run --log-format json"),
     ("nothing of it", [event(0, "demo.began")], None, "tells of no change of state"),
 ]
@@ -317,7 +512,7 @@ class TestBrokenRecords:
     @given(st.integers(0, 10_000), st.binary(max_size=8))
     def test_of_any_kind_are_told_or_drawn(self, at: int, put: bytes) -> None:
         """What is cut out of a record, and put into it, never ends in anything else than a sentence."""
-        whole = b"".join(in_order(*life(), tunnel(3, "stats", 100, 0, interval_s=1.0)))
+        whole = b"".join([*phased(), tunnel(9, "stats", 100, 0, interval_s=1.0)])
         at %= len(whole)
         damaged = io.BytesIO(whole[:at] + put + whole[at + len(put) + 1 :])
         try:

@@ -9,17 +9,20 @@
     return made;
   };
   const events = data.events.map(([at, track, name, level, words, change]) => (
-    { at, track, name, level, words, change }));
+    typeof change === "string" ? { at, track, name, level, words, phase: change }
+      : { at, track, name, level, words, change }));
   const tracks = data.tracks.map((track) => ({
     ...track,
     stays: track.stays.map(([state, begin, end]) => ({ state, begin, end })),
+    phases: track.phases.map(([state, begin, end, phase]) => ({ state, begin, end, phase })),
     flows: track.flows.map(([begin, end, to, from]) => ({ begin, end, to, from })),
   }));
   const duration = Math.max(data.duration, 1e-3);
-  const ROW = 26, BAND = 26, TICKS = 16, FLOW = 26, HEAD = 30, NAMES = 56, FINAL = 64;
+  const ROW = 26, BAND = 26, TICKS = 16, FLOW = 26, HEAD = 30, NAMES = 56, FINAL = 64, PHASE = 18;
   const SPEEDS = [0.1, 0.25, 0.5, 1, 2, 5, 10, 60, 600, 3600];
   const compact = tracks.length > 12;
-  const LANE = HEAD + BAND + (compact ? 8 : 10 + TICKS + 6 + 2 * FLOW + 14);
+  const STEPS = !compact && tracks.some((track) => track.phases.length) ? PHASE : 0;
+  const LANE = HEAD + BAND + STEPS + (compact ? 8 : 10 + TICKS + 6 + 2 * FLOW + 14);
   const AXIS = 26;
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const seconds = (s) => (duration < 100 ? s.toFixed(3) : s.toFixed(1)) + " s";
@@ -32,8 +35,11 @@
   };
 
   // ---- where things stand at an event ----
-  const changes = tracks.map(() => []);
-  events.forEach((event, index) => { if (event.change) changes[event.track].push(index); });
+  const changes = tracks.map(() => []), moves = tracks.map(() => []);
+  events.forEach((event, index) => {
+    if (event.change) changes[event.track].push(index);
+    if (event.phase) moves[event.track].push(index);
+  });
   /** The number of values in a sorted list that are not above a limit. */
   const countUpTo = (list, limit, value) => {
     let low = 0, high = list.length;
@@ -48,10 +54,15 @@
     const made = countUpTo(changes[track], index, (at) => at);
     return { stay: tracks[track].stays[made], made };
   };
+  /** The events up to one of them that entered a phase, in order. */
+  const phasesUpTo = (track, index) => (
+    moves[track].slice(0, countUpTo(moves[track], index, (at) => at)).map((at) => events[at]));
+  const stateIn = (path) => path.split("/")[0];
 
   // ---- the diagram ----
   const states = new Map(), arrows = new Map();
   for (const group of document.querySelectorAll("#machine [data-state]")) states.set(group.dataset.state, group);
+  for (const group of document.querySelectorAll("#machine [data-phase]")) states.set(group.dataset.phase, group);
   for (const group of document.querySelectorAll("#machine .arrow")) {
     arrows.set(group.dataset.from + " " + group.dataset.to, group);
   }
@@ -64,13 +75,21 @@
       visited.add(source).add(dest);
       taken.add(source + " " + dest);
     }
+    const entered = phasesUpTo(chosen, position), last = entered.at(-1);
+    const phase = last && stateIn(last.phase) === state ? last.phase : "";
+    entered.forEach(({ phase: path }, at) => {
+      visited.add(path);
+      if (at && stateIn(entered[at - 1].phase) === stateIn(path)) taken.add(entered[at - 1].phase + " " + path);
+    });
     for (const [name, group] of states) {
-      mark(group, "current", name === state);
+      const here = name === state || name === phase;
+      mark(group, "current", here);
       mark(group, "visited", visited.has(name));
-      if (name === state) group.setAttribute("aria-current", "step"); else group.removeAttribute("aria-current");
+      if (here) group.setAttribute("aria-current", "step"); else group.removeAttribute("aria-current");
     }
     for (const [name, group] of arrows) mark(group, "taken", taken.has(name));
-    const words = tracks[chosen].session + ": " + state + " since " + seconds(begin);
+    const words = tracks[chosen].session + ": " + state + " since " + seconds(begin)
+      + (phase ? ", " + phase.slice(state.length + 1) + " since " + seconds(last.at) : "");
     if (el("where").textContent !== words) el("where").textContent = words;
   };
 
@@ -137,27 +156,34 @@
         pen.fillText(words, 0, middle + 4);
       };
       name("states", y + BAND / 2);
-      for (const { state, begin, end } of track.stays) {
-        const final = state === "stopped" || state === "failed";
-        const left = x(begin), wide = final ? FINAL : Math.max(x(end) - left, 2);
-        pen.fillStyle = data.colours[state][dark.matches ? 1 : 0];
-        pen.fillRect(left, y, wide, BAND);
-        pen.strokeStyle = faint;
-        pen.lineWidth = 0.6;
-        pen.strokeRect(left, y, wide, BAND);
-        if (pen.measureText(state).width + 6 < wide) {
-          pen.fillStyle = ink;
-          pen.textAlign = "center";
-          pen.fillText(state, left + wide / 2, y + BAND / 2 + 4);
-        }
+      for (const stay of track.stays) drawStay(pen, stay, y, BAND, ink, faint);
+      y += BAND;
+      if (STEPS) {
+        name("phases", y + STEPS / 2);
+        for (const stay of track.phases) drawStay(pen, stay, y, STEPS, ink, faint);
+        y += STEPS;
       }
       if (compact) return;
-      y += BAND + 10;
+      y += 10;
       name("events", y + TICKS / 2);
       drawTicks(pen, at, y);
       name("bytes", y + TICKS + 6 + FLOW);
       drawFlows(pen, track.flows, y + TICKS + 6 + FLOW, faint, line);
     });
+  };
+  const drawStay = (pen, { state, begin, end, phase }, y, high, ink, faint) => {
+    const final = state === "stopped" || state === "failed", words = phase || state;
+    const left = x(begin), wide = final ? FINAL : Math.max(x(end) - left, phase ? 1 : 2);
+    pen.fillStyle = data.colours[state][dark.matches ? 1 : 0];
+    pen.fillRect(left, y, wide, high);
+    pen.strokeStyle = faint;
+    pen.lineWidth = 0.6;
+    pen.strokeRect(left, y, wide, high);
+    if (pen.measureText(words).width + 6 < wide) {
+      pen.fillStyle = ink;
+      pen.textAlign = "center";
+      pen.fillText(words, left + wide / 2, y + high / 2 + 4);
+    }
   };
   const drawAxis = (pen, height, faint, line) => {
     const rough = duration / 8, power = 10 ** Math.floor(Math.log10(rough));

@@ -29,11 +29,12 @@ def page(run: Run) -> str:
     here = files("proxy_fsm.timeline")
     script = (here / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    phases = any(track.phases for track in run.tracks)
     parts = {
         "TITLE": escape(run.title),
         "POLICY": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:",
         "STYLE": _colours() + (here / "page.css").read_text(encoding="utf-8"),
-        "DIAGRAM": (here / "lifecycle.svg").read_text(encoding="utf-8"),
+        "DIAGRAM": (here / ("phases.svg" if phases else "lifecycle.svg")).read_text(encoding="utf-8"),
         "DATA": json.dumps(_data(run), ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES),
         "SCRIPT": script,
     }
@@ -67,6 +68,10 @@ def _data(run: Run) -> dict[str, Any]:
                 "hint": track.hint,
                 "failed": track.reason is not None and not track.reason.clean,
                 "stays": [[str(stay.state), _rounded(stay.begin_s), _rounded(stay.end_s)] for stay in track.stays],
+                "phases": [
+                    [str(stay.state), _rounded(stay.begin_s), _rounded(stay.end_s), str(stay.phase)]
+                    for stay in track.phases
+                ],
                 "flows": [
                     [_rounded(flow.begin_s), _rounded(flow.end_s), round(flow.to_agent), round(flow.from_agent)]
                     for flow in track.flows
@@ -81,11 +86,18 @@ def _data(run: Run) -> dict[str, Any]:
                 event.name,
                 event.level,
                 event.words,
-                [event.fields["source"], event.fields["dest"]] if at >= 0 and event.name == "proxy.transition" else 0,
+                _change(event) if at >= 0 else 0,
             ]
             for event, at in events
         ],
     }
+
+
+def _change(event: Event) -> list[str] | str | int:
+    """Return the states of a change of state, and the path of the phase of a change of phase."""
+    if event.name == "proxy.transition":
+        return [event.fields["source"], event.fields["dest"]]
+    return f"{event.fields['state']}/{event.fields['phase']}" if event.name == "proxy.phase" else 0
 
 
 def _rounded(seconds: float) -> float:

@@ -15,9 +15,9 @@ __all__ = ["run_scene"]
 
 _WIDTH, _LEFT, _RIGHT = 1000.0, 92.0, 92.0
 _TOP, _BOTTOM = 66.0, 52.0
-_BAND, _EVENTS, _FLOW = 26.0, 18.0, 34.0
+_BAND, _PHASES, _EVENTS, _FLOW = 26.0, 16.0, 18.0, 34.0
 _FINAL_WIDTH = 72.0
-#: More proxies than this are drawn without their events and bytes.
+#: More proxies than this are drawn without their phases, events and bytes.
 _IN_FULL = 12
 _SMALL, _NORMAL = 11.0, 13.0
 _LEGEND = "events: blue, a change of state · grey, others · ochre, a warning · red, an error"
@@ -26,7 +26,8 @@ _LEGEND = "events: blue, a change of state · grey, others · ochre, a warning �
 def run_scene(run: Run) -> Scene:
     """Return the picture of a run."""
     in_full = len(run.tracks) <= _IN_FULL
-    each = 2 * _NORMAL + _BAND + 22 + (_EVENTS + 2 * _FLOW + 26 if in_full else 0)
+    phases = _PHASES if in_full and any(track.phases for track in run.tracks) else 0.0
+    each = 2 * _NORMAL + _BAND + phases + 22 + (_EVENTS + 2 * _FLOW + 26 if in_full else 0)
     scene = Scene(_WIDTH, _TOP + each * len(run.tracks) + _BOTTOM, f"{run.title}: {_endings(run)}")
     began = run.began.isoformat(sep=" ", timespec="seconds")
     scene.groups.append(
@@ -42,7 +43,7 @@ def run_scene(run: Run) -> Scene:
     if in_full:
         scene.groups.append(Group((Text(_WIDTH / 2, scene.height - 8, _LEGEND, "caption", _SMALL),)))
     for at, track in enumerate(run.tracks):
-        scene.groups.extend(_track_groups(track, scale, _TOP + at * each, in_full=in_full))
+        scene.groups.extend(_track_groups(track, scale, _TOP + at * each, in_full=in_full, phases=phases))
     return scene
 
 
@@ -79,7 +80,7 @@ def _grid(scale: _Scale, bottom: float) -> Iterator[Line | Text]:
         yield Text(x, bottom + 18, words, "caption", _SMALL)
 
 
-def _track_groups(track: Track, scale: _Scale, top: float, *, in_full: bool) -> Iterator[Group]:
+def _track_groups(track: Track, scale: _Scale, top: float, *, in_full: bool, phases: float) -> Iterator[Group]:
     failed = track.reason is not None and not track.reason.clean
     size = _NORMAL
     heading = shortened(f"{track.session} ({track.proxy_id})", _WIDTH / 3, size, bold=True)
@@ -94,8 +95,13 @@ def _track_groups(track: Track, scale: _Scale, top: float, *, in_full: bool) -> 
     y = top + 1.6 * size
     yield Group((_row_name("states", y + _BAND / 2),))
     for stay in track.stays:
-        yield _stay_group(stay, scale, y)
-    y += _BAND + 14
+        yield _stay_group(stay, scale, y, _BAND)
+    y += _BAND
+    if phases:
+        yield Group((_row_name("phases", y + phases / 2),))
+        for stay in track.phases:
+            yield _stay_group(stay, scale, y, phases)
+    y += phases + 14
     times = " · ".join(
         f"{stay.state} {_seconds(stay.end_s - stay.begin_s)}" for stay in track.stays if not stay.state.is_final
     )
@@ -110,15 +116,18 @@ def _row_name(words: str, y: float) -> Text:
     return Text(12, y + 4, words, "caption", _SMALL, "start")
 
 
-def _stay_group(stay: Stay, scale: _Scale, y: float) -> Group:
+def _stay_group(stay: Stay, scale: _Scale, y: float, high: float) -> Group:
     begin, end = scale.x(stay.begin_s), scale.x(stay.end_s)
     if stay.state.is_final:
         end = begin + _FINAL_WIDTH
-    end = max(end, begin + 2)
-    items: list[Box | Line | Text] = [Box(begin, y, end - begin, _BAND, f"is-{stay.state}", 2)]
-    if width_of(str(stay.state), _SMALL, bold=True) + 6 <= end - begin:
-        items.append(Text((begin + end) / 2, y + _BAND / 2 + 4, str(stay.state), "name", _SMALL))
-    return Group(tuple(items), title=f"{stay.state}: {_seconds(stay.end_s - stay.begin_s)}")
+    end = max(end, begin + (2 if stay.phase is None else 1))
+    items: list[Box | Line | Text] = [Box(begin, y, end - begin, high, f"is-{stay.state}", 2)]
+    name, path, kind, size = str(stay.state), str(stay.state), "name", _SMALL
+    if stay.phase is not None:
+        name, path, kind, size = str(stay.phase), f"{stay.state}/{stay.phase}", "plain", 10.0
+    if width_of(name, size, bold=kind == "name") + 6 <= end - begin:
+        items.append(Text((begin + end) / 2, y + high / 2 + 4, name, kind, size))
+    return Group(tuple(items), title=f"{path}: {_seconds(stay.end_s - stay.begin_s)}")
 
 
 _LEVELS = {"warning": "tick-warning", "error": "tick-error", "critical": "tick-error"}

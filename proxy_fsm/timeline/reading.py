@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.states import TRANSITIONS, State
+from proxy_fsm.states import PHASES, TRANSITIONS, Phase, State
 from proxy_fsm.text import printable
 from proxy_fsm.timeline.run import Event, Flow, Run, Stay, TimelineError, Track
 
@@ -22,6 +22,10 @@ __all__ = ["read"]
 _REASONS = {str(reason): reason for reason in EndReason}
 #: Where triggers lead.
 _LEADS = {(str(row.trigger), str(row.source)): row.dest for row in TRANSITIONS if row.dest is not None}
+#: Each two phases of a state of which one may follow the other.
+_MOVES = {(str(row.state), str(row.phase), str(row.dest)) for row in PHASES}
+#: The states, in the only order in which a proxy is in them.
+_ORDER = [*map(str, State)]
 _TOTALS = ("bytes_to_agent", "bytes_from_agent")
 
 
@@ -45,6 +49,7 @@ class _Draft:
 
     lines: list[_Line] = field(default_factory=list)
     transitions: list[_Line] = field(default_factory=list)
+    phases: list[_Line] = field(default_factory=list)
 
 
 def read(lines: Iterable[bytes], name: str = "The record") -> Run:
@@ -71,6 +76,9 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
         if line.is_change:
             _check_transition(line, draft.transitions, proxy_id, name)
             draft.transitions.append(line)
+        elif line.data["event"] == "proxy.phase":
+            _check_phase(line, draft.phases, proxy_id, name)
+            draft.phases.append(line)
     drafts = {proxy_id: draft for proxy_id, draft in drafts.items() if draft.transitions}
     if not drafts:
         raise TimelineError(
@@ -195,6 +203,34 @@ def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str
         )
 
 
+def _check_phase(line: _Line, before: list[_Line], proxy_id: str, name: str) -> None:
+    data, where = line.data, f"{name}, line {line.number}"
+    state = data.get("state")
+    if not isinstance(state, str) or state not in set(State):
+        raise TimelineError(f"{where} has no state as 'state': {state!r:.40}.", line.number)
+    phases = (None, *map(str, State(state).phases))
+    for key, known in (("phase", phases[1:]), ("previous", phases)):
+        if data.get(key) not in known:
+            raise TimelineError(f"{where} has no phase of {state} as '{key}': {data.get(key)!r:.40}.", line.number)
+    _number_of(line, "elapsed_s", name, below=1e9)
+    phase, previous = data["phase"], data.get("previous")
+    last_state, last = (before[-1].data["state"], before[-1].data["phase"]) if before else (state, previous)
+    if last_state == state and last != previous:
+        raise TimelineError(
+            f"{where} enters phase {phase} from {previous or 'none'}, and proxy {printable(proxy_id)} was in {last}: "
+            "lines are missing before it.",
+            line.number,
+        )
+    if _ORDER.index(state) < _ORDER.index(last_state):
+        raise TimelineError(f"{where} has a phase of {state}, after one of {last_state}.", line.number)
+    if previous is not None and (state, previous, phase) not in _MOVES:
+        raise TimelineError(
+            f"{where} goes from {previous} to {phase}, which the lifecycle does not allow: the file is damaged, or is "
+            "of another version.",
+            line.number,
+        )
+
+
 def _number_of(line: _Line, key: str, name: str, *, below: float = 1e18) -> float:
     """Return a number of a line that cannot be negative."""
     value = line.data.get(key)
@@ -222,6 +258,7 @@ def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str)
         stays.append(Stay(State(line.data["source"]), begin_s, at_s))
         begin_s = at_s
     stays.append(Stay(State(last.data["dest"]), begin_s, end_s))
+    phases = _phases(draft.phases, {stay.state: stay for stay in stays}, origin, name)
     reason = last.data.get("reason") if stays[-1].state.is_final else None
     if reason is not None and (not isinstance(reason, str) or reason not in _REASONS):
         raise TimelineError(f"{name}, line {last.number} has no reason as 'reason': {reason!r:.40}.", last.number)
@@ -234,7 +271,32 @@ def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str)
         reason=None if reason is None else _REASONS[reason],
         detail=printable(str(last.data.get("detail") or "")),
         hint=printable(str(last.data.get("hint") or "")),
+        phases=phases,
     )
+
+
+def _phases(lines: list[_Line], stays: dict[State, Stay], origin: float, name: str) -> tuple[Stay, ...]:
+    """Return the phases within the states; a proxy is in each state only once.
+
+    They are as long as was measured with a clock that nobody sets. Where a state's phases are not recorded from the
+    first on, the earliest is the one that the first change left.
+    """
+    found: list[Stay] = []
+    for line in lines:
+        state, elapsed_s = State(line.data["state"]), line.data["elapsed_s"]
+        if (around := stays.get(state)) is None:
+            raise TimelineError(
+                f"{name}, line {line.number} has a phase of {state}, which its proxy never was.", line.number
+            )
+        begin_s = around.begin_s
+        if (previous := line.data.get("previous")) is not None:
+            if not found or found[-1].state is not state:
+                left_s = min(max(line.at_s - origin, around.begin_s), around.end_s)
+                found.append(Stay(state, max(left_s - elapsed_s, around.begin_s), left_s, Phase(previous)))
+            begin_s = min(found[-1].begin_s + elapsed_s, around.end_s)
+            found[-1] = replace(found[-1], end_s=begin_s)
+        found.append(Stay(state, begin_s, around.end_s, Phase(line.data["phase"])))
+    return tuple(found)
 
 
 def _flows(lines: list[_Line], origin: float, name: str) -> tuple[Flow, ...]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from proxy_fsm.reasons import EndReason
-    from proxy_fsm.states import State
+    from proxy_fsm.states import Phase, State
 
 __all__ = ["Event", "Flow", "Run", "Stay", "TimelineError", "Track"]
 
@@ -57,10 +57,13 @@ class Event:
     def words(self) -> str:
         """What it says, for a person, on one line, its control characters spelled out."""
         fields = self.fields
-        if self.name == "proxy.transition":
+        if self.name == "proxy.transition" and {"source", "dest", "trigger"} <= fields.keys():
             words = f"{fields['source']} → {fields['dest']} ({fields['trigger']})"
             detail = fields.get("detail")
             return printable(f"{words}: {detail}" if detail else words)
+        if self.name == "proxy.phase" and {"state", "phase"} <= fields.keys():
+            previous = fields.get("previous")
+            return printable(f"{fields['state']}: " + (f"{previous} → " if previous else "") + str(fields["phase"]))
         said = {
             name: value for name, value in fields.items() if name not in _COMMON and value not in (None, "", [], {})
         }
@@ -69,17 +72,19 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """A state, from its beginning to its end.
+    """A state, or a phase of one, from its beginning to its end.
 
     Attributes:
         state: The state.
         begin_s: When it was entered, in seconds since the run's beginning.
         end_s: When it was left; for the last one, the end of the run.
+        phase: The phase; None for the state as a whole.
     """
 
     state: State
     begin_s: float
     end_s: float
+    phase: Phase | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,7 @@ class Track:
         reason: Why it ended; None where the record ends before.
         detail: One sentence about that.
         hint: What to do about it.
+        phases: The phases of its states, in order, as far as they were recorded.
     """
 
     proxy_id: str
@@ -122,6 +128,7 @@ class Track:
     reason: EndReason | None
     detail: str
     hint: str
+    phases: tuple[Stay, ...] = ()
 
     @property
     def state(self) -> State:

@@ -80,6 +80,8 @@ def _told_by_transition(event: Event) -> Iterator[_Message]:
 def _told_by(event: Event) -> Iterator[_Message]:
     fields, at_s = event.fields, event.at_s
     match event.name:
+        case "proxy.phase":
+            yield _Message(at_s, "engine", "engine", str(fields["phase"]))
         case "tunnel.listening":
             yield _Message(at_s, "engine", "tunnel", "listen")
         case "process.spawned":

@@ -16,7 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from proxy_fsm import State, scene, timeline
-from tests.test_timeline import HOSTILE, event, in_order, life, recorded, tunnel
+from tests.test_timeline import HOSTILE, event, in_order, life, phased, recorded, tunnel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,7 +50,14 @@ class Page:
     @property
     def here(self) -> list[str]:
         """The states that are highlighted."""
-        return list(self.script("return [...document.querySelectorAll('#machine .current')].map(g => g.dataset.state)"))
+        found = "[...document.querySelectorAll('#machine .state.current')].map(g => g.dataset.state)"
+        return list(self.script(f"return {found}"))
+
+    @property
+    def phase(self) -> list[str]:
+        """The phases that are highlighted."""
+        found = "[...document.querySelectorAll('#machine .phase.current')].map(g => g.dataset.phase)"
+        return list(self.script(f"return {found}"))
 
     @property
     def taken(self) -> set[str]:
@@ -117,6 +124,32 @@ def test_the_scrubber_moves_the_highlighted_state(opened: Callable[[timeline.Run
         before = state
     page.scrub(0)
     assert page.here == ["idle"]
+
+
+def test_scrubber_moves_the_highlighted_phase(opened: Callable[[timeline.Run], Page]) -> None:
+    lines = phased()
+    page = opened(timeline.read(lines))
+    state: str = "idle"
+    phase: list[str] = []
+    for at, told in enumerate(map(json.loads, lines)):
+        if told["event"] == "proxy.transition":
+            state, phase = told["dest"], []
+        else:
+            phase = [f"{state}/{told['phase']}"]
+        page.scrub(at)
+        assert (page.here, page.phase) == ([state], phase)
+    page.scrub(len(lines) - 2)
+    assert page.text("where") == "desk: stopping since 4.000 s, draining since 4.700 s"
+    assert "stopping/terminating stopping/draining" in page.taken
+    assert "stopping/terminating stopping/killing" not in page.taken
+
+
+def test_phases_are_painted_under_the_states(opened: Callable[[timeline.Run], Page]) -> None:
+    page = opened(timeline.read(phased()))
+    for at, state in enumerate(list(State)[:5]):
+        wanted = tuple(bytes.fromhex(scene.STATE_COLOURS[state][0][1:]))
+        under = partial(painted_so, page, NAMES + (at + 0.05) / 5 * page.lane_width, 61)
+        assert under(wanted, page.browser) is bool(state.phases)
 
 
 def test_the_keyboard_does_all_of_it(opened: Callable[[timeline.Run], Page]) -> None:
