@@ -147,6 +147,11 @@ def overview() -> str:
     )
 
 
+def phase_table() -> str:
+    """Return the table of the phases alone."""
+    return diagram.markdown_table().split("\n\n")[1]
+
+
 def sequence_text(name: str) -> str:
     return timeline.sequence_mermaid(run(name))
 
@@ -170,6 +175,7 @@ PICTURES: dict[str, Callable[[], str | bytes]] = {
     "diagrams/lifecycle.md": diagram.markdown_table,
     "diagrams/lifecycle.svg": partial(diagram.draw, format="svg", phases=False),
     "diagrams/lifecycle.png": partial(diagram.draw, format="png", phases=False),
+    "diagrams/phases.md": phase_table,
     "diagrams/phases.mmd": diagram.mermaid,
     "diagrams/phases.svg": partial(diagram.draw, format="svg"),
     "diagrams/phases.png": partial(diagram.draw, format="png"),

@@ -326,7 +326,8 @@ class TestPhases:
 
     def test_second_table_says_what_ends_each_phase(self) -> None:
         """It is ``PHASES`` itself."""
-        rows = [line.strip("| ").split(" | ") for line in diagram.markdown_table().split("\n\n")[1].splitlines()]
+        lines = diagram.markdown_table().replace("`", "").split("\n\n")[1].splitlines()
+        rows = [line.strip("| ").split(" | ") for line in lines]
         assert rows[0] == ["state", "phase", "trigger", "leads to", "limit"]
         told = [
             [str(r.state), str(r.phase), str(r.trigger), str(r.dest), *([r.limit] if r.limit else [])] for r in PHASES
@@ -384,8 +385,8 @@ class TestHighlightedPhases:
     def test_table_marks_the_column_and_the_rows(self) -> None:
         table = diagram.markdown_table(highlight="running/established")
         assert "| **running** |" in table
-        assert "| **running** | **established** | **end_suspected** | **verifying** |  |" in table
-        assert "| running | verifying | end_denied |" in table
+        assert "| **running** | **established** | **`end_suspected`** | **verifying** |  |" in table
+        assert "| running | verifying | `end_denied` |" in table
 
     def test_json_names_it(self) -> None:
         assert json.loads(diagram.as_json(highlight="stopping/draining"))["highlight"] == "stopping/draining"
@@ -938,7 +939,7 @@ class TestNestedMachinesOfClients:
 
     def test_transition_that_repeats_that_of_the_state_around_is_drawn_once(self) -> None:
         assert words(svg_of(Lift)).count("stop") == 1
-        assert "busy | waiting | stop | idle" in str(diagram.draw(Lift, "table"))
+        assert "busy | waiting | `stop` | idle" in str(diagram.draw(Lift, "table"))
 
     def test_dot_is_read_by_graphviz_and_has_clusters_within_clusters(self) -> None:
         graph = AGraph(string=str(diagram.draw(Lift, "dot")))

@@ -110,7 +110,7 @@ def test_phase_is_highlighted_in_the_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", ["", "\n   :table:"])
-def test_phases_are_left_out_when_told(tmp_path: Path, options: str) -> None:
+def test_phases_are_left_out_by_an_option(tmp_path: Path, options: str) -> None:
     built = build(tmp_path, f".. proxy-fsm-diagram::\n   :no-phases:\n   :highlight: stopping/draining{options}\n")
     assert (built.returncode, built.stderr) == (0, "")
     made = "".join(

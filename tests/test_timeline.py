@@ -228,7 +228,7 @@ class TestPhases:
         lines = [*life(upto=3), phase(3.0, "running", "established", None, 0), event(9, "note", proxy_id="aa")]
         assert timeline.read(lines).tracks[0].phases[-1].end_s == 9
 
-    def test_phase_told_before_the_change_of_state_is_of_that_state(self) -> None:
+    def test_phase_published_before_its_change_of_state_is_drawn(self) -> None:
         lines = [*life(upto=1), phase(2.0, "spawning", "launching", None, 0), *life()[1:]]
         (told,) = timeline.read(lines).tracks[0].phases
         assert (told.begin_s, told.end_s) == (2, 3)

@@ -55,7 +55,7 @@ class Inner:
 
     @property
     def path(self) -> str:
-        """What it is called in a chart: ``state/phase``, and one name more for each level below."""
+        """Its name in a chart, ``state/phase``, with one part more for each level below."""
         return f"{self.state}/{self.name}"
 
 
@@ -177,6 +177,7 @@ class Chart:
             triggers=tuple(trigger for trigger in self.triggers if trigger in used),
             arrows=tuple(dict.fromkeys(outward)),
             ignored=ignored,
+            notes=tuple(note for note in self.notes if note[0] in self.states),
             phases=(),
         )
 
@@ -295,8 +296,7 @@ def chart_of(machine: object) -> Chart:
         return machine
     if isinstance(own := getattr(machine, "__chart__", None), Chart):
         return replace(own, title=_name_of(machine))
-    kind = machine if isinstance(machine, type) else type(machine)
-    if issubclass(kind, Lifecycle):
+    if isinstance(machine, Lifecycle) or (isinstance(machine, type) and issubclass(machine, Lifecycle)):
         return replace(LIFECYCLE, title=_name_of(machine))
     if isinstance(machine, Backend) or (isinstance(machine, type) and issubclass(machine, Backend)):
         return _backend_chart(machine)

@@ -10,7 +10,7 @@ from proxy_fsm.scene import COLOURS
 from proxy_fsm.states import Phase, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from proxy_fsm.diagram.chart import Arrow, Chart, Inner, Step
 
@@ -342,18 +342,22 @@ def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) ->
     highlight = chart.state_named(highlight)
     marked = () if highlight is None else chart.around(highlight)
 
-    def row(cells: Iterable[tuple[str, bool]]) -> str:
-        return "".join(f"| **{_cell(words)}** " if bold else f"| {_cell(words)} " for words, bold in cells) + "|"
+    def row(cells: Sequence[str], bold: Sequence[bool]) -> str:
+        shown = [f"**{cell}**" if cell and strong else cell for cell, strong in zip(cells, bold, strict=True)]
+        return f"| {' | '.join(shown)} |"
 
-    columns = [state in marked for state in chart.states]
-    lines = ["| trigger " + row(zip(chart.states, columns, strict=True))]
-    lines.append("|---" * (len(chart.states) + 1) + "|")
-    lines += [f"| `{_cell(trigger)}` " + row(zip(cells, columns, strict=True)) for trigger, cells in table_rows(chart)]
+    columns = [False, *(state in marked for state in chart.states)]
+    lines = [row(["trigger", *map(_cell, chart.states)], columns), "|---" * len(columns) + "|"]
+    lines += [row([_code(trigger), *map(_cell, cells)], columns) for trigger, cells in table_rows(chart)]
     if chart.phases:
-        lines += ["", row((column, False) for column in PHASE_COLUMNS), "|---" * len(PHASE_COLUMNS) + "|"]
+        count = len(PHASE_COLUMNS)
+        lines += ["", row(PHASE_COLUMNS, [False] * count), "|---" * count + "|"]
         lines += [
-            row((words, f"{cells[0]}/{cells[1]}" in marked and bool(words)) for words in cells)
-            for cells in phase_rows(chart)
+            row(
+                [*map(_cell, (state, phase)), _code(trigger), *map(_cell, more)],
+                [f"{state}/{phase}" in marked] * count,
+            )
+            for state, phase, trigger, *more in phase_rows(chart)
         ]
     lines += [f"\n{_cell(state)}: {_cell('; '.join(remarks))}" for state, remarks in chart.notes]
     return "\n".join(lines) + "\n"
@@ -361,6 +365,10 @@ def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) ->
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text)}`" if text else ""
 
 
 def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = ()) -> str:

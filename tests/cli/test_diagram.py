@@ -39,7 +39,7 @@ def test_points_at_a_phase(home: Home) -> None:
     assert shown(program) == diagram.mermaid(highlight="stopping/draining")
 
 
-def test_leaves_phases_out_when_told(home: Home) -> None:
+def test_leaves_phases_out_by_an_option(home: Home) -> None:
     assert shown(run(home, "diagram", "--no-phases")) == diagram.draw(phases=False)
 
 
