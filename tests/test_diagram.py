@@ -929,6 +929,18 @@ class TestNestedMachinesOfClients:
         busy, arrived = (re.findall(rf'state "{name}[^"]*" as (\w+)', drawn)[0] for name in ("busy", "arrived"))
         assert line == f"    {busy} --> {arrived}: arrive from moving/down to doors/open"
 
+    def test_mermaid_keeps_phases_of_the_same_name_apart(self) -> None:
+        chart = Chart(
+            title="x",
+            states=("idle", "running"),
+            initial=None,
+            finals=frozenset(),
+            triggers=("go",),
+            arrows=(Arrow("go", "idle/checking", "idle/checking"),),
+            phases=(Inner("idle", "checking"), Inner("running", "checking")),
+        )
+        assert re.findall(r'state "checking" as (\w+)', diagram.mermaid(chart)) == ["state_1", "state_3"]
+
     def test_arrow_between_a_state_and_its_own_inside_is_in_words(self) -> None:
         chart = diagram.chart_of(Lift)
         assert chart.inner_moves("busy") == ["RESET → waiting", "moving: fall → busy"]
