@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 # What does no I/O has no excuse.
-PURE := proxy_fsm/states.py,proxy_fsm/lifecycle.py,proxy_fsm/reasons.py,proxy_fsm/status.py,proxy_fsm/session.py,proxy_fsm/diagram/chart.py,proxy_fsm/diagram/text.py,proxy_fsm/evidence.py
+PURE := proxy_fsm/states.py,proxy_fsm/lifecycle.py,proxy_fsm/reasons.py,proxy_fsm/status.py,proxy_fsm/session.py,proxy_fsm/diagram/chart.py,proxy_fsm/diagram/machines.py,proxy_fsm/diagram/text.py,proxy_fsm/diagram/graphviz.py,proxy_fsm/evidence.py
 
 # Side by side; a worker that has nothing left takes over what another has not begun. Compiled first: with
 # PYTHONDONTWRITEBYTECODE every program that a test starts would compile the package again.

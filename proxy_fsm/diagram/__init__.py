@@ -17,10 +17,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 from proxy_fsm import scene
-from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, Inner, Step, chart_of, way_of
+from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, Inner, Step, way_of
+from proxy_fsm.diagram.graphviz import dot
 from proxy_fsm.diagram.layout import chart_scene
+from proxy_fsm.diagram.machines import chart_of
 from proxy_fsm.diagram.target import load
-from proxy_fsm.diagram.text import PHASE_COLUMNS, as_json, dot, markdown_table, mermaid, phase_rows, table_rows
+from proxy_fsm.diagram.text import PHASE_COLUMNS, as_json, markdown_table, mermaid, phase_rows, table_rows
 from proxy_fsm.errors import DiagramError
 
 if TYPE_CHECKING:

@@ -1,19 +1,12 @@
-"""What a state machine looks like, as data: read from proxy_fsm's own table, or from anybody's machine."""
+"""What a state machine looks like, as data; and the lifecycle, from its two tables."""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
-from enum import Enum
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transitions import Machine
-from transitions.core import listify
-
-from proxy_fsm.backends import Backend
 from proxy_fsm.errors import DiagramError
-from proxy_fsm.lifecycle import Lifecycle
 from proxy_fsm.states import PHASES, TRANSITIONS, PhaseTrigger, State, Trigger
 
 if TYPE_CHECKING:
@@ -21,7 +14,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.status import TransitionRecord
 
-__all__ = ["LIFECYCLE", "Arrow", "Chart", "Inner", "Step", "chart_of", "visited", "way_of"]
+__all__ = ["LIFECYCLE", "Arrow", "Chart", "Inner", "Step", "visited", "way_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,17 +241,14 @@ def _lifecycle_arrows() -> Iterator[Arrow]:
         yield Arrow(str(row.trigger), f"{row.state}/{row.phase}", dest)
 
 
-#: The package's own triggers in their order, which says more than that of their first use.
-_OWN = [*map(str, Trigger), *map(str, PhaseTrigger)]
-_OWN_ORDERS = frozenset(str(trigger) for trigger in Trigger if trigger.is_order)
 #: The lifecycle of every proxy.
 LIFECYCLE = Chart(
     title="Lifecycle",
     states=tuple(map(str, State)),
     initial=str(State.IDLE),
     finals=frozenset(str(state) for state in State if state.is_final),
-    triggers=tuple(_OWN),
-    orders=_OWN_ORDERS,
+    triggers=(*map(str, Trigger), *map(str, PhaseTrigger)),
+    orders=frozenset(str(trigger) for trigger in Trigger if trigger.is_order),
     arrows=tuple(_lifecycle_arrows()),
     ignored=frozenset((str(row.trigger), str(row.source)) for row in TRANSITIONS if row.dest is None),
     phases=tuple(_lifecycle_phases()),
@@ -276,165 +266,3 @@ def way_of(history: Iterable[TransitionRecord]) -> tuple[Step, ...]:
 def visited(way: Iterable[Step]) -> frozenset[str]:
     """Return the states that a way has touched."""
     return frozenset(state for step in way for state in (step.source, step.dest))
-
-
-def chart_of(machine: object) -> Chart:
-    """Return the chart of a class or an object.
-
-    Args:
-        machine: One of these, a class or an object of it: a `Chart` itself; what has one as ``__chart__``, as `Proxy`
-            and its subclasses have; a `Lifecycle`; a `Backend`: the lifecycle, with what is the backend's own, such as
-            the first lines of its docstrings of ``ready`` and ``diagnose``; a ``transitions.Machine`` or
-            ``HierarchicalMachine``, or anything that holds one in an attribute. A class of this last kind is called
-            without arguments to have its machine made. Its attribute ``orders`` may name the triggers that are orders
-            of a caller; without it those named as in `Trigger` are told apart.
-
-    Raises:
-        DiagramError: It is nothing of that kind.
-    """
-    if isinstance(machine, Chart):
-        return machine
-    if isinstance(own := getattr(machine, "__chart__", None), Chart):
-        return replace(own, title=_name_of(machine))
-    if isinstance(machine, Lifecycle) or (isinstance(machine, type) and issubclass(machine, Lifecycle)):
-        return replace(LIFECYCLE, title=_name_of(machine))
-    if isinstance(machine, Backend) or (isinstance(machine, type) and issubclass(machine, Backend)):
-        return _backend_chart(machine)
-    found = _machine_of(_made(machine), _name_of(machine))
-    return _machine_chart(found, _name_of(machine), getattr(machine, "orders", None))
-
-
-def _name_of(machine: object) -> str:
-    return machine.__name__ if isinstance(machine, type) else type(machine).__name__
-
-
-def _made(machine: object) -> object:
-    if not isinstance(machine, type):
-        return machine
-    try:
-        return machine()
-    except Exception as error:
-        raise DiagramError(
-            f"{machine.__name__} cannot be made without arguments, as drawing it needs: {type(error).__name__}: "
-            f"{error}. Give it a __chart__, or name a machine that is made already."
-        ) from error
-
-
-def _machine_of(machine: object, name: str) -> Machine:
-    if isinstance(machine, Machine):
-        return machine
-    for value in getattr(machine, "__dict__", {}).values():
-        if isinstance(value, Machine):
-            return value
-    raise DiagramError(
-        f"{name} is no state machine: neither a Proxy, a Backend, a Lifecycle nor a transitions.Machine, "
-        "nor does it hold one in an attribute."
-    )
-
-
-def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -> Chart:
-    separator = getattr(machine.state_cls, "separator", "/")  # a flat machine has none, and no need of it
-    paths, phases = _states_of(machine, separator)
-    rows = [
-        (trigger, prefix + source, prefix, transition)
-        for scope, prefix in _scopes(machine, separator)
-        for trigger, event in scope.events.items()
-        if not (machine.auto_transitions and trigger.startswith("to_") and prefix + trigger[len("to_") :] in paths)
-        for source, found in event.transitions.items()
-        for transition in found
-    ]
-    if isinstance(machine.initial, list):
-        raise DiagramError(f"{title} begins in several states at once: put a state around them, and it can be drawn.")
-    try:
-        arrows = [
-            Arrow(trigger, paths[source], paths[prefix + row.dest], _conditions(row))
-            for trigger, source, prefix, row in rows
-            if row.dest is not None
-        ]
-        initial = None if machine.initial is None else paths[_key(machine.initial)]
-    except KeyError as error:
-        raise DiagramError(f"{title} names the state {error}, which is none of its own.") from error
-    triggers = list(dict.fromkeys(trigger for trigger, *_ in rows))
-    chart = Chart(
-        title=title,
-        states=tuple(path for key, path in paths.items() if key in machine.states),
-        initial=initial,
-        finals=frozenset(),
-        triggers=tuple(sorted(triggers, key=_OWN.index) if set(triggers) <= set(_OWN) else triggers),
-        orders=(_OWN_ORDERS if orders is None else frozenset(map(str, orders))) & frozenset(triggers),
-        arrows=tuple(arrows),
-        ignored=frozenset((trigger, paths[source]) for trigger, source, _, row in rows if row.dest is None),
-        phases=tuple(phases),
-    )
-    marked = {paths[prefix + key] for scope, prefix in _scopes(machine, separator) for key in _finals_of(scope)}
-    return replace(chart, finals=frozenset(marked | _ends(chart)))
-
-
-def _scopes(machine: Any, separator: str) -> Iterator[tuple[Any, str]]:
-    """Yield the machine and each state that has states inside, and what their names begin with."""
-    pending = [(machine, "")]
-    while pending:
-        scope, prefix = pending.pop(0)
-        yield scope, prefix
-        inner = [(state, f"{prefix}{key}{separator}") for key, state in scope.states.items()]
-        pending = [each for each in inner if getattr(each[0], "states", None)] + pending
-
-
-def _states_of(machine: Any, separator: str) -> tuple[dict[str, str], list[Inner]]:
-    """Return the paths of all states, by the names that transitions has for them, and those inside others."""
-    paths: dict[str, str] = {}
-    phases = []
-    for scope, prefix in _scopes(machine, separator):
-        outer = paths.get(prefix.removesuffix(separator)) if prefix else None
-        begin = [] if outer is None else [_key(each).partition(separator)[0] for each in listify(scope.initial)]
-        for key, state in scope.states.items():
-            name = str(state.value if isinstance(state.value, str) else key)
-            paths[prefix + key] = name if outer is None else f"{outer}/{name}"
-            if outer is not None:
-                phases.append(Inner(outer, name, key in begin))
-    return paths, phases
-
-
-def _finals_of(scope: Any) -> list[str]:
-    return [key for key, state in scope.states.items() if getattr(state, "final", False)]
-
-
-def _ends(chart: Chart) -> set[str]:
-    """Return the states that nothing leaves: neither them, nor what is in them, nor what they are in."""
-    sources = {arrow.source for arrow in chart.arrows}
-    left = {path for source in sources for path in chart.around(source)}
-    return {path for path in chart.paths() if path not in left and sources.isdisjoint(chart.around(path))}
-
-
-def _key(state: Any) -> str:
-    """Return the name by which transitions knows a state."""
-    return state.name if isinstance(state, Enum) else str(state)
-
-
-def _conditions(transition: Any) -> str:
-    def name(condition: Any) -> str:
-        words = condition.func if isinstance(condition.func, str) else getattr(condition.func, "__name__", "…")
-        return words if condition.target else f"not {words}"
-
-    return ", ".join(name(condition) for condition in transition.conditions)
-
-
-def _backend_chart(backend: Backend | type[Backend]) -> Chart:
-    count = backend.max_connections
-    connections = "any number of connections" if count is None else f"{count} connection{'s' * (count != 1)}"
-    preparing = [f"listens on {'a unix socket' if backend.listen_kind == 'unix' else 'TCP'}, for {connections}"]
-    if backend.needs_display:
-        preparing.append("needs an X server")
-    notes = [(str(State.TUNNELLING), tuple(preparing))]
-    for state, words, name in ((State.SPAWNING, "readiness", "ready"), (State.STOPPING, "causes", "diagnose")):
-        if told := _first_line(backend, name):
-            notes.append((str(state), (f"{words}: {told}",)))
-    return replace(LIFECYCLE, title=f"{_name_of(backend)} ({backend.name})", notes=tuple(notes))
-
-
-def _first_line(backend: Backend | type[Backend], name: str) -> str:
-    """Return what a method's own docstring begins with; nothing where the backend leaves the method as it was."""
-    method = getattr(backend if isinstance(backend, type) else type(backend), name)
-    if method is getattr(Backend, name):
-        return ""
-    return inspect.cleandoc(method.__doc__ or "").partition("\n")[0]

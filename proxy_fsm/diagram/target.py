@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 from functools import reduce
+from typing import TYPE_CHECKING
 
-from proxy_fsm.diagram.chart import Chart, chart_of
+from proxy_fsm.diagram.machines import chart_of
 from proxy_fsm.errors import DiagramError
+
+if TYPE_CHECKING:
+    from proxy_fsm.diagram.chart import Chart
 
 __all__ = ["load"]
 
