@@ -542,9 +542,10 @@ class Supervisor(Lifecycle):
         self.deadline = None
         try:
             self._effects.release()
-        finally:
-            clean = self._cause is not None and self._cause.reason.clean
-            self.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
+        except Exception as error:  # noqa: BLE001 - nothing is left to be done about it
+            self._publish_error(error)
+        clean = self._cause is not None and self._cause.reason.clean
+        self.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
 
     # ---- out: status, events, deadline ----
 
