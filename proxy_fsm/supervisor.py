@@ -520,9 +520,6 @@ class Supervisor(Lifecycle):
     def _give_up(self) -> None:
         """Leave behind what cannot be released in time, and say so."""
         try:
-            if self._process_alive:
-                self._abandon(f"process {self.status.pid}")
-                self._effects.kill()
             if not self._evidence.saw(PreflightFinished):
                 self._abandon(f"the preflight, waiting for {self._effects.preflight_step()}")
             self._abandon(*self._effects.unreleased())
