@@ -489,8 +489,8 @@ class Supervisor(Lifecycle):
 
     def _is_link_down(self) -> bool:
         """Tell whether nothing orderly can travel any more."""
-        silent = self.status.link is Link.SILENT or self._evidence.saw(LinkDead)
-        return silent or self._effects.transport_end() is not None
+        failed = self.status.link is Link.SILENT or self._evidence.saw(TransportEnded, LinkDead)
+        return failed or self._effects.transport_end() is not None
 
     # ---- stopping ----
 
