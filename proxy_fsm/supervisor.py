@@ -427,10 +427,16 @@ class Supervisor(Lifecycle):
         )
         # What a backend says may hold what it was given.
         self._cause = Cause(reason, self._redact(detail), None if hint is None else self._redact(hint))
-        if reason is EndReason.STOP_REQUESTED:
-            self.fire(Trigger.STOP)
-        else:
-            self.fire(Trigger.SESSION_ENDED if reason.clean else Trigger.FAULT_FOUND)
+        before = self.place
+        try:
+            if reason is EndReason.STOP_REQUESTED:
+                self.fire(Trigger.STOP)
+            else:
+                self.fire(Trigger.SESSION_ENDED if reason.clean else Trigger.FAULT_FOUND)
+        except BaseException:
+            if self.place == before:
+                self._cause = None  # it is not left for this: the tables refuse that, or the call was interrupted
+            raise
 
     # ---- effects of states and phases ----
 
