@@ -395,7 +395,9 @@ class Supervisor(Lifecycle):
 
     def _verify(self) -> None:
         """See whether the session has ended as it seems: the display is there, and the server says so."""
-        if self._tentative is None or self._effects.display_in_doubt():
+        if self._tentative is None or self._cause is not None:
+            return
+        if self._effects.display_in_doubt():
             return  # DisplayLost or DisplayRestored will be posted
         if not self._ask_server:
             self._commit(self._tentative)
