@@ -294,7 +294,7 @@ class Supervisor(Lifecycle):
                 self._publish("process.exited", exit_code=exit_code, signal=number)
                 self._process_gone()
             case WorkerFailed(error=error) if self.state is State.RUNNING:
-                self._publish("tunnel.refused", reason=str(error.reason), detail=error.detail)
+                self._publish("tunnel.refused", reason=str(error.reason), detail=self._redact(error.detail))
             case WorkerFailed(error=error):
                 self._propose(error.reason, error.detail, error.hint)
             case WorkerCrashed(worker=worker, error=error):
