@@ -61,9 +61,11 @@ class Stage:
     all_s: float
 
 
+#: Those of what decides first: they start no thread, and take a second or two.
 STAGES = (
-    Stage(("tests/test_engine_faked.py",), 2, 60),
-    Stage(("tests/test_lifecycle.py", "tests/testing/test_machine.py"), 20, 90),
+    Stage(("tests/test_supervisor.py",), 20, 60),
+    Stage(("tests/test_lifecycle.py",), 20, 90),
+    Stage(("tests/test_effects.py", "tests/test_engine_faked.py", "tests/testing/test_machine.py"), 20, 120),
     Stage(("tests/test_engine.py", "tests/testing/test_fakes.py"), 20, 240),
 )
 
