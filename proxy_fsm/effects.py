@@ -134,13 +134,17 @@ class WorkerEffects:
 
     def drain(self) -> None:
         """Close everything, letting through what the proxy has sent."""
-        self._preflight.close()
-        self._forwarder.close()
+        try:
+            self._preflight.close()
+        finally:
+            self._forwarder.close()
 
     def abort(self) -> None:
         """Close everything at once, whatever is still on its way."""
-        self.drain()
-        self._forwarder.abort()
+        try:
+            self.drain()
+        finally:
+            self._forwarder.abort()
 
     def query_session(self) -> None:
         """Ask the server for the status of the session."""
