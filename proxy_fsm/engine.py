@@ -26,13 +26,14 @@ from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from proxy_fsm.active_lifecycle import Effects, Now
 from proxy_fsm.errors import InvalidTransition
 from proxy_fsm.events import EventLog
 from proxy_fsm.evidence import Observation, OutputLine, StartOrdered, StopOrdered
 from proxy_fsm.journal import Journal
 from proxy_fsm.states import State, Trigger
 from proxy_fsm.status import Link, ProxyStatus, Timeouts
-from proxy_fsm.supervisor import Effects, Now, Supervisor
+from proxy_fsm.supervisor import Supervisor
 from proxy_fsm.text import Redactor, Secrets
 
 if TYPE_CHECKING:

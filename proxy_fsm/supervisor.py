@@ -1,19 +1,17 @@
 """Decides what a proxy does: one observation and the time in; triggers, effects and a deadline out.
 
-The supervisor is the model of the lifecycle's machine. An observation makes it fire triggers; entering a state or a
-phase calls an effect, which another object carries out (see `Effects`); then the change is published. It has no
-thread, no clock, no I/O and no logger, so that a test is a script of observations and effects.
+The supervisor is the model of the lifecycle's machine. An observation makes it fire triggers; what these lead to is in
+`proxy_fsm.active_lifecycle`. It has no thread, no clock, no I/O and no logger, so that a test is a script of
+observations and effects.
 """
 
 from __future__ import annotations
 
 import signal
-import traceback
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
+from proxy_fsm.active_lifecycle import ActiveLifecycle, Cause, Effects, Now
 from proxy_fsm.errors import BackendError
-from proxy_fsm.events import Event
 from proxy_fsm.evidence import (
     ChannelOpened,
     ChecksPassed,
@@ -41,57 +39,26 @@ from proxy_fsm.evidence import (
     WorkerCrashed,
     WorkerFailed,
 )
-from proxy_fsm.lifecycle import Lifecycle
-from proxy_fsm.reasons import EndReason, hint_for, is_retryable
+from proxy_fsm.reasons import EndReason, hint_for
 from proxy_fsm.session import SessionStatus
-from proxy_fsm.states import PHASES, Phase, PhaseTrigger, State, Trigger
-from proxy_fsm.status import Link, ProxyStatus, Timeouts, TransitionRecord
+from proxy_fsm.states import Phase, PhaseTrigger, State, Trigger
+from proxy_fsm.status import Link, ProxyStatus, Timeouts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import datetime
 
     from transitions import EventData
 
     from proxy_fsm.backends import Backend
-    from proxy_fsm.evidence import Launch
 
-__all__ = ["Effects", "Now", "Supervisor"]
+__all__ = ["Supervisor"]
 
 _TAIL_LINES = 20
-_LIMITS = {(row.state, row.phase): row.limit for row in PHASES}
 
 #: Reasons that are mere consequences if the transport has ended.
 _SECONDARY = frozenset(
     {EndReason.NEGOTIATION_FAILED, EndReason.PEER_LOST, EndReason.SESSION_ENDED, EndReason.PROXY_EXITED}
 )
-
-_WAITING_FOR = {
-    Phase.LAUNCHING: "the proxy program's start",
-    Phase.CONNECTING: "the channel to the agent",
-    Phase.NEGOTIATING: "the proxy's sign that the session is established",
-    Phase.VERIFYING: "proof that the session has ended",
-    Phase.TERMINATING: "the proxy program's exit",
-    Phase.KILLING: "the proxy program's exit",
-    Phase.DRAINING: "the tunnel's close",
-    Phase.ABORTING: "the tunnel's close",
-}
-
-
-class Now(NamedTuple):
-    """The time of an observation: of the monotonic clock in seconds, and of the calendar, aware, in UTC."""
-
-    monotonic_s: float
-    utc: datetime
-
-
-class Cause(NamedTuple):
-    """Why a proxy ends: the reason, one sentence for a person, and what to do."""
-
-    reason: EndReason
-    detail: str
-    hint: str | None = None
-
 
 _CONFIRMED = {
     SessionStatus.SUSPENDED: Cause(EndReason.SESSION_SUSPENDED, "The session was suspended on the server."),
@@ -99,53 +66,7 @@ _CONFIRMED = {
 }
 
 
-class Effects(Protocol):
-    """What a supervisor has done, and what it asks; nothing of it blocks."""
-
-    def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
-        """Publish an event, with the record that goes to subscribers where it is a change of state; never raises."""
-
-    def start_preflight(self) -> None:
-        """Start the preflight, and watch the transport."""
-
-    def start_proxy(self, launch: Launch) -> None:
-        """Start the proxy program, and accept its connections."""
-
-    def terminate(self) -> None:
-        """Send the proxy program SIGTERM."""
-
-    def kill(self) -> None:
-        """Send the proxy program SIGKILL."""
-
-    def drain(self) -> None:
-        """Close everything, letting through what the proxy has sent."""
-
-    def abort(self) -> None:
-        """Close everything at once, whatever is still on its way."""
-
-    def release(self) -> None:
-        """Leave the transport's monitor, and wait for the threads that have posted their last observation."""
-
-    def query_session(self) -> None:
-        """Ask the server for the status of the session."""
-
-    def cancel_query(self) -> None:
-        """Want no answer to that any more."""
-
-    def preflight_step(self) -> str:
-        """Return what the preflight is waiting for, for a person."""
-
-    def transport_end(self) -> str | None:
-        """Return why the transport has ended, in a sentence; None while it is active."""
-
-    def display_in_doubt(self) -> bool:
-        """Tell whether the display watch is finding out if the X server is gone; it posts what comes of it."""
-
-    def unreleased(self) -> tuple[str, ...]:
-        """Return what is still open, for a person."""
-
-
-class Supervisor(Lifecycle):
+class Supervisor(ActiveLifecycle):
     """Decides for one proxy; see the module.
 
     Args:
@@ -159,9 +80,7 @@ class Supervisor(Lifecycle):
         redact: Takes the secrets out of a text.
 
     Attributes:
-        status: What is known; replaced as a whole at each change.
-        deadline: When `deadline_passed` has to be called, in seconds of the monotonic clock; None for never.
-        heard_at: When the SSH server was last heard before it fell silent, in the same seconds.
+        heard_at: When the SSH server was last heard before it fell silent, in seconds of the monotonic clock.
     """
 
     def __init__(
@@ -176,26 +95,13 @@ class Supervisor(Lifecycle):
         resumed: bool,
         redact: Callable[[str], str],
     ) -> None:
-        super().__init__()
-        self.status = status
-        self.deadline: float | None = None
+        super().__init__(status, now, effects=effects, timeouts=timeouts, resumed=resumed, redact=redact)
         self.heard_at = now.monotonic_s
         self._backend = backend
-        self._effects = effects
-        self._timeouts = timeouts
         self._ask_server = ask_server
-        self._resumed = resumed
-        self._redact = redact
-        self._evidence = Evidence()
-        self._now = self._state_since = self._phase_since = now
-        self._limit: str | None = None
-        self._unpublished: list[tuple[Event, TransitionRecord | None]] = []
-        self._launch: Launch | None = None
-        #: Why it ends; published with the state that it leads to, so that no status has the one without the other.
-        self._cause: Cause | None = None
         #: The cause that becomes final once it is verified.
         self._tentative: Cause | None = None
-        self._process_alive = self._sign_seen = self._queried = False
+        self._sign_seen = self._queried = False
 
     # ---- in: observations, the time, and bugs ----
 
@@ -440,18 +346,6 @@ class Supervisor(Lifecycle):
                 self._cause = None  # it is not left for this: the tables refuse that, or the call was interrupted
             raise
 
-    # ---- effects of states and phases ----
-
-    def on_enter_tunnelling(self, _: EventData) -> None:
-        """Make sure that everything local is good."""
-        self._effects.start_preflight()
-
-    def on_enter_spawning(self, _: EventData) -> None:
-        """Start the proxy program."""
-        assert self._launch is not None  # noqa: S101 - it came with the observation that leads here
-        self._effects.start_proxy(self._launch)
-        self._process_alive = True
-
     def on_enter_running_verifying(self, _: EventData) -> None:
         """Find out whether the session has ended."""
         self._verify()
@@ -460,184 +354,6 @@ class Supervisor(Lifecycle):
         """Want nothing more to be known."""
         if self._queried:
             self._effects.cancel_query()
-
-    def on_enter_stopping_terminating(self, _: EventData) -> None:
-        """Let the program leave in order, which suspends the session."""
-        self._evidence.signalled = True
-        self._effects.terminate()
-
-    def on_enter_stopping_killing(self, _: EventData) -> None:
-        """End the program."""
-        self._evidence.signalled = True
-        self._effects.kill()
-
-    def on_enter_stopping_draining(self, _: EventData) -> None:
-        """Let the last bytes through."""
-        self._effects.drain()
-        if self.has_work(Phase.DRAINING):
-            self._close_if_released()
-        else:
-            self.fire(PhaseTrigger.DRAIN_OVER)
-
-    def on_enter_stopping_aborting(self, _: EventData) -> None:
-        """Let nothing through any more."""
-        self._effects.abort()
-        self._close_if_released()
-
-    def has_work(self, phase: Phase) -> bool:
-        """Tell whether a phase of ``stopping`` has something to do; those of the other states always have."""
-        match phase:
-            case Phase.TERMINATING:
-                return self._process_alive and not self._is_link_down()
-            case Phase.KILLING:
-                return self._process_alive
-            case Phase.DRAINING:
-                return not self._evidence.saw(TransportEnded, LinkDead)
-        return True
-
-    def _is_link_down(self) -> bool:
-        """Tell whether nothing orderly can travel any more."""
-        failed = self.status.link is Link.SILENT or self._evidence.saw(TransportEnded, LinkDead)
-        return failed or self._effects.transport_end() is not None
-
-    # ---- stopping ----
-
-    def _stop_waiting(self) -> None:
-        """Where it waits for something orderly that can travel no more, go on at once."""
-        if self.phase is Phase.TERMINATING:
-            self.fire(PhaseTrigger.GRACE_OVER)
-        elif self.phase is Phase.DRAINING and not self.has_work(Phase.DRAINING):
-            self.fire(PhaseTrigger.DRAIN_OVER)
-
-    def _process_gone(self) -> None:
-        self._process_alive = False
-        if self.phase in {Phase.TERMINATING, Phase.KILLING}:
-            self.fire(PhaseTrigger.PROCESS_EXITED)
-        else:
-            self._close_if_released()
-
-    def _give_up_process(self) -> None:
-        """Go on without a program that has survived SIGKILL."""
-        if self._cause is None or self._cause.reason.clean:
-            detail = f"The proxy program (process {self.status.pid}) is still there after SIGKILL."
-            self._cause = Cause(EndReason.STOP_TIMEOUT, detail, EndReason.STOP_TIMEOUT.hint)
-        self._abandon(f"process {self.status.pid}")
-        self._process_alive = False
-        self.fire(PhaseTrigger.KILL_OVER)
-
-    def _give_up(self) -> None:
-        """Leave behind what cannot be released in time, and say so."""
-        try:
-            if not self._evidence.saw(PreflightFinished):
-                self._abandon(f"the preflight, waiting for {self._effects.preflight_step()}")
-            self._abandon(*self._effects.unreleased())
-            self._effects.abort()
-        finally:
-            self._close()
-
-    def _abandon(self, *what: str) -> None:
-        self._update(abandoned=(*self.status.abandoned, *what))
-
-    def _close_if_released(self) -> None:
-        released = self._evidence.saw(PreflightFinished) and self._evidence.saw(TunnelClosed)
-        if self.state is State.STOPPING and released and not self._process_alive:
-            self._close()
-
-    def _close(self) -> None:
-        self.deadline = None
-        try:
-            self._effects.release()
-        except Exception as error:  # noqa: BLE001 - nothing is left to be done about it
-            self._publish_error(error)
-        clean = self._cause is not None and self._cause.reason.clean
-        self.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
-
-    # ---- out: status, events, deadline ----
-
-    def _entered(self, event: EventData) -> None:
-        """Keep status, deadline and events in step with the machine, before any effect."""
-        source = self._source_of(event)
-        if source.state is self.state:
-            self._update(**self._enter_phase(source.phase))
-        else:
-            self._update(**self._record(Trigger(event.event.name), source.state), **self._enter_phase(None))
-        super()._entered(event)
-
-    def _finished(self, event: EventData) -> None:  # noqa: ARG002 - as the machine calls it
-        """Publish, after the effects, what the trigger has changed."""
-        unpublished, self._unpublished = self._unpublished, []
-        for change in unpublished:
-            self._effects.publish(*change)
-
-    def _record(self, trigger: Trigger, source: State) -> dict[str, Any]:
-        """Record a change of state; return what it changes in the status."""
-        reason, detail, hint = self._cause or (None, "", None)
-        history = self.status.history
-        record = TransitionRecord(
-            proxy_id=self.status.id,
-            session=self.status.session,
-            trigger=trigger,
-            source=source,
-            dest=self.state,
-            reason=reason,
-            detail=detail,
-            at=self._now.utc,
-            elapsed_s=self._now.monotonic_s - self._state_since.monotonic_s,
-            sequence=len(history) + 1,
-        )
-        self._state_since = self._now
-        last_words: dict[str, Any] = {}
-        if self.state.is_final and reason is not None:
-            retryable = is_retryable(
-                reason,
-                channel_opened=self._evidence.saw(ChannelOpened),
-                running_s=next((each.elapsed_s for each in history if each.source is State.RUNNING), None),
-                resumed=self._resumed,
-            )
-            last_words = {"hint": hint, "retryable": retryable}
-        self._unpublished.append((Event.of_transition(record, **last_words), record))
-        return {
-            "state": self.state,
-            "since": self._now.utc,
-            "reason": reason,
-            "detail": detail,
-            "hint": hint,
-            "retryable": last_words.get("retryable"),
-            "history": (*history, record),
-        }
-
-    def _enter_phase(self, previous: Phase | None) -> dict[str, Any]:
-        """Set the deadline of a phase; return what it changes in the status."""
-        limit = _LIMITS.get((self.state, self.phase)) if self.phase is not None else None
-        if limit is None or limit != self._limit:
-            self.deadline = None if limit is None else self._now.monotonic_s + getattr(self._timeouts, limit)
-        self._limit = limit
-        since, self._phase_since = self._phase_since, self._now
-        if self.phase is not None:
-            elapsed_s = 0.0 if previous is None else self._now.monotonic_s - since.monotonic_s
-            self._unpublished.append((Event.of_phase(self.state, self.phase, previous, elapsed_s), None))
-        return {
-            "phase": self.phase,
-            "phase_since": None if self.phase is None else self._now.utc,
-            "waiting_for": self._waiting_for(),
-        }
-
-    def _waiting_for(self) -> str:
-        if self.phase is None:
-            return ""
-        if self.state is State.TUNNELLING:
-            return self._effects.preflight_step()
-        return _WAITING_FOR.get(self.phase, "")
-
-    def _update(self, **changes: Any) -> None:
-        self.status = replace(self.status, **changes)
-
-    def _publish_error(self, error: BaseException, **fields: Any) -> None:
-        """Publish a traceback as text: renderers that show local variables would show secrets."""
-        self._publish("internal.error", exception=self._redact("".join(traceback.format_exception(error))), **fields)
-
-    def _publish(self, name: str, **fields: Any) -> None:
-        self._effects.publish(Event(name, fields))
 
 
 def _verdict_on_exit(exited: ProcessExited, evidence: Evidence) -> tuple[EndReason, str]:

@@ -23,8 +23,8 @@ Backend Link fast_transport
 #: the design's list: errors carry a State, an EndReason and a ProxyStatus, which are plain data and know no error; and
 #: backends read evidence, which knows no backend.
 LAYERS = """
-states reasons status errors lifecycle events text private_files session ssh x11 evidence backends workers supervisor
-effects journal engine scene diagram proxy aio timeline x2go sphinx testing cli
+states reasons status errors lifecycle events text private_files session ssh x11 evidence backends workers
+active_lifecycle supervisor effects journal engine scene diagram proxy aio timeline x2go sphinx testing cli
 """.split()
 
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxy_fsm.active_lifecycle import Now
 from proxy_fsm.backends import Backend
 from proxy_fsm.evidence import (
     ChannelOpened,
@@ -29,10 +30,10 @@ from proxy_fsm.evidence import (
     StopOrdered,
 )
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.redaction import Redactor
 from proxy_fsm.states import Phase, State
 from proxy_fsm.status import ProxyStatus, Timeouts
-from proxy_fsm.supervisor import Now, Supervisor
+from proxy_fsm.supervisor import Supervisor
+from proxy_fsm.text import Redactor
 
 if TYPE_CHECKING:
     from typing import Self
