@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from proxy_fsm.active_lifecycle import Now
+from proxy_fsm.active_lifecycle import Effects, Now
 from proxy_fsm.backends import Backend
 from proxy_fsm.evidence import (
     ChannelOpened,
@@ -25,9 +25,11 @@ from proxy_fsm.evidence import (
     OutputLine,
     PreflightFinished,
     PreflightPassed,
+    ProcessExited,
     ProcessSpawned,
     StartOrdered,
     StopOrdered,
+    TunnelClosed,
 )
 from proxy_fsm.reasons import EndReason
 from proxy_fsm.states import Phase, State
@@ -36,6 +38,7 @@ from proxy_fsm.supervisor import Supervisor
 from proxy_fsm.text import Redactor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Self
 
     from proxy_fsm.events import Event
@@ -104,83 +107,48 @@ class RecordedEffects:
 
     Attributes:
         calls: Effects by their name, changes as ``state running`` and ``phase draining``, other events by their name.
+        places: State and phase in the status, at each of these calls.
         events: The events.
         records: The records.
-        broken: The effects that raise; they are noted before.
-        on_call: Called with each entry of ``calls``, as it is made.
+        launched: What was launched.
+        answers: What is answered to a question.
+        broken: What raises, and what; it is noted before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **answers: Any) -> None:
         self.calls: list[str] = []
+        self.places: list[tuple[State, Phase | None]] = []
         self.events: list[Event] = []
         self.records: list[TransitionRecord] = []
-        self.broken: dict[str, BaseException] = {}
         self.launched: list[Launch] = []
-        self.seen_at_call: list[tuple[str, State, Phase | None]] = []
-        self.script: Script | None = None
-        self.answers: dict[str, Any] = {
-            "preflight_step": "the X server",
-            "transport_end": None,
-            "display_in_doubt": False,
-            "unreleased": (),
-        }
+        self.answers: dict[str, Any] = {"transport_end": None, "display_in_doubt": False, "unreleased": ()}
+        self.answers |= {"preflight_step": "the X server", **answers}
+        self.broken: dict[str, BaseException] = {}
+        self.status: Callable[[], ProxyStatus] | None = None
 
-    def _do(self, name: str) -> None:
-        self.calls.append(name)
-        if self.script is not None:
-            self.seen_at_call.append((name, self.script.status.state, self.script.status.phase))
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if not hasattr(Effects, name):
+            raise AttributeError(name)
+        return lambda *arguments: self._do(name, arguments)
+
+    def _do(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if name == "publish":
+            event, *record = arguments
+            self.events.append(event)
+            self.records.extend(each for each in record if each is not None)
+            kind, field = {"proxy.transition": ("state ", "dest"), "proxy.phase": ("phase ", "phase")}.get(
+                event.name, (event.name, "")
+            )
+            name = f"{kind}{event.fields.get(field, '')}"
+        if name == "start_proxy":
+            self.launched.extend(arguments)
+        if name not in self.answers:
+            self.calls.append(name)
+            if self.status is not None:
+                self.places.append((self.status().state, self.status().phase))
         if name in self.broken:
             raise self.broken[name]
-
-    def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
-        self.events.append(event)
-        if record is not None:
-            self.records.append(record)
-        kind = {"proxy.transition": "dest", "proxy.phase": "phase"}.get(event.name)
-        self._do(event.name if kind is None else f"{'state' if kind == 'dest' else kind} {event.fields[kind]}")
-
-    def start_preflight(self) -> None:
-        self._do("start_preflight")
-
-    def start_proxy(self, launch: Launch) -> None:
-        self.launched.append(launch)
-        self._do("start_proxy")
-
-    def terminate(self) -> None:
-        self._do("terminate")
-
-    def kill(self) -> None:
-        self._do("kill")
-
-    def drain(self) -> None:
-        self._do("drain")
-
-    def abort(self) -> None:
-        self._do("abort")
-
-    def release(self) -> None:
-        self._do("release")
-
-    def query_session(self) -> None:
-        self._do("query_session")
-
-    def cancel_query(self) -> None:
-        self._do("cancel_query")
-
-    def preflight_step(self) -> str:
-        return str(self.answers["preflight_step"])
-
-    def transport_end(self) -> str | None:
-        end = self.answers["transport_end"]
-        return None if end is None else str(end)
-
-    def display_in_doubt(self) -> bool:
-        return bool(self.answers["display_in_doubt"])
-
-    def unreleased(self) -> tuple[str, ...]:
-        if "unreleased" in self.broken:
-            raise self.broken["unreleased"]
-        return tuple(self.answers["unreleased"])
+        return self.answers.get(name)
 
 
 class Script:
@@ -190,7 +158,6 @@ class Script:
         backend: A `Judge` by default.
         ask_server: As for `Supervisor`.
         resumed: As for `Supervisor`.
-        timeouts: As for `Supervisor`.
         answers: What the effects answer: ``transport_end``, ``display_in_doubt``, ``unreleased``, ``preflight_step``.
     """
 
@@ -200,24 +167,22 @@ class Script:
         backend: Backend | None = None,
         ask_server: bool = False,
         resumed: bool = False,
-        timeouts: Timeouts = TIMEOUTS,
         **answers: Any,
     ) -> None:
         self.now_s = _BEGAN_S
-        self.effects = RecordedEffects()
-        self.effects.answers.update(answers)
+        self.effects = RecordedEffects(**answers)
         self.judge = backend if isinstance(backend, Judge) else Judge()
         self.supervisor = Supervisor(
             ProxyStatus(id="id", session="alice-51", state=State.IDLE, since=self.now.utc),
             self.now,
             backend=backend or self.judge,
-            effects=self.effects,
-            timeouts=timeouts,
+            effects=cast("Effects", self.effects),
+            timeouts=TIMEOUTS,
             ask_server=ask_server,
             resumed=resumed,
             redact=Redactor([COOKIE]),
         )
-        self.effects.script = self
+        self.effects.status = lambda: self.status
 
     # ---- in ----
 
@@ -273,17 +238,24 @@ class Script:
         return self.effects.calls[done:]
 
     def lead_to(self, wanted: Phase) -> Self:
-        """Lead it from its beginning to a phase by the shortest way, 1 s for each phase."""
+        """Lead it from its beginning to a phase by the shortest way, 1 s for each phase of those on the way up."""
         for phase, seen in _WAY_UP.items():
             self.see(*seen)
-            assert self.status.phase is phase
             if phase is wanted:
                 break
             self.pass_s(1)
         if wanted is Phase.VERIFYING:
             self.end_session()
-        assert self.status.phase is wanted
+        if wanted in State.STOPPING.phases:
+            self.stop()
+        while self.status.phase is not wanted:
+            exits = self.status.phase is Phase.TERMINATING and wanted is not Phase.KILLING
+            self.see(ProcessExited(0, None)) if exits else self.pass_deadline()
         return self
+
+    def finish(self) -> list[str]:
+        """Let everything be gone."""
+        return self.see(PreflightFinished(), ProcessExited(0, None), TunnelClosed())
 
     def judge_now(self, reason: EndReason, detail: str = "It says so.") -> list[str]:
         """Let the backend have a verdict, at the next line."""
@@ -307,10 +279,6 @@ class Script:
         return None if deadline is None else deadline - self.now_s
 
     @property
-    def place(self) -> tuple[State, Phase | None]:
-        return self.status.state, self.status.phase
-
-    @property
     def end(self) -> tuple[State, EndReason | None, str]:
         return self.status.state, self.status.reason, self.status.detail
 
@@ -322,3 +290,8 @@ class Script:
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the events of a name: their level and their fields."""
         return [{"level": event.level, **event.fields} for event in self.effects.events if event.name == name]
+
+
+def at(phase: Phase, **options: Any) -> Script:
+    """Return a script that has been led to a phase by the shortest way; options as for `Script`."""
+    return Script(**{**options, "ask_server": options.get("ask_server") or phase is Phase.VERIFYING}).lead_to(phase)
