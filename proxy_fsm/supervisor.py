@@ -144,7 +144,6 @@ class Supervisor(ActiveLifecycle):
             case _:
                 missing = f"Not ready after {self._timeouts.ready_s:g} s: {self._waiting_for()} was still missing."
                 self._propose(EndReason.START_TIMEOUT, missing)
-        self._update(waiting_for=self._waiting_for())
 
     def crash(self, error: BaseException, now: Now) -> None:
         """End in order after a bug: of this package, or of a backend.
@@ -156,10 +155,9 @@ class Supervisor(ActiveLifecycle):
         self._publish_error(error)
         if self.state is State.STOPPING:
             self.deadline = now.monotonic_s if self.deadline is None else self.deadline
-            return
-        bug = Cause(EndReason.INTERNAL_ERROR, f"An internal error: {type(error).__name__}: {error}.")
-        if self._cause is None:
-            self._commit(bug)
+        elif self._cause is None:
+            bug = f"An internal error: {type(error).__name__}: {error}."
+            self._commit(Cause(EndReason.INTERNAL_ERROR, bug))
         else:  # it broke before it could be left for that cause
             self.fire(Trigger.FAULT_FOUND)
 
