@@ -187,14 +187,15 @@ def test_start_returns_when_the_preflight_was_started_and_the_state_published(ma
     assert proxy.log.path() == ["tunnelling"]
 
 
-def test_second_start_is_refused_and_stops_nothing(make: Make) -> None:
-    proxy = make(State.RUNNING)
+@pytest.mark.parametrize("state", [State.RUNNING, State.STOPPED, State.FAILED])
+def test_second_start_is_refused_and_stops_nothing(make: Make, state: State) -> None:
+    proxy = make(state)
     for _ in range(2):
         with pytest.raises(InvalidTransition) as refused:
             proxy.start()
-        assert (refused.value.trigger, refused.value.state) == ("start", State.RUNNING)
+        assert (refused.value.trigger, refused.value.state) == ("start", state)
     proxy.settle()
-    assert proxy.ok()
+    assert proxy.state is state
 
 
 @pytest.mark.parametrize("stopped", [True, False])
@@ -400,7 +401,7 @@ def test_records_bear_the_time_at_which_they_were_made(make: Make) -> None:
 # ---- bugs ----
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_bug_of_a_backend_ends_it_with_its_traceback(make: Make, error: type[BaseException]) -> None:
     proxy = running(make, Judge())
     proxy.judge.error = error("of all things")
