@@ -39,6 +39,7 @@ class Effects(FakeEffects):
         self.acknowledged = 0
 
     def start_preflight(self) -> None:
+        self.proxy.delay.wait(0.02)  # as long as it takes a caller that does not wait for this to return
         self.proxy.preflight_started.set()
         if self.proxy.broken is not None:
             raise self.proxy.broken
@@ -57,7 +58,7 @@ class Proxy(FakedProxy):
 
     def __init__(self, **options: Any) -> None:
         self.log = Recorder()
-        self.preflight_started = threading.Event()
+        self.preflight_started, self.delay = threading.Event(), threading.Event()
         self.broken: BaseException | None = None
         self.judge = options.get("backend") or Judge()
         super().__init__(**{"logger": self.log, **options})
@@ -270,10 +271,28 @@ def test_stop_of_an_idle_engine_is_published_by_its_caller(make: Make) -> None:
     proxy = make()
     proxy.stop()
     assert proxy.log.threads["proxy.transition"] == {threading.get_ident()}
+    assert proxy.engine.is_caught_up()
     proxy.stop()
     assert proxy.log.path() == ["stopped"]
     assert proxy.wait(timeout=0) is State.STOPPED
-    assert not proxy.engine.is_caught_up()  # the second order is in a queue that nobody reads
+
+
+def test_stop_of_an_idle_engine_that_is_interrupted_when_it_is_done_has_stopped_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, handle = make(), Supervisor.handle
+
+    def interrupted(*arguments: Any) -> None:
+        handle(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervisor, "handle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            proxy.stop()
+    assert proxy.state is State.STOPPED
+    with pytest.raises(InvalidTransition):
+        proxy.start()
 
 
 def test_stop_of_an_idle_engine_that_is_interrupted_can_be_repeated(
