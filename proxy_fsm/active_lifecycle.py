@@ -80,8 +80,12 @@ class Effects(Protocol):
     def abort(self) -> None:
         """Close everything at once, whatever is still on its way."""
 
-    def release(self) -> None:
-        """Leave the transport's monitor, and wait for the threads that have posted their last observation."""
+    def release(self, *, wait: bool) -> None:
+        """Leave the transport's monitor.
+
+        Args:
+            wait: Whether to wait for the workers' threads, which have posted their last observation, to end.
+        """
 
     def query_session(self) -> None:
         """Ask the server for the status of the session."""
@@ -241,7 +245,7 @@ class ActiveLifecycle(Lifecycle):
     def _close(self) -> None:
         self.deadline = None
         try:
-            self._effects.release()
+            self._effects.release(wait=not self.status.abandoned)  # what was abandoned would not end
         except Exception as error:  # noqa: BLE001 - nothing is left to be done about it
             self._publish_error(error)
         clean = self._cause is not None and self._cause.reason.clean

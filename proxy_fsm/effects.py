@@ -156,10 +156,12 @@ class WorkerEffects:
         if self._query is not None:
             self._query.cancel()
 
-    def release(self) -> None:
+    def release(self, *, wait: bool) -> None:
         """Leave the transport's monitor, and wait for the threads that have posted their last observation."""
         deadline = time.monotonic() + _JOIN_S
         monitor = None if self._watcher is None else self._watcher.detach()
+        if not wait:
+            return
         workers = [worker.thread for worker in (self._preflight, self._process, self._query) if worker is not None]
         for thread in (*workers, *self._forwarder.threads(), monitor):
             if thread is not None and thread.ident is not None:

@@ -75,9 +75,9 @@ class Workers:
         self.all.mock_calls.clear()
         return calls
 
-    def calls_of(self, effect: str, *arguments: Any) -> list[Any]:
+    def calls_of(self, effect: str, *arguments: Any, **options: Any) -> list[Any]:
         """Carry an effect out, and return what that has called."""
-        getattr(self.effects, effect)(*arguments)
+        getattr(self.effects, effect)(*arguments, **options)
         return self.called()
 
     def start(self) -> None:
@@ -181,7 +181,11 @@ def test_release_waits_a_second_for_all_threads_that_were_started(workers: Worke
     workers.preflight.thread, workers.process.thread = Thread(workers, takes_s=0.25), slow
     workers.forwarder.threads.return_value = (first, unstarted)
     workers.watcher.detach.return_value = monitor
-    assert workers.calls_of("release") == [call.watcher.detach(), call.forwarder.threads(), call.watch.join(0.0)]
+    assert workers.calls_of("release", wait=True) == [
+        call.watcher.detach(),
+        call.forwarder.threads(),
+        call.watch.join(0.0),
+    ]
     joined = (workers.preflight.thread, slow, workers.query.thread, first, unstarted, monitor)
     assert [thread.waited_s for thread in joined] == [[1.0], [0.75], [0.0], [0.0], [], [0.0]]
 
@@ -189,12 +193,18 @@ def test_release_waits_a_second_for_all_threads_that_were_started(workers: Worke
 def test_release_waits_for_the_display_watch_as_long_as_is_left(workers: Workers) -> None:
     workers.start()
     workers.preflight.thread = Thread(workers, takes_s=0.25)
-    assert workers.calls_of("release")[-1] == call.watch.join(0.75)
+    assert workers.calls_of("release", wait=True)[-1] == call.watch.join(0.75)
+
+
+def test_release_waits_for_no_thread_where_something_was_abandoned(workers: Workers) -> None:
+    workers.start()
+    assert workers.calls_of("release", wait=False) == [call.watcher.detach()]
+    assert workers.preflight.thread.waited_s == []
 
 
 def test_release_of_what_was_never_started_is_harmless(workers: Workers) -> None:
     workers.preflight.thread = Thread(workers, ident=None)
-    assert workers.calls_of("release") == [call.forwarder.threads()]
+    assert workers.calls_of("release", wait=True) == [call.forwarder.threads()]
     assert workers.preflight.thread.waited_s == []
 
 

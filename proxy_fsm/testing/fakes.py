@@ -378,7 +378,7 @@ class FakeEffects:
         self._tunnel.aborted = True
         self.drain()
 
-    def release(self) -> None:
+    def release(self, *, wait: bool) -> None:  # noqa: ARG002 - as the engine calls it
         self._tunnel.detached = True
 
     def query_session(self) -> None:

@@ -106,7 +106,8 @@ class RecordedEffects:
     """Carries out nothing: notes each effect and each publication in one list, and answers what a test says.
 
     Attributes:
-        calls: Effects by their name, changes as ``state running`` and ``phase draining``, other events by their name.
+        calls: Effects by their name (``release unwaited`` where no thread is waited for), changes as
+            ``state running`` and ``phase draining``, other events by their name.
         places: State and phase in the status, at each of these calls.
         events: The events.
         records: The records.
@@ -129,7 +130,7 @@ class RecordedEffects:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if not hasattr(Effects, name):
             raise AttributeError(name)
-        return lambda *arguments: self._do(name, arguments)
+        return lambda *arguments, wait=True: self._do(name if wait else f"{name} unwaited", arguments)
 
     def _do(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if name == "publish":
