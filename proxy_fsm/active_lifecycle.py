@@ -212,8 +212,6 @@ class ActiveLifecycle(Lifecycle):
         self._process_alive = False
         if self.phase in {Phase.TERMINATING, Phase.KILLING}:
             self.fire(PhaseTrigger.PROCESS_EXITED)
-        else:
-            self._close_if_released()
 
     def _give_up_process(self) -> None:
         """Go on without a program that has survived SIGKILL."""
