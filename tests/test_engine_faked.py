@@ -508,11 +508,13 @@ def test_subscriber_of_an_idle_stop_may_not_wait_either(make: Make) -> None:
     assert refused == [REFUSED]
 
 
-def test_wait_takes_a_timeout_and_the_states(make: Make) -> None:
+def test_wait_takes_a_timeout_and_the_states(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = make(State.RUNNING)
+    monkeypatch.delattr(threading.Thread, "join")  # its owner thread is waited for at its end alone
     assert proxy.wait(State.RUNNING, timeout=0) is State.RUNNING
     with pytest.raises(TimeoutError):
         proxy.wait(State.STOPPING, timeout=0)
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("via", [None, lambda function: function()])
@@ -522,10 +524,12 @@ def test_newcomer_hears_what_it_missed_where_it_wants_that(
 ) -> None:
     proxy, heard = make(State.RUNNING), list[TransitionRecord]()
     proxy.subscribe(heard.append, via=via, replay=replay)
+    proxy.subscribe(lambda _: pytest.fail("It was unsubscribed."), via=via)()
     proxy.settle()
     assert tuple(heard) == (proxy.status().history if replay else ())
     proxy.end()
     eventually(lambda: tuple(heard) == proxy.status().history[0 if replay else 3 :], what="all was heard")
+    assert proxy.log.named("subscriber.failed") == []
 
 
 def test_subscriber_that_sleeps_delays_nothing(make: Make) -> None:
