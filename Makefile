@@ -38,7 +38,7 @@ docs: $(READY)
 
 # Minutes: it tests the tests; docs/mutation.md has what came of it.
 mutation: $(READY)
-	$(BIN)/python -m tests.mutation $(addprefix proxy_fsm/,states.py lifecycle.py supervisor.py engine.py)
+	$(BIN)/python -m tests.mutation $(addprefix proxy_fsm/,states.py lifecycle.py active_lifecycle.py supervisor.py engine.py)
 
 # Minutes, as root: docs/faults.md is made of what it measures.
 faults: $(READY) system
