@@ -39,7 +39,8 @@ class Effects(FakeEffects):
         self.acknowledged = 0
 
     def start_preflight(self) -> None:
-        self.proxy.delay.wait(0.02)  # as long as it takes a caller that does not wait for this to return
+        self.proxy.preflight_begun.set()
+        self.proxy.go_on.wait(self.proxy.preflight_takes_s)
         self.proxy.preflight_started.set()
         if self.proxy.broken is not None:
             raise self.proxy.broken
@@ -58,7 +59,8 @@ class Proxy(FakedProxy):
 
     def __init__(self, **options: Any) -> None:
         self.log = Recorder()
-        self.preflight_started, self.delay = threading.Event(), threading.Event()
+        self.preflight_begun, self.go_on, self.preflight_started = (threading.Event() for _ in range(3))
+        self.preflight_takes_s = 0.0
         self.broken: BaseException | None = None
         self.judge = options.get("backend") or Judge()
         super().__init__(**{"logger": self.log, **options})
@@ -183,6 +185,7 @@ def test_owner_is_live_until_it_has_ended_and_waiting_for_the_end_waits_for_it(
 
 def test_start_returns_when_the_preflight_was_started_and_the_state_published(make: Make) -> None:
     proxy = make()
+    proxy.preflight_takes_s = 0.02
     proxy.start()
     assert proxy.preflight_started.is_set()
     assert proxy.log.path() == ["tunnelling"]
@@ -346,15 +349,18 @@ def test_order_comes_before_what_was_observed_sooner(make: Make) -> None:
 def test_order_comes_before_a_deadline_and_that_before_observations(
     make: Make, reason: EndReason, *, stopped: bool
 ) -> None:
-    proxy = make(timeouts=Timeouts(preflight_s=0.2))
-    proxy.start()
-    began = time.monotonic()
-    release = proxy.hold()
+    proxy = make(timeouts=Timeouts(preflight_s=0.02))
+    proxy.preflight_takes_s = WAIT_S
+    start = threading.Thread(target=proxy.start)
+    start.start()
+    assert proxy.preflight_begun.wait(WAIT_S)
+    over_at = time.monotonic() + 0.02
     proxy.tunnel.display_goes()
-    eventually(lambda: time.monotonic() > began + 0.2, what="the deadline is over")
     if stopped:
         proxy.stop()
-    release.set()
+    eventually(lambda: time.monotonic() > over_at, what="the deadline is over")
+    proxy.go_on.set()
+    start.join(WAIT_S)
     proxy.tunnel.preflight_ends()
     proxy.wait(timeout=WAIT_S)
     assert proxy.status().reason is reason
