@@ -207,9 +207,10 @@ class Script:
     def pass_s(self, seconds: float) -> list[str]:
         """Let some time pass; what reaches its limit in it is handled at that moment."""
         done, until_s = len(self.effects.calls), self.now_s + seconds
-        while (deadline := self.supervisor.deadline) is not None and deadline <= until_s:
-            self.now_s = max(self.now_s, deadline)
-            self.supervisor.deadline_passed(self.now)
+        for _ in Phase:
+            if (deadline := self.supervisor.deadline) is not None and deadline <= until_s:
+                self.now_s = max(self.now_s, deadline)
+                self.supervisor.deadline_passed(self.now)
         self.now_s = until_s
         return self.effects.calls[done:]
 
@@ -249,9 +250,11 @@ class Script:
             self.end_session()
         if wanted in State.STOPPING.phases:
             self.stop()
-        while self.status.phase is not wanted:
-            exits = self.status.phase is Phase.TERMINATING and wanted is not Phase.KILLING
-            self.see(ProcessExited(0, None)) if exits else self.pass_deadline()
+        for _ in range(State.STOPPING.phases.index(wanted) if wanted in State.STOPPING.phases else 0):
+            if self.status.phase is not wanted:
+                exits = self.status.phase is Phase.TERMINATING and wanted is not Phase.KILLING
+                self.see(ProcessExited(0, None)) if exits else self.pass_deadline()
+        assert self.status.phase is wanted
         return self
 
     def finish(self) -> list[str]:
