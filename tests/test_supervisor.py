@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import traceback
 from datetime import timedelta
 from math import inf
 from typing import Any
@@ -1051,7 +1052,7 @@ def test_error_after_an_error_is_published_too() -> None:
     script.effects.broken["terminate"] = ArithmeticError("the second")
     script.run(script.see, AgentDataReceived(1))
     first, second = (event["exception"] for event in script.events("internal.error"))
-    assert "the first" in first
+    assert first == "".join(traceback.format_exception(script.judge.error))
     assert "the second" in second
     assert script.end == (State.STOPPING, EndReason.INTERNAL_ERROR, "An internal error: ZeroDivisionError: the first.")
 
