@@ -371,6 +371,7 @@ def test_deadline_passes_although_nothing_comes(make: Make) -> None:
     proxy.start()
     assert proxy.ended() == (State.FAILED, EndReason.START_TIMEOUT)
     assert 0.02 <= proxy.status().history[1].elapsed_s < 5
+    assert proxy.log.named("internal.error") == []
 
 
 def test_deadline_that_is_over_lets_nothing_wait_where_there_is_none(make: Make) -> None:
