@@ -1,4 +1,4 @@
-"""A channel that cannot harm its transport, and hands on what comes without a detour."""
+"""A channel that cannot harm its transport, and delivers received data without a detour."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paramiko.buffered_pipe import BufferedPipe
 from paramiko.common import cMSG_CHANNEL_CLOSE, cMSG_CHANNEL_DATA, cMSG_CHANNEL_WINDOW_ADJUST
 from paramiko.message import Message
 
-from proxy_fsm.ssh.errors import TransportGone
+from proxy_fsm.ssh.errors import TransportClosed
 from proxy_fsm.ssh.fast import Messages, Packetizer, acknowledge, tcp_socket
 from proxy_fsm.ssh.sending import RekeySafeTransport
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PACKET_BYTES", "WINDOW_BYTES", "SafeChannel"]
 
-#: What this side is ready to take ahead of the reader, and in one message, in bytes. The window is what one channel can
-#: hold in memory when its reader is slow, and it has to hold what is under way: three times OpenSSH's own.
+#: The receive window of a channel, and the longest message accepted. The window limits what one channel holds in memory
+#: when its reader is slow, and has to cover the data in flight: three times OpenSSH's own.
 WINDOW_BYTES = 6 << 20
 PACKET_BYTES = 256 << 10
 
-#: paramiko leaves so much of a message free for what is not data.
+#: How much of a message paramiko reserves for what is not data.
 _ROOM_BYTES = 64
 
-#: How much is handed on before its window is given back.
+#: How much buffered data is delivered before the window is adjusted for it.
 _PIECE_BYTES = 512 << 10
 
-#: How many messages are sent in one go at most; each is two entries of ``sendmsg``, which takes 1,024 on Linux.
-_MOST_MESSAGES = 64
+#: How many messages are sent at once at most; each is two entries of ``sendmsg``, which accepts 1,024 on Linux.
+_MAX_MESSAGES = 64
 
 
 class SafeChannel(paramiko.Channel):
@@ -45,22 +45,22 @@ class SafeChannel(paramiko.Channel):
 
     Attributes:
         ended: Set once the channel is closed from either side, or its transport has ended.
-        transport_ended: Whether the transport went away under it.
-        on_unlinked: Called when its transport goes away: a pending open, which the transport may not notify.
+        transport_ended: Whether its transport has ended.
+        on_unlinked: Called when its transport ends: for a pending open, which the transport may not notify.
     """
 
     def __init__(self, chanid: int) -> None:
         super().__init__(chanid)
         self.ended = threading.Event()
         self.transport_ended = False
-        self._most_messages = 1
+        self._max_messages = 1
         self.on_unlinked: Callable[[], None] | None = None
         self.in_buffer = ReceiveBuffer(WINDOW_BYTES)
         self._close_sent = threading.Lock()
 
     @property
     def delivered_bytes(self) -> int:
-        """How much `deliver` has handed on so far."""
+        """How much `deliver` has written so far."""
         return cast("ReceiveBuffer", self.in_buffer).delivered
 
     @property
@@ -69,13 +69,13 @@ class SafeChannel(paramiko.Channel):
         return max(1, self.out_max_packet_size - _ROOM_BYTES)
 
     def send(self, s: bytes | bytearray | memoryview) -> int:
-        """Send as much as the server is ready to take, and return how much; 0 where this side has ended its direction.
+        """Send as much as the server's window allows, and return how much; 0 if this side has sent EOF.
 
-        It waits until the server takes anything. In one message, or in some that go out together where the transport's
-        packetizer knows how; as ``Channel.send`` otherwise, with one copy instead of four.
+        It waits until the window is open. It sends one message, or several at once if the transport's packetizer can;
+        apart from that it works as ``Channel.send`` does, with one copy instead of four.
 
         Raises:
-            TransportGone: The transport ended.
+            TransportClosed: The transport ended.
             OSError: The channel is closed.
         """
         data = memoryview(s)
@@ -84,7 +84,7 @@ class SafeChannel(paramiko.Channel):
         with self.lock:
             if self.closed:
                 raise OSError("The channel is closed.")
-            while sent < len(data) and len(pieces) < self._most_messages and (not pieces or self.out_window_size):
+            while sent < len(data) and len(pieces) < self._max_messages and (not pieces or self.out_window_size):
                 size = cast("int", self._wait_for_send_window(len(data) - sent))  # type: ignore[attr-defined]
                 if size == 0:
                     break
@@ -93,43 +93,43 @@ class SafeChannel(paramiko.Channel):
                 )
                 sent += size
         if pieces:
-            # As in Channel.send the lock is not held meanwhile: while keys are exchanged this waits.
+            # As in Channel.send the lock is not held here: this waits during a key exchange.
             message = Messages(pieces) if len(pieces) > 1 else Message(b"".join(pieces[0]))
             cast("Any", self.transport)._send_user_message(message)  # noqa: SLF001
         return sent
 
     def deliver(self, sock: socket.socket, before_first: Callable[[], None]) -> None:
-        """Hand on to a socket everything that comes, until the server ends its direction or the channel is closed.
+        """Write everything received to a socket, until the server sends EOF or the channel is closed.
 
-        What the socket takes at once goes there on the transport's thread, which saves a change of threads and two
-        copies; what it does not take is kept, for the thread that calls this, which may wait. The window is given back
-        by that thread alone, for what was handed on, so that no more than the window is ever kept.
+        What the socket accepts at once is written on the transport's thread, which saves a thread switch and two
+        copies; the rest is buffered for the thread that calls this, which may block. Only that thread adjusts the
+        window, and only for data that was written, so no more than the window is ever buffered.
 
         Args:
             sock: A blocking socket.
-            before_first: Called once, before the first byte is handed on.
+            before_first: Called once, before the first byte is written.
 
         Raises:
-            TransportGone: The transport ended.
-            OSError: The socket takes no more.
+            TransportClosed: The transport ended.
+            OSError: The socket cannot be written to any more.
         """
         received = cast("ReceiveBuffer", self.in_buffer)
         received.wake_after_bytes = self.in_window_threshold + 1
         try:
             while True:
-                kept, passed = received.take(sock)
-                if not kept and not passed:
+                buffered, written = received.take(sock)
+                if not buffered and not written:
                     return
-                if kept:  # nothing goes straight on meanwhile: this thread alone counts
+                if buffered:  # nothing is written directly meanwhile: this thread alone counts
                     if received.delivered == 0:
                         before_first()
-                    sock.sendall(kept)
-                    received.delivered += len(kept)
-                self._give_back(passed + len(kept))
+                    sock.sendall(buffered)
+                    received.delivered += len(buffered)
+                self._adjust_window(written + len(buffered))
         finally:
             received.stop()
 
-    def _give_back(self, count: int) -> None:
+    def _adjust_window(self, count: int) -> None:
         ack = self._check_add_window(count)  # type: ignore[attr-defined]
         if ack > 0:
             message = Message()
@@ -139,7 +139,7 @@ class SafeChannel(paramiko.Channel):
             cast("Any", self.transport)._send_user_message(message)  # noqa: SLF001
 
     def send_close(self) -> None:
-        """Send the CLOSE that is due, once; the first caller may block while the server takes nothing.
+        """Send CLOSE, once; the first caller may block while the server reads nothing.
 
         Call it when nothing more will be sent on this channel, from the thread that sent.
         """
@@ -149,13 +149,13 @@ class SafeChannel(paramiko.Channel):
         message = Message()
         message.add_byte(cMSG_CHANNEL_CLOSE)
         message.add_int(self.remote_chanid)
-        with suppress(TransportGone):  # it has no use for a CLOSE
+        with suppress(TransportClosed):  # it needs no CLOSE
             cast("Any", self.transport)._send_user_message(message)  # noqa: SLF001
 
     def _set_transport(self, transport: paramiko.Transport) -> None:
         super()._set_transport(RekeySafeTransport(transport))  # type: ignore[misc]
         cast("ReceiveBuffer", self.in_buffer).carrier = tcp_socket(transport)
-        self._most_messages = _MOST_MESSAGES if isinstance(transport.packetizer, Packetizer) else 1
+        self._max_messages = _MAX_MESSAGES if isinstance(transport.packetizer, Packetizer) else 1
 
     def _close_internal(self) -> tuple[None, None]:
         if self.active and not self.closed:
@@ -169,91 +169,91 @@ class SafeChannel(paramiko.Channel):
     def _unlink(self) -> None:
         self.transport_ended = True
         super()._unlink()  # type: ignore[misc]
-        # paramiko leaves out a channel that is closed already, and no CLOSE of the server will remove it any more.
+        # paramiko skips a channel that is already closed, and no CLOSE from the server will remove it any more.
         cast("Any", self.transport)._channels.delete(self.chanid)  # noqa: SLF001
         on_unlinked = self.on_unlinked
-        if on_unlinked is not None:  # a transport that is closed by its owner sets no event of a pending open
+        if on_unlinked is not None:  # a transport closed by its owner does not set the event of a pending open
             on_unlinked()
 
 
 class ReceiveBuffer(BufferedPipe):  # type: ignore[type-arg]  # generic in its stub alone
-    """What came for a channel: handed straight on where a socket takes it, kept in order where it does not.
+    """Data received on a channel: written straight to a socket if it accepts it, otherwise buffered in order.
 
     Args:
-        most_bytes: How much is kept. A server that sends more violates flow control; the buffer is closed.
+        max_bytes: How much is buffered. A server that sends more violates flow control; the buffer is closed.
 
     Attributes:
-        delivered: How many bytes were handed on.
-        carrier: The TCP socket that it came over, if it is one.
-        wake_after_bytes: How many bytes may be handed straight on before a waiter in `take` is woken.
+        delivered: How many bytes were written to the socket.
+        carrier: The transport's socket, if that is TCP.
+        wake_after_bytes: How many bytes may be written directly before a waiter in `take` is woken.
     """
 
     _buffer: array[int]
     _closed: bool
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         super().__init__()
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._lock = threading.RLock()  # feed() as a whole is one step
         self._cv = threading.Condition(self._lock)
         self.delivered = 0
         self.carrier: socket.socket | None = None
         self.wake_after_bytes = 0
-        self._unacknowledged = 0
-        self._over = False
+        self._unreported = 0  # written directly since the last take()
+        self._stopped = False
         self._sink: socket.socket | None = None
 
     def feed(self, data: bytes) -> None:
-        """Take what came, on the transport's thread; this does not block."""
+        """Accept received data, on the transport's thread; this does not block."""
         with self._lock:
-            if not self._over:
-                rest = self._hand_on(data)
-                if len(self._buffer) + len(rest) > self._most_bytes:
+            if not self._stopped:
+                rest = self._write_through(data)
+                if len(self._buffer) + len(rest) > self._max_bytes:
                     self.stop()
                     self.close()
                 elif rest:
                     super().feed(rest)
         acknowledge(self.carrier)
 
-    def _hand_on(self, data: bytes) -> bytes:
-        """Hand on what the socket takes at once, and return what it does not."""
+    def _write_through(self, data: bytes) -> bytes:
+        """Write what the socket accepts at once, and return the rest."""
         if self._sink is None:
             return data
         try:
-            # Not send(): gevent's heeds no flag, and would have the transport's own thread wait.
+            # Not send(): gevent's ignores the flags, and would block the transport's own thread.
             sent = self._sink.sendmsg([data], [], socket.MSG_DONTWAIT)
-        except OSError:  # it is full, or closed: then the waiter in take() will find out
+        except OSError:  # it is full or closed: the caller of take() will find out
             sent = 0
         self.delivered += sent
-        self._unacknowledged += sent
+        self._unreported += sent
         if sent < len(data):
             self._sink = None
-        elif self._unacknowledged >= self.wake_after_bytes:
+        elif self._unreported >= self.wake_after_bytes:
             self._cv.notify_all()
         return data[sent:]
 
     def take(self, sock: socket.socket) -> tuple[memoryview, int]:
-        """Wait for what the caller has to do.
+        """Wait until the caller has something to do.
 
-        Nothing is handed straight on while something is kept, or returned to be sent and no call has come since.
+        Nothing is written directly while data is buffered, or between the return of buffered data and the next call.
 
         Returns:
-            A piece of what was kept, which the caller sends, and how many bytes were handed on to the socket since;
-            nothing and 0 when no more will come.
+            A piece of buffered data, which the caller writes, and how many bytes were written directly since the last
+            call; nothing and 0 when no more will arrive.
         """
         with self._lock:
             while True:
-                if self._buffer or self._unacknowledged >= self.wake_after_bytes > 0 or self._closed:
-                    kept = self._buffer[:_PIECE_BYTES]
+                if self._buffer or self._unreported >= self.wake_after_bytes > 0 or self._closed:
+                    buffered = self._buffer[:_PIECE_BYTES]
                     del self._buffer[:_PIECE_BYTES]
-                    passed, self._unacknowledged = self._unacknowledged, 0
-                    return memoryview(kept), passed
-                if self.delivered:  # the first bytes are not handed straight on
+                    written, self._unreported = self._unreported, 0
+                    return memoryview(buffered), written
+                if self.delivered:  # the first bytes are not written directly
                     self._sink = sock
                 self._cv.wait()
 
     def stop(self) -> None:
-        """Hand nothing on any more, and keep nothing."""
+        """Write and buffer nothing any more, and discard what is buffered."""
         with self._lock:
-            self._over, self._sink = True, None
+            self._stopped, self._sink = True, None
             del self._buffer[:]

@@ -1,20 +1,20 @@
-"""Why a channel was not opened, or sends no more."""
+"""Why a channel was not opened, or can no longer send."""
 
 from __future__ import annotations
 
-__all__ = ["ChannelRefused", "NotOpened", "OpenAbandoned", "TransportGone"]
+__all__ = ["ChannelRefused", "NotOpened", "OpenAbandoned", "TransportClosed"]
 
 
-class NotOpened(Exception):  # noqa: N818 - each of its kinds is a fact or a wish, not an error of this side
+class NotOpened(Exception):  # noqa: N818 - a refusal, an end or a cancellation, not a failure on this side
     """A channel was not opened."""
 
 
 class ChannelRefused(NotOpened):
-    """A channel was refused, on a transport that lives.
+    """A channel was refused; the transport is alive.
 
     Attributes:
         code: The reason's number (RFC 4254, 5.1): 1 administratively prohibited, 2 connect failed, 3 unknown
-            channel type, 4 resource shortage; the last also where the request could not even be sent in time.
+            channel type, 4 resource shortage; the last also if the request could not even be sent in time.
     """
 
     PROHIBITED = 1
@@ -27,8 +27,8 @@ class ChannelRefused(NotOpened):
         super().__init__(text)
 
 
-class TransportGone(NotOpened, ConnectionError):  # noqa: N818 - as its siblings
-    """The transport ended: before the server answered an open, or before what was to be sent was sent."""
+class TransportClosed(NotOpened, ConnectionError):  # noqa: N818 - as its siblings
+    """The transport ended before the server answered an open, or before a message was sent."""
 
 
 class OpenAbandoned(NotOpened):

@@ -1,4 +1,4 @@
-"""A transport for speed: AES-GCM first, no delay, and packets that are packed and unpacked with few copies."""
+"""A transport for speed: AES-GCM first, TCP_NODELAY, and packets that are sealed and opened with few copies."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Messages", "Packetizer", "acknowledge", "fast_transport", "set_nodelay", "tcp_socket"]
 
-#: How much is read at once.
+#: How much is read ahead.
 _AHEAD_BYTES = 256 << 10
 
 #: OpenSSH's fastest ciphers that paramiko has; both authenticate what they encrypt.
 _FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
-#: Of a packet under AES-GCM (RFC 5647, 7): its length, in clear; what padding rounds up to; its authentication tag.
+#: In an AES-GCM packet (RFC 5647, 7): the length, unencrypted; the block that padding fills; the authentication tag.
 _LENGTH_BYTES = 4
 _BLOCK_BYTES = 16
 _TAG_BYTES = 16
-#: No packet is longer: more than any that is asked for here, and than a program would ask for.
+#: The longest packet accepted: longer than any requested here, or that a program would request.
 _LONGEST_BYTES = 64 << 20
 #: The least padding of any packet (RFC 4253, 6).
 _LEAST_PADDING_BYTES = 4
 
 
 class Messages(Message):
-    """Messages that a `Packetizer` sends in one go; any other sender fails on them."""
+    """Several messages that a `Packetizer` sends at once; any other sender fails on them."""
 
     def __init__(self, pieces: Sequence[tuple[bytes, memoryview]]) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class Messages(Message):
 
     def asbytes(self) -> bytes:
         """Raise an error: these are several messages."""
-        raise TypeError("Several messages have no bytes of one.")
+        raise TypeError("Several messages cannot be serialised as one.")
 
 
 class Packetizer(packet.Packetizer):
-    """Packs and unpacks packets under AES-GCM with few copies and few system calls; all others are paramiko's to do.
+    """Seals and opens AES-GCM packets with few copies and few system calls; all others are left to paramiko.
 
-    It bears the name of paramiko's own, so that the private names below are those of its base: there is one state of
-    the connection, whichever of the two does the next packet.
+    It has the same name as paramiko's, so that the private names below are those of its base: both share one state of
+    the connection, whichever of them handles the next packet.
     """
 
     __aead_in: bool
@@ -84,7 +84,7 @@ class Packetizer(packet.Packetizer):
     # ---- out ----
 
     def send_message(self, data: Message) -> None:
-        """Send a message, or several in one go."""
+        """Send a message, or several at once."""
         with self.__write_lock:
             if not self.__aead_out or self.__compress_engine_out is not None or self.__dump_packets:
                 for piece in data.pieces if isinstance(data, Messages) else [(data.asbytes(),)]:
@@ -108,18 +108,18 @@ class Packetizer(packet.Packetizer):
         self.__sent_bytes += sum(map(len, out))
         self.__sent_packets += len(pieces)
         if self.__sent_bytes >= self.REKEY_BYTES or self.__sent_packets >= self.REKEY_PACKETS:
-            self._want_keys(f"{self.__sent_packets} packets, {self.__sent_bytes} bytes sent")
+            self._request_rekey(f"{self.__sent_packets} packets, {self.__sent_bytes} bytes sent")
 
     def _write(self, out: list[bytes]) -> None:
         try:
-            # Not writev() on its number: it may be closed meanwhile, and the number in use for something else.
+            # Not writev() on its descriptor: that may have been closed, and be in use for something else.
             sent = self._sock.sendmsg(out)
         except (TimeoutError, BlockingIOError):
             sent = 0
         except OSError as error:
             raise EOFError from error  # as paramiko does
         rest = memoryview(b"".join(out))[sent:] if sent < sum(map(len, out)) else b""
-        self.write_all(rest)  # it also notes when something was sent last
+        self.write_all(rest)  # it also records when data was last sent
 
     # ---- in ----
 
@@ -128,19 +128,19 @@ class Packetizer(packet.Packetizer):
 
         Raises:
             EOFError: The connection ended.
-            NeedRekeyException: Nothing has come for a while, and it is time for fresh keys.
-            paramiko.SSHException: The packet is not what the server has sealed.
+            NeedRekeyException: Nothing was received for a while, and a rekey is due.
+            paramiko.SSHException: The packet is malformed, or was changed in transit.
         """
         if not self.__aead_in or self.__compress_engine_in is not None or self.__dump_packets or self.__remainder:
             return super().read_message()
-        self._hold(_LENGTH_BYTES, check_rekey=True)
+        self._fill(_LENGTH_BYTES, check_rekey=True)
         length = int.from_bytes(self._ahead[self._start : self._start + _LENGTH_BYTES], "big")
-        if length % _BLOCK_BYTES or length > _LONGEST_BYTES:  # it is not sealed: anybody on the way can change it
+        if length % _BLOCK_BYTES or length > _LONGEST_BYTES:  # it is not verified yet: anyone on the path can change it
             raise paramiko.SSHException(f"A packet cannot be {length} bytes long.")
         count = _LENGTH_BYTES + length + _TAG_BYTES
         if count > len(self._ahead):
             return super().read_message()
-        self._hold(count, check_rekey=False)
+        self._fill(count, check_rekey=False)
         whole = self._ahead[self._start : self._start + count]
         self._start += count
         try:
@@ -168,31 +168,31 @@ class Packetizer(packet.Packetizer):
             ):
                 raise paramiko.SSHException("Remote transport is ignoring rekey requests")
         elif self.__received_bytes >= self.REKEY_BYTES or self.__received_packets >= self.REKEY_PACKETS:
-            self._want_keys(f"{self.__received_packets} packets, {self.__received_bytes} bytes received")
+            self._request_rekey(f"{self.__received_packets} packets, {self.__received_bytes} bytes received")
 
-    def _want_keys(self, after: str) -> None:
+    def _request_rekey(self, after: str) -> None:
         if not self.need_rekey():
             self._log(DEBUG, f"Rekeying (hit {after})")  # type: ignore[attr-defined]
             self.__received_bytes_overflow = self.__received_packets_overflow = 0
             self._trigger_rekey()  # type: ignore[attr-defined]
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:  # noqa: FBT001, FBT002 - paramiko's signature
-        """Return exactly so many bytes; waiting for them is as in paramiko."""
-        if n <= 0:  # of a length that is too small; the MAC will tell
+        """Return exactly ``n`` bytes; wait for them as paramiko does."""
+        if n <= 0:  # from a length that is too small; the MAC will show it
             return b""
         if not self.__remainder and n <= len(self._ahead):
-            self._hold(n, check_rekey=check_rekey)
-            return self._take(n)
-        # What is left of reading the banner, and a packet that is longer than the buffer, are paramiko's to read.
-        held = self._take(min(n, self._end - self._start))
+            self._fill(n, check_rekey=check_rekey)
+            return self._consume(n)
+        # What is left over from the banner, and a packet longer than the buffer, are left to paramiko.
+        held = self._consume(min(n, self._end - self._start))
         return held + super().read_all(n - len(held), check_rekey and not held)
 
-    def _take(self, count: int) -> bytes:
+    def _consume(self, count: int) -> bytes:
         self._start += count
         return bytes(self._ahead[self._start - count : self._start])
 
-    def _hold(self, count: int, *, check_rekey: bool) -> None:
-        """Read until so many bytes are held, and what comes with them."""
+    def _fill(self, count: int, *, check_rekey: bool) -> None:
+        """Read until at least this many bytes are in the buffer."""
         held = self._end - self._start
         if held >= count:
             return
@@ -204,7 +204,7 @@ class Packetizer(packet.Packetizer):
             try:
                 got = self._sock.recv_into(self._ahead[self._end :])
             except (TimeoutError, BlockingIOError):
-                self._nothing_came(may_rekey=check_rekey and self._end == 0)
+                self._on_read_timeout(may_rekey=check_rekey and self._end == 0)
                 continue
             except OSError as error:
                 if self.closed:
@@ -214,7 +214,7 @@ class Packetizer(packet.Packetizer):
                 raise EOFError
             self._end += got
 
-    def _nothing_came(self, *, may_rekey: bool) -> None:
+    def _on_read_timeout(self, *, may_rekey: bool) -> None:
         if self.closed:
             raise EOFError
         if may_rekey and self.need_rekey():
@@ -223,7 +223,7 @@ class Packetizer(packet.Packetizer):
 
 
 def tcp_socket(transport: paramiko.Transport) -> socket.socket | None:
-    """Return the socket that a transport runs over where that is one of TCP."""
+    """Return the socket that a transport runs over if it is TCP, else None."""
     sock = transport.sock
     if isinstance(sock, socket.socket) and sock.family in {socket.AF_INET, socket.AF_INET6}:
         return sock
@@ -231,41 +231,41 @@ def tcp_socket(transport: paramiko.Transport) -> socket.socket | None:
 
 
 def set_nodelay(transport: paramiko.Transport) -> None:
-    """Have the transport send small messages at once; a no-op where it does not run over TCP.
+    """Have the transport send small messages at once; a no-op if it does not run over TCP.
 
     Source: paramiko never sets it; opening a channel then takes 40 ms instead of less than one.
     """
     sock = tcp_socket(transport)
     if sock is not None:
-        with suppress(OSError):  # it is closed: others will tell
+        with suppress(OSError):  # it is closed, which is reported elsewhere
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def acknowledge(sock: socket.socket | None) -> None:
-    """Have what came over a TCP socket acknowledged now, and not in up to 40 ms; a no-op outside Linux.
+    """Acknowledge what was received over TCP now, and not in up to 40 ms; a no-op outside Linux.
 
-    Source: OpenSSH's server leaves Nagle's algorithm on where a connection carries no terminal: it holds back a small
-    packet until the one before is acknowledged, and Linux delays ACKs on connections that send little back (tcp(7),
-    ``TCP_QUICKACK``, which has to be set again and again). The start of an NX session then takes three times as long.
+    Source: OpenSSH's server leaves Nagle's algorithm on if a connection has no terminal: it holds back a small packet
+    until the previous one is acknowledged, and Linux delays ACKs on connections that send little back (tcp(7),
+    ``TCP_QUICKACK``, which has to be set again each time). The start of an NX session then takes three times as long.
     """
     if sock is not None and sys.platform == "linux":
-        with suppress(OSError):  # it is closed: others will tell
+        with suppress(OSError):  # it is closed, which is reported elsewhere
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def fast_transport(sock: Any, **kwargs: Any) -> paramiko.Transport:
-    """Make a transport set up for speed: AES-GCM first, TCP_NODELAY set, packets packed and unpacked with less work.
+    """Make a transport set up for speed: AES-GCM first, TCP_NODELAY set, packets sealed and opened with less work.
 
-    Pass it as ``SSHClient.connect(transport_factory=fast_transport)``. Everything that runs over the connection gains,
-    and nothing else changes: it is a plain ``paramiko.Transport``, and the other ciphers stay on offer. Its packetizer
-    reads ahead, which costs 256 KiB a transport; it is paramiko's own where there is no socket object (an address, a
-    ``ProxyCommand``, a channel of another connection). docs/performance.md has what it gains.
+    Pass it as ``SSHClient.connect(transport_factory=fast_transport)``. Everything that runs over the connection gets
+    faster, and nothing else changes: it is a plain ``paramiko.Transport``, and the other ciphers are still offered. Its
+    packetizer reads ahead, which costs 256 KiB per transport; it is paramiko's own if there is no socket object (an
+    address, a ``ProxyCommand``, a channel of another connection). docs/performance.md has the measurements.
 
     Args:
-        sock: A connected socket, or what else ``paramiko.Transport`` takes.
+        sock: A connected socket, or anything else that ``paramiko.Transport`` accepts.
         kwargs: Passed on to ``paramiko.Transport``.
     """
-    if type(sock) is socket.socket:  # one of TLS is another kind, and wants every byte to go through it
+    if type(sock) is socket.socket:  # not a TLS socket, a subclass that every byte has to go through
         kwargs.setdefault("packetizer_class", Packetizer)
     transport = paramiko.Transport(sock, **kwargs)
     options = transport.get_security_options()

@@ -1,4 +1,4 @@
-"""Opening channels: a message and, later, its answer; and the end of a transport, which unlinks its channels."""
+"""Opening channels: a request and, later, its answer; and the end of a transport, which unlinks its channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paramiko.common import CONNECTION_FAILED_CODE, MSG_CHANNEL_OPEN_FAILURE, cM
 from paramiko.message import Message
 
 from proxy_fsm.ssh.channel import PACKET_BYTES, WINDOW_BYTES, SafeChannel
-from proxy_fsm.ssh.errors import ChannelRefused, OpenAbandoned, TransportGone
+from proxy_fsm.ssh.errors import ChannelRefused, OpenAbandoned, TransportClosed
 from proxy_fsm.ssh.fast import acknowledge, tcp_socket
 from proxy_fsm.ssh.sending import DeferredSender
 
@@ -22,7 +22,7 @@ __all__ = ["ChannelOpening", "EndWatch", "packets_received", "why_ended"]
 
 
 class _Refusals:
-    """Handles the refusals of opens: ours reach the open that they answer, the others go to paramiko's handler."""
+    """Handles refused opens: ours are passed to the open that they answer, the others to paramiko's handler."""
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
@@ -42,8 +42,8 @@ class _Refusals:
             self._original(message)
 
 
-def _prepare(transport: Any) -> None:
-    """Change what has to be changed in a transport, once; call it under the transport's lock."""
+def _install_hooks(transport: Any) -> None:
+    """Put `DeferredSender` and `_Refusals` into a transport, once; call it under the transport's lock."""
     if not isinstance(transport._send_user_message, DeferredSender):  # noqa: SLF001
         transport._send_user_message = DeferredSender(transport)  # noqa: SLF001
     if not isinstance(transport._handler_table[MSG_CHANNEL_OPEN_FAILURE], _Refusals):  # noqa: SLF001
@@ -55,7 +55,7 @@ class ChannelOpening:
 
     Args:
         transport: An authenticated transport.
-        kind: ``"direct-tcpip"``, or whatever takes no destination.
+        kind: ``"direct-tcpip"``, or a kind that takes no destination.
         destination: Host and port as the server knows them, for ``"direct-tcpip"``.
     """
 
@@ -69,24 +69,24 @@ class ChannelOpening:
         self._channel: SafeChannel | None = None
 
     def send(self) -> None:
-        """Send the request; this may block while the server takes nothing, or keys are exchanged.
+        """Send the request; this may block while the server reads nothing, or during a key exchange.
 
-        It raises nothing: `wait` tells how it went.
+        It raises nothing: `wait` reports the outcome.
         """
         transport = cast("Any", self._transport)
         if not transport.is_active():
-            self._settle(TransportGone("The SSH transport is not active."))
+            self._settle(TransportClosed("The SSH transport is not active."))
             return
         message = Message()
         with transport.lock:
-            _prepare(transport)
+            _install_hooks(transport)
             number = transport._next_channel()  # noqa: SLF001
             channel = self._channel = SafeChannel(number)
             channel.on_unlinked = self.set
             channel._set_transport(transport)  # noqa: SLF001
             channel._set_window(WINDOW_BYTES, PACKET_BYTES)  # type: ignore[attr-defined]  # noqa: SLF001
             transport._channels.put(number, channel)  # noqa: SLF001
-            # The transport calls set() on this when the answer has come, or when it ends.
+            # The transport calls set() on this when the answer arrives, or when it ends.
             transport.channel_events[number] = self
             transport.channels_seen[number] = True
         message.add_byte(cMSG_CHANNEL_OPEN)
@@ -101,35 +101,35 @@ class ChannelOpening:
             message.add_int(0)
         try:
             transport._send_user_message(message)  # noqa: SLF001
-        except paramiko.SSHException as error:  # keys were not exchanged in time, and nothing was sent
+        except paramiko.SSHException as error:  # the key exchange timed out, and nothing was sent
             if transport.is_active():
                 self._withdraw(channel)
                 self._settle(ChannelRefused(ChannelRefused.RESOURCE_SHORTAGE, str(error)))
         except (OSError, EOFError) as error:
-            self._settle(TransportGone(str(error)))
-        if not transport.is_active():  # it is ending, and may have unlinked its channels before this one was there
+            self._settle(TransportClosed(str(error)))
+        if not transport.is_active():  # it is ending, and may have unlinked its channels before this one was added
             channel._unlink()  # noqa: SLF001
 
     def wait(self) -> SafeChannel:
-        """Wait for the answer, however long it takes, and return the channel, which is the caller's from then on.
+        """Wait for the answer, however long it takes, and return the channel, which then belongs to the caller.
 
         Raises:
             ChannelRefused: The server refused.
-            TransportGone: The transport ended.
-            OpenAbandoned: `abandon` was called meanwhile.
+            TransportClosed: The transport ended.
+            OpenAbandoned: `abandon` was called.
         """
         self._settled.wait()
         with self._lock:
             answer, self._answer = self._answer, None
         if answer is not None and self._channel is not None:  # without an answer the channel may still open
-            self._channel.on_unlinked = None  # else each would keep the other, and what the channel keeps
+            self._channel.on_unlinked = None  # else each would keep the other alive, and the buffers
             self._channel = None
         if isinstance(answer, SafeChannel):
             return answer
         raise answer or OpenAbandoned("The open was abandoned.")
 
     def abandon(self) -> None:
-        """Give the open up: `wait` raises at once, and a channel that opens after all is closed."""
+        """Give up: `wait` raises at once, and a channel that opens after all is closed."""
         with self._lock:
             answer, self._answer = self._answer, None
             self._settled.set()
@@ -147,17 +147,17 @@ class ChannelOpening:
             self._settle(channel)
             acknowledge(tcp_socket(self._transport))  # the server may have something to send already
         else:
-            # It may have been registered too late to be unlinked. The transport is reading its list of events, so that
-            # the entry there stays.
+            # It may have been registered too late to be unlinked. Its entry in `channel_events` stays: the transport is
+            # iterating over them.
             cast("Any", self._transport)._channels.delete(channel.chanid)  # noqa: SLF001
-            self._settle(TransportGone("The SSH transport ended."))
+            self._settle(TransportClosed("The SSH transport ended."))
 
     def refuse(self, code: int) -> None:
         """Receive a refusal."""
         self._settle(ChannelRefused(code, CONNECTION_FAILED_CODE.get(code, "The server refused the channel.")))
 
     def _withdraw(self, channel: SafeChannel) -> None:
-        """Unregister an open whose answer cannot come."""
+        """Unregister an open that can get no answer."""
         transport = cast("Any", self._transport)
         with transport.lock:
             transport.channel_events.pop(channel.chanid, None)
@@ -175,19 +175,19 @@ class ChannelOpening:
 
 def _discard(channel: SafeChannel) -> None:
     """Close an unused channel, on its own thread since sending may block."""
-    channel.on_unlinked = None  # else each would keep the other
+    channel.on_unlinked = None  # else each would keep the other alive
     try:
         threading.Thread(target=channel.send_close, name="proxy_fsm-discard", daemon=True).start()
     except RuntimeError:
-        # No thread can be started: there are too many, or the interpreter ends. This one may be the transport's own,
-        # which would wait for itself while keys are exchanged; then the channel stays open, as long as the transport.
-        # Otherwise it sends, though it may have to wait for a server that takes nothing, as paramiko's own CLOSE does.
+        # No thread can be started: there are too many, or the interpreter is shutting down. This may be the transport's
+        # own thread, which would wait for itself during a key exchange: then the channel stays open as long as the
+        # transport. Otherwise it sends, though a server that reads nothing may block it, like paramiko's own CLOSE.
         if cast("Any", channel.transport).clear_to_send.is_set():
             channel.send_close()
 
 
 class EndWatch:
-    """Calls back once when a transport ends, at once where it has ended; the call must be short.
+    """Calls back once when a transport ends, at once if it has ended already; the callback must be short.
 
     It costs no thread: the transport unlinks its channels when it ends, and this is one of them.
     """
@@ -203,8 +203,8 @@ class EndWatch:
             self._sentinel._unlink()  # noqa: SLF001
 
     def cancel(self) -> None:
-        """Call back no more."""
-        self._sentinel.due.acquire(blocking=False)
+        """Do not call back any more."""
+        self._sentinel.fired.acquire(blocking=False)
         self._transport._channels.delete(self._sentinel.chanid)  # noqa: SLF001
 
 
@@ -212,19 +212,19 @@ class _Sentinel(paramiko.Channel):
     def __init__(self, chanid: int, callback: Callable[[], None]) -> None:
         super().__init__(chanid)
         self.callback = callback
-        self.due = threading.Lock()  # acquired by the one that calls back, or by the one that cancels
+        self.fired = threading.Lock()  # acquired once, to call back or to cancel
 
     def _unlink(self) -> None:
-        if self.due.acquire(blocking=False):
+        if self.fired.acquire(blocking=False):
             self.callback()
 
 
 def packets_received(transport: paramiko.Transport) -> int:
-    """Return a number that changes whenever a packet has come from the server."""
+    """Return a number that changes whenever a packet arrives from the server."""
     return cast("int", cast("Any", transport.packetizer)._Packetizer__sequence_number_in)  # noqa: SLF001
 
 
 def why_ended(transport: paramiko.Transport) -> str:
-    """Say that a transport ended, in a sentence, with paramiko's error where there was one."""
+    """Return a sentence that says that a transport ended, with paramiko's error if there was one."""
     error = cast("Any", transport).saved_exception
     return "The SSH connection ended" + (f": {error}." if error and str(error) else ".")

@@ -1,4 +1,4 @@
-"""Sending while keys are exchanged: by the transport's own thread later, for our channels as patiently as it takes."""
+"""Sending during a key exchange: deferred on the transport's own thread, retried on others until it succeeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import paramiko
 
-from proxy_fsm.ssh.errors import TransportGone
+from proxy_fsm.ssh.errors import TransportClosed
 
 if TYPE_CHECKING:
     from paramiko.message import Message
@@ -18,16 +18,16 @@ __all__ = ["DeferredSender", "RekeySafeTransport", "send_through_rekey"]
 
 
 class DeferredSender:
-    """Sends for a transport: what its own thread sends never waits for keys, but is sent later, by another thread.
+    """Sends for a transport, whose own thread never waits for a key exchange: another thread then sends for it, later.
 
-    No lock is waited for: the garbage collector may close a channel, and so come here, while this thread holds it.
+    It never waits for a lock: the garbage collector may close a channel, and so call this, while this thread holds it.
     """
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
         self._original = transport._send_user_message  # noqa: SLF001
         self._deferred: deque[Message] = deque()
-        self._at_work = threading.Lock()  # held by the thread that sends, or is about to start
+        self._sending = threading.Lock()  # held by the thread that sends, or is about to start
 
     def __call__(self, message: Message) -> None:
         """Send as ``Transport._send_user_message`` does."""
@@ -40,7 +40,7 @@ class DeferredSender:
     def _send_now(self, message: Message) -> bool:
         transport = self._transport
         if not transport.is_active():
-            return True  # dropped, as ever
+            return True  # dropped, as paramiko does
         if self._deferred or not transport.clear_to_send_lock.acquire(blocking=False):  # what was deferred goes first
             return False
         try:
@@ -52,11 +52,11 @@ class DeferredSender:
             transport.clear_to_send_lock.release()
 
     def _start_sender(self) -> None:
-        if self._at_work.acquire(blocking=False):
+        if self._sending.acquire(blocking=False):
             try:
                 threading.Thread(target=self._send_deferred, name="proxy_fsm-deferred", daemon=True).start()
-            except RuntimeError:  # no thread can be started: it goes with the next
-                self._at_work.release()
+            except RuntimeError:  # no thread can be started: it is sent with the next message
+                self._sending.release()
 
     def _send_deferred(self) -> None:
         try:
@@ -67,19 +67,19 @@ class DeferredSender:
                 finally:
                     self._deferred.popleft()  # only now: until it is sent, nothing overtakes it
         finally:
-            self._at_work.release()
-        if self._deferred:  # it came in this very moment
+            self._sending.release()
+        if self._deferred:  # one was added just before the release
             self._start_sender()
 
 
 def send_through_rekey(transport: Any, message: Message) -> None:
-    """Send, however long keys are exchanged; it raises, or drops the message, where the transport has ended."""
+    """Send, however long a key exchange takes; raise, or drop the message, if the transport has ended."""
     while True:
         try:
             transport._send_user_message(message)  # noqa: SLF001
-        except paramiko.ProxyCommandFailure:  # its pipe is closed: not a matter of keys
+        except paramiko.ProxyCommandFailure:  # its pipe is closed, which no key exchange explains
             raise
-        except paramiko.SSHException:  # keys were not exchanged in time, and nothing was sent
+        except paramiko.SSHException:  # the key exchange timed out, and nothing was sent
             if not transport.is_active():
                 raise
         else:
@@ -87,9 +87,9 @@ def send_through_rekey(transport: Any, message: Message) -> None:
 
 
 class RekeySafeTransport:
-    """A transport as our channels see it: it gives up no message because keys are exchanged slowly.
+    """A transport as our channels see it: it gives up no message because of a slow key exchange.
 
-    Whatever paramiko raises where a message cannot be sent becomes one error, `TransportGone`.
+    Whatever paramiko raises when a message cannot be sent becomes one error, `TransportClosed`.
     """
 
     def __init__(self, transport: paramiko.Transport) -> None:
@@ -102,6 +102,6 @@ class RekeySafeTransport:
         try:
             send_through_rekey(self._transport, message)
         except (OSError, EOFError, paramiko.SSHException) as error:
-            raise TransportGone(str(error) or "The SSH transport ended.") from error
-        if not self._transport.is_active():  # then paramiko drops what it is to send, and says nothing
-            raise TransportGone("The SSH transport ended.")
+            raise TransportClosed(str(error) or "The SSH transport ended.") from error
+        if not self._transport.is_active():  # then paramiko drops the message silently
+            raise TransportClosed("The SSH transport ended.")

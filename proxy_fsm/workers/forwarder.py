@@ -5,8 +5,8 @@ What ``ssh -L`` does. Data flow of a connection::
     proxy ── local socket ──► up relay ───► channel ──► agent
     proxy ◄── local socket ── down relay ◄── channel ◄── agent
 
-Each relay is one blocking thread: a receiver that is full blocks the sender. End of one direction is
-passed on as the end of that direction. The channel is closed when both relays have ended, by the last of them.
+Each relay is one blocking thread: a full receiver blocks the sender. EOF in one direction is passed on as EOF in that
+direction. The channel is closed when both relays have ended, by the last of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from proxy_fsm.evidence import (
 )
 from proxy_fsm.private_files import SOCKET_NAME
 from proxy_fsm.reasons import EndReason
-from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportGone, why_ended
+from proxy_fsm.ssh import ChannelOpening, ChannelRefused, OpenAbandoned, SafeChannel, TransportClosed, why_ended
 from proxy_fsm.status import TunnelStats
 from proxy_fsm.workers import peer
 
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Forwarder", "bind_listener"]
 
-#: How much of what the proxy sends is read at once, about.
+#: About how much of the proxy's data is read at once.
 _READ_BYTES = 128 << 10
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.5
-#: What the process or the machine is short of for a while: descriptors or memory.
+#: Errors of a process or machine that is short of descriptors or memory for a while.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _SHORTAGE_PAUSE_S = 0.1
 
@@ -112,11 +112,11 @@ class Forwarder:
         self._closed_posted = False
 
     def bind(self, kind: str, directory: Path) -> str:
-        """Bind the local end, so that connections wait from now on.
+        """Bind the local end, so that connections are queued from now on.
 
         Args:
             kind: ``"unix"`` for a socket in the directory, ``"tcp"`` for a free port on 127.0.0.1.
-            directory: A directory that nobody else can enter.
+            directory: A directory that no other user can enter.
 
         Returns:
             The socket's path, or ``127.0.0.1:PORT``.
@@ -133,14 +133,14 @@ class Forwarder:
             if self.closing.is_set():
                 return
             acceptor = threading.Thread(target=self._accept, name="proxy_fsm-tunnel", daemon=True)
-            acceptor.start()  # it takes this lock before it says that it is done
+            acceptor.start()  # it acquires this lock before it clears _accepting
             self._acceptor, self._accepting = acceptor, True
 
     def close(self) -> None:
         """Accept no more connections, and close each open one once what the proxy sent has been forwarded.
 
-        Returns at once; `TunnelClosed` is posted when all are closed. Over TCP, where the system does not say how
-        much the proxy sent, the proxy's own end is awaited: then `abort` has to follow.
+        Returns at once; `TunnelClosed` is posted when all are closed. Over TCP, if the system does not report how
+        much the proxy sent, it waits until the proxy closes: then `abort` has to follow.
         """
         with self._lock:
             self.closing.set()
@@ -183,20 +183,20 @@ class Forwarder:
             )
 
     def connection_opened(self, connection: _Connection) -> None:
-        """Count an open channel, and post it."""
+        """Count an opened channel, and post `ChannelOpened`."""
         with self._lock:
             self._connections += 1
             self._opened_at = self._opened_at or datetime.now(UTC)
         self.post(ChannelOpened(connection.number))
 
     def connection_closed(self, connection: _Connection) -> None:
-        """Post that a connection has ended, and forget it."""
+        """Post `ConnectionEnded`, and forget the connection."""
         if connection.opened_at is not None:
             duration_s = time.monotonic() - connection.opened_at
             self.post(
                 ConnectionEnded(connection.number, connection.bytes_to_agent, connection.bytes_from_agent, duration_s)
             )
-        with self._lock:  # posted before: this may be the last connection, and nothing follows TunnelClosed
+        with self._lock:  # posted first: this may be the last connection, and nothing follows TunnelClosed
             self._open.remove(connection)
             self._closed_bytes_to_agent += connection.bytes_to_agent
             self._closed_bytes_from_agent += connection.bytes_from_agent
@@ -231,14 +231,14 @@ class Forwarder:
                 self._accepting = False
             self._post_if_closed()
         if last is not None:
-            last.run()  # the last connection that may come is served by this thread
+            last.run()  # the last connection allowed is served by this thread
 
     def _accept_own(self, listener: socket.socket) -> socket.socket | None:
-        """Return the next connection of our own user; None when the listener was shut down."""
+        """Return the next connection of our own user; None if the listener was shut down."""
         while True:
             try:
                 local, _ = self._retry_on_shortage(listener.accept)
-            except ConnectionAbortedError:  # the client left before accept
+            except ConnectionAbortedError:  # the client disconnected before accept
                 continue
             except OSError:
                 if self.closing.is_set():
@@ -289,8 +289,8 @@ class _Connection:
         self._lock = threading.Lock()
         self._relays = 1
         self._up_done = False
-        self._bytes_to_flush: int | None = None  # so many go up before it ends, though the proxy may go on
-        self._ended_here = False  # by the proxy or by us, before the agent
+        self._bytes_to_flush: int | None = None  # closed after so many, though the proxy may send more
+        self._closed_here = False  # by the proxy or by us, before the agent
         self._loss_posted = False
         local.settimeout(None)  # whatever the program's default is
         if local.family == socket.AF_INET:
@@ -302,12 +302,12 @@ class _Connection:
         return 0 if self._channel is None else self._channel.delivered_bytes
 
     def start(self) -> None:
-        """Serve it on a thread of its own."""
+        """Serve the connection on a thread of its own."""
         thread = threading.Thread(target=self.run, name="proxy_fsm-up", daemon=True)
         try:
             thread.start()
         except BaseException:
-            self._leave()
+            self._end_relay()
             raise
         self.threads.append(thread)
 
@@ -331,7 +331,7 @@ class _Connection:
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
             self._forwarder.post(WorkerCrashed("tunnel", error))
         finally:
-            self._leave()
+            self._end_relay()
 
     def finish(self) -> None:
         """Forward what the proxy has sent, then close."""
@@ -341,12 +341,12 @@ class _Connection:
             opening.abandon()
         if channel is not None and up_done:
             channel.close()
-        with self._lock, suppress(OSError):  # it is closed: that is what is wanted
-            all_here = self._local.family == socket.AF_UNIX  # over TCP some of it may be on its way
-            if not all_here and self._bytes_to_flush is None:
+        with self._lock, suppress(OSError):  # it is closed already
+            all_received = self._local.family == socket.AF_UNIX  # over TCP some data may be in flight
+            if not all_received and self._bytes_to_flush is None:
                 self._bytes_to_flush = peer.written_bytes(self._local)
-            if all_here or self._upload_flushed():
-                self._local.shutdown(socket.SHUT_RD)  # what was received before can still be read, then comes the end
+            if all_received or self._upload_flushed():
+                self._local.shutdown(socket.SHUT_RD)  # what was received before can still be read, then EOF follows
 
     def _upload_flushed(self) -> bool:
         """Return whether all that the proxy had sent before `finish` has been forwarded to the agent.
@@ -358,8 +358,8 @@ class _Connection:
 
     def abort(self) -> None:
         """Close without waiting for data in flight."""
-        self._ended_here = True
-        with self._lock, suppress(OSError):  # it is closed: that is what is wanted
+        self._closed_here = True
+        with self._lock, suppress(OSError):  # it is closed already
             self._local.shutdown(socket.SHUT_RDWR)
         if self._channel is not None:
             self._channel.close()
@@ -378,10 +378,10 @@ class _Connection:
             try:
                 opening.send()
                 return opening.wait()
-            except (TransportGone, OpenAbandoned):
-                return None  # posted by the transport's monitor, or wanted by the owner
+            except (TransportClosed, OpenAbandoned):
+                return None  # posted by the transport's monitor, or requested by the owner
             except ChannelRefused as refused:
-                error = self._meaning_of(refused, time.monotonic() - began, give_up=time.monotonic() >= deadline)
+                error = self._error_of(refused, time.monotonic() - began, give_up=time.monotonic() >= deadline)
             finally:
                 with self._lock:
                     self._opening = None
@@ -392,8 +392,8 @@ class _Connection:
                 return None
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _meaning_of(self, refused: ChannelRefused, after_s: float, *, give_up: bool) -> BackendError | None:
-        """Return what a refusal means; None where a retry may help."""
+    def _error_of(self, refused: ChannelRefused, after_s: float, *, give_up: bool) -> BackendError | None:
+        """Return the error that a refusal means; None if a retry may help."""
         target = f"{self._forwarder.destination[0]}:{self._forwarder.destination[1]}"
         if refused.code in {ChannelRefused.PROHIBITED, ChannelRefused.UNKNOWN_TYPE}:
             return BackendError(
@@ -411,7 +411,7 @@ class _Connection:
 
     def _up(self, channel: SafeChannel) -> None:
         try:
-            # Whole messages, so that none is sent that is hardly filled; how long they may be is the server's to say.
+            # Whole messages, so that none is sent nearly empty; the server decides how long they may be.
             size = min(channel.message_bytes, _READ_BYTES)
             buffer = memoryview(bytearray(_READ_BYTES // size * size))
             while not self._upload_flushed() and (count := self._local.recv_into(buffer)):
@@ -419,19 +419,19 @@ class _Connection:
                 while data:
                     sent = channel.send(data)
                     if sent == 0:
-                        return  # closed from the other side
+                        return  # closed by the other side
                     self.bytes_to_agent += sent
                     data = data[sent:]
-            self._ended_here = True
+            self._closed_here = True
             channel.shutdown_write()
-        except TransportGone:  # its own thread may not know it yet
-            self._ended_here = True
+        except TransportClosed:  # the transport's own thread may not have noticed yet
+            self._closed_here = True
             self._post_if_lost(channel, lost=True)
-            channel.close()  # the other relay learns of it
+            channel.close()  # which ends the other relay
         except OSError:
             if not channel.closed:
-                self._ended_here = True
-            channel.close()  # either side was reset: the other relay learns of it
+                self._closed_here = True
+            channel.close()  # either side was reset, which ends the other relay
         finally:
             self._post_if_lost(channel)
             with self._lock:
@@ -441,10 +441,10 @@ class _Connection:
                 channel.close()
 
     def _discard_local_input(self) -> None:
-        """Unblock a proxy that is in the middle of writing, and does not read: nobody reads what it writes."""
+        """Unblock a proxy that is in the middle of a write, and does not read: discard what it writes."""
         with suppress(OSError):  # it is closed
             self._local.shutdown(socket.SHUT_RD)
-            while self._local.recv(_READ_BYTES):  # a blocked writer wakes up only when there is room
+            while self._local.recv(_READ_BYTES):  # a blocked writer wakes up only once there is room
                 pass
 
     def _down(self, channel: SafeChannel) -> None:
@@ -452,29 +452,30 @@ class _Connection:
         try:
             channel.deliver(self._local, lambda: forwarder.post(AgentDataReceived(self.number)))
             self._post_if_lost(channel)
-            if not (channel.transport_ended or self._ended_here or forwarder.closing.is_set()):
+            if not (channel.transport_ended or self._closed_here or forwarder.closing.is_set()):
                 forwarder.post(AgentEof(self.number))
             self._local.shutdown(socket.SHUT_WR)
             channel.ended.wait()
-        except TransportGone:
+        except TransportClosed:
             self._post_if_lost(channel, lost=True)
             channel.close()
         except OSError:
-            channel.close()  # the proxy closed: the other relay learns of it
+            channel.close()  # the proxy closed, which ends the other relay
         finally:
             self._post_if_lost(channel)
-            with suppress(OSError):  # the proxy was faster
+            with suppress(OSError):  # the proxy closed first
                 self._local.shutdown(socket.SHUT_RDWR)
-            self._leave()
+            self._end_relay()
 
     def _post_if_lost(self, channel: SafeChannel, *, lost: bool = False) -> None:
         """Post once that the transport ended, before the proxy can notice it: the first cause counts."""
-        with self._lock:  # held while it is posted, so that the other relay cannot shut the socket before
+        with self._lock:  # held while posting, so that the other relay cannot shut the socket down first
             if (lost or channel.transport_ended) and not self._loss_posted:
                 self._loss_posted = True
                 self._forwarder.post(TransportEnded(why_ended(self._forwarder.transport)))
 
-    def _leave(self) -> None:
+    def _end_relay(self) -> None:
+        """Count a relay as ended; the last one closes the connection."""
         with self._lock:
             self._relays -= 1
             if self._relays > 0:

@@ -16,7 +16,7 @@ from proxy_fsm import ssh
 from proxy_fsm.ssh import (
     ChannelOpening,
     SafeChannel,
-    TransportGone,
+    TransportClosed,
     fast_transport,
 )
 from proxy_fsm.ssh import channel as channel_module
@@ -262,7 +262,7 @@ def test_what_is_dropped_is_not_counted_as_sent(
     channel = open_to(transport, agent.port)
     with monkeypatch.context() as patch:
         patch.setattr(transport, "active", False)
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             channel.send(b"dropped")
     channel.send_close()
 
@@ -322,7 +322,7 @@ class TestDelivering:
         passage: Any = delivery.channel.in_buffer
         delivery.peer.sendall(b"second")
         assert delivery.exactly(6) == b"second"
-        eventually(lambda: passage._unacknowledged == 6, WAIT_S)  # the deliverer is not woken for so little
+        eventually(lambda: passage._unreported == 6, WAIT_S)  # the deliverer is not woken for so little
         assert delivery.channel.delivered_bytes == 11
         assert len(delivery.began) == 1
 

@@ -18,7 +18,7 @@ from paramiko.packet import NeedRekeyException, Packetizer
 
 from proxy_fsm.ssh import (
     ChannelOpening,
-    TransportGone,
+    TransportClosed,
     fast,
     fast_transport,
     packets_received,
@@ -412,7 +412,7 @@ def test_a_refused_packet_ends_the_transport_and_is_told(server: LoopbackSSHServ
     with server.connect(transport_factory=fast_transport) as client:
         transport: Any = client.get_transport()
         transport.packetizer._Packetizer__iv_in = bytes(12)
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             open_to(transport, agent.port)
         eventually(lambda: not transport.is_active())
         assert "Mismatched MAC" in why_ended(transport)

@@ -17,7 +17,7 @@ from proxy_fsm.ssh import (
     EndWatch,
     OpenAbandoned,
     SafeChannel,
-    TransportGone,
+    TransportClosed,
 )
 from proxy_fsm.testing import Forwarding, LoopbackSSHServer
 from tests.helpers.agent import Agent, dead_port
@@ -163,7 +163,7 @@ class TestKeysAreExchangedForTooLong:
             raise paramiko.SSHException("Key-exchange timed out")
 
         monkeypatch.setattr(transport, "_send_user_message", end_and_fail)
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             opening_to(transport, 9).wait()
 
     def test_a_write_that_fails_means_that_the_transport_is_gone(
@@ -173,7 +173,7 @@ class TestKeysAreExchangedForTooLong:
             raise BrokenPipeError
 
         monkeypatch.setattr(transport, "_send_user_message", fail)
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             opening_to(transport, 9).wait()
 
 
@@ -267,7 +267,7 @@ class TestTransportEnds:
         server.wait_for(lambda: server.channels_held == 1)
         waiter = Task(opening.wait)
         end(server, transport)
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             waiter.result()
         assert tellers
         assert set(tellers) <= {transport, threading.current_thread()}
@@ -280,7 +280,7 @@ class TestTransportEnds:
         end(server, transport)
         transport.join(WAIT_S)
         opening = opening_to(transport, 9)
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             opening.wait()
 
     @ENDS
@@ -302,7 +302,7 @@ class TestTransportEnds:
         assert opening._channel is not None
         channel = weakref.ref(opening._channel)
         transport.close()
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             opening.wait()
         del opening
         eventually(lambda: channel() is None, WAIT_S)
@@ -339,7 +339,7 @@ class TestTransportEnds:
         watch = EndWatch(transport, open_now)  # called when the transport has begun to unlink its channels
         server.drop()
         transport.join(WAIT_S)
-        with pytest.raises(TransportGone):
+        with pytest.raises(TransportClosed):
             Task(openings[0].wait).result()
         watch.cancel()
 
