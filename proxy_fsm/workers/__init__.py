@@ -1,1 +1,1 @@
-"""Who does the work of an engine and posts what it observes: each on a thread of its own."""
+"""The workers of an engine: each runs on its own thread and posts what it observes."""

@@ -1,6 +1,6 @@
-"""What must be good on this machine before a proxy program starts: one list of checks.
+"""What must be in order on this machine before a proxy program starts: one list of checks.
 
-An agent that is connected and then dropped in its first attempt is dead, and the session with it. So an engine's
+An agent that is connected and then dropped in its first attempt dies, and the session with it. So an engine's
 preflight runs them all, before anything remote is touched; `check_preflight` runs them before a server is asked for a
 session; `run_checks` reports each, which is what ``proxy-fsm doctor`` shows.
 """
@@ -42,9 +42,9 @@ _X_SERVER_SHARE = 0.8
 _NO_PORT_HINT = (
     "Make sure that 127.0.0.1 has a free TCP port, and that the temporary directory is yours, writable and not full."
 )
-#: Before what each attempt writes into the session's log.
+#: Written to the session's log at the start of each attempt.
 _START_LINE = b"--- a new attempt\n"
-#: Where nothing can be written: what a backend gets in place of a directory that could not be made.
+#: A path that nothing can be written to: what a backend gets instead of a directory that could not be made.
 _NOWHERE = Path(os.devnull)
 #: Placeholder session for the dry run.
 _PLACEHOLDER_SESSION = SessionInfo(
@@ -64,13 +64,13 @@ class CheckContext:
         timeout_s: How long the checks may take together, in seconds.
         forwarder: Binds the local end; None in a dry run, where there is neither transport nor session: then a
             temporary session root and an unused listener are made.
-        post: Takes what the display watch sees.
-        keep: Has something released with the rest.
+        post: Receives what the display watch observes.
+        keep: Registers a function that releases something.
         executable: Path of the proxy program.
         session_root: The session's own directory, mode 0700.
         log: Descriptor of the session's log.
         watch: The display watch, where the backend needs an X server.
-        scratch: A directory of this proxy alone, mode 0700.
+        scratch: A directory for this proxy alone, mode 0700.
         listen_address: What the proxy connects to.
     """
 
@@ -116,11 +116,11 @@ class CheckContext:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that must be good.
+    """One thing that must be in order.
 
     Attributes:
         name: What is checked, for a person.
-        run: Checks it, and leaves what it found in the context; raises `BackendError`, with reason and hint.
+        run: Checks it, and stores what it found in the context; raises `BackendError`, with reason and hint.
     """
 
     name: str
@@ -144,7 +144,7 @@ def _open_log(context: CheckContext) -> None:
         make_private_directory(directory)
         log = open_private(directory / "session.log")
         context.keep(lambda: os.close(log))
-        os.write(log, _START_LINE)  # a full disk lets a file be made, and refuses the first byte
+        os.write(log, _START_LINE)  # on a full disk a file can be created, and the first byte fails
     except OSError as error:
         raise BackendError(
             EndReason.LISTEN_FAILED,
@@ -155,7 +155,7 @@ def _open_log(context: CheckContext) -> None:
 
 
 def _nearest_existing(path: Path) -> Path:
-    """Return a path, or where it would have to be made."""
+    """Return a path if it exists, else its nearest parent that does."""
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
@@ -226,10 +226,10 @@ CHECKS = LOCAL_CHECKS + BINDING
 
 
 def inherited(environ: Mapping[str, str]) -> SecretEnvironment:
-    """Return what the proxy inherits: nothing of an outer NX session, and all paths as they are meant here."""
+    """Return the environment that the proxy inherits: without that of an outer NX session, and with absolute paths."""
     variables = {key: value for key, value in environ.items() if not key.startswith("NX_")}
     if path := variables.get("XAUTHORITY"):
-        variables["XAUTHORITY"] = os.path.abspath(path)  # noqa: PTH100 - symbolic links stay as they are
+        variables["XAUTHORITY"] = os.path.abspath(path)  # noqa: PTH100 - symbolic links are kept
     return SecretEnvironment(variables)
 
 
@@ -242,8 +242,8 @@ def check_preflight(
 ) -> Iterator[None]:
     """Make sure that a session could be shown here, before a server is asked for one; nothing is left behind.
 
-    A proxy does all of this again, as its preflight: then, though, a session would be lost. Holds one X connection
-    open while it is entered, since an X server resets when its last client disconnects.
+    A proxy repeats all of this as its preflight, but there a failure loses a session. Holds one X connection open while
+    it is entered, since an X server resets when its last client disconnects.
 
     Args:
         backend: What would run.
@@ -251,7 +251,7 @@ def check_preflight(
         environ: As in `Proxy`.
 
     Raises:
-        BackendError: Something is not good.
+        BackendError: A check failed.
     """
     with ExitStack() as held:
         with ExitStack() as briefly:
@@ -268,9 +268,9 @@ def run_checks(
     sessions_root: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Generator[tuple[str, BackendError | None]]:
-    """Run what `check_preflight` runs, all of it; yield each check's name, and what is not good, or None.
+    """Run every check of `check_preflight`, whatever fails; yield each one's name, and its error or None.
 
-    Each takes some seconds at the most. Nothing is left behind.
+    Each takes some seconds at most. Nothing is left behind.
 
     Args:
         backend: What would run.

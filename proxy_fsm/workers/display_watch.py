@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DisplayWatch"]
 
-#: An X server that accepts us and hangs up at once, again and again, is of no use to a proxy either.
+#: An X server that keeps accepting us and hanging up at once is of no use to a proxy either.
 _SHORT_LIFE_S = 1.0
 _MAX_SHORT_LIVES = 5
 
@@ -24,14 +24,14 @@ class DisplayWatch:
     """Keeps a connection to the X server, and calls back when the server is lost.
 
     The end of the connection alone does not prove that: a second connection is tried first. While that is
-    under way `suspect` is true. Callbacks come on the watch's own thread, must be short, and must not wait
-    for another thread that calls `close`; none comes after `close` returned.
+    under way `suspect` is true. Callbacks run on the watch's own thread, must be short, and must not wait
+    for another thread that calls `close`; none runs after `close` has returned.
 
     Args:
         environ: As in `proxy_fsm.x11.open_display`.
         on_lost: Called once, with a sentence for a person, when the X server is lost.
         timeout_s: How long one connection may take, in seconds.
-        on_restored: Called whenever a suspicion proved wrong.
+        on_restored: Called whenever a suspicion proves wrong.
 
     Attributes:
         suspect: Whether the connection ended and it is not yet known why; stays true when the server is lost.
@@ -54,10 +54,10 @@ class DisplayWatch:
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
-        """Connect; returns without a connection where `close` came meanwhile.
+        """Connect; returns without a connection if `close` is called meanwhile.
 
         Raises:
-            DisplayError: There is no X server that lets us in.
+            DisplayError: No X server accepts us.
             RuntimeError: It is open already.
         """
         if self._socket.sock is not None or self._thread is not None:
@@ -66,7 +66,7 @@ class DisplayWatch:
             connect(self._environ, self._timeout_s, self._socket)
 
     def start(self) -> None:
-        """Begin to watch; does nothing after `close`.
+        """Start watching; does nothing after `close`.
 
         Raises:
             RuntimeError: It is not open, or started already.
@@ -81,14 +81,14 @@ class DisplayWatch:
             self._thread = thread
 
     def close(self) -> None:
-        """End the watch; from any thread, any number of times. The thread ends at once: see `join`."""
+        """Stop watching; callable from any thread, any number of times. The thread ends at once: see `join`."""
         self._socket.cancel()
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until the watch's thread has ended.
 
         Args:
-            timeout: In seconds; None waits without end.
+            timeout: In seconds; None waits without limit.
 
         Returns:
             Whether it has ended.
@@ -134,12 +134,12 @@ class DisplayWatch:
     def _reopen(self, short_lives: int) -> None:
         self._socket.close()
         if short_lives > _MAX_SHORT_LIVES:
-            raise DisplayError("absent", "The X server lets us in and hangs up at once.")
+            raise DisplayError("absent", "The X server accepts connections and closes them at once.")
         for pause_s in itertools.chain(PAUSES_AFTER_HANG_UP_S, itertools.repeat(PAUSES_AFTER_HANG_UP_S[-1])):
             try:
                 connect(self._environ, self._timeout_s, self._socket)
             except DisplayError as error:
-                if error.kind != "local":  # which proves nothing: it is tried until it can tell
+                if error.kind != "local":  # a local failure proves nothing: it is retried
                     raise
             else:
                 return

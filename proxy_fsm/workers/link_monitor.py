@@ -2,7 +2,7 @@
 
 All proxies on a transport share it. Its one thread sleeps until the transport ends, a watcher attaches or detaches,
 a probe is answered, or it is time to check whether anything was received. A probe asks for a channel of a kind that
-no server knows: its refusal is a sign of life, costs none of the caller's sessions, and, unlike the answer to a global
+no server knows: its refusal is a sign of life, uses none of the caller's sessions, and, unlike the answer to a global
 request, cannot be mistaken for the answer to a request of the caller's.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Watcher", "attach"]
 
-#: A sleep that lasts so much longer than it should means that this process was suspended, in seconds.
+#: A sleep that is so much too long means that this process was suspended, in seconds.
 _SUSPENDED_S = 0.1
 #: A kind of channel that no server knows.
 _PROBE = "probe@proxy-fsm"
@@ -39,13 +39,13 @@ class Watcher:
     """One proxy's interest in a transport; `attach` makes it.
 
     Attributes:
-        monitor: The one of the transport.
+        monitor: The transport's monitor.
         post: Receives the observations.
         probe_s: After how much silence a probe is sent, in seconds, and after how much more the link counts as silent.
-        dead_s: After how much silence the transport is given up, in seconds.
-        since: From when on it counts silence (monotonic).
-        silent_posted: Whether the present silence was posted to it.
-        dead_posted: Whether it was posted, which is done once, that the transport is given up.
+        dead_s: After how much silence the link counts as dead, in seconds.
+        since: When it started to count silence (monotonic).
+        silent_posted: Whether the current silence was posted.
+        dead_posted: Whether `LinkDead` was posted, which is done once.
     """
 
     monitor: _TransportMonitor
@@ -57,14 +57,14 @@ class Watcher:
     dead_posted: bool = field(init=False, default=False)
 
     def quiet_since(self, heard_at: float) -> float:
-        """Return when its silence began: when something was heard last, or when it attached, whichever is later."""
+        """Return when its silence began: when something was last received, or when it attached, whichever is later."""
         return max(heard_at, self.since)
 
     def detach(self) -> threading.Thread | None:
         """Stop watching; the last watcher ends the monitor.
 
         Returns:
-            The monitor's thread where it ends by this, or has ended, to be joined; else None.
+            The monitor's thread, to be joined, if this ends it or it has ended; else None.
         """
         return self.monitor.remove(self)
 
@@ -77,7 +77,7 @@ def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Ob
     """Have `TransportEnded`, `LinkSilent`, `LinkRestored` and `LinkDead` posted for a transport.
 
     Args:
-        transport: The transport; where it has ended, that is posted at once.
+        transport: The transport; if it has ended already, that is posted at once.
         timeouts: ``link_probe_s`` and ``link_dead_s`` are used.
         post: Receives the observations, on any thread; must be short.
 
@@ -85,39 +85,39 @@ def attach(transport: paramiko.Transport, timeouts: Timeouts, post: Callable[[Ob
         RuntimeError: No thread can be started.
     """
 
-    def at(monitor: _TransportMonitor) -> Watcher:
+    def watcher_of(monitor: _TransportMonitor) -> Watcher:
         return Watcher(monitor, post, timeouts.link_probe_s, timeouts.link_dead_s)
 
     with _registry_lock:
         monitor = _registry.get(transport)
-        if monitor is not None and monitor.add(watcher := at(monitor)):
+        if monitor is not None and monitor.add(watcher := watcher_of(monitor)):
             return watcher
         monitor = _TransportMonitor(transport)
-        monitor.add(watcher := at(monitor))
+        monitor.add(watcher := watcher_of(monitor))
         monitor.start()
-        _registry[transport] = monitor  # only now: one that never ran would see nothing for all who share it
+        _registry[transport] = monitor  # only now: one that did not start would observe nothing for those that share it
         return watcher
 
 
 def forget_all() -> None:
-    """After a fork the child has none of the parent's threads: it starts from nothing."""
+    """Reset after a fork: the child has none of the parent's threads."""
     global _registry_lock, _registry  # noqa: PLW0603
     _registry_lock = threading.Lock()
     _registry = weakref.WeakKeyDictionary()
 
 
 class _Silence:
-    """Decides what to post to whom, and when to check again; it has neither a clock nor a lock.
+    """Decides what to post to which watcher, and when to check next; it has neither a clock nor a lock.
 
-    All times are seconds of one clock, which goes on from call to call.
+    All times are seconds of one clock, which never goes back from call to call.
 
     Args:
-        now: From when on it counts.
+        now: When it starts to count.
     """
 
     def __init__(self, now: float) -> None:
         self.watchers: list[Watcher] = []
-        self._heard_at = self._looked_at = now
+        self._heard_at = self._checked_at = now
 
     def add(self, watcher: Watcher, now: float) -> None:
         """Add a watcher, for which the silence before now does not count."""
@@ -125,11 +125,11 @@ class _Silence:
         self.watchers.append(watcher)
 
     def due(self) -> float:
-        """Return when to check next, if nothing is heard until then; it may be past by now."""
+        """Return when to check next, if nothing is received until then; that may be in the past."""
         quiet = [(a, a.quiet_since(self._heard_at)) for a in self.watchers]
         marks = [since + after for a, since in quiet for after in (a.probe_s, 2 * a.probe_s, a.dead_s)]
-        marks = [mark for mark in marks if mark > self._looked_at]
-        return min(marks, default=self._looked_at + min(a.probe_s for a in self.watchers))
+        marks = [mark for mark in marks if mark > self._checked_at]
+        return min(marks, default=self._checked_at + min(a.probe_s for a in self.watchers))
 
     def heard(self, now: float) -> list[tuple[Watcher, Observation]]:
         """Note that something was received; return what to post."""
@@ -143,9 +143,9 @@ class _Silence:
         """Return whether the server has to be probed."""
         return any(now - a.quiet_since(self._heard_at) >= a.probe_s for a in self.watchers)
 
-    def look(self, now: float) -> list[tuple[Watcher, Observation]]:
-        """Return what to post of the silence so far."""
-        self._looked_at = now
+    def check(self, now: float) -> list[tuple[Watcher, Observation]]:
+        """Return what to post about the silence so far."""
+        self._checked_at = now
         posts: list[tuple[Watcher, Observation]] = []
         for a in self.watchers:
             quiet_s = now - a.quiet_since(self._heard_at)
@@ -164,7 +164,7 @@ class _Silence:
             a.since = min(a.since + for_s, now)
 
     def probe_not_sent(self, now: float) -> None:
-        """Count from now on, since a server that could not be probed is not silent."""
+        """Count silence from now on, since a server that could not be probed is not silent."""
         for a in self.watchers:
             a.since = now
 
@@ -172,20 +172,20 @@ class _Silence:
 class _TransportMonitor:
     """Watches one transport.
 
-    Its thread runs `_run` and posts everything; `add` and `remove` are called on any. Probes run on their own thread,
-    so a stalled server cannot block other watchers. The lock guards the counting, the watchers, and whether more may
-    attach; nothing is posted under it, since a watcher may detach from within.
+    Its thread runs `_run` and posts everything; `add` and `remove` are called on any thread. Probes run on a thread of
+    their own, so a stalled server cannot block other watchers. The lock guards the counting, the watchers, and whether
+    more may attach; nothing is posted under it, since a watcher may detach in its callback.
     """
 
     def __init__(self, transport: paramiko.Transport) -> None:
-        # Held weakly, so that the registry's key can go when the caller drops a transport that has ended.
+        # A weak reference, so that the registry drops a transport that has ended as soon as the caller does.
         self._transport = weakref.ref(transport)
-        #: Something has happened; True if it was the transport's end.
-        self._happened: SimpleQueue[bool] = SimpleQueue()
+        #: One entry per wake-up; True for the transport's end.
+        self._wakeups: SimpleQueue[bool] = SimpleQueue()
         self._lock = threading.Lock()
         self._silence = _Silence(time.monotonic())
         self._closed_to_new = False
-        #: The pending one; its own thread clears it.
+        #: The pending probe; its own thread clears it.
         self._probe: ChannelOpening | None = None
         self._thread = threading.Thread(target=self._run, name="proxy_fsm-monitor", daemon=True)
 
@@ -193,7 +193,7 @@ class _TransportMonitor:
         self._thread.start()
 
     def add(self, watcher: Watcher) -> bool:
-        """Add a watcher; False where this monitor has ended, or is about to."""
+        """Add a watcher; False if this monitor has ended, or is about to."""
         with self._lock:
             if self._closed_to_new:
                 return False
@@ -202,7 +202,7 @@ class _TransportMonitor:
         return True
 
     def remove(self, watcher: Watcher) -> threading.Thread | None:
-        """Remove a watcher; return the thread where the monitor ends by this."""
+        """Remove a watcher; return the thread if this ends the monitor, or it has ended."""
         with self._lock:
             if watcher in self._silence.watchers:
                 self._silence.watchers.remove(watcher)
@@ -213,7 +213,7 @@ class _TransportMonitor:
         return self._thread if ends else None
 
     def _wake(self, *, ended: bool = False) -> None:
-        self._happened.put(ended)
+        self._wakeups.put(ended)
 
     def _run(self) -> None:
         try:
@@ -240,14 +240,14 @@ class _TransportMonitor:
         packets = packets_received(transport)
         while (due := self._due()) is not None:
             try:
-                ended = self._happened.get(timeout=max(0.0, due - time.monotonic()))
+                ended = self._wakeups.get(timeout=max(0.0, due - time.monotonic()))
             except Empty:
                 ended = False
             if ended:
                 self._post_to_all(TransportEnded(why_ended(transport)))
                 return
             now = time.monotonic()
-            overslept_s = now - due  # negative where it was woken before
+            overslept_s = now - due  # negative if it was woken before
             posts: list[tuple[Watcher, Observation]] = []
             with self._lock:
                 if overslept_s > _SUSPENDED_S:
@@ -257,7 +257,7 @@ class _TransportMonitor:
                     posts += self._silence.heard(now)
                 if self._silence.needs_probe(now) and not self._send_probe(transport):
                     self._silence.probe_not_sent(now)
-                posts += self._silence.look(now)
+                posts += self._silence.check(now)
             for watcher, observation in posts:
                 watcher.post(observation)
 
@@ -266,16 +266,16 @@ class _TransportMonitor:
         with self._lock:
             return self._silence.due() if self._silence.watchers else None
 
-    def _post_to_all(self, last_word: Observation) -> None:
-        """Accept no more watchers, and post to each why."""
+    def _post_to_all(self, final: Observation) -> None:
+        """Accept no more watchers, and post a final observation to each."""
         with self._lock:
             self._closed_to_new = True
             watchers = tuple(self._silence.watchers)
         for watcher in watchers:
-            watcher.post(last_word)
+            watcher.post(final)
 
     def _send_probe(self, transport: paramiko.Transport) -> bool:
-        """Make sure that a probe is pending; False where no thread can be started for it, which is retried later."""
+        """Make sure that a probe is pending; False if no thread can be started for it, which is retried later."""
         if self._probe is not None:
             return True
         probe = self._probe = ChannelOpening(transport, _PROBE)

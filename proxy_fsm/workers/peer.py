@@ -1,4 +1,4 @@
-"""The other end of a local connection: whose it is (over TCP anybody here reaches a listener), what it has written."""
+"""The other end of a local connection: its user (any user here can reach a TCP listener), and what it has written."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["foreign_user_of", "written_bytes"]
 
-#: Where Linux says who owns the TCP sockets of this machine (proc(5)).
+#: Where Linux lists the owners of this machine's TCP sockets (proc(5)).
 _TCP_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
-#: sock_diag(7): its netlink family, its message, the flag of a request, and a cookie that means none.
+#: sock_diag(7): its netlink family, its message, the flag of a request, an error, and the cookie that means none.
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
@@ -35,12 +35,12 @@ _ANSWER = struct.Struct("=BBBB")
 _ENDS = struct.Struct("!HH16s16sI8s")
 #: What follows them in the answer: expiry, two queues, user, inode.
 _OWNER = struct.Struct("=IIIII")
-#: Then attributes come, each with its length and kind before it; one of them, if it is asked for, is a tcp_info.
+#: Then attributes follow, each after its length and kind; one of them, if requested, is a tcp_info.
 _ATTRIBUTE = struct.Struct("=HH")
 _INET_DIAG_INFO = 2
-#: Another is there where a layer between program and TCP (MPTCP, TLS) holds data of its own.
+#: Another is present if a layer between program and TCP (MPTCP, TLS) buffers data of its own.
 _INET_DIAG_ULP_INFO = 19
-#: Of a tcp_info (linux/tcp.h, Linux 4.19): what waits to be sent, what was sent, and how much of that again.
+#: In a tcp_info (linux/tcp.h, Linux 4.19): the bytes not sent yet, those sent, and those of them sent again.
 _NOT_SENT = struct.Struct("=144xI")
 _SENT = struct.Struct("=200xQQ")
 #: tcp(7): the states of an end that may still write.
@@ -50,20 +50,20 @@ _End = tuple[str, int]
 
 
 class _Owner(NamedTuple):
-    """The user who owns a socket, and its inode: 0 where no process holds it any more."""
+    """The user who owns a socket, and its inode: 0 if no process holds it any more."""
 
     uid: int
     inode: int
 
 
 def foreign_user_of(local: socket.socket) -> str | None:
-    """Return who is at the other end of a local socket where that is not our own user, else None.
+    """Return the user at the other end of a local socket if it is not our own, else None.
 
-    Where the system does not say (outside Linux), it is None: a unix socket is private by its directory then, and a TCP
+    None also if the system does not tell (outside Linux): a unix socket is then protected by its directory, and a TCP
     port is open to all users of the machine.
 
     Raises:
-        OSError: It cannot be found out, such as for want of a descriptor.
+        OSError: It cannot be determined, for example for lack of a descriptor.
     """
     if sys.platform != "linux":
         return None
@@ -82,14 +82,14 @@ def foreign_user_of(local: socket.socket) -> str | None:
 def written_bytes(local: socket.socket) -> int | None:
     """Return how many bytes the other end of a TCP connection of this machine has written until now, received or not.
 
-    None where it writes no more, so that the connection ends by itself behind its last byte; and where the system
-    does not say (outside Linux, or before Linux 4.19; where netlink is kept from this process; of MPTCP).
+    None if it has finished writing, so that the connection ends by itself after its last byte; also if the system does
+    not tell (outside Linux, or before Linux 4.19; if netlink is denied to this process; for MPTCP).
     """
     if sys.platform != "linux":
         return None
     try:
         answer = _ask(local.getpeername(), local.getsockname(), 1 << (_INET_DIAG_INFO - 1))
-    except OSError:  # it has disconnected, or the kernel may not be asked
+    except OSError:  # it has disconnected, or netlink is denied
         return None
     if answer is None or answer[1] not in _WRITING:
         return None
@@ -97,12 +97,12 @@ def written_bytes(local: socket.socket) -> int | None:
     info = attributes.get(_INET_DIAG_INFO, b"")
     if len(info) < _SENT.size or _INET_DIAG_ULP_INFO in attributes:
         return None
-    (waiting,), (sent, again) = _NOT_SENT.unpack_from(info), _SENT.unpack_from(info)
-    return int(sent - again + waiting)
+    (unsent,), (sent, resent) = _NOT_SENT.unpack_from(info), _SENT.unpack_from(info)
+    return int(sent - resent + unsent)
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Give kind and value of each attribute of a netlink message; each begins at a multiple of 4."""
+    """Yield kind and value of each attribute of a netlink message; each begins at a multiple of 4."""
     while len(data) >= _ATTRIBUTE.size:
         size, kind = _ATTRIBUTE.unpack_from(data)
         yield kind, data[_ATTRIBUTE.size : size]
@@ -116,7 +116,7 @@ def _tcp_owner(end: _End, other: _End) -> int | None:
     """
     try:
         owner = _owner_from_netlink(end, other)
-    except OSError:  # netlink is kept from this process, as systemd's RestrictAddressFamilies may do
+    except OSError:  # netlink is denied to this process, as systemd's RestrictAddressFamilies may do
         owner = None
     if owner is None:
         owner = _owner_from_proc(end, other)
@@ -127,7 +127,7 @@ def _owner_from_netlink(end: _End, other: _End) -> _Owner | None:
     """Ask the kernel who owns one socket.
 
     Raises:
-        OSError: It does not answer.
+        OSError: The kernel does not answer.
     """
     answer = _ask(end, other)
     if answer is None:
@@ -137,15 +137,15 @@ def _owner_from_netlink(end: _End, other: _End) -> _Owner | None:
 
 
 def _ask(end: _End, other: _End, extensions: int = 0) -> bytes | None:
-    """Ask the kernel about one socket; it finds an IPv6 socket that is used for IPv4, too.
+    """Ask the kernel about one socket; an IPv6 socket that is used for IPv4 is found too.
 
     Source: sock_diag(7), netlink(7).
 
     Returns:
-        The answer from its family on, or None where there is no such connection.
+        The answer from its family on, or None if there is no such connection.
 
     Raises:
-        OSError: It does not answer.
+        OSError: The kernel does not answer.
     """
     (host, port), (other_host, other_port) = end, other
     ends = _ENDS.pack(port, other_port, socket.inet_aton(host), socket.inet_aton(other_host), 0, _NO_COOKIE)
@@ -161,13 +161,13 @@ def _ask(end: _End, other: _End, extensions: int = 0) -> bytes | None:
             return None
         raise OSError(-number, os.strerror(-number))
     found_port, found_other_port, *_ = _ENDS.unpack_from(answer, _HEADER.size + _ANSWER.size)
-    if (found_port, found_other_port) != (port, other_port):  # it listens on that port, and is not connected
+    if (found_port, found_other_port) != (port, other_port):  # a socket that listens on that port
         return None
     return answer[_HEADER.size :]
 
 
 def _owner_from_proc(end: _End, other: _End) -> _Owner | None:
-    """Look one socket up among all of the machine, which takes the longer the more there are.
+    """Find one socket among all of the machine's, which takes longer the more there are.
 
     Source: proc(5), /proc/net/tcp: addresses are 32-bit words in the machine's order, in hexadecimal. A program that
     uses an IPv6 socket for IPv4 is found in /proc/net/tcp6, under ``::ffff:a.b.c.d``.

@@ -1,4 +1,4 @@
-"""The preflight of one proxy: everything local is made good before anything remote is touched."""
+"""The preflight of one proxy: everything local is set up before anything remote is touched."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["Preflight"]
 class Preflight:
     """Runs the checks on a thread of its own, since each may block, and holds what they acquired.
 
-    Posts `ChecksPassed` when all but the local end of the tunnel is good, then `PreflightPassed`, or `WorkerFailed`
-    instead; and `PreflightFinished` as its last word.
+    Posts `ChecksPassed` before the local end of the tunnel is bound, then `PreflightPassed`, or `WorkerFailed` instead;
+    and `PreflightFinished` last.
 
     Attributes:
         step: What is being waited for, for a person.
@@ -63,7 +63,7 @@ class Preflight:
         self.thread = threading.Thread(target=self._run, name="proxy_fsm-preflight", daemon=True)
 
     def start(self) -> None:
-        """Begin; returns at once."""
+        """Start; returns at once."""
         try:
             self.thread.start()
         except BaseException:
@@ -71,7 +71,7 @@ class Preflight:
             raise
 
     def close(self) -> None:
-        """Release what was acquired; what is acquired after this is released at once by the one who did."""
+        """Release what was acquired; anything acquired later is released at once, on the thread that acquired it."""
         with self._lock:
             held, self._held = self._held, None
         if held is not None:
@@ -99,7 +99,7 @@ class Preflight:
             check.run(self._context)
 
     def _keep(self, release: Callable[[], object]) -> None:
-        """Have something released with the rest, or at once where that has been done already."""
+        """Have something released with the rest, or at once if that was released already."""
         with self._lock:
             if self._held is not None:
                 self._held.callback(release)

@@ -1,8 +1,8 @@
-"""The proxy program: spawned without a shell, its output read line by line, its end seen at once, reaped.
+"""The proxy program: spawned without a shell, its output read line by line, its exit noticed at once, reaped.
 
-One thread does it all: it spawns, then sleeps until output comes or the program ends. It posts
-`ProcessSpawned`, an `OutputLine` per line, and `ProcessExited` as the last thing, after all output. While lines wait
-to be handled, no more are read: a program that floods is blocked by its own pipe, and our memory stays small.
+One thread does it all: it spawns, then sleeps until there is output or the program exits. It posts
+`ProcessSpawned`, an `OutputLine` per line, and `ProcessExited` last, after all output. While too many lines wait to be
+handled, no more are read: a program that floods blocks on its own pipe, and our memory use stays small.
 """
 
 from __future__ import annotations
@@ -42,44 +42,44 @@ if TYPE_CHECKING:
 
 __all__ = ["LineReader", "ProxyProcess"]
 
-#: So few that the lines of one read, all of them empty, are not too many either.
+#: So few that one read cannot yield too many lines, even if all of them are empty.
 _READ_BYTES = 4 << 10
 #: A line is cut after this many characters: a program that never ends its line must not fill our memory.
 _MAX_LINE_CHARS = 8 << 10
-#: How much output of a program that has ended is still read, in bytes.
-_LAST_WORDS_BYTES = 1 << 20
-#: So many lines may wait to be handled; then no more output is read. And so many last ones are kept at the end.
+#: How much output of a program that has exited is still read.
+_FINAL_OUTPUT_BYTES = 1 << 20
+#: How many lines may wait to be handled before reading pauses; at the exit, how many of the last ones are kept.
 _MAX_WAITING_LINES = 1000
 #: Poll interval while output is paused (back-pressure).
 _PAUSE_MS = 20
-#: How much one run writes into the session's log.
+#: How much one run writes to the session's log at most.
 _MAX_LOG_BYTES = 16 << 20
 
 
 class LineReader:
     """Turns what a program prints into lines that hold no secret and no control character.
 
-    What comes out does not depend on how the bytes came in: a line is cut, a secret hidden and a character put
-    together at the same places, whatever the chunks are.
+    The lines do not depend on the chunks that the bytes arrive in: a line is cut, a secret redacted and a character
+    decoded at the same place, wherever one chunk ends and the next begins.
 
     Args:
-        secrets: What must not get through, in any case of its letters.
+        secrets: What is redacted, whether in upper or lower case.
     """
 
     def __init__(self, secrets: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self._buffer = ""
         self._redact = Redactor(secrets)
-        # What is kept back is as long as a secret, or a value called cookie, that may still go on.
+        # The length of the longest secret, or ``cookie=`` value, that the next chunk may continue.
         self._kept_back = max(len(text) for text in (f"cookie={REDACTED}", *secrets))
 
     def feed(self, data: bytes) -> Iterator[str]:
-        """Accept bytes as they come; yield the lines that they complete."""
+        """Accept bytes as they arrive; yield the lines that they complete."""
         *lines, self._buffer = (self._buffer + self._decoder.decode(data)).split("\n")
         for line in lines:
             yield from self._pieces(self._clean(line.removesuffix("\r")))
         if len(self._buffer) > _MAX_LINE_CHARS + self._kept_back:
-            end = "\r" if self._buffer.endswith("\r") else ""  # it is dropped where the line ends here
+            end = "\r" if self._buffer.endswith("\r") else ""  # it is dropped if the line ends here
             clean = self._clean(self._buffer.removesuffix("\r"))
             cut = max(0, len(clean) - self._kept_back) // _MAX_LINE_CHARS * _MAX_LINE_CHARS
             self._buffer = clean[cut:] + end
@@ -87,7 +87,7 @@ class LineReader:
                 yield from self._pieces(clean[:cut])
 
     def finish(self) -> Iterator[str]:
-        """Yield what is left where the last line has no end."""
+        """Yield what is left if the last line has no newline."""
         left, self._buffer = self._buffer + self._decoder.decode(b"", final=True), ""
         if left:
             yield from self._pieces(self._clean(left.removesuffix("\r")))
@@ -108,8 +108,8 @@ class ProxyProcess:
         command: The argument vector; its first entry is the path of the executable.
         environment: The whole environment.
         directory: Its working directory.
-        log: File descriptor that the lines are written to; stays the caller's, this run has a duplicate.
-        secrets: What is hidden in its output.
+        log: File descriptor that the lines are written to; this run uses a duplicate, the caller keeps the original.
+        secrets: What is redacted in its output.
         post: Receives what is observed, on this run's thread; call `ack_line` for each `OutputLine` that was handled.
     """
 
@@ -131,10 +131,10 @@ class ProxyProcess:
         self._log: int | None = os.dup(log)
         self._log_room_bytes = _MAX_LOG_BYTES
         self._post = post
-        self._posted = self._acked = 0  # lines: the first is counted on this run's thread alone, the second on another
+        self._posted = self._acked = 0  # lines; the first is counted on this run's thread alone, the second on another
         self._lock = threading.Lock()
         self._child: _Child | None = None
-        self._wanted: signal.Signals | None = None
+        self._pending_signal: signal.Signals | None = None
         self.thread = threading.Thread(target=self._run, name="proxy_fsm-process", daemon=True)
 
     def start(self) -> None:
@@ -146,9 +146,9 @@ class ProxyProcess:
             raise
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, as soon as it runs; a no-op once it has ended."""
+        """Send the program a signal, as soon as it runs; a no-op once it has exited."""
         with self._lock:
-            self._wanted = number
+            self._pending_signal = number
             if self._child is not None:
                 self._child.send(number)
 
@@ -164,7 +164,7 @@ class ProxyProcess:
 
     def _spawn_and_serve(self) -> None:
         try:
-            with _no_signal_blocked():
+            with _signals_unblocked():
                 process = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,
@@ -175,9 +175,9 @@ class ProxyProcess:
                     start_new_session=True,
                 )
         except OSError as error:
-            self._post(SpawnFailed(self._why_not(error)))
+            self._post(SpawnFailed(self._spawn_error(error)))
             return
-        except Exception as error:  # noqa: BLE001 - a backend's command or environment is no list of plain strings
+        except Exception as error:  # noqa: BLE001 - a backend's command or environment is not made of plain strings
             program = self._command[0] if self._command else "without a name"
             problem = f"The proxy program {program} cannot be started: {error}."
             self._post(SpawnFailed(BackendError(EndReason.PROXY_NOT_STARTABLE, problem)))
@@ -187,7 +187,7 @@ class ProxyProcess:
             self._serve(child, process)
         except Exception as error:  # noqa: BLE001 - whatever it was, the owner has to know
             self._post(WorkerCrashed("process", error))
-            child.end_group()
+            child.kill_group()
         with self._lock:
             self._child = None
         self._post(child.reap())
@@ -195,17 +195,17 @@ class ProxyProcess:
     def _serve(self, child: _Child, process: subprocess.Popen[bytes]) -> None:
         if sys.platform == "linux":
             with suppress(ProcessLookupError, PermissionError):
-                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # a core would hold the cookie
+                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # a core dump would contain the cookie
         self._post(ProcessSpawned(process.pid, self._command[0]))
         with self._lock:
             self._child = child
-            if self._wanted is not None:
-                child.send(self._wanted)
+            if self._pending_signal is not None:
+                child.send(self._pending_signal)
         assert process.stdout is not None  # noqa: S101 - it is a pipe
         with process.stdout as output:
             self._read_until_exit(child, output.fileno())
-            child.end_group()
-            self._post_last(self._last_words(output.fileno()))
+            child.kill_group()
+            self._post_final(self._final_lines(output.fileno()))
         self._close_log()
 
     def _read_until_exit(self, child: _Child, output: int) -> None:
@@ -222,21 +222,21 @@ class ProxyProcess:
                     self._write(line)
                     self._post_line(line)
                 if not data:
-                    poller.unregister(output)  # it closed its output and goes on
+                    poller.unregister(output)  # it closed its output and is still running
             if exit_fd in ready:
                 return
 
-    def _last_words(self, output: int) -> Iterator[str]:
+    def _final_lines(self, output: int) -> Iterator[str]:
         os.set_blocking(output, False)
-        left = _LAST_WORDS_BYTES
+        left = _FINAL_OUTPUT_BYTES
         with suppress(BlockingIOError):  # another process still has the other end open, and writes nothing
             while left > 0 and (data := os.read(output, _READ_BYTES)):
                 left -= len(data)
                 yield from self._lines.feed(data)
         yield from self._lines.finish()
 
-    def _post_last(self, lines: Iterator[str]) -> None:
-        """Post the lines that are left; only the last without room: a dead program needs no back-pressure."""
+    def _post_final(self, lines: Iterator[str]) -> None:
+        """Post the remaining lines; only the last ones if room runs out: an exited program needs no back-pressure."""
         kept: deque[str] = deque(maxlen=_MAX_WAITING_LINES)
         left_out = 0
         for line in lines:
@@ -280,23 +280,23 @@ class ProxyProcess:
         if log is not None:
             os.close(log)
 
-    def _why_not(self, error: OSError) -> BackendError:
+    def _spawn_error(self, error: OSError) -> BackendError:
         program = self._command[0]
         if str(error.filename) == str(self._directory):
             problem = f"its directory {self._directory} cannot be entered ({error.strerror})"
         elif error.errno == errno.ENOENT and not os.path.lexists(program):
-            return BackendError(EndReason.PROXY_NOT_FOUND, f"The proxy program {program} is not there.")
+            return BackendError(EndReason.PROXY_NOT_FOUND, f"The proxy program {program} does not exist.")
         elif error.errno == errno.ENOENT:
-            problem = "the interpreter or loader that it names is not there"
+            problem = "the interpreter or loader that it names does not exist"
         else:
             problem = error.strerror or str(error)
         return BackendError(EndReason.PROXY_NOT_STARTABLE, f"The proxy program {program} cannot be started: {problem}.")
 
 
 class _Child:
-    """A program that was started: signalled, seen to end, and reaped.
+    """A program that was started: signalled, watched until it exits, and reaped.
 
-    All by its pidfd where there is one: even if it was reaped elsewhere and its number reused, no other process is hit.
+    All by its pidfd if it has one: even if it was reaped elsewhere and its PID reused, no other process is affected.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -305,42 +305,42 @@ class _Child:
         self._pidfd: int | None = None
         self._exit_fd: int | None = None
         if hasattr(os, "pidfd_open"):
-            with suppress(OSError):  # a kernel, or a sandbox, that has none; or it was reaped already
+            with suppress(OSError):  # a kernel or sandbox without pidfds; or it was reaped already
                 self._pidfd = os.pidfd_open(self._pid)
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal; a no-op where it has ended."""
+        """Send the program a signal; a no-op if it has exited."""
         with suppress(ProcessLookupError, PermissionError):
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, number)
             else:
                 os.kill(self._pid, number)
 
-    def end_group(self) -> None:
-        """End what is left in its process group, of which it is the leader."""
+    def kill_group(self) -> None:
+        """Kill what is left of the process group that it leads."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, signal.SIGKILL)
 
     def exit_descriptor(self) -> int:
-        """Return a descriptor that becomes readable when it ends, without reaping it."""
+        """Return a descriptor that becomes readable when the program exits, without reaping it."""
         if self._pidfd is not None:
             return self._pidfd
-        self._exit_fd, theirs = os.pipe()
+        self._exit_fd, write_end = os.pipe()
 
         def wait() -> None:
             with suppress(ChildProcessError):  # it was reaped meanwhile
                 os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
-            os.close(theirs)
+            os.close(write_end)
 
         threading.Thread(target=wait, name="proxy_fsm-wait", daemon=True).start()
         return self._exit_fd
 
     def reap(self) -> ProcessExited:
-        """Wait for its end, and return it; nothing else can be asked of it afterwards."""
+        """Wait for the program's exit, and return it; no other method may be called afterwards."""
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         except ChildProcessError:  # SIGCHLD is ignored, or another thread waits for any child
-            self._process.wait()  # it reports such an end as exit code 0
+            self._process.wait()  # it reports such an exit as code 0
             return ProcessExited(None, None)
         finally:
             for descriptor in (self._pidfd, self._exit_fd):
@@ -351,11 +351,11 @@ class _Child:
 
 
 @contextmanager
-def _no_signal_blocked() -> Iterator[None]:
-    """Block no signal in this thread meanwhile: a program inherits what is blocked, and nxproxy would be deaf to TERM.
+def _signals_unblocked() -> Iterator[None]:
+    """Block no signal in this thread meanwhile: a program inherits the mask, and nxproxy would not react to TERM.
 
-    A program that blocks signals in all its threads, to wait for them in one, may miss one in this window, some
-    milliseconds long: it is handled here as if it had not been blocked.
+    A caller that blocks signals in all its threads, to wait for them in one, may miss one in this window of some
+    milliseconds: it is handled here as if it had not been blocked.
     """
     blocked = signal.pthread_sigmask(signal.SIG_SETMASK, [])
     try:

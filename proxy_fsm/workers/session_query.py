@@ -29,8 +29,8 @@ _ROW = re.compile(r"[^|]*\|\s*(?P<name>[\w.@-]+)\s*\|", re.ASCII)
 class SessionStatusQuery:
     """Finds out whether a session was suspended or terminated, on its own thread; posts `SessionStatusReceived`.
 
-    A server may still list a session as running for a moment after its agent has disconnected, so it is asked again
-    until it says something else, or `cancel` is called.
+    A server may still list a session as running for a moment after its agent has disconnected, so the query is
+    repeated until the status changes, or `cancel` is called.
 
     Args:
         transport: Where the command is run.
@@ -51,7 +51,7 @@ class SessionStatusQuery:
         self.thread = threading.Thread(target=self._run, name="proxy_fsm-query", daemon=True)
 
     def start(self) -> None:
-        """Ask; returns at once."""
+        """Start the query; returns at once."""
         self.thread.start()
 
     def cancel(self) -> None:
@@ -74,11 +74,11 @@ class SessionStatusQuery:
                     break
                 self._cancelled.wait(_PAUSE_S)
         except (NotOpened, InvalidSession, paramiko.SSHException, OSError, EOFError):
-            status = None  # it cannot tell, which is an answer too
+            status = None  # unknown, which is an answer too
         self._post(SessionStatusReceived(status))
 
     def _list_sessions(self) -> str | None:
-        """Return what the server lists; None where it could not, or after `cancel`."""
+        """Return the server's list; None if the command failed, or after `cancel`."""
         with self._lock:
             if self._cancelled.is_set():
                 return None
@@ -104,14 +104,14 @@ class SessionStatusQuery:
             channel.send_close()
 
     def _status_in(self, listing: str) -> SessionStatus:
-        """Return the status that is listed; what is not is finished."""
+        """Return the listed status; a session that is not listed is finished."""
         lines = listing.split("\n")
-        for listed in parse_session_list("\n".join(line for line in lines if not self._is_anothers(line))):
+        for listed in parse_session_list("\n".join(line for line in lines if not self._is_other_session(line))):
             if listed.info.name == self._name:
                 return listed.status
         return SessionStatus.FINISHED
 
-    def _is_anothers(self, line: str) -> bool:
-        """Return whether a line is the row of another session, which may be as malformed as it likes."""
+    def _is_other_session(self, line: str) -> bool:
+        """Return whether a line is the row of another session, which may be malformed."""
         row = _ROW.match(line)
         return row is not None and row["name"] != self._name

@@ -132,7 +132,7 @@ class TestDisplayWatch:
         with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
             said = [heard.next() for _ in range(display_watch._MAX_SHORT_LIVES + 1)]
             assert said[:-1] == ["restored, suspect=False"] * display_watch._MAX_SHORT_LIVES
-            assert said[-1] == "The X server lets us in and hangs up at once."
+            assert said[-1] == "The X server accepts connections and closes them at once."
 
     def test_one_whose_connections_last_is_never_lost(
         self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch

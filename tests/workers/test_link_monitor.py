@@ -393,7 +393,7 @@ class Course:
     def looks(self) -> None:
         if self.silence.needs_probe(self.now_s):
             self.wanted_probe_at.append(self.now_s - 1000)
-        self._note(self.silence.look(self.now_s))
+        self._note(self.silence.check(self.now_s))
 
     def hears(self) -> Course:
         self._note(self.silence.heard(self.now_s))
@@ -424,7 +424,7 @@ class TestWhatIsToldWhen:
     def test_what_is_told_has_its_times(self, course: Course) -> None:
         watcher = course.add(10, 45)
         course.goes_on_to(3).hears()
-        (_, silent), (who, dead) = course.silence.look(1003 + 50)
+        (_, silent), (who, dead) = course.silence.check(1003 + 50)
         assert isinstance(silent, LinkSilent)
         assert silent.heard_at == 1003
         assert isinstance(dead, LinkDead)
@@ -497,7 +497,7 @@ class TestWhatIsToldWhen:
     def test_what_falls_due_between_a_look_and_the_next_wait_is_not_slept_through(self, course: Course) -> None:
         """On a slow machine a mark may pass in between: it is due at once, and not forgotten."""
         course.add(10, 45)
-        course.silence.look(1019.9)
+        course.silence.check(1019.9)
         assert course.silence.due() == 1020
 
     def test_a_link_that_is_given_up_is_still_looked_at(self, course: Course) -> None:

@@ -465,7 +465,7 @@ class TestLife:
     def test_what_is_in_the_pipe_at_its_end_arrives_within_a_limit(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
     ) -> None:
-        monkeypatch.setattr("proxy_fsm.workers.process._LAST_WORDS_BYTES", limit)
+        monkeypatch.setattr("proxy_fsm.workers.process._FINAL_OUTPUT_BYTES", limit)
         words = Step(
             "import fcntl\nfcntl.fcntl(1, 1031, 1 << 20)  # F_SETPIPE_SZ\n"
             "for n in range(40000): put(1, 'word ' + str(n).zfill(5))"
@@ -731,20 +731,20 @@ class TestSpawnFails:
     @pytest.mark.parametrize(
         ("program", "reason", "problem"),
         [
-            ("missing", EndReason.PROXY_NOT_FOUND, "is not there."),
-            ("no/such/directory", EndReason.PROXY_NOT_FOUND, "is not there."),
+            ("missing", EndReason.PROXY_NOT_FOUND, "does not exist."),
+            ("no/such/directory", EndReason.PROXY_NOT_FOUND, "does not exist."),
             ("not_executable", EndReason.PROXY_NOT_STARTABLE, "cannot be started: Permission denied."),
             ("directory", EndReason.PROXY_NOT_STARTABLE, "cannot be started: Permission denied."),
             ("no_program", EndReason.PROXY_NOT_STARTABLE, "cannot be started: Exec format error."),
             (
                 "no_interpreter",
                 EndReason.PROXY_NOT_STARTABLE,
-                "cannot be started: the interpreter or loader that it names is not there.",
+                "cannot be started: the interpreter or loader that it names does not exist.",
             ),
             (
                 "dangling",
                 EndReason.PROXY_NOT_STARTABLE,
-                "cannot be started: the interpreter or loader that it names is not there.",
+                "cannot be started: the interpreter or loader that it names does not exist.",
             ),
         ],
     )
