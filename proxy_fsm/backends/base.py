@@ -30,7 +30,7 @@ _WINDOWS = os.name == "nt"
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
-    """What a backend may use to make its command.
+    """What a backend may use to build its command.
 
     Attributes:
         session: The session.
@@ -39,8 +39,7 @@ class BackendContext:
         sessions_root: Where the session roots are.
         session_root: This session's own directory, mode 0700; the proxy's working directory.
         environ: The environment that the proxy inherits.
-        scratch: A directory of this proxy alone, mode 0700; when the proxy has ended, it is removed with what is
-            in it.
+        scratch: A directory for this proxy alone, mode 0700; removed with its content when the proxy has ended.
     """
 
     session: SessionInfo
@@ -53,24 +52,24 @@ class BackendContext:
 
     @property
     def port(self) -> int | None:
-        """The local TCP port to connect to; None where it is a unix socket."""
+        """The local TCP port to connect to; None for a unix socket."""
         host, _, port = self.listen_address.rpartition(":")
         return int(port) if host == "127.0.0.1" else None
 
 
 class Backend:
-    """One kind of proxy program. It has no thread, and no I/O but in `find_executable` and `preflight`.
+    """One kind of proxy program. It has no thread, and does I/O only in `find_executable` and `preflight`.
 
-    Subclass it, and set or override what differs. An engine asks in this order: `check_session` when it is made;
+    Subclass it, and set or override what differs. An engine calls in this order: `check_session` when it is created;
     `find_executable`, `preflight`, `command` and `environment` in its preflight; `ready` and `diagnose` after each
-    observation. Whatever raises `BackendError` ends the engine with that error's reason. `process_options` is asked by
-    the program that has options to hand over, before it makes the engine, which never asks it.
+    observation. A `BackendError` raised by any of them ends the engine with its reason. `process_options` is called by
+    the program that has options to pass on, before it creates the engine, which never calls it.
 
     Attributes:
         name: A short name for events and messages.
         listen_kind: ``"unix"`` or ``"tcp"``: how the program can connect.
         max_connections: How many connections it makes; None for any number.
-        needs_display: Whether it cannot run without an X server, which is then tried before it starts.
+        needs_display: Whether it cannot run without an X server, which is then checked before it starts.
     """
 
     name: str = "proxy"
@@ -79,10 +78,10 @@ class Backend:
     needs_display: bool = False
 
     def check_session(self, session: SessionInfo) -> None:
-        """Refuse a session that lacks what this backend needs.
+        """Reject a session that lacks what this backend needs.
 
         Raises:
-            InvalidSession: A field is missing or unfit.
+            InvalidSession: A field is missing or unsuitable.
         """
 
     def find_executable(self) -> str:
@@ -94,46 +93,46 @@ class Backend:
         raise NotImplementedError
 
     def preflight(self, context: BackendContext) -> None:
-        """Check what else must be good before the program starts; may block, within ``preflight_s``.
+        """Check what else must be in order before the program starts; may block, within ``preflight_s``.
 
         Raises:
-            BackendError: Something is not good.
+            BackendError: A check failed.
         """
 
     def command(self, context: BackendContext) -> Sequence[str]:
-        """Return the argument vector. Everybody on this machine can read it: no secret in it."""
+        """Return the argument vector. Every user of this machine can read it: put no secret in it."""
         raise NotImplementedError
 
     def environment(self, context: BackendContext) -> Mapping[str, str | None]:  # noqa: ARG002 - for subclasses
-        """Return what is added to the inherited environment, None for what is removed; secrets may be in it."""
+        """Return what is added to the inherited environment, None for what is removed; it may contain secrets."""
         return {}
 
     def ready(self, evidence: Evidence) -> bool:
-        """Tell whether the session can be used."""
+        """Return whether the session can be used."""
         raise NotImplementedError
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:  # noqa: ARG002 - for subclasses
-        """Tell why it ends, as soon as that can be known: a reason, and one sentence for a person.
+        """Return why the session ends, as soon as that is known: a reason, and one sentence for a person.
 
-        Asked after each observation, and a last time when the program has exited. Where it then returns None,
-        the engine judges by exit code or signal alone.
+        Called after each observation, and a last time when the program has exited. If it then returns None, the engine
+        decides by exit code or signal alone.
         """
         return None
 
     def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Take the options that this backend knows; return the others."""
+        """Accept the options that this backend knows; return the others."""
         return dict(options)
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program, and where it is looked for.
+    """A program, and where to look for it.
 
     Attributes:
         name: Its name, without ``.exe``.
-        variable: The environment variable that overrules everything.
+        variable: The environment variable that overrides everything.
         folders: Where it is on Windows, below ``%ProgramFiles%``. The engine does not run there: these are kept for a
-            port to come.
+            future port.
         hint: How to get it.
     """
 
@@ -154,7 +153,7 @@ class Program:
         Args:
             environ: The environment; by default this process's.
             windows: Whether this is Windows.
-            exists: Tells whether a path exists.
+            exists: Returns whether a path exists.
         """
         environ = os.environ if environ is None else environ
         if environ.get(self.variable):
@@ -167,18 +166,18 @@ class Program:
 
 
 def find_program(program: str, *, hint: str | None = None) -> str:
-    """Return the absolute path of a program: looked up in PATH, or as it is where it names a directory.
+    """Return the absolute path of a program: looked up in PATH, or as given if it names a directory.
 
     Raises:
-        BackendError: ``proxy_not_found``, or ``proxy_not_startable`` where it is there and cannot be executed.
+        BackendError: ``proxy_not_found``, or ``proxy_not_startable`` if it exists and cannot be executed.
     """
     found = shutil.which(program)
     if found is not None:
-        return os.path.abspath(found)  # noqa: PTH100 - symbolic links stay as they are
-    if os.path.dirname(program) and os.path.lexists(program):  # noqa: PTH120 - a plain question about a string
+        return os.path.abspath(found)  # noqa: PTH100 - symbolic links are kept
+    if os.path.dirname(program) and os.path.lexists(program):  # noqa: PTH120 - only the string is examined
         raise BackendError(
             EndReason.PROXY_NOT_STARTABLE,
-            f"The proxy program {program} is there, but is not an executable file.",
+            f"The proxy program {program} exists, but is not an executable file.",
             hint,
         )
     raise BackendError(EndReason.PROXY_NOT_FOUND, f"The proxy program {program} was not found.", hint)
@@ -190,11 +189,11 @@ class CommandBackend(Backend):
     Args:
         command: Program and arguments. ``{host}`` and ``{port}`` are replaced by the local end's address, or
             ``{path}`` by that of a unix socket.
-        ready_when: ``"first_bytes"``: the agent's first bytes came; ``"connected"``: the channel is open; or a
-            pattern that is searched in each line of the viewer's output. Beware of the last: many programs hold
-            their output back while it goes to a pipe.
+        ready_when: ``"first_bytes"``: the agent's first bytes have arrived; ``"connected"``: the channel is open; or a
+            pattern that is searched for in each line of the viewer's output. Beware of the last: many programs buffer
+            their output if it goes to a pipe.
         max_connections: How many connections the viewer makes; None for any number.
-        needs_display: Whether the viewer needs an X server; then that is tried first.
+        needs_display: Whether the viewer needs an X server, which is then checked first.
 
     Raises:
         ValueError: The command is empty, names neither ``{port}`` nor ``{path}`` or both, or a value is out of range.
@@ -221,7 +220,7 @@ class CommandBackend(Backend):
         if "path" in used and used != {"path"}:
             raise ValueError("The command can have {path}, or {host} and {port}, but not both.")
         if not used & {"path", "port"}:
-            raise ValueError("The command must say where to connect: put {port} (and {host}), or {path}, into it.")
+            raise ValueError("The command must say where to connect: put {port} (and {host}), or {path}, in it.")
         self._command = tuple(command)
         self._ready_when = ready_when
         self.listen_kind: ListenKind = "unix" if "path" in used else "tcp"
@@ -229,7 +228,7 @@ class CommandBackend(Backend):
         self.needs_display = needs_display
 
     def find_executable(self) -> str:
-        """Look the first word of the command up."""
+        """Look up the first word of the command."""
         return find_program(self._command[0])
 
     def command(self, context: BackendContext) -> Sequence[str]:
@@ -241,7 +240,7 @@ class CommandBackend(Backend):
         ]
 
     def ready(self, evidence: Evidence) -> bool:
-        """Judge by what ``ready_when`` asks for."""
+        """Return whether the condition of ``ready_when`` is met."""
         if self._ready_when == "first_bytes":
             return evidence.saw(AgentDataReceived)
         if self._ready_when == "connected":
@@ -253,8 +252,8 @@ class CommandBackend(Backend):
         """Distinguish a viewer that its user closed from a session that the agent ended."""
         if not evidence.ready:
             return None
-        agent_left = self.max_connections == 1 and evidence.saw(AgentEof)
-        if agent_left and (evidence.saw(ConnectionEnded) or evidence.exited):
+        agent_closed = self.max_connections == 1 and evidence.saw(AgentEof)
+        if agent_closed and (evidence.saw(ConnectionEnded) or evidence.exited):
             return EndReason.SESSION_ENDED, "The other side closed the connection."
         if evidence.exited and evidence.exited.exit_code == 0:
             return EndReason.VIEWER_CLOSED, "The viewer was closed."

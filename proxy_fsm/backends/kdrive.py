@@ -1,10 +1,10 @@
 """The backend for x2gokdriveclient, the viewer of X2Go's KDrive sessions.
 
-**Not tried against the program itself**: no package repository that we know of offers it (November 2026). What is
-known of it is what python-x2go 0.6.1.3 does with it (``x2go/backends/proxy/kdrive.py``), and stand-ins are what the
-tests run: it takes nxproxy's option string, by ``options=FILE``; it connects by TCP, once; it needs an X display. What
-is assumed here beyond that: that the agent's first bytes mean that the session is established, and exit code 0 after
-them that its user has closed it.
+**Not tested with the program itself**: no package repository that we know of offers it (November 2026). What is known
+of it comes from python-x2go 0.6.1.3 (``x2go/backends/proxy/kdrive.py``), and the tests run stand-ins: it reads
+nxproxy's option string, from ``options=FILE``; it connects over TCP, once; it needs an X display. What is assumed here
+beyond that: the agent's first bytes mean that the session is established, and exit code 0 after them means that its
+user has closed it.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ OPTIONS_NAME = "options"
 
 
 class KDriveBackend(OptionStringBackend):
-    """Runs ``x2gokdriveclient -S``, its options in a file that its owner alone can read, removed afterwards.
+    """Runs ``x2gokdriveclient -S``, its options in a file that only its owner can read, removed afterwards.
 
     Args:
         executable: The program; by default what ``X2GOKDRIVECLIENT_BINARY`` names, else ``x2gokdriveclient`` from
             PATH.
-        options: Options of the string beside those that the engine sets, for example ``{"clipboard": "both"}``.
+        options: Options of the string besides those that the engine sets, for example ``{"clipboard": "both"}``.
 
     Raises:
-        ValueError: An option's name or value cannot stand in an option string, or is one that the engine sets.
+        ValueError: An option's name or value is not valid in an option string, or the engine sets the option.
     """
 
     name = "kdrive"
@@ -60,7 +60,7 @@ class KDriveBackend(OptionStringBackend):
         write_options(context.scratch, self._option_string(context))
 
     def command(self, context: BackendContext) -> Sequence[str]:
-        """Name the options file, and the display once more, as python-x2go does."""
+        """Pass the path of the options file, and the display again, as python-x2go does."""
         options = context.scratch / OPTIONS_NAME
         return [context.executable, "-S", f"nx/nx,options={options}:{context.session.display}"]
 
@@ -69,18 +69,18 @@ class KDriveBackend(OptionStringBackend):
         return {"NX_ROOT": str(context.sessions_root)}
 
     def ready(self, evidence: Evidence) -> bool:
-        """The agent's first bytes came: it has accepted the cookie."""
+        """The agent's first bytes have arrived: it has accepted the cookie."""
         return evidence.saw(AgentDataReceived)
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
-        """Judge by what the tunnel saw and the exit code: the program's own words are not known."""
-        agent_left = evidence.saw(AgentEof) and (evidence.saw(ConnectionEnded) or evidence.exited is not None)
-        if agent_left and not evidence.ready:
+        """Decide by what the tunnel observed and the exit code: the program's own messages are not known."""
+        agent_closed = evidence.saw(AgentEof) and (evidence.saw(ConnectionEnded) or evidence.exited is not None)
+        if agent_closed and not evidence.ready:
             return EndReason.NEGOTIATION_FAILED, (
-                "The agent closed the connection before it said anything: "
+                "The agent closed the connection before it sent anything: "
                 "the session cookie is wrong, or the agent has gone."
             )
-        if agent_left:
+        if agent_closed:
             return EndReason.SESSION_ENDED, "The agent closed the session: it was suspended or terminated."
         if evidence.ready and evidence.exited is not None and evidence.exited.exit_code == 0:
             return EndReason.VIEWER_CLOSED, "x2gokdriveclient was closed."
@@ -89,19 +89,19 @@ class KDriveBackend(OptionStringBackend):
     def _option_string(self, context: BackendContext) -> str:
         return (
             f"nx/nx,connect=127.0.0.1,port={context.port},cookie={context.session.cookie}"
-            f"{self._given}:{context.session.display}"
+            f"{self._extra_options}:{context.session.display}"
         )
 
 
 def write_options(scratch: Path, string: str) -> Path:
-    """Write an option string into a file that its owner alone can read, and return its path.
+    """Write an option string to a file that only its owner can read, and return its path.
 
     Args:
         scratch: The proxy's scratch directory, which is removed when the proxy has ended.
-        string: The whole string; a cookie may be in it.
+        string: The whole string; it may contain a cookie.
 
     Raises:
-        BackendError: The path cannot stand in an option string, or the file cannot be written.
+        BackendError: The path is not valid in an option string, or the file cannot be written.
     """
     path = scratch / OPTIONS_NAME
     if not str(path).isprintable() or any(char in str(path) for char in ",=:% "):

@@ -37,7 +37,7 @@ _TERMINATING = "Session: Terminating session at"
 #: It prints the first before the session is established, the second after.
 _CAUGHT_SIGNAL = ("Aborting the procedure due to signal", "Waiting the cleanup timeout")
 _SIGNALLED = EndReason.PROXY_KILLED, "nxproxy was told to end by a signal TERM, INT or HUP from outside."
-#: What it calls a unix socket, and anything else: the tunnel's address where that is TCP, and the display's.
+#: Of a unix socket, and of any other address: the tunnel's if that is TCP, and the display's.
 _SOCKET_UNREACHED, _ADDRESS_UNREACHED = "Connection to Unix file socket '", "Connection to '"
 _NEGOTIATION = (
     "Failure negotiating the session in stage",
@@ -52,19 +52,19 @@ _NO_DISPLAY = (
     "closed before reaching a usable state",
 )
 
-#: How long an X server, which has let us in a moment ago, may take to do so again.
+#: How long an X server, which has accepted us a moment ago, may take to do so again.
 _DISPLAY_S = 2.0
 
 
 class NX3Backend(OptionStringBackend):
-    """Runs ``nxproxy -S``, its options in the environment alone, where only its owner can read the cookie.
+    """Runs ``nxproxy -S``, its options only in the environment, where nobody but its owner can read the cookie.
 
     Args:
         executable: The program; by default what ``NXPROXY_BINARY`` names, else ``nxproxy`` from PATH.
-        options: Options of the NX string beside those that the engine sets, for example ``{"clipboard": "both"}``.
+        options: Options of the NX string besides those that the engine sets, for example ``{"clipboard": "both"}``.
 
     Raises:
-        ValueError: An option's name or value cannot stand in an NX option string, or is one that the engine sets.
+        ValueError: An option's name or value is not valid in an NX option string, or the engine sets the option.
     """
 
     name = "nx3"
@@ -72,7 +72,7 @@ class NX3Backend(OptionStringBackend):
     PROGRAM = NXPROXY
 
     def preflight(self, context: BackendContext) -> None:
-        """Make sure that nxproxy will read the options as they are meant, and the X server's cookie."""
+        """Make sure that nxproxy will parse the options as intended, and can read the X server's cookie."""
         if not fits("connect", f"unix:{context.listen_address}"):
             raise BackendError(
                 EndReason.LISTEN_FAILED,
@@ -100,7 +100,7 @@ class NX3Backend(OptionStringBackend):
         }
 
     def ready(self, evidence: Evidence) -> bool:
-        """The X server is reached; nxproxy prints its earlier lines even where that then refuses it."""
+        """The X server has accepted nxproxy, which prints its earlier lines even if it is refused afterwards."""
         return evidence.said(_READY)
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
@@ -109,7 +109,7 @@ class NX3Backend(OptionStringBackend):
         if evidence.exited:
             lines = evidence.lines
         elif isinstance(evidence.last, OutputLine):
-            lines = (evidence.last,)  # the others were judged when they were new
+            lines = (evidence.last,)  # the others were examined when they were new
         else:
             return None
         if evidence.signalled:
@@ -122,12 +122,12 @@ class NX3Backend(OptionStringBackend):
         # variable, since a traceback may show those.
         return (
             f"nx/nx,connect=unix:{context.listen_address},cookie={context.session.cookie},id={context.session.name}"
-            f"{self._given}:{context.session.display}"
+            f"{self._extra_options}:{context.session.display}"
         )
 
     @staticmethod
     def _before_ready(evidence: Evidence, output: str) -> tuple[EndReason, str] | None:
-        connected = evidence.saw(ChannelOpened)  # to the tunnel comes first, to the X server second
+        connected = evidence.saw(ChannelOpened)  # it connects to the tunnel first, to the X server second
         if _any_in(output, _NO_DISPLAY) or (connected and _ADDRESS_UNREACHED in output):
             return (
                 EndReason.DISPLAY_UNAVAILABLE,
@@ -144,7 +144,7 @@ class NX3Backend(OptionStringBackend):
                 "the session cookie is wrong, or the agent has gone."
             )
         if _any_in(output, _PEER_BROKEN):
-            return EndReason.PEER_LOST, "nxproxy lost the agent before the session stood."
+            return EndReason.PEER_LOST, "nxproxy lost the agent before the session was established."
         return None
 
     @staticmethod
@@ -165,10 +165,10 @@ def _any_in(output: str, texts: Iterable[str]) -> bool:
 
 
 def check_xauth(environ: Mapping[str, str]) -> None:
-    """Make sure that nxproxy can read the X server's cookie, or that the X server asks for none.
+    """Make sure that nxproxy can read the X server's cookie, or that the X server requires none.
 
-    Without xauth nxproxy shows a cookie that it has made up. Measured: an X server that wants none lets it in,
-    whatever the authority file holds; one that wants a cookie refuses it, and the agent's only chance is lost.
+    Without xauth nxproxy presents a cookie that it has made up. Measured: an X server that requires none accepts it,
+    whatever the authority file contains; one that requires a cookie refuses it, and the agent's only attempt is lost.
 
     Raises:
         BackendError: ``display_unavailable``.
@@ -182,6 +182,6 @@ def check_xauth(environ: Mapping[str, str]) -> None:
             raise BackendError(EndReason.DISPLAY_UNAVAILABLE, error.detail, error.hint) from error
         raise BackendError(
             EndReason.DISPLAY_UNAVAILABLE,
-            "The X server wants a cookie, and the program xauth, with which nxproxy reads it, was not found.",
-            "Install xauth (on Debian and Ubuntu the package xauth, on Fedora xorg-x11-xauth), or put it into PATH.",
+            "The X server requires a cookie, and the program xauth, with which nxproxy reads it, was not found.",
+            "Install xauth (on Debian and Ubuntu the package xauth, on Fedora xorg-x11-xauth), or add it to PATH.",
         ) from error

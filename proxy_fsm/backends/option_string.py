@@ -22,19 +22,19 @@ MAX_STRING_BYTES = 1023
 _KEY = re.compile(r"[a-z0-9_]+")
 #: Printable ASCII without blank, comma and equals sign; and no per cent sign, since nxproxy decodes %2C and its like.
 _VALUE = re.compile(r"[!-$&-+\--<>-~]+")
-#: Set from the session and the tunnel. ``listen`` and ``accept`` would have nxproxy listen on every interface.
+#: Set from the session and the tunnel. ``listen`` and ``accept`` would make nxproxy listen on every interface.
 _OWN_OPTIONS = frozenset({"connect", "cookie", "port", "id", "root", "errors", "listen", "accept", "options"})
 
 
 class OptionStringBackend(Backend):
-    """A program that learns from an option string where to connect, and with which cookie.
+    """A program that reads from an option string where to connect, and with which cookie.
 
     Args:
-        executable: The program; by default what `PROGRAM` says.
-        options: Options of the string beside those that the engine sets, for example ``{"clipboard": "both"}``.
+        executable: The program; by default `PROGRAM`.
+        options: Options of the string besides those that the engine sets, for example ``{"clipboard": "both"}``.
 
     Raises:
-        ValueError: An option's name or value cannot stand in an option string, or is one that the engine sets.
+        ValueError: An option's name or value is not valid in an option string, or the engine sets the option.
     """
 
     max_connections = 1
@@ -56,7 +56,7 @@ class OptionStringBackend(Backend):
             self._options[key] = value
 
     def check_session(self, session: SessionInfo) -> None:
-        """An NX session has a cookie and a display number."""
+        """Require a cookie and a display number."""
         if session.cookie is None:
             raise InvalidSession("cookie", "an NX session needs one; it is printed by x2gostartagent.")
         if session.display is None:
@@ -67,32 +67,32 @@ class OptionStringBackend(Backend):
         return find_program(self._executable or self.PROGRAM.look_up(), hint=self.PROGRAM.hint)
 
     def process_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Take what fits into an option string and is not set by the engine; return the others."""
+        """Accept what is valid in an option string and not set by the engine; return the others."""
         accepted, ignored = split_options(options)
         self._options.update(accepted)
         return ignored
 
     @property
-    def _given(self) -> str:
-        """The options that are not of the session, each after a comma."""
+    def _extra_options(self) -> str:
+        """The options that do not come from the session, each after a comma."""
         return "".join(f",{key}={value}" for key, value in self._options.items())
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Divide options into those that an option string can have beside the engine's own, and the others.
+    """Split options into those that an option string can have besides the engine's own, and the others.
 
     Args:
-        options: By their names; nothing is changed in it.
+        options: By their names; not modified.
 
     Returns:
-        What is accepted, and what is to be ignored.
+        What is accepted, and what is ignored.
     """
     accepted = {key: value for key, value in options.items() if key not in _OWN_OPTIONS and fits(key, value)}
     return accepted, {key: value for key, value in options.items() if key not in accepted}
 
 
 def fits(key: object, value: object) -> bool:
-    """Tell whether an option can be written into an option string."""
+    """Return whether an option can be written into an option string."""
     return (
         isinstance(key, str)
         and isinstance(value, str)

@@ -160,7 +160,7 @@ class TestFindProgram:
         with pytest.raises(BackendError) as caught:
             find_program(path, hint="Install it.")
         assert caught.value.reason is EndReason.PROXY_NOT_STARTABLE
-        assert caught.value.detail == f"The proxy program {path} is there, but is not an executable file."
+        assert caught.value.detail == f"The proxy program {path} exists, but is not an executable file."
         assert caught.value.hint == "Install it."
 
 
