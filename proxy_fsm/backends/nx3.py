@@ -57,7 +57,7 @@ _DISPLAY_S = 2.0
 
 
 class NX3Backend(OptionStringBackend):
-    """Runs ``nxproxy -S``, its options only in the environment, where nobody but its owner can read the cookie.
+    """Runs ``nxproxy -S``, its options in the environment alone, where only its owner can read the cookie.
 
     Args:
         executable: The program; by default what ``NXPROXY_BINARY`` names, else ``nxproxy`` from PATH.

@@ -41,7 +41,7 @@ class DeferredSender:
         transport = self._transport
         if not transport.is_active():
             return True  # dropped, as paramiko does
-        if self._deferred or not transport.clear_to_send_lock.acquire(blocking=False):  # what was deferred goes first
+        if self._deferred or not transport.clear_to_send_lock.acquire(blocking=False):  # deferred first
             return False
         try:
             if not transport.clear_to_send.is_set():

@@ -69,7 +69,7 @@ class CheckContext:
         executable: Path of the proxy program.
         session_root: The session's own directory, mode 0700.
         log: Descriptor of the session's log.
-        watch: The display watch, where the backend needs an X server.
+        watch: The display watch, if the backend needs an X server.
         scratch: A directory for this proxy alone, mode 0700.
         listen_address: What the proxy connects to.
     """

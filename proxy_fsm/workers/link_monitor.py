@@ -109,7 +109,7 @@ def forget_all() -> None:
 class _Silence:
     """Decides what to post to which watcher, and when to check next; it has neither a clock nor a lock.
 
-    All times are seconds of one clock, which never goes back from call to call.
+    All times are seconds of one clock, which never goes backwards from call to call.
 
     Args:
         now: When it starts to count.

@@ -31,7 +31,7 @@ class Preflight:
 
     Attributes:
         step: What is being waited for, for a person.
-        watch: The display watch, where the backend needs an X server; set before `ChecksPassed` is posted.
+        watch: The display watch, if the backend needs an X server; set before `ChecksPassed` is posted.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Channels that cannot harm their transport, transports for speed, and what of paramiko they are built on."""
+"""Channels that cannot harm their transport, transports for speed, and the parts of paramiko that they rely on."""

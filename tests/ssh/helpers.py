@@ -49,7 +49,7 @@ def ciphers_in_use(transport: Any) -> set[str]:
 
 
 def do_nothing() -> None:
-    """Be called back."""
+    """Serve as a callback."""
 
 
 def packets_sent(transport: Any) -> int:
@@ -57,7 +57,7 @@ def packets_sent(transport: Any) -> int:
 
 
 class Probe(paramiko.Channel):
-    """A channel that notes which of its insides paramiko calls, and whether its lock was held."""
+    """A channel that records which of its private methods paramiko calls, and whether its lock was held."""
 
     def __init__(self, chanid: int) -> None:
         super().__init__(chanid)
@@ -79,7 +79,7 @@ class Probe(paramiko.Channel):
 
 
 def open_probe(transport: Any, port: int, event: Any = None) -> Probe:
-    """Open a channel of our own class the way that `ChannelOpening.send` does."""
+    """Open a channel of a class of our own, as `ChannelOpening.send` does."""
     answered = threading.Event()
     with transport.lock:
         number = transport._next_channel()
@@ -121,11 +121,11 @@ ENDS = pytest.mark.parametrize("end", [end_by_drop, end_by_reset, end_by_close])
 
 @contextlib.contextmanager
 def keys_exchanged(transport: Any) -> Iterator[None]:
-    """A key exchange for which nobody has the patience."""
-    patience_s, transport.clear_to_send_timeout = transport.clear_to_send_timeout, 0
+    """Pretend that keys are being exchanged; every send times out at once."""
+    timeout_s, transport.clear_to_send_timeout = transport.clear_to_send_timeout, 0
     transport.clear_to_send.clear()
     try:
         yield
     finally:
         transport.clear_to_send.set()
-        transport.clear_to_send_timeout = patience_s
+        transport.clear_to_send_timeout = timeout_s

@@ -71,7 +71,7 @@ class TestClosing:
 
     def test_close_wakes_a_reader_and_a_sender(self, transport: paramiko.Transport, agent: Agent) -> None:
         channel = open_to(transport, agent.port)
-        agent.accept()  # and read nothing: the window runs dry
+        agent.accept()  # and read nothing: the window is used up
 
         def upload() -> None:
             with contextlib.suppress(OSError):
@@ -84,18 +84,18 @@ class TestClosing:
         uploader.result()
         channel.send_close()
 
-    def test_its_garbage_collection_sends_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
+    def test_garbage_collection_sends_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
         channel = open_to(transport, agent.port)
         before = packets_sent(transport)
-        gone = weakref.ref(channel)
+        reference = weakref.ref(channel)
         with transport.lock:
-            pass  # the transport's own thread, which holds it and the channel, is done with the answer
+            pass  # the transport's own thread, which holds it and the channel, has handled the answer
         del channel
         gc.collect()
-        eventually(lambda: gone() is None, WAIT_S)  # that thread may be about to return
+        eventually(lambda: reference() is None, WAIT_S)  # that thread may be about to return
         assert packets_sent(transport) == before
 
-    def test_send_close_sends_one_close_however_often_and_from_wherever(
+    def test_concurrent_send_close_sends_one_close(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         channel = open_to(transport, agent.port)
@@ -112,7 +112,7 @@ class TestClosing:
         assert packets_sent(transport) == before + 1
         server.wait_for(lambda: server.channels_open == 0)
 
-    def test_a_close_from_the_server_leaves_ours_due_and_the_transport_alive(
+    def test_close_from_the_server_leaves_ours_to_send_and_the_transport_alive(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         channel = open_to(transport, agent.port)
@@ -127,7 +127,7 @@ class TestClosing:
         open_to(transport, agent.port).send_close()
         assert transport.is_active()
 
-    def test_a_close_from_the_server_makes_the_transports_thread_send_nothing(
+    def test_close_from_the_server_sends_nothing_on_the_transports_thread(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         channel = open_to(transport, agent.port)
@@ -137,13 +137,13 @@ class TestClosing:
         assert channel.ended.wait(WAIT_S)
         opening = ChannelOpening(transport, "session")
         opening.send()
-        opening.wait()  # the transport's thread has finished with the close
+        opening.wait()  # the transport's thread has handled the close
         assert packets_sent(transport) == before + 1, "the open alone"
         channel.send_close()
         server.wait_for(lambda: server.channels_open == 0)
 
     @ENDS
-    def test_send_close_is_harmless_after_the_end(
+    def test_send_close_after_the_transports_end_is_harmless(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, end: End
     ) -> None:
         channel = open_to(transport, agent.port)
@@ -156,7 +156,7 @@ class TestClosing:
     def test_closed_channel_has_no_entry_once_its_transport_ends(
         self, *, server: LoopbackSSHServer, transport: Any, agent: Agent, end: End
     ) -> None:
-        """Even while something holds it, such as paramiko's exception, whose traceback has the last channel served."""
+        """Even while something references it, such as paramiko's exception, whose traceback has the last channel."""
         channel = open_to(transport, agent.port)
         channel.close()  # the server's CLOSE, which would remove the entry, never comes
         assert transport._channels.get(channel.chanid) is channel
@@ -168,7 +168,7 @@ class TestClosing:
 
 class TestSending:
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-    def test_what_is_sent_arrives_piece_by_piece(
+    def test_sent_data_arrives_whole_in_messages_of_limited_size(
         self, transport: paramiko.Transport, agent: Agent, kind: Callable[[bytes], Any]
     ) -> None:
         channel, peer = open_to(transport, agent.port), agent.accept()
@@ -188,7 +188,7 @@ class TestSending:
 
 
 class Delivery:
-    """A channel whose data are delivered to one end of a pair of sockets."""
+    """A channel whose data is delivered to one end of a pair of sockets."""
 
     def __init__(self, transport: paramiko.Transport, agent: Agent) -> None:
         self.channel = open_to(transport, agent.port)
@@ -204,12 +204,12 @@ class Delivery:
             data += self.far.recv(count - len(data))
         return bytes(data)
 
-    def fed_directly(self) -> None:
-        """Wait until what comes next goes straight on."""
+    def wait_for_direct_writes(self) -> None:
+        """Wait until whatever arrives next is written directly."""
         self.peer.sendall(b"first")
         assert self.exactly(5) == b"first"
-        passage: Any = self.channel.in_buffer
-        eventually(lambda: passage._sink, WAIT_S)
+        received: Any = self.channel.in_buffer
+        eventually(lambda: received._sink, WAIT_S)
 
     def end(self) -> None:
         self.far.close()
@@ -228,14 +228,14 @@ def delivery(transport: paramiko.Transport, agent: Agent) -> Iterator[Delivery]:
 
 @pytest.fixture
 def small_switch_interval() -> Iterator[None]:
-    """Have threads take turns as often as can be."""
+    """Have threads switch as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
 
 
-def test_over_a_fast_transport_a_long_piece_goes_out_at_once(
+def test_long_send_over_a_fast_transport_is_one_call(
     server: LoopbackSSHServer, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with server.connect(transport_factory=fast_transport) as client:
@@ -255,10 +255,10 @@ def test_over_a_fast_transport_a_long_piece_goes_out_at_once(
         channel.send_close()
 
 
-def test_what_is_dropped_is_not_counted_as_sent(
+def test_dropped_message_is_not_counted_as_sent(
     transport: paramiko.Transport, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Paramiko says nothing where a transport has ended before its message went out."""
+    """Paramiko drops a message silently if its transport has ended before it is sent."""
     channel = open_to(transport, agent.port)
     with monkeypatch.context() as patch:
         patch.setattr(transport, "active", False)
@@ -267,8 +267,8 @@ def test_what_is_dropped_is_not_counted_as_sent(
     channel.send_close()
 
 
-class Acknowledged:
-    """Stands for a TCP socket, and counts how often an acknowledgement was asked for."""
+class FakeTCPSocket:
+    """Stands in for a TCP socket, and counts how often an acknowledgement was requested."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -280,36 +280,38 @@ class Acknowledged:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has TCP_QUICKACK")
 class TestAcknowledging:
-    """A server that sends small packets waits for it, up to 40 ms each."""
+    """A server that sends small packets waits for each acknowledgement, up to 40 ms."""
 
-    def test_whatever_comes_is_acknowledged_after_it_was_handed_on(self) -> None:
+    def test_received_data_is_acknowledged_after_it_was_written(self) -> None:
         near, far = socket.socketpair()
-        carrier: Any = Acknowledged()
+        carrier: Any = FakeTCPSocket()
         with near, far:
             received = ReceiveBuffer(64 << 20)
             received.carrier = carrier
             received.feed(b"kept")
             assert carrier.times == 1
             received.delivered, received._sink = 1, near
-            received.feed(b"handed on")
+            received.feed(b"written")
             assert carrier.times == 2
             received.stop()
             received.feed(b"too late")
             assert carrier.times == 3
 
-    def test_over_tcp_a_channel_knows_what_carries_it(self, transport: paramiko.Transport, agent: Agent) -> None:
+    def test_channel_over_tcp_has_the_transports_socket_as_carrier(
+        self, transport: paramiko.Transport, agent: Agent
+    ) -> None:
         channel: Any = open_to(transport, agent.port)
         assert channel.in_buffer.carrier is transport.sock
 
-    def test_the_answer_to_an_open_is_acknowledged(
+    def test_answer_to_an_open_is_acknowledged(
         self, transport: paramiko.Transport, agent: Agent, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        told: list[object] = []
-        monkeypatch.setattr(opening_module, "acknowledge", told.append)
+        acknowledged: list[object] = []
+        monkeypatch.setattr(opening_module, "acknowledge", acknowledged.append)
         open_to(transport, agent.port)
-        assert told == [transport.sock]
+        assert acknowledged == [transport.sock]
 
-    def test_a_socket_that_was_closed_does_not_matter(self) -> None:
+    def test_closed_socket_is_ignored(self) -> None:
         near, far = socket.socketpair()
         far.close()
         near.close()
@@ -317,56 +319,56 @@ class TestAcknowledging:
 
 
 class TestDelivering:
-    def test_what_the_socket_takes_goes_there_on_the_transports_thread(self, delivery: Delivery) -> None:
-        delivery.fed_directly()
-        passage: Any = delivery.channel.in_buffer
+    def test_accepted_data_is_written_on_the_transports_thread(self, delivery: Delivery) -> None:
+        delivery.wait_for_direct_writes()
+        received: Any = delivery.channel.in_buffer
         delivery.peer.sendall(b"second")
         assert delivery.exactly(6) == b"second"
-        eventually(lambda: passage._unreported == 6, WAIT_S)  # the deliverer is not woken for so little
+        eventually(lambda: received._unreported == 6, WAIT_S)  # the deliverer is not woken for so little
         assert delivery.channel.delivered_bytes == 11
         assert len(delivery.began) == 1
 
-    def test_what_it_does_not_take_is_kept_in_order(self, delivery: Delivery) -> None:
-        delivery.fed_directly()
-        data = bytes(range(256)) * (3 << 12)  # 3 MiB: more than the pair holds, less than the window
+    def test_data_that_the_socket_does_not_accept_is_buffered_in_order(self, delivery: Delivery) -> None:
+        delivery.wait_for_direct_writes()
+        data = bytes(range(256)) * (3 << 12)  # 3 MiB: more than the pair of sockets holds, less than the window
         delivery.peer.sendall(data)
         eventually(lambda: len(delivery.channel.in_buffer) > 1 << 20, WAIT_S)
         delivery.peer.sendall(b"last")
         assert delivery.exactly(len(data) + 4) == data + b"last"
         eventually(lambda: delivery.channel.delivered_bytes == len(data) + 9, WAIT_S)
 
-    def test_nothing_goes_straight_on_while_something_is_kept(self) -> None:
+    def test_nothing_is_written_directly_while_data_is_buffered(self) -> None:
         near, far = socket.socketpair()
         with near, far:
-            passage = ReceiveBuffer(64 << 20)
-            passage.delivered, passage._sink = 1, near
-            passage.feed(bytes(8 << 20))
-            taken = passage.delivered - 1
-            assert 0 < taken < 8 << 20
+            received = ReceiveBuffer(64 << 20)
+            received.delivered, received._sink = 1, near
+            received.feed(bytes(8 << 20))
+            direct = received.delivered - 1
+            assert 0 < direct < 8 << 20
             far.recv(1 << 20)  # there is room again
-            passage.feed(b"behind")
-            kept, passed = passage.take(near)
-            assert passed == taken
-            while len(kept) < (8 << 20) + 6 - taken:
-                piece, passed = passage.take(near)
+            received.feed(b"behind")
+            buffered, written = received.take(near)
+            assert written == direct
+            while len(buffered) < (8 << 20) + 6 - direct:
+                piece, written = received.take(near)
                 assert len(piece) <= channel_module._PIECE_BYTES
-                assert passed == 0
-                kept = memoryview(bytes(kept) + piece)
-            assert bytes(kept[-6:]) == b"behind"
-            passage.feed(b"later")  # what was taken may not be sent yet
-            assert bytes(passage.take(near)[0]) == b"later"
+                assert written == 0
+                buffered = memoryview(bytes(buffered) + piece)
+            assert bytes(buffered[-6:]) == b"behind"
+            received.feed(b"later")  # what was returned may not be written yet
+            assert bytes(received.take(near)[0]) == b"later"
 
-    def test_what_comes_after_the_end_is_not_kept(self) -> None:
-        """A server that goes on sending until it hears of the end fills no memory."""
+    def test_data_after_stop_is_not_buffered(self) -> None:
+        """A server that keeps sending until it learns of the end fills no memory."""
         near, far = socket.socketpair()
         with near, far:
-            passage = ReceiveBuffer(64 << 20)
-            passage.feed(bytes(1 << 20))
-            passage.stop()
-            passage.feed(bytes(1 << 20))
-            assert len(passage) == 0
+            received = ReceiveBuffer(64 << 20)
+            received.feed(bytes(1 << 20))
+            received.stop()
+            received.feed(bytes(1 << 20))
+            assert len(received) == 0
 
-    def test_a_server_that_heeds_no_window_fills_no_memory(self) -> None:
+    def test_server_that_ignores_the_window_fills_no_memory(self) -> None:
         near, far = socket.socketpair()
         with near, far:
             received = ReceiveBuffer(1000)
@@ -374,10 +376,10 @@ class TestDelivering:
             assert len(received) == 1000
             received.feed(b"x")
             assert len(received) == 0
-            kept, passed = received.take(near)
-            assert (bytes(kept), passed) == (b"", 0), "nothing more comes"
+            buffered, written = received.take(near)
+            assert (bytes(buffered), written) == (b"", 0), "nothing more arrives"
 
-    def test_the_order_stays_whichever_thread_hands_it_on(self, small_switch_interval: None) -> None:
+    def test_order_is_kept_whichever_thread_writes(self, small_switch_interval: None) -> None:
         del small_switch_interval
         count, channel = 20_000, SafeChannel(1)
         near, far = socket.socketpair()
@@ -392,8 +394,8 @@ class TestDelivering:
             near.shutdown(socket.SHUT_WR)
             assert reader.result() == b"first" + b"".join(number.to_bytes(4) for number in range(count))
 
-    def test_the_window_is_given_back_for_what_was_delivered_and_for_nothing_else(self, delivery: Delivery) -> None:
-        delivery.fed_directly()
+    def test_window_is_adjusted_only_for_delivered_data(self, delivery: Delivery) -> None:
+        delivery.wait_for_direct_writes()
         reader = Task(lambda: sum(len(delivery.exactly(1 << 20)) for _ in range(32)))
         delivery.peer.sendall(bytes(32 << 20))  # five windows
         assert reader.result() == 32 << 20
@@ -401,33 +403,33 @@ class TestDelivering:
         with pytest.raises(TimeoutError):
             delivery.peer.sendall(bytes(256 << 20))
         held = len(delivery.channel.in_buffer)
-        assert held <= ssh.WINDOW_BYTES, "no more than the window is kept for one who reads nothing"
+        assert held <= ssh.WINDOW_BYTES, "no more than the window is buffered for a reader that has stopped"
 
-    def test_it_ends_with_the_servers_direction_when_all_is_delivered(self, delivery: Delivery) -> None:
-        delivery.fed_directly()
+    def test_delivery_ends_with_the_servers_eof_after_all_data(self, delivery: Delivery) -> None:
+        delivery.wait_for_direct_writes()
         delivery.peer.sendall(bytes(3 << 20))
         delivery.peer.shutdown(socket.SHUT_WR)
         assert len(delivery.exactly(3 << 20)) == 3 << 20
         delivery.task.result()
         assert delivery.channel.delivered_bytes == (3 << 20) + 5
 
-    def test_it_ends_when_the_channel_is_closed(self, delivery: Delivery) -> None:
-        delivery.fed_directly()
+    def test_delivery_ends_when_the_channel_is_closed(self, delivery: Delivery) -> None:
+        delivery.wait_for_direct_writes()
         delivery.channel.close()
         delivery.task.result()
 
-    def test_a_socket_that_was_closed_is_an_error_of_the_deliverer_and_of_nobody_else(
+    def test_closed_local_socket_fails_the_delivery_alone(
         self, transport: paramiko.Transport, delivery: Delivery, agent: Agent
     ) -> None:
-        delivery.fed_directly()
+        delivery.wait_for_direct_writes()
         delivery.far.close()
         delivery.peer.sendall(b"for nobody")
         with pytest.raises(OSError, match="Broken pipe"):
             delivery.task.result()
         open_to(transport, agent.port).send_close()
 
-    def test_nothing_is_handed_on_any_more_once_it_has_ended(self, delivery: Delivery) -> None:
-        delivery.fed_directly()
+    def test_nothing_is_written_after_the_delivery_has_ended(self, delivery: Delivery) -> None:
+        delivery.wait_for_direct_writes()
         delivery.channel.close()
         delivery.task.result()
         delivery.channel.in_buffer.feed(b"late")

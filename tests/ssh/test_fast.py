@@ -65,25 +65,25 @@ def test_packets_received_stays_while_the_server_is_silent(
 
 
 class TestNodelay:
-    def test_it_is_set_on_tcp(self, server: LoopbackSSHServer) -> None:
+    def test_nodelay_is_set_on_tcp(self, server: LoopbackSSHServer) -> None:
         with contextlib.closing(server.connect_transport()) as transport:
             assert not has_nodelay(transport)
             set_nodelay(transport)
             assert has_nodelay(transport)
 
-    def test_a_unix_socket_is_left_as_it_is(self) -> None:
+    def test_unix_socket_is_left_unchanged(self) -> None:
         one, other = socket.socketpair()
         with one, other:
             set_nodelay(paramiko.Transport(one))
 
-    def test_a_closed_socket_does_not_matter(self, transport: paramiko.Transport) -> None:
+    def test_closed_socket_is_ignored(self, transport: paramiko.Transport) -> None:
         transport.close()
         transport.sock.close()
         set_nodelay(transport)
 
 
 class TestFastTransport:
-    def test_it_prefers_gcm_and_keeps_all_other_ciphers(self) -> None:
+    def test_fast_transport_prefers_gcm_and_keeps_all_other_ciphers(self) -> None:
         one, other = socket.socketpair()
         with one, other:
             usual = paramiko.Transport(one).get_security_options().ciphers
@@ -91,14 +91,14 @@ class TestFastTransport:
         assert fast[:2] == (GCM, "aes256-gcm@openssh.com")
         assert sorted(fast) == sorted(usual)
 
-    def test_a_client_that_is_given_it_uses_gcm_without_delay(self, server: LoopbackSSHServer) -> None:
+    def test_client_with_a_fast_transport_uses_gcm_and_nodelay(self, server: LoopbackSSHServer) -> None:
         with server.connect(transport_factory=fast_transport) as client:
             transport = client.get_transport()
             assert transport is not None
             assert ciphers_in_use(transport) == {GCM}
             assert has_nodelay(transport)
 
-    def test_its_options_are_passed_on(self) -> None:
+    def test_options_are_passed_to_the_transport(self) -> None:
         one, other = socket.socketpair()
         with one, other:
             transport = fast_transport(one, disabled_algorithms={"ciphers": [GCM]})
@@ -131,7 +131,7 @@ def connect_fast(sshd: SshServer) -> paramiko.SSHClient:
 
 
 @pytest.mark.real
-def test_openssh_takes_gcm_from_a_fast_transport(sshd: SshServer) -> None:
+def test_openssh_accepts_gcm_from_a_fast_transport(sshd: SshServer) -> None:
     with connect_fast(sshd) as client:
         transport = client.get_transport()
         assert transport is not None
@@ -148,16 +148,14 @@ class TestReadingAhead:
         with near, far:
             yield fast.Packetizer(near), far
 
-    def test_it_reads_what_is_there_at_once_and_returns_what_is_asked_for(
-        self, pair: tuple[Any, socket.socket]
-    ) -> None:
+    def test_available_data_is_read_ahead_and_returned_as_requested(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, far = pair
         far.sendall(b"headerbo")
         assert packetizer.read_all(6) == b"header"
         far.sendall(b"dynext")
         assert [packetizer.read_all(4), packetizer.read_all(4)] == [b"body", b"next"]
 
-    def test_it_waits_for_what_comes_late(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_read_waits_for_late_data(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, far = pair
         far.sendall(b"he")
         task = Task(packetizer.read_all, 6, True)  # noqa: FBT003 - paramiko's signature
@@ -165,35 +163,35 @@ class TestReadingAhead:
         far.sendall(b"ader")
         assert task.result() == b"header"
 
-    def test_what_was_left_of_the_banner_comes_first(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_remainder_of_the_banner_is_returned_first(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, far = pair
         far.sendall(b"SSH-2.0-Test\r\nhea")
         assert packetizer.readline(1) == "SSH-2.0-Test"
         far.sendall(b"derbody")
         assert [packetizer.read_all(6), packetizer.read_all(4)] == [b"header", b"body"]
 
-    def test_a_packet_longer_than_the_buffer_comes_whole(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_packet_longer_than_the_buffer_is_read_whole(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, far = pair
         data = bytes(range(256)) * 8192
         task = Task(lambda: [packetizer.read_all(6), packetizer.read_all(len(data)), packetizer.read_all(3)])
         far.sendall(b"header" + data + b"end")
         assert task.result() == [b"header", data, b"end"]
 
-    def test_the_end_is_the_end(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_end_of_the_connection_raises_eof_error(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, far = pair
         far.sendall(b"hea")
         far.close()
         with pytest.raises(EOFError):
             packetizer.read_all(6)
 
-    def test_closed_while_it_waits_it_ends(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_close_during_a_read_raises_eof_error(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, _ = pair
         task = Task(packetizer.read_all, 6)
         packetizer.close()
         with pytest.raises(EOFError):
             task.result()
 
-    def test_keys_that_are_due_are_exchanged_between_packets_only(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_due_rekey_is_raised_only_between_packets(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, far = pair
         packetizer._trigger_rekey()
         with pytest.raises(NeedRekeyException):
@@ -206,18 +204,18 @@ class TestReadingAhead:
         far.sendall(b"der")
         assert task.result() == b"header"
 
-    def test_a_handshake_that_takes_too_long_ends(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_handshake_timeout_raises_eof_error(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, _ = pair
         packetizer.start_handshake(0.01)
         with pytest.raises(EOFError):
             packetizer.read_all(6)
 
-    def test_of_a_length_that_is_too_small_nothing_is_read(self, pair: tuple[Any, socket.socket]) -> None:
+    def test_nothing_is_read_for_a_length_that_is_too_small(self, pair: tuple[Any, socket.socket]) -> None:
         packetizer, far = pair
         far.sendall(b"headerbody")
         assert [packetizer.read_all(count) for count in (6, -6, 0, 4)] == [b"header", b"", b"", b"body"]
 
-    def test_over_tls_every_byte_goes_through_tls(self) -> None:
+    def test_tls_socket_keeps_paramikos_packetizer(self) -> None:
         near, far = socket.socketpair()
         with (
             far,
@@ -227,7 +225,7 @@ class TestReadingAhead:
             assert type(transport.packetizer) is Packetizer
             transport.close()
 
-    def test_a_transport_over_something_else_than_a_socket_reads_as_ever(
+    def test_transport_over_a_channel_keeps_paramikos_packetizer(
         self, transport: paramiko.Transport, agent: Agent
     ) -> None:
         over: Any = fast_transport(open_to(transport, agent.port))
@@ -251,7 +249,7 @@ def agree_on_keys(ends: Ends) -> None:
 
 
 class TestSealing:
-    """What `fast.Packetizer` sends paramiko's own understands, and the other way round."""
+    """`fast.Packetizer` and paramiko's own understand each other."""
 
     @pytest.fixture
     def ends(self) -> Iterator[Ends]:
@@ -265,7 +263,7 @@ class TestSealing:
 
     @staticmethod
     def carried(sender: Any, receiver: Any, *contents: bytes) -> list[bytes]:
-        """Send messages of kind 94, and return what was received."""
+        """Send messages of type 94, and return what was received."""
         task = Task(lambda: [sender.send_message(Message(b"^" + content)) for content in contents])
         received = [receiver.read_message() for _ in contents]
         task.result()
@@ -273,18 +271,18 @@ class TestSealing:
         return [message.asbytes() for _, message in received]
 
     @pytest.mark.parametrize("size", [0, 1, *range(8, 26), 1000, 32_768, 300_000])
-    def test_each_understands_the_other(self, ends: Ends, size: int) -> None:
+    def test_packetizers_understand_each_other(self, ends: Ends, size: int) -> None:
         data = bytes(number & 255 for number in range(size))
         for sender, receiver in ((ends.ours, ends.theirs), (ends.theirs, ends.ours)):
             assert self.carried(sender, receiver, data, b"behind") == [data, b"behind"]
 
-    def test_paramikos_own_way_can_take_over_at_any_packet_and_give_back(self, ends: Ends) -> None:
+    def test_paramikos_code_can_handle_any_packet_in_between(self, ends: Ends) -> None:
         for dump in (False, True, False):
             ends.ours.set_hexdump(dump)
             assert self.carried(ends.ours, ends.theirs, b"there") == [b"there"]
             assert self.carried(ends.theirs, ends.ours, b"back") == [b"back"]
 
-    def test_compression_is_paramikos_to_do(self, ends: Ends) -> None:
+    def test_compressed_packets_are_left_to_paramiko(self, ends: Ends) -> None:
         assert self.carried(ends.ours, ends.theirs, b"before") == [b"before"]
         ends.ours.set_outbound_compressor(ZlibCompressor())
         ends.theirs.set_inbound_compressor(ZlibDecompressor())
@@ -294,30 +292,30 @@ class TestSealing:
         assert self.carried(ends.theirs, ends.ours, b"back" * 100) == [b"back" * 100]
 
     @pytest.mark.parametrize("dump", [False, True])
-    def test_messages_that_go_together_arrive_one_by_one(self, ends: Ends, *, dump: bool) -> None:
+    def test_messages_sent_together_arrive_one_by_one(self, ends: Ends, *, dump: bool) -> None:
         ends.ours.set_hexdump(dump)
         pieces = [(b"^", memoryview(bytes(number for _ in range(number * 1000)))) for number in range(40)]
         task = Task(ends.ours.send_message, fast.Messages(pieces))
         assert [ends.theirs.read_message()[1].asbytes() for _ in pieces] == [bytes(data) for _, data in pieces]
         task.result()
 
-    def test_message_numbers_are_counted_as_paramiko_counts_them(self, ends: Ends) -> None:
+    def test_sequence_numbers_are_counted_as_in_paramiko(self, ends: Ends) -> None:
         for _ in range(3):
             ends.theirs.send_message(Message(b"^"))
         assert [ends.ours.read_message()[1].seqno for _ in range(3)] == [0, 1, 2]
 
-    def test_they_pass_for_no_single_message(self) -> None:
+    def test_messages_cannot_be_serialised_as_one(self) -> None:
         with pytest.raises(TypeError):
             fast.Messages([(b"^", memoryview(b"one")), (b"^", memoryview(b"two"))]).asbytes()
 
-    def test_a_failure_in_the_middle_leaves_the_connection_as_it_was(self, ends: Ends) -> None:
+    def test_failed_send_leaves_the_connection_as_it_was(self, ends: Ends) -> None:
         broken: Any = memoryview(b"one"), "no bytes"
         with pytest.raises(TypeError):
             ends.ours.send_message(fast.Messages([(b"^", piece) for piece in broken]))
         assert self.carried(ends.ours, ends.theirs, b"after") == [b"after"]
 
     @pytest.mark.parametrize("length", [1, 17, 0xFFFFFFF0])
-    def test_a_length_that_cannot_be_is_refused(self, length: int) -> None:
+    def test_invalid_length_is_rejected(self, length: int) -> None:
         near, far = socket.socketpair()
         with near, far:
             ours: Any = fast.Packetizer(near)
@@ -327,7 +325,7 @@ class TestSealing:
                 ours.read_message()
 
     @pytest.mark.parametrize("place", [4, 20, -1])
-    def test_a_packet_that_was_changed_on_the_way_is_refused(self, place: int) -> None:
+    def test_packet_changed_in_transit_is_rejected(self, place: int) -> None:
         near, far = socket.socketpair()
         wire, sink = socket.socketpair()
         with near, far, wire, sink:
@@ -341,7 +339,7 @@ class TestSealing:
                 ends.ours.read_message()
 
     @pytest.mark.parametrize("plain", [b"", b"\x0f" + bytes(15), b"\xff" + bytes(15)])
-    def test_a_packet_without_a_message_is_refused(self, plain: bytes) -> None:
+    def test_packet_without_a_message_is_rejected(self, plain: bytes) -> None:
         near, far = socket.socketpair()
         with near, far:
             ours: Any = fast.Packetizer(near)
@@ -352,7 +350,7 @@ class TestSealing:
                 ours.read_message()
 
     @pytest.mark.parametrize("limit", ["REKEY_BYTES", "REKEY_PACKETS"])
-    def test_fresh_keys_are_wanted_after_as_much_as_in_paramiko(self, ends: Ends, limit: str) -> None:
+    def test_rekey_is_requested_at_paramikos_limits(self, ends: Ends, limit: str) -> None:
         for sender, receiver in ((ends.ours, ends.theirs), (ends.theirs, ends.ours)):
             for each in ends:
                 setattr(each, limit, 3 if limit == "REKEY_PACKETS" else 300)  # a packet here has 100 bytes
@@ -365,25 +363,25 @@ class TestSealing:
             agree_on_keys(ends)
 
     @pytest.mark.parametrize("limit", ["REKEY_BYTES_OVERFLOW_MAX", "REKEY_PACKETS_OVERFLOW_MAX"])
-    def test_a_server_that_gives_no_fresh_keys_is_left(self, ends: Ends, limit: str) -> None:
+    def test_server_that_ignores_rekey_requests_is_an_error(self, ends: Ends, limit: str) -> None:
         ends.ours.REKEY_PACKETS = 1
         setattr(ends.ours, limit, 2 if "PACKETS" in limit else 200)
         self.carried(ends.theirs, ends.ours, bytes(74), bytes(74))
         with pytest.raises(paramiko.SSHException, match="ignoring rekey"):
             self.carried(ends.theirs, ends.ours, bytes(74))
 
-    def test_when_nothing_comes_and_keys_are_due_it_says_so(self, ends: Ends) -> None:
+    def test_due_rekey_is_raised_while_nothing_arrives(self, ends: Ends) -> None:
         ends.ours._trigger_rekey()
         with pytest.raises(NeedRekeyException):
             ends.ours.read_message()
 
-    def test_what_cannot_be_written_is_the_end(self, ends: Ends) -> None:
+    def test_failed_write_raises_eof_error(self, ends: Ends) -> None:
         ends.theirs.close()
         with pytest.raises(EOFError):
             ends.ours.send_message(Message(b"^"))
 
-    def test_a_number_that_is_in_use_for_something_else_gets_nothing(self, ends: Ends, tmp_path: Path) -> None:
-        """The socket may be closed, and its number be used again, in the moment before it is written to."""
+    def test_reused_descriptor_is_not_written_to(self, ends: Ends, tmp_path: Path) -> None:
+        """The socket may be closed, and its descriptor reused, just before it is written to."""
 
         class Closed:
             def fileno(self) -> int:
@@ -398,7 +396,7 @@ class TestSealing:
                 ends.ours.send_message(Message(b"^"))
         assert (tmp_path / "foreign").read_bytes() == b""
 
-    def test_a_keepalive_waits_for_what_was_sent_last(self, ends: Ends) -> None:
+    def test_sent_data_postpones_the_keepalive(self, ends: Ends) -> None:
         called: list[None] = []
         ends.ours.set_keepalive(60, lambda: called.append(None))
         ends.ours._Packetizer__keepalive_last -= 120
@@ -407,8 +405,8 @@ class TestSealing:
         assert not called
 
 
-def test_a_refused_packet_ends_the_transport_and_is_told(server: LoopbackSSHServer, agent: Agent) -> None:
-    """Through paramiko's own reading the reason would be empty."""
+def test_rejected_packet_ends_the_transport_and_is_named_as_the_reason(server: LoopbackSSHServer, agent: Agent) -> None:
+    """If paramiko's own code read it, the reason would be empty."""
     with server.connect(transport_factory=fast_transport) as client:
         transport: Any = client.get_transport()
         transport.packetizer._Packetizer__iv_in = bytes(12)

@@ -1,4 +1,4 @@
-"""Opens: a message and its answer, wanted or not any more; and the end of a transport."""
+"""Opens: a request and its answer, or its abandonment; and the end of a transport."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Leave reference cycles where they are."""
+    """Do not collect reference cycles."""
     gc.disable()
     yield
     gc.enable()
 
 
 class TestOpening:
-    def test_an_open_gives_a_channel_that_carries_both_ways(self, transport: paramiko.Transport, agent: Agent) -> None:
+    def test_opened_channel_carries_data_both_ways(self, transport: paramiko.Transport, agent: Agent) -> None:
         channel = open_to(transport, agent.port)
         assert isinstance(channel, SafeChannel)
         peer = agent.accept()
@@ -49,7 +49,7 @@ class TestOpening:
         assert channel.recv(9) == b"down"
         channel.send_close()
 
-    def test_a_session_channel_needs_no_destination(
+    def test_session_channel_needs_no_destination(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
         opening = ChannelOpening(transport, "session")
@@ -57,7 +57,7 @@ class TestOpening:
         opening.wait().send_close()
         assert server.sessions_opened == 1
 
-    def test_a_port_where_nothing_listens_is_refused_with_code_2(self, transport: paramiko.Transport) -> None:
+    def test_port_without_listener_is_refused_with_code_2(self, transport: paramiko.Transport) -> None:
         with pytest.raises(ChannelRefused, match="Connect failed") as refused:
             open_to(transport, dead_port())
         assert refused.value.code == ChannelRefused.CONNECT_FAILED == 2
@@ -70,35 +70,33 @@ class TestOpening:
             open_to(transport, agent.port)
         assert refused.value.code == ChannelRefused.PROHIBITED == 1
 
-    def test_an_unknown_kind_is_refused_with_code_3(self, transport: paramiko.Transport) -> None:
+    def test_unknown_kind_is_refused_with_code_3(self, transport: paramiko.Transport) -> None:
         opening = ChannelOpening(transport, "nonsense")
         opening.send()
         with pytest.raises(ChannelRefused) as refused:
             opening.wait()
         assert refused.value.code == ChannelRefused.UNKNOWN_TYPE == 3
 
-    def test_a_refusal_is_not_left_behind_for_the_caller_to_find(self, transport: paramiko.Transport) -> None:
+    def test_refusal_is_not_left_for_the_caller_to_find(self, transport: paramiko.Transport) -> None:
         with pytest.raises(ChannelRefused):
             open_to(transport, dead_port())
         assert transport.saved_exception is None
         assert transport.get_exception() is None
 
-    def test_a_refusal_does_not_take_the_place_of_one_that_the_caller_is_about_to_read(
-        self, transport: paramiko.Transport
-    ) -> None:
+    def test_refusal_does_not_overwrite_one_of_the_callers(self, transport: paramiko.Transport) -> None:
         callers = transport.saved_exception = paramiko.ChannelException(1, "the caller's")
         with pytest.raises(ChannelRefused):
             open_to(transport, dead_port())
         assert transport.get_exception() is callers
 
-    def test_a_refused_open_leaves_no_entry(self, transport: Any) -> None:
+    def test_refused_open_leaves_no_entry(self, transport: Any) -> None:
         with pytest.raises(ChannelRefused):
             open_to(transport, dead_port())
         assert len(transport._channels) == 0
         assert not transport.channel_events
 
     @pytest.mark.parametrize("together", ["answered one by one", "answered in one burst"])
-    def test_twenty_opens_at_once_each_get_their_own_answer(
+    def test_concurrent_opens_each_get_their_own_answer(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, together: str
     ) -> None:
         destinations = [(LOOPBACK, agent.port), (LOOPBACK, dead_port()), FOREIGN, (LOOPBACK, agent.port)] * 5
@@ -128,7 +126,7 @@ class TestOpening:
         server.wait_for(lambda: server.channels_open == 0)
         assert transport.is_active()
 
-    def test_the_channel_lives_as_long_as_its_user_holds_it(self, transport: paramiko.Transport, agent: Agent) -> None:
+    def test_channel_lives_as_long_as_it_is_referenced(self, transport: paramiko.Transport, agent: Agent) -> None:
         channel = open_to(transport, agent.port)
         gc.collect()
         agent.accept().sendall(b"still here")
@@ -136,8 +134,8 @@ class TestOpening:
         channel.send_close()
 
 
-class TestKeysAreExchangedForTooLong:
-    def test_the_open_is_refused_and_the_transport_lives(self, transport: Any, agent: Agent) -> None:
+class TestKeyExchangeTimesOut:
+    def test_open_is_refused_and_the_transport_lives(self, transport: Any, agent: Agent) -> None:
         with keys_exchanged(transport):
             opening = opening_to(transport, agent.port)
             with pytest.raises(ChannelRefused, match="Key-exchange timed out") as refused:
@@ -147,7 +145,7 @@ class TestKeysAreExchangedForTooLong:
         assert not transport.channel_events
         open_to(transport, agent.port).send_close()
 
-    def test_an_open_that_was_abandoned_meanwhile_leaves_no_entry_either(self, transport: Any, agent: Agent) -> None:
+    def test_abandoned_open_leaves_no_entry(self, transport: Any, agent: Agent) -> None:
         opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
         opening.abandon()
         with keys_exchanged(transport):
@@ -157,7 +155,9 @@ class TestKeysAreExchangedForTooLong:
         assert len(transport._channels) == 0
         assert not transport.channel_events
 
-    def test_a_transport_that_ends_meanwhile_is_gone(self, transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_transport_that_ends_meanwhile_raises_transport_closed(
+        self, transport: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def end_and_fail(_: object) -> None:
             transport.close()
             raise paramiko.SSHException("Key-exchange timed out")
@@ -166,9 +166,7 @@ class TestKeysAreExchangedForTooLong:
         with pytest.raises(TransportClosed):
             opening_to(transport, 9).wait()
 
-    def test_a_write_that_fails_means_that_the_transport_is_gone(
-        self, transport: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_failed_write_raises_transport_closed(self, transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(_: object) -> None:
             raise BrokenPipeError
 
@@ -178,7 +176,7 @@ class TestKeysAreExchangedForTooLong:
 
 
 class TestAbandon:
-    def test_wait_raises_without_the_answer(
+    def test_wait_raises_before_the_answer(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         server.forwarding = Forwarding.HELD
@@ -190,7 +188,7 @@ class TestAbandon:
             waiter.result()
         assert server.channels_held == 1
 
-    def test_the_channel_that_opens_late_is_closed_on_the_server(
+    def test_late_channel_is_closed_on_the_server(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         server.forwarding = Forwarding.HELD
@@ -203,7 +201,7 @@ class TestAbandon:
         assert read_all(peer) == b""
         assert transport.is_active()
 
-    def test_a_late_refusal_is_taken_in_silence(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    def test_late_refusal_is_ignored(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         server.forwarding = Forwarding.HELD
         opening = opening_to(transport, dead_port())
         server.wait_for(lambda: server.channels_held == 1)
@@ -215,7 +213,7 @@ class TestAbandon:
             opening.wait()
         assert transport.saved_exception is None
 
-    def test_after_success_but_before_wait_the_channel_is_closed(
+    def test_channel_abandoned_before_wait_is_closed(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         opening = opening_to(transport, agent.port)
@@ -225,14 +223,14 @@ class TestAbandon:
             opening.wait()
         server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
 
-    def test_after_wait_it_is_too_late_and_changes_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
+    def test_abandon_after_wait_changes_nothing(self, transport: paramiko.Transport, agent: Agent) -> None:
         opening = opening_to(transport, agent.port)
         channel = opening.wait()
         opening.abandon()
         assert not channel.closed
         channel.send_close()
 
-    def test_before_it_was_sent_the_channel_is_closed_too(
+    def test_channel_abandoned_before_send_is_closed(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
@@ -245,7 +243,7 @@ class TestAbandon:
 
 class TestTransportEnds:
     @ENDS
-    def test_while_an_open_is_pending_it_is_told_at_once(
+    def test_pending_open_fails_at_once(
         self,
         *,
         server: LoopbackSSHServer,
@@ -253,12 +251,12 @@ class TestTransportEnds:
         end: End,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """By the thread that ends it: nobody has to look whether it stands."""
-        tellers: list[threading.Thread] = []
+        """On the thread that ends the transport: nothing has to poll for it."""
+        settlers: list[threading.Thread] = []
         settle = ChannelOpening._settle
 
         def note(opening: ChannelOpening, answer: SafeChannel | Exception) -> None:
-            tellers.append(threading.current_thread())
+            settlers.append(threading.current_thread())
             settle(opening, answer)
 
         monkeypatch.setattr(ChannelOpening, "_settle", note)
@@ -269,12 +267,12 @@ class TestTransportEnds:
         end(server, transport)
         with pytest.raises(TransportClosed):
             waiter.result()
-        assert tellers
-        assert set(tellers) <= {transport, threading.current_thread()}
+        assert settlers
+        assert set(settlers) <= {transport, threading.current_thread()}
         server.wait_for(lambda: server.channels_held == 0)
 
     @ENDS
-    def test_before_the_open_is_sent_it_is_told_by_wait(
+    def test_open_sent_after_the_end_fails_in_wait(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, end: End
     ) -> None:
         end(server, transport)
@@ -292,7 +290,7 @@ class TestTransportEnds:
         assert not transport.channel_events
 
     @pytest.mark.usefixtures("no_collection")
-    def test_failed_open_and_its_channel_do_not_keep_each_other(
+    def test_failed_open_and_its_channel_do_not_reference_each_other(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
         """A reference cycle would hold the channel, and its buffers, until the next garbage collection."""
@@ -310,11 +308,11 @@ class TestTransportEnds:
     def test_channel_answered_while_the_transport_is_closing_ends_with_it(
         self, transport: paramiko.Transport, agent: Agent, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The opener sees it inactive before anything was unlinked: the channel must not leave the list unmarked."""
+        """The opener sees it inactive before anything is unlinked: the channel must not be unregistered unmarked."""
         opening = ChannelOpening(transport, "direct-tcpip", (LOOPBACK, agent.port))
 
         def is_active() -> bool:
-            if opening._channel is None:  # the look before anything is sent
+            if opening._channel is None:  # the check before anything is sent
                 return True
             assert opening._settled.wait(WAIT_S)
             return False
@@ -328,15 +326,13 @@ class TestTransportEnds:
         assert channel.transport_ended
         assert channel.recv(1) == b""
 
-    def test_in_the_very_moment_of_its_end_an_open_is_told(
-        self, server: LoopbackSSHServer, transport: paramiko.Transport
-    ) -> None:
+    def test_open_sent_during_the_end_fails(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         openings: list[ChannelOpening] = []
 
         def open_now() -> None:
             openings.append(opening_to(transport, 9))
 
-        watch = EndWatch(transport, open_now)  # called when the transport has begun to unlink its channels
+        watch = EndWatch(transport, open_now)  # called once the transport has begun to unlink its channels
         server.drop()
         transport.join(WAIT_S)
         with pytest.raises(TransportClosed):
@@ -344,7 +340,7 @@ class TestTransportEnds:
         watch.cancel()
 
     @ENDS
-    def test_under_an_open_channel_it_wakes_its_user_and_says_why(
+    def test_open_channel_wakes_its_reader_and_is_marked(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, end: End
     ) -> None:
         channel = open_to(transport, agent.port)
@@ -358,10 +354,10 @@ class TestTransportEnds:
 
 class TestEndWatch:
     @ENDS
-    def test_it_calls_back_once_and_at_once(
+    def test_callback_runs_once_and_at_once(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, end: End
     ) -> None:
-        """On the thread that ends it: nobody has to look whether it stands."""
+        """On the thread that ends the transport: nothing has to poll for it."""
         callers: list[threading.Thread] = []
         called = threading.Event()
 
@@ -379,7 +375,7 @@ class TestEndWatch:
         assert callers[0] in {transport, threading.current_thread()}
 
     @ENDS
-    def test_after_the_end_it_calls_back_at_once(
+    def test_callback_runs_at_once_after_the_end(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, end: End
     ) -> None:
         end(server, transport)
@@ -388,10 +384,10 @@ class TestEndWatch:
         EndWatch(transport, lambda: calls.append("ended"))
         assert calls == ["ended"]
 
-    def test_one_made_in_the_very_moment_of_the_end_calls_back(
+    def test_callback_runs_for_a_watch_made_during_the_end(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
-        """The transport has begun to unlink its channels, but is active still."""
+        """The transport has begun to unlink its channels, but is still active."""
         calls: list[str] = []
         active: list[bool] = []
         late: list[EndWatch] = []
@@ -407,7 +403,7 @@ class TestEndWatch:
         assert calls == ["ended"]
         watch.cancel()
 
-    def test_it_calls_back_once_when_both_sides_end_it_together(self, server: LoopbackSSHServer) -> None:
+    def test_callback_runs_once_if_both_sides_close_together(self, server: LoopbackSSHServer) -> None:
         for _ in range(20):
             transport = server.connect_transport()
             calls: list[str] = []
@@ -419,7 +415,7 @@ class TestEndWatch:
             assert calls == ["ended"]
             watch.cancel()
 
-    def test_it_calls_back_once_however_many_threads_tell_it(self, transport: paramiko.Transport) -> None:
+    def test_callback_runs_once_for_concurrent_unlinks(self, transport: paramiko.Transport) -> None:
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
         try:
@@ -428,18 +424,18 @@ class TestEndWatch:
                 together = threading.Barrier(4)
                 watch = EndWatch(transport, lambda calls=calls: calls.append("ended"))  # type: ignore[misc]
 
-                def tell(together: threading.Barrier = together, watch: EndWatch = watch) -> None:
+                def unlink(together: threading.Barrier = together, watch: EndWatch = watch) -> None:
                     together.wait(WAIT_S)
                     watch._sentinel._unlink()
 
-                for task in [Task(tell) for _ in range(4)]:
+                for task in [Task(unlink) for _ in range(4)]:
                     task.result()
                 watch.cancel()
                 assert calls == ["ended"]
         finally:
             sys.setswitchinterval(interval)
 
-    def test_cancelled_it_does_not_call_back(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    def test_cancelled_watch_does_not_call_back(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         calls: list[str] = []
         watch = EndWatch(transport, lambda: calls.append("ended"))
         watch.cancel()
@@ -448,7 +444,7 @@ class TestEndWatch:
         transport.join(WAIT_S)
         assert calls == []
 
-    def test_cancelled_it_leaves_no_entry(self, transport: Any) -> None:
+    def test_cancelled_watch_leaves_no_entry(self, transport: Any) -> None:
         before = len(transport._channels)
         watches = [EndWatch(transport, do_nothing) for _ in range(3)]
         assert len(transport._channels) == before + 3
@@ -457,7 +453,7 @@ class TestEndWatch:
         assert len(transport._channels) == before
         assert not transport.channel_events
 
-    def test_it_disturbs_no_channel(self, transport: paramiko.Transport, agent: Agent) -> None:
+    def test_watch_shares_no_number_with_a_channel(self, transport: paramiko.Transport, agent: Agent) -> None:
         watch = EndWatch(transport, do_nothing)
         first, second = open_to(transport, agent.port), transport.open_session(timeout=WAIT_S)
         assert len({first.chanid, second.chanid, watch._sentinel.chanid}) == 3

@@ -1,4 +1,4 @@
-"""Paramiko's insides are still what the channels are built on."""
+"""Paramiko's internals are still what the channels rely on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Answer:
-    """What is put in the place of an event: notes how things stood when the answer came."""
+    """Takes the place of an event: records the lock and the thread when the answer arrived."""
 
     def __init__(self, transport: Any) -> None:
         self.transport = transport
@@ -54,7 +54,7 @@ def rely_on_lock(transport: Any, agent: Agent) -> None:
     probe = open_probe(transport, agent.port, answer)
     assert answer.called.wait(WAIT_S)
     assert probe.active
-    assert answer.locked, "an answer is taken in under this lock"
+    assert answer.locked, "an answer is handled under this lock"
     assert transport.lock.acquire(timeout=WAIT_S)
     transport.lock.release()
 
@@ -64,10 +64,10 @@ def rely_on_channels_put(transport: Any, _: Agent) -> None:
     transport._channels.put(4711, channel)
     assert transport._channels.get(4711) is channel
     assert channel in transport._channels.values()
-    gone = weakref.ref(channel)
+    reference = weakref.ref(channel)
     del channel
     gc.collect()
-    assert gone() is None, "the map holds its channels weakly"
+    assert reference() is None, "the map holds its channels weakly"
     assert transport._channels.get(4711) is None
 
 
@@ -84,7 +84,7 @@ def rely_on_next_channel(transport: Any, _: Agent) -> None:
         number = transport._next_channel()
         following = paramiko.Channel(number + 1)
         transport._channels.put(number + 1, following)
-        assert transport._next_channel() == number + 2, "it leaves out what is in use"
+        assert transport._next_channel() == number + 2, "it skips numbers in use"
 
 
 def rely_on_channel_events(transport: Any, agent: Agent) -> None:
@@ -92,20 +92,20 @@ def rely_on_channel_events(transport: Any, agent: Agent) -> None:
     probe = open_probe(transport, agent.port, answer)
     assert answer.called.wait(WAIT_S)
     with transport.lock:
-        assert probe.chanid not in transport.channel_events, "it is let go when the answer has come"
+        assert probe.chanid not in transport.channel_events, "it is removed when the answer has arrived"
     assert answer.thread is transport, "set() is called by the transport's own thread"
 
 
 def rely_on_channels_seen(transport: Any, agent: Agent) -> None:
     probe = open_probe(transport, agent.port)
     transport._channels.delete(probe.chanid)
-    agent.accept().sendall(b"for a channel that is known no more")
+    agent.accept().sendall(b"for a channel that is no longer known")
     open_probe(transport, agent.port)
-    assert transport.is_active(), "what comes for a channel that was seen before is ignored"
+    assert transport.is_active(), "data for a channel that was seen before is ignored"
 
 
 def rely_on_saved_exception(transport: Any, _: Agent) -> None:
-    """The monitor tells why a transport ended."""
+    """The monitor reports why a transport ended."""
     saved: list[Any] = []
     watch = EndWatch(transport, lambda: saved.append(transport.saved_exception))
     transport.sock.shutdown(socket.SHUT_RDWR)
@@ -116,12 +116,12 @@ def rely_on_saved_exception(transport: Any, _: Agent) -> None:
 
 def rely_on_handler_table(transport: Any, _: Agent) -> None:
     seen: list[tuple[int, bool, threading.Thread]] = []
-    beneath = transport._handler_table[92]  # SSH_MSG_CHANNEL_OPEN_FAILURE
+    original = transport._handler_table[92]  # SSH_MSG_CHANNEL_OPEN_FAILURE
 
     def note(message: paramiko.Message) -> None:
         seen.append((message.get_int(), transport.lock.locked(), threading.current_thread()))
         message.rewind()
-        beneath(message)
+        original(message)
 
     transport._handler_table[92] = note
     with pytest.raises(paramiko.ChannelException) as refused:
@@ -140,7 +140,7 @@ def rely_on_send_user_message(transport: Any, _: Agent) -> None:
     assert packets_sent(transport) == before + 1
     transport.close()
     transport._send_user_message(message)
-    assert packets_sent(transport) == before + 1, "a transport that is closed drops it without a word"
+    assert packets_sent(transport) == before + 1, "a closed transport drops it silently"
 
     sent: list[tuple[int, threading.Thread]] = []
 
@@ -153,11 +153,11 @@ def rely_on_send_user_message(transport: Any, _: Agent) -> None:
     channel._set_remote_channel(1, 1 << 20, 1 << 15)
     channel.send(b"x")
     channel._handle_close(paramiko.Message())
-    assert [number for number, _ in sent] == [94, 96, 97], "channels send by what was put into the transport itself"
+    assert [number for number, _ in sent] == [94, 96, 97], "channels send through what was put into the transport"
 
 
 def rely_on_own_thread(transport: Any, agent: Agent) -> None:
-    """The thread that runs a transport is the transport, and answers a CLOSE by what was put into it."""
+    """The thread that runs a transport is the transport, and answers a CLOSE through what was put into it."""
     closers: list[threading.Thread] = []
     probe = open_probe(transport, agent.port)
     probe.shutdown_write()
@@ -171,7 +171,7 @@ def rely_on_send_message(transport: Any, _: Agent) -> None:
     transport.clear_to_send.clear()
     before = packets_sent(transport)
     transport._send_message(paramiko.Message(b"\x02\x00\x00\x00\x00"))  # SSH_MSG_IGNORE
-    assert packets_sent(transport) == before + 1, "it sends, whatever is going on"
+    assert packets_sent(transport) == before + 1, "it sends at any time"
 
 
 def rely_on_clear_to_send_lock(transport: Any, _: Agent) -> None:
@@ -184,10 +184,10 @@ def rely_on_clear_to_send_lock(transport: Any, _: Agent) -> None:
 
     transport._send_message = note
     transport._send_user_message(paramiko.Message(b"\x02\x00\x00\x00\x00"))
-    assert held == [True], "what is sent for users is sent under this lock"
+    assert held == [True], "user messages are sent under this lock"
     transport.clear_to_send_lock.acquire()
     exchange = Task(transport._send_kex_init)
-    assert transport.clear_to_send.is_set(), "an exchange of keys begins under this lock"
+    assert transport.clear_to_send.is_set(), "a key exchange begins under this lock"
     transport.clear_to_send_lock.release()
     exchange.result()
     assert transport.clear_to_send.wait(WAIT_S), "and ends with this event"
@@ -200,7 +200,7 @@ def rely_on_clear_to_send(transport: Any, _: Agent) -> None:
     before = packets_sent(transport)
     with pytest.raises(paramiko.SSHException, match="Key-exchange timed out"):
         transport._send_user_message(paramiko.Message(b"\x02"))
-    assert packets_sent(transport) == before, "nothing of the user's is sent while keys are exchanged"
+    assert packets_sent(transport) == before, "no user message is sent during a key exchange"
 
 
 def rely_on_packetizer(transport: Any, agent: Agent) -> None:
@@ -236,7 +236,7 @@ def rely_on_close_internal(transport: Any, agent: Agent) -> None:
     by_us.close()
     assert by_us.calls[:2] == [("_close_internal", True), ("_set_closed", True)]
     eof, close = by_us.closings[0]
-    assert (eof.asbytes()[0], close.asbytes()[0]) == (96, 97), "it returns the messages that are to be sent"
+    assert (eof.asbytes()[0], close.asbytes()[0]) == (96, 97), "it returns the messages to send"
     agent.accept().close()
     agent.accept().close()
     by_them.shutdown_write()
@@ -249,7 +249,7 @@ def rely_on_set_closed(transport: Any, agent: Agent) -> None:
     reader = Task(probe.recv, 1)
     with probe.lock:
         probe._set_closed()
-    assert reader.result() == b"", "it wakes what reads"
+    assert reader.result() == b"", "it wakes readers"
     assert probe.closed
 
 
@@ -271,17 +271,17 @@ def rely_on_check_add_window(transport: Any, agent: Agent) -> None:
     probe: Any = open_probe(transport, agent.port)
     probe.in_window_threshold = 100
     assert probe._check_add_window(100) == 0
-    assert probe._check_add_window(1) == 101, "more than the threshold is given back at once"
+    assert probe._check_add_window(1) == 101, "the window is adjusted for more than the threshold"
     probe.close()
-    assert probe._check_add_window(1000) == 0, "a channel that is closed gives nothing back"
+    assert probe._check_add_window(1000) == 0, "a closed channel does not adjust its window"
 
 
 def rely_on_wait_for_send_window(transport: Any, agent: Agent) -> None:
     probe: Any = open_probe(transport, agent.port)
     with probe.lock:
         probe.out_window_size, probe.out_max_packet_size = 5000, 4096
-        assert probe._wait_for_send_window(10_000) == 4096 - 64, "no more than one message holds"
-        assert probe._wait_for_send_window(10_000) == 5000 - 4032, "no more than the window"
+        assert probe._wait_for_send_window(10_000) == 4096 - 64, "no more than fits into one message"
+        assert probe._wait_for_send_window(10_000) == 5000 - 4032, "no more than the window allows"
         assert probe.out_window_size == 0
         probe.eof_sent = True
         assert probe._wait_for_send_window(1) == 0
@@ -296,8 +296,8 @@ def rely_on_in_buffer(transport: Any, agent: Agent) -> None:
 
     probe = open_probe(transport, agent.port)
     probe.in_buffer = Pipe()
-    agent.accept().sendall(b"for the one who was put in its place")
-    eventually(lambda: b"".join(fed) == b"for the one who was put in its place")
+    agent.accept().sendall(b"for the replacement")
+    eventually(lambda: b"".join(fed) == b"for the replacement")
     probe.close()
     assert probe.in_buffer.read(1) == b"", "it is closed with the channel"
 
@@ -370,7 +370,7 @@ def rely_on_write_lock(transport: Any, agent: Agent) -> None:
         sender = Task(open_probe, transport, agent.port)
         assert sender.running
         with transport.packetizer._Packetizer__write_lock:
-            pass  # it may be taken again
+            pass  # it is reentrant
     sender.result()
 
 
@@ -433,14 +433,14 @@ RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
 
 
 @pytest.mark.parametrize("name", RELIED_ON)
-def test_paramiko_still_has_what_is_relied_on(name: str, transport: paramiko.Transport, agent: Agent) -> None:
+def test_paramiko_has_what_is_relied_on(name: str, transport: paramiko.Transport, agent: Agent) -> None:
     try:
         RELIED_ON[name](transport, agent)
     except (AttributeError, TypeError, AssertionError) as error:
         pytest.fail(f"paramiko {paramiko.__version__} has changed {name}: {error}")
 
 
-def test_all_that_the_docstring_lists_is_checked() -> None:
+def test_docstring_lists_what_is_checked() -> None:
     listed = []
     for owner, attributes in re.findall(r"^\* ``(\w+)``: (.*(?:\n  .*)*)", ssh.__doc__ or "", re.MULTILINE):
         for name, methods in re.findall(r"``(\w+)``(?: \(([^)]*)\))?", attributes):

@@ -1,4 +1,4 @@
-"""What is sent while keys are exchanged, and where no thread can be started."""
+"""Sending during a key exchange, and without a thread to send on."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from tests.helpers.agent import Agent
 
 
-class TestKeysAreExchanged:
+class TestKeyExchange:
     """Neither a transport nor a byte is lost, and no thread waits for itself (paramiko issue 822)."""
 
     @staticmethod
     def closed_by_server(transport: paramiko.Transport, agent: Agent) -> paramiko.Channel:
-        """A channel of paramiko's own, as the caller's are, that the server will close when the agent does."""
+        """Open a channel of paramiko's class, like the caller's; the server closes it when the agent does."""
         channel = transport.open_channel("direct-tcpip", (LOOPBACK, agent.port), (LOOPBACK, 1), timeout=WAIT_S)
         channel.shutdown_write()
         return channel
 
-    def test_the_transports_own_thread_goes_on_and_answers_afterwards(
+    def test_transports_own_thread_keeps_reading_and_answers_afterwards(
         self, server: LoopbackSSHServer, transport: Any, agent: Agent
     ) -> None:
         ours = open_to(transport, agent.port)
@@ -49,16 +49,16 @@ class TestKeysAreExchanged:
             agent.accept().close()
         for channel in theirs:
             eventually(lambda channel=channel: channel.closed)  # type: ignore[misc]
-        peer.sendall(b"it reads on")
-        assert ours.recv(99) == b"it reads on"
-        assert packets_sent(transport) == before, "nothing is sent while keys are exchanged"
+        peer.sendall(b"it keeps reading")
+        assert ours.recv(99) == b"it keeps reading"
+        assert packets_sent(transport) == before, "nothing is sent during the key exchange"
         transport.clear_to_send.set()
         eventually(lambda: packets_sent(transport) == before + len(theirs))
         ours.send_close()
         server.wait_for(lambda: server.channels_open == 0)
         threads_ended()
 
-    def test_it_goes_on_also_while_another_thread_is_writing(self, transport: Any, agent: Agent) -> None:
+    def test_transports_own_thread_keeps_reading_while_another_writes(self, transport: Any, agent: Agent) -> None:
         ours = open_to(transport, agent.port)
         peer = agent.accept()
         theirs = self.closed_by_server(transport, agent)
@@ -66,12 +66,12 @@ class TestKeysAreExchanged:
         with transport.clear_to_send_lock:
             agent.accept().close()
             eventually(lambda: theirs.closed)
-            peer.sendall(b"it reads on")
-            assert ours.recv(99) == b"it reads on"
+            peer.sendall(b"it keeps reading")
+            assert ours.recv(99) == b"it keeps reading"
         eventually(lambda: packets_sent(transport) == before + 1)
         ours.send_close()
 
-    def test_what_its_own_thread_sends_keeps_its_order(self, transport: Any, agent: Agent) -> None:
+    def test_messages_of_the_transports_own_thread_keep_their_order(self, transport: Any, agent: Agent) -> None:
         sent: list[int] = []
 
         class SendsAll:
@@ -91,13 +91,15 @@ class TestKeysAreExchanged:
         assert sent == list(range(100))
         probe.close()
 
-    def test_a_keepalive_does_not_wait_either(self, server: LoopbackSSHServer, transport: Any, agent: Agent) -> None:
+    def test_keepalive_does_not_block_the_transports_own_thread(
+        self, server: LoopbackSSHServer, transport: Any, agent: Agent
+    ) -> None:
         channel = open_to(transport, agent.port)
         transport.clear_to_send.clear()
         transport.set_keepalive(1)
         eventually(lambda: own_threads("proxy_fsm-deferred"))
-        agent.accept().sendall(b"it reads on")
-        assert channel.recv(99) == b"it reads on"
+        agent.accept().sendall(b"it keeps reading")
+        assert channel.recv(99) == b"it keeps reading"
         transport.set_keepalive(0)
         transport.clear_to_send.set()
         channel.send_close()
@@ -108,16 +110,16 @@ class TestKeysAreExchanged:
     ) -> None:
         channel = open_to(transport, agent.port)
         peer = agent.accept()
-        down = bytes(range(256)) * (ssh.WINDOW_BYTES >> 9)  # so much that reading it makes room for more
+        down = bytes(range(256)) * (ssh.WINDOW_BYTES >> 9)  # so much that reading it adjusts the window
         peer.sendall(down)
         eventually(lambda: len(channel.in_buffer) == len(down))
         with keys_exchanged(transport):
             calls: list[float] = []
-            beneath = transport._send_user_message
+            original = transport._send_user_message
 
             def note(message: paramiko.Message) -> None:
                 calls.append(time.monotonic())
-                beneath(message)
+                original(message)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(transport, "_send_user_message", note)
@@ -135,7 +137,7 @@ class TestKeysAreExchanged:
         closer.result()
         server.wait_for(lambda: server.channels_open == 0)
 
-    def test_a_transport_that_ends_meanwhile_lets_all_go(
+    def test_transport_that_ends_meanwhile_releases_all_threads(
         self, server: LoopbackSSHServer, transport: Any, agent: Agent
     ) -> None:
         channel = open_to(transport, agent.port)
@@ -150,7 +152,7 @@ class TestKeysAreExchanged:
                 uploader.result()
             threads_ended()
 
-    def test_the_transport_is_changed_once_and_not_kept_alive(self, server: LoopbackSSHServer, agent: Agent) -> None:
+    def test_transport_is_changed_once_and_not_kept_alive(self, server: LoopbackSSHServer, agent: Agent) -> None:
         transport: Any = server.connect_transport()
         open_to(transport, agent.port).send_close()
         changed = transport._send_user_message, dict(transport._handler_table)
@@ -158,18 +160,18 @@ class TestKeysAreExchanged:
         assert (transport._send_user_message, transport._handler_table) == changed
         transport.close()
         transport.join(WAIT_S)
-        gone = weakref.ref(transport)
+        reference = weakref.ref(transport)
         del transport, changed
         gc.collect()
-        assert gone() is None
+        assert reference() is None
 
-    def test_what_others_have_put_there_stays_in_use(self, transport: Any, agent: Agent) -> None:
+    def test_foreign_send_hook_stays_in_use(self, transport: Any, agent: Agent) -> None:
         calls: list[int] = []
-        beneath = transport._send_user_message
+        original = transport._send_user_message
 
         def foreign(message: paramiko.Message) -> None:
             calls.append(message.asbytes()[0])
-            beneath(message)
+            original(message)
 
         transport._send_user_message = foreign
         open_to(transport, agent.port).send_close()
@@ -177,7 +179,7 @@ class TestKeysAreExchanged:
 
 
 class TestNoThreads:
-    """A channel that opens late is closed also where no thread can be started for it."""
+    """A channel that opens late is closed even if no thread can be started for it."""
 
     @pytest.fixture(autouse=True)
     def refused(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -193,13 +195,13 @@ class TestNoThreads:
         monkeypatch.setattr(threading.Thread, "start", start_unless_named)
         return names
 
-    def test_what_the_transports_own_thread_has_to_send_goes_with_the_next(
+    def test_deferred_message_is_sent_with_the_next(
         self, server: LoopbackSSHServer, transport: Any, agent: Agent, refused: set[str]
     ) -> None:
         open_to(transport, agent.port).send_close()
         agent.accept()
         server.wait_for(lambda: server.channels_open == 0)
-        first, second = (TestKeysAreExchanged.closed_by_server(transport, agent) for _ in range(2))
+        first, second = (TestKeyExchange.closed_by_server(transport, agent) for _ in range(2))
         before = packets_sent(transport)
         with keys_exchanged(transport):
             agent.accept().close()
@@ -209,7 +211,7 @@ class TestNoThreads:
         eventually(lambda: second.closed)
         eventually(lambda: packets_sent(transport) == before + 2)
 
-    def test_it_is_closed_by_whoever_takes_the_answer(
+    def test_late_channel_is_closed_on_the_thread_of_the_answer(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         server.forwarding = Forwarding.HELD
@@ -220,7 +222,7 @@ class TestNoThreads:
         server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
         assert transport.is_active()
 
-    def test_while_keys_are_exchanged_it_is_left_and_nobody_waits(
+    def test_discard_during_a_key_exchange_does_not_wait(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         channel = open_to(transport, agent.port)
@@ -231,8 +233,8 @@ class TestNoThreads:
         server.wait_for(lambda: server.channels_open == 0)
 
 
-def test_a_pipe_that_is_gone_is_not_tried_again() -> None:
-    """It fails with the kind of error that keys which come late have, too."""
+def test_closed_pipe_is_not_retried() -> None:
+    """It raises the same kind of error as a key exchange that times out."""
     tries: list[paramiko.Message] = []
 
     def send(message: paramiko.Message) -> None:
