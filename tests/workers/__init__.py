@@ -1,1 +1,1 @@
-"""Channels that cannot harm their transport, transports for speed, and what of paramiko they are built on."""
+"""The workers of an engine: each is tested without one, by what it posts."""

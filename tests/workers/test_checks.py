@@ -1,4 +1,4 @@
-"""The checks without a session: each is run, what is not good is reported, and nothing is left behind."""
+"""The checks without a session: each is run, failures are reported, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def runtime() -> Iterator[Path]:
 
 class TestCheckPreflight:
     @pytest.mark.parametrize("kind", ["unix", "tcp"])
-    def test_a_backend_is_asked_as_it_will_be(self, tmp_path: Path, runtime: Path, kind: ListenKind) -> None:
+    def test_backend_gets_the_context_of_a_real_run(self, tmp_path: Path, runtime: Path, kind: ListenKind) -> None:
         backend = FakeBackend(kind=kind)
         inherited = {"XDG_RUNTIME_DIR": str(runtime), "NX_DISPLAY": "an outer session's", "XAUTHORITY": "x"}
         with check_preflight(backend, sessions_root=tmp_path / "root", environ=inherited):
@@ -53,7 +53,7 @@ class TestCheckPreflight:
         assert not context.session_root.exists()
         assert len(context.session.cookie or "") == 32
 
-    def test_an_x_server_is_held_while_it_is_entered_and_nothing_else(self, tmp_path: Path, runtime: Path) -> None:
+    def test_only_the_x_connection_is_held_while_entered(self, tmp_path: Path, runtime: Path) -> None:
         backend = FakeBackend()
         backend.needs_display = True
         with Display(runtime) as display:
@@ -68,9 +68,7 @@ class TestCheckPreflight:
             client.settimeout(WAIT_S)
             assert client.recv(1) == b""
 
-    def test_a_place_for_sockets_is_looked_for_as_a_proxy_does(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_socket_directory_is_chosen_as_by_a_proxy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         long = tmp_path / ("x" * 100)
         long.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(long))
@@ -80,14 +78,14 @@ class TestCheckPreflight:
         assert not backend.contexts[0].scratch.exists()
         assert list(long.iterdir()) == []
 
-    @pytest.mark.parametrize("lacking", ["root", "display", "preflight"])
-    def test_what_is_not_good_is_told_and_nothing_is_left(self, tmp_path: Path, runtime: Path, lacking: str) -> None:
+    @pytest.mark.parametrize("failing", ["root", "display", "preflight"])
+    def test_failed_check_is_raised_and_leaves_nothing(self, tmp_path: Path, runtime: Path, failing: str) -> None:
         def refuse() -> None:
             raise BackendError(EndReason.PROXY_NOT_STARTABLE, "Not today.")
 
-        backend, root = FakeBackend("preflight" if lacking == "preflight" else "", refuse), tmp_path / "root"
-        backend.needs_display = lacking == "display"
-        if lacking == "root":
+        backend, root = FakeBackend("preflight" if failing == "preflight" else "", refuse), tmp_path / "root"
+        backend.needs_display = failing == "display"
+        if failing == "root":
             root.touch()
         reasons = {
             "root": EndReason.LISTEN_FAILED,
@@ -98,16 +96,16 @@ class TestCheckPreflight:
             pytest.raises(BackendError) as caught,
             check_preflight(backend, sessions_root=root, environ={"XDG_RUNTIME_DIR": str(runtime)}),
         ):
-            raise AssertionError("It is not good.")
-        assert caught.value.reason is reasons[lacking]
+            raise AssertionError("A check should have failed.")
+        assert caught.value.reason is reasons[failing]
         assert list(runtime.iterdir()) == []
-        assert root.is_file() == (lacking == "root")
-        assert list(tmp_path.iterdir()) == ([root] if lacking == "root" else [])
+        assert root.is_file() == (failing == "root")
+        assert list(tmp_path.iterdir()) == ([root] if failing == "root" else [])
 
-    def test_without_a_place_for_sockets_it_says_so(
+    def test_missing_socket_directory_is_raised(
         self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Such as where every temporary directory is full."""
+        """For example if every temporary directory is full."""
         plain = tempfile.mkdtemp
 
         def refuse(*args: Any, **options: Any) -> Any:
@@ -120,11 +118,11 @@ class TestCheckPreflight:
             pytest.raises(BackendError) as caught,
             check_preflight(FakeBackend(), sessions_root=tmp_path / "root", environ={"XDG_RUNTIME_DIR": str(runtime)}),
         ):
-            raise AssertionError("There is no place.")
+            raise AssertionError("There is no socket directory.")
         assert caught.value.reason is EndReason.LISTEN_FAILED
         assert list(tmp_path.iterdir()) == []
 
-    def test_by_default_it_is_this_users_root_and_this_processs_environment(
+    def test_defaults_are_the_users_root_and_the_process_environment(
         self, tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -146,7 +144,7 @@ class TestCheckPreflight:
             assert [each.parent for each in roots] == [root if there else tmp_path]
             assert not roots[0].exists()
 
-    def test_address_is_one_that_can_be_bound(self, tmp_path: Path, runtime: Path) -> None:
+    def test_listen_address_is_bound_during_the_backends_preflight(self, tmp_path: Path, runtime: Path) -> None:
         bound: list[bool] = []
         backend = FakeBackend("preflight", lambda: bound.append(Path(backend.contexts[0].listen_address).is_socket()))
         with check_preflight(backend, sessions_root=tmp_path, environ={"XDG_RUNTIME_DIR": str(runtime)}):
@@ -154,7 +152,7 @@ class TestCheckPreflight:
 
 
 class TestRunChecks:
-    def test_every_check_is_run_in_order_whatever_is_wrong(self, tmp_path: Path, runtime: Path) -> None:
+    def test_every_check_is_run_in_order_whatever_fails(self, tmp_path: Path, runtime: Path) -> None:
         def refuse() -> None:
             raise BackendError(EndReason.PROXY_NOT_FOUND, "It is not there.")
 
@@ -188,7 +186,7 @@ class TestRunChecks:
         assert error.detail == "The options file /dev/null/options cannot be written: Not a directory."
         assert list(tmp_path.iterdir()) == []
 
-    def test_what_was_made_is_removed_where_nobody_reads_on(self, tmp_path: Path, runtime: Path) -> None:
+    def test_created_files_are_removed_if_the_generator_is_closed(self, tmp_path: Path, runtime: Path) -> None:
         results = run_checks(FakeBackend(), sessions_root=tmp_path, environ={"XDG_RUNTIME_DIR": str(runtime)})
         for (name, error), check in zip(results, CHECKS[:5], strict=False):
             assert (name, error) == (check.name, None)
@@ -196,7 +194,7 @@ class TestRunChecks:
         results.close()
         assert list(tmp_path.iterdir()) == []
 
-    def test_error_that_is_no_answer_is_raised(self, tmp_path: Path, runtime: Path) -> None:
+    def test_unexpected_error_is_raised(self, tmp_path: Path, runtime: Path) -> None:
         def fail() -> None:
             raise RuntimeError("a bug")
 

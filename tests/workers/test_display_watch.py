@@ -1,4 +1,4 @@
-"""The display watch tells of a lost X server once, and of nothing else."""
+"""The display watch reports a lost X server once, and nothing else."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def place(tmp_path: Path) -> dict[str, str]:
     return environ_in(tmp_path)
 
 
-class Heard:
-    """A watch, and what it said, in order."""
+class RecordedWatch:
+    """A watch, and its callbacks in order."""
 
     def __init__(self, environ: dict[str, str], *, timeout_s: float = WAIT_S) -> None:
-        self.said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.watch = DisplayWatch(
             environ,
-            self.said.put,
+            self.calls.put,
             timeout_s=timeout_s,
-            on_restored=lambda: self.said.put(f"restored, suspect={self.watch.suspect}"),
+            on_restored=lambda: self.calls.put(f"restored, suspect={self.watch.suspect}"),
         )
 
     def next(self) -> str:
-        return self.said.get(timeout=WAIT_S)
+        return self.calls.get(timeout=WAIT_S)
 
     def __enter__(self) -> Self:
         self.watch.open()
@@ -69,38 +69,38 @@ class Heard:
 
 class TestDisplayWatch:
     def test_events_are_read_and_discarded(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
+        with serving(place, accept) as server, RecordedWatch(place) as recorded:
             client = server.clients.get(timeout=WAIT_S)
             client.sock.sendall(bytes(2**20))  # more than a socket holds
-            assert heard.said.empty()
-            assert not heard.watch.suspect
+            assert recorded.calls.empty()
+            assert not recorded.watch.suspect
 
-    def test_the_servers_end_is_told_once(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
+    def test_servers_exit_is_reported_once(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server, RecordedWatch(place) as recorded:
             client = server.clients.get(timeout=WAIT_S)
             server.stop()
             Path(place["DISPLAY"]).unlink()
             client.sock.shutdown(socket.SHUT_RDWR)
-            assert heard.next().startswith("There is no X server at ")
-            assert heard.watch.suspect
-            assert heard.watch.join(WAIT_S)
-            assert heard.said.empty()
+            assert recorded.next().startswith("There is no X server at ")
+            assert recorded.watch.suspect
+            assert recorded.watch.join(WAIT_S)
+            assert recorded.calls.empty()
 
-    def test_a_reset_connection_is_replaced(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
+    def test_closed_connection_is_replaced(self, place: dict[str, str]) -> None:
+        with serving(place, accept) as server, RecordedWatch(place) as recorded:
             for _ in range(3):
                 server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-                assert heard.next() == "restored, suspect=False"
-            assert heard.said.empty()
+                assert recorded.next() == "restored, suspect=False"
+            assert recorded.calls.empty()
 
-    def test_a_connection_may_end_by_an_error(self, place: dict[str, str]) -> None:
+    def test_connection_reset_over_tcp_is_replaced(self, place: dict[str, str]) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         place["DISPLAY"] = f"127.0.0.1:{listener.getsockname()[1] - 6000}"
-        with FakeServer(listener, accept) as server, Heard(place) as heard:
+        with FakeServer(listener, accept) as server, RecordedWatch(place) as recorded:
             reset(server.clients.get(timeout=WAIT_S).sock)
-            assert heard.next() == "restored, suspect=False"
+            assert recorded.next() == "restored, suspect=False"
 
-    def test_on_restored_may_be_left_out(self, place: dict[str, str]) -> None:
+    def test_on_restored_is_optional(self, place: dict[str, str]) -> None:
         lost: queue.SimpleQueue[str] = queue.SimpleQueue()
         with serving(place, accept) as server:
             watch = DisplayWatch(place, lost.put, timeout_s=WAIT_S)
@@ -113,66 +113,64 @@ class TestDisplayWatch:
             assert watch.join(WAIT_S)
         assert lost.empty()
 
-    def test_it_is_suspect_before_it_is_confirmed(self, place: dict[str, str]) -> None:
+    def test_suspect_is_set_before_the_loss_is_confirmed(self, place: dict[str, str]) -> None:
         suspects: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
         def ask(_: FakeServer, client: Client) -> None:
-            suspects.put(heard.watch.suspect)
+            suspects.put(recorded.watch.suspect)
             client.sock.sendall(refused(b"no more"))
 
-        with serving(place, accept, ask) as server, Heard(place) as heard:
+        with serving(place, accept, ask) as server, RecordedWatch(place) as recorded:
             server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
             assert suspects.get(timeout=WAIT_S)
-            assert "no more" in heard.next()
+            assert "no more" in recorded.next()
 
-    def test_a_server_that_hangs_up_again_and_again_is_lost(
-        self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(display_watch, "_SHORT_LIFE_S", 3600)  # however slow the machine is, each of these is short
-        with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
-            said = [heard.next() for _ in range(display_watch._MAX_SHORT_LIVES + 1)]
-            assert said[:-1] == ["restored, suspect=False"] * display_watch._MAX_SHORT_LIVES
-            assert said[-1] == "The X server accepts connections and closes them at once."
+    def test_server_that_keeps_hanging_up_is_lost(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(display_watch, "_SHORT_LIFE_S", 3600)  # on any machine, each of these is short
+        with serving(place, sends(ACCEPTED, hang_up=True)), RecordedWatch(place) as recorded:
+            calls = [recorded.next() for _ in range(display_watch._MAX_SHORT_LIVES + 1)]
+            assert calls[:-1] == ["restored, suspect=False"] * display_watch._MAX_SHORT_LIVES
+            assert calls[-1] == "The X server accepts connections and closes them at once."
 
-    def test_one_whose_connections_last_is_never_lost(
+    def test_server_with_lasting_connections_is_never_lost(
         self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(display_watch, "_SHORT_LIFE_S", 0)
-        with serving(place, sends(ACCEPTED, hang_up=True)), Heard(place) as heard:
+        with serving(place, sends(ACCEPTED, hang_up=True)), RecordedWatch(place) as recorded:
             for _ in range(2 * display_watch._MAX_SHORT_LIVES):
-                assert heard.next() == "restored, suspect=False"
+                assert recorded.next() == "restored, suspect=False"
 
     def test_close_ends_thread_and_descriptor(self, place: dict[str, str]) -> None:
         with serving(place, accept) as server:
-            heard = Heard(place)
-            with heard:
+            recorded = RecordedWatch(place)
+            with recorded:
                 (thread,) = [one for one in threading.enumerate() if one.name == "proxy_fsm-display"]
                 assert thread.daemon
             client = server.clients.get(timeout=WAIT_S)
             client.sock.settimeout(WAIT_S)
             assert client.sock.recv(1) == b""
             assert not thread.is_alive()
-            assert heard.watch._socket.sock is None
-            assert heard.said.empty()
-            assert not heard.watch.suspect
-            heard.watch.close()
+            assert recorded.watch._socket.sock is None
+            assert recorded.calls.empty()
+            assert not recorded.watch.suspect
+            recorded.watch.close()
 
     def test_close_before_start_ends_the_connection(self, place: dict[str, str]) -> None:
         with serving(place, accept) as server:
-            watch = Heard(place).watch
+            watch = RecordedWatch(place).watch
             watch.open()
-            with_it = descriptors()
+            before = descriptors()
             watch.close()
-            assert with_it - descriptors() or not with_it
+            assert before - descriptors() or not before
             client = server.clients.get(timeout=WAIT_S)
             client.sock.settimeout(WAIT_S)
             assert client.sock.recv(1) == b""
             watch.start()
             assert watch.join(0)
 
-    def test_close_before_open_wins(self, place: dict[str, str]) -> None:
+    def test_open_after_close_does_not_connect(self, place: dict[str, str]) -> None:
         with serving(place, accept):
-            watch = Heard(place).watch
+            watch = RecordedWatch(place).watch
             watch.close()
             watch.open()
             watch.start()
@@ -181,7 +179,7 @@ class TestDisplayWatch:
 
     def test_close_interrupts_open(self, place: dict[str, str]) -> None:
         with serving(place, silent) as server:
-            watch = Heard(place, timeout_s=3600).watch
+            watch = RecordedWatch(place, timeout_s=3600).watch
             opener = threading.Thread(target=watch.open, daemon=True)
             opener.start()
             server.clients.get(timeout=WAIT_S)
@@ -192,29 +190,30 @@ class TestDisplayWatch:
 
     def test_close_interrupts_the_confirmation(self, place: dict[str, str]) -> None:
         with serving(place, accept, silent) as server:
-            heard = Heard(place, timeout_s=3600)
-            with heard:
+            recorded = RecordedWatch(place, timeout_s=3600)
+            with recorded:
                 server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
                 server.clients.get(timeout=WAIT_S)
-                assert heard.watch.suspect
-            assert heard.said.empty()
+                assert recorded.watch.suspect
+            assert recorded.calls.empty()
 
     @pytest.mark.parametrize("answer", [accept, sends(refused(b"no"))])
-    def test_no_callback_comes_after_close(
+    def test_no_callback_runs_after_close(
         self, place: dict[str, str], answer: Callable[[FakeServer, Client], None]
     ) -> None:
         def close_then(server: FakeServer, client: Client) -> None:
-            heard.watch._socket.cancelled = True  # close() came, and its shutdown too early for this socket
+            # As if close() had been called, with its shutdown too early for this socket.
+            recorded.watch._socket.cancelled = True
             answer(server, client)
 
         with serving(place, accept, close_then) as server:
-            heard = Heard(place)
-            with heard:
+            recorded = RecordedWatch(place)
+            with recorded:
                 server.clients.get(timeout=WAIT_S).sock.shutdown(socket.SHUT_RDWR)
-                assert heard.watch.join(WAIT_S)
-            assert heard.said.empty()
+                assert recorded.watch.join(WAIT_S)
+            assert recorded.calls.empty()
 
-    def test_close_waits_for_a_callback_under_way(self, place: dict[str, str]) -> None:
+    def test_close_waits_for_a_running_callback(self, place: dict[str, str]) -> None:
         entered, leave, closed = threading.Event(), threading.Event(), threading.Event()
 
         def lost(_: str) -> None:
@@ -239,7 +238,7 @@ class TestDisplayWatch:
             assert closed.is_set()
             assert watch.join(WAIT_S)
 
-    def test_a_callback_may_close(self, place: dict[str, str]) -> None:
+    def test_callback_may_close(self, place: dict[str, str]) -> None:
         done = threading.Event()
 
         def lost(_: str) -> None:
@@ -254,36 +253,36 @@ class TestDisplayWatch:
             assert done.wait(WAIT_S)
             assert watch.join(WAIT_S)
 
-    def test_many_closes_at_once(self, place: dict[str, str]) -> None:
-        with serving(place, accept), Heard(place) as heard:
-            closers = [threading.Thread(target=heard.watch.close, daemon=True) for _ in range(8)]
+    def test_concurrent_closes_are_harmless(self, place: dict[str, str]) -> None:
+        with serving(place, accept), RecordedWatch(place) as recorded:
+            closers = [threading.Thread(target=recorded.watch.close, daemon=True) for _ in range(8)]
             for closer in closers:
                 closer.start()
             for closer in closers:
                 closer.join(WAIT_S)
 
-    def test_open_raises_what_open_display_raises(self, place: dict[str, str]) -> None:
-        watch = Heard(place).watch
+    def test_open_without_an_x_server_raises_display_error(self, place: dict[str, str]) -> None:
+        watch = RecordedWatch(place).watch
         with pytest.raises(DisplayError) as caught:
             watch.open()
         assert caught.value.kind == "absent"
         assert watch._socket.sock is None
 
-    def test_it_is_opened_once_and_then_started_once(self, place: dict[str, str]) -> None:
+    def test_watch_is_opened_once_and_then_started_once(self, place: dict[str, str]) -> None:
         with pytest.raises(RuntimeError):
-            Heard(place).watch.start()
-        with serving(place, accept), Heard(place) as heard:
+            RecordedWatch(place).watch.start()
+        with serving(place, accept), RecordedWatch(place) as recorded:
             with pytest.raises(RuntimeError):
-                heard.watch.open()
+                recorded.watch.open()
             with pytest.raises(RuntimeError):
-                heard.watch.start()
+                recorded.watch.start()
 
 
 class TestShortage:
-    """A process without descriptors cannot tell whether there is an X server, and does not report it lost."""
+    """A process without descriptors cannot know whether there is an X server, and does not report it lost."""
 
-    def test_a_watch_does_not_take_it_for_a_loss(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-        with serving(place, accept) as server, Heard(place) as heard:
+    def test_shortage_is_not_reported_as_a_loss(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        with serving(place, accept) as server, RecordedWatch(place) as recorded:
             client = server.clients.get(timeout=WAIT_S)
             tries = threading.Semaphore(0)
             with monkeypatch.context() as patch:
@@ -291,22 +290,22 @@ class TestShortage:
                 client.sock.shutdown(socket.SHUT_RDWR)
                 for _ in range(8):
                     assert tries.acquire(timeout=WAIT_S)
-                assert heard.said.empty()
-                assert heard.watch.suspect
-            assert heard.next() == "restored, suspect=False"
+                assert recorded.calls.empty()
+                assert recorded.watch.suspect
+            assert recorded.next() == "restored, suspect=False"
 
-    def test_a_watch_that_waits_for_its_end_can_be_closed(
+    def test_watch_can_be_closed_during_a_shortage(
         self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with serving(place, accept) as server:
-            heard = Heard(place)
+            recorded = RecordedWatch(place)
             tries = threading.Semaphore(0)
-            with heard:
+            with recorded:
                 client = server.clients.get(timeout=WAIT_S)
                 monkeypatch.setattr(x11, "_connect", short_of(errno.EMFILE, tries.release))
                 client.sock.shutdown(socket.SHUT_RDWR)
                 assert tries.acquire(timeout=WAIT_S)
-            assert heard.said.empty()
+            assert recorded.calls.empty()
 
 
 @pytest.fixture
@@ -320,8 +319,8 @@ def real(tmp_path: Path) -> Iterator[RealServer]:
 
 @pytest.mark.real
 class TestRealServer:
-    def test_its_death_is_told(self, real: RealServer) -> None:
-        with Heard(real.environ) as heard:
+    def test_killed_server_is_reported(self, real: RealServer) -> None:
+        with RecordedWatch(real.environ) as recorded:
             real.kill()
-            assert heard.next().startswith("There is no X server at :")
-            assert heard.watch.suspect
+            assert recorded.next().startswith("There is no X server at :")
+            assert recorded.watch.suspect

@@ -1,4 +1,4 @@
-"""Every byte gets through, every end is carried on, every fault is told once, and nothing is left behind."""
+"""Every byte arrives, every EOF is passed on, every fault is posted once, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 KINDS = pytest.mark.parametrize("kind", ["unix", "tcp"])
 NOBODY = 65534
-NOBODY_CAN_KNOCK = pytest.mark.skipif(
+NEEDS_ANOTHER_USER = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("bash") is None, reason="needs root, to be another user, and bash, to connect"
 )
 
@@ -66,7 +66,7 @@ def shared_server() -> Iterator[LoopbackSSHServer]:
 
 @pytest.fixture
 def server(shared_server: LoopbackSSHServer) -> Iterator[LoopbackSSHServer]:
-    """The server, that starts each test without faults and with fresh counters."""
+    """The server, reset to no faults and fresh counters for each test."""
     shared_server.release()
     shared_server.refuse_next(0)
     shared_server.channels_opened = 0
@@ -120,24 +120,24 @@ class Tunnel:
         return local
 
     def send_until_stuck(self, sock: socket.socket, limit_bytes: int = 256 << 20) -> int:
-        """Send until the tunnel has come to a stand, return how much was sent.
+        """Send until the tunnel is stalled, return how much was sent.
 
-        That nothing is taken for a while may be the machine's fault: a window, or the connection, must be full too, and
-        nothing may move on the way.
+        A pause alone may be due to a slow machine: a window, or the connection, must be full too, and no data may move
+        in between.
         """
         sock.settimeout(0.1)
         sent = quiet = 0
         before = None
-        took_at = time.monotonic()
+        accepted_at = time.monotonic()
         while sent < limit_bytes and quiet < 5:
             try:
                 sent += sock.send(bytes(1 << 16))
-                quiet, took_at = 0, time.monotonic()
+                quiet, accepted_at = 0, time.monotonic()
             except TimeoutError:
                 now = self.forwarder.stats(), [len(channel.in_buffer) for channel in self._channels()]
                 quiet = quiet + 1 if self._is_full() and now == before else 0
                 before = now
-                assert since(took_at) < WAIT_S, "nothing is taken, and nothing is full"
+                assert since(accepted_at) < WAIT_S, "nothing is accepted, and nothing is full"
         sock.settimeout(WAIT_S)
         return sent
 
@@ -145,14 +145,14 @@ class Tunnel:
         return [each._channel for each in self.forwarder._open if each._channel is not None]
 
     def _is_full(self) -> bool:
-        return not takes_bytes(self.forwarder.transport) or any(
-            # The server's window for us is used up, or most of ours for it is.
+        return not accepts_bytes(self.forwarder.transport) or any(
+            # The server's window is used up, or most of ours is.
             channel.out_window_size == 0 or len(channel.in_buffer) > WINDOW_BYTES // 2
             for channel in self._channels()
         )
 
     def end(self) -> None:
-        """Close, abort, and see that its last word is the last, and that nothing is left."""
+        """Close, abort, and check that `TunnelClosed` is posted last, and that nothing is left."""
         threads = self.forwarder.threads()
         self.forwarder.close()
         self.forwarder.abort()
@@ -191,13 +191,13 @@ def connected(
         yield made, local, peer
 
 
-def takes_bytes(transport: paramiko.Transport) -> bool:
-    """Tell whether the system takes anything more for the SSH connection."""
+def accepts_bytes(transport: paramiko.Transport) -> bool:
+    """Return whether the system accepts more data for the SSH connection."""
     return bool(select.select([], [transport.sock], [], 0)[1])
 
 
 def pour(sock: socket.socket) -> None:
-    """Send until the other end has enough of it."""
+    """Send until the other end closes."""
     with suppress(OSError):
         while True:
             sock.sendall(bytes(1 << 16))
@@ -207,14 +207,14 @@ def pour(sock: socket.socket) -> None:
 
 
 class TestBind:
-    def test_a_unix_listener_is_a_socket_in_the_directory(
+    def test_unix_listener_is_a_socket_in_the_directory(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port) as made:
             assert Path(made.address).parent == tmp_path
             assert stat.S_ISSOCK(Path(made.address).stat().st_mode)
 
-    def test_a_tcp_listener_is_on_the_loopback_address_alone(
+    def test_tcp_listener_is_on_the_loopback_address_alone(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, kind="tcp") as made:
@@ -223,9 +223,7 @@ class TestBind:
             assert int(port) > 0
             assert not list(tmp_path.iterdir())
 
-    def test_a_path_that_is_too_long_is_an_error_and_not_cut(
-        self, transport: paramiko.Transport, tmp_path: Path
-    ) -> None:
+    def test_too_long_path_is_an_error_and_not_cut(self, transport: paramiko.Transport, tmp_path: Path) -> None:
         unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=Inbox().post)
         with tempfile.TemporaryDirectory(dir="/tmp") as short:
             fits = MAX_SOCKET_PATH_BYTES - len(os.fsencode(short)) - len("//proxy.sock")
@@ -240,14 +238,14 @@ class TestBind:
                 made.connect()
         assert not list(tmp_path.iterdir())
 
-    def test_a_length_is_counted_in_bytes(self, transport: paramiko.Transport, tmp_path: Path) -> None:
+    def test_path_length_is_counted_in_bytes(self, transport: paramiko.Transport, tmp_path: Path) -> None:
         unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=Inbox().post)
         directory = tmp_path / ("ü" * 45)
         directory.mkdir()
         with pytest.raises(OSError, match="path too long"):
             unbound.bind("unix", directory)
 
-    def test_a_directory_that_is_not_there_is_an_error_and_leaves_no_descriptor(
+    def test_missing_directory_is_an_error_and_leaves_no_descriptor(
         self, transport: paramiko.Transport, tmp_path: Path
     ) -> None:
         unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=Inbox().post)
@@ -257,7 +255,7 @@ class TestBind:
         nothing_left_open(before)
 
     @KINDS
-    def test_who_connects_before_the_start_is_served_after_it(
+    def test_connection_before_the_start_is_served_after_it(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, kind=kind, start=False) as made:
@@ -276,24 +274,24 @@ def send_all(sock: socket.socket, data: bytes) -> None:
 
 
 class TestBytes:
-    def test_32_mib_each_way_at_once_arrive_as_they_were_sent(
+    def test_32_mib_each_way_at_once_arrive_unchanged(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         up, down = os.urandom(32 << 20), os.urandom(32 << 20)
         with connected(transport, tmp_path, agent) as (made, local, peer):
             writers = [Task(send_all, local, up), Task(send_all, peer, down)]
             readers = [Task(read_all, peer), Task(read_all, local)]
-            came = [reader.result(50) for reader in readers]
+            received = [reader.result(50) for reader in readers]
             for writer in writers:
                 writer.result()
             made.inbox.wait(ConnectionEnded)
             assert made.forwarder.stats().bytes_to_agent == made.forwarder.stats().bytes_from_agent == 32 << 20
-        same(came[0], up)
-        same(came[1], down)
+        same(received[0], up)
+        same(received[1], down)
 
 
 class TestBackPressure:
-    def test_a_proxy_that_reads_nothing_stops_the_agent_within_the_window(
+    def test_proxy_that_reads_nothing_stops_the_agent_within_the_window(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
@@ -307,7 +305,7 @@ class TestBackPressure:
             local.close()
             server.wait_for(lambda: server.channels_open == 0)
 
-    def test_an_agent_that_reads_nothing_stops_the_proxy(
+    def test_agent_that_reads_nothing_stops_the_proxy(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
@@ -317,7 +315,7 @@ class TestBackPressure:
             assert len(read_all(peer)) == sent
             assert made.forwarder.stats().bytes_to_agent == sent
 
-    def test_one_stalled_connection_does_not_hold_another(
+    def test_stalled_connection_does_not_block_another(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent, max_connections=2) as (made, _, peer):
@@ -335,7 +333,7 @@ class TestBackPressure:
 
 @KINDS
 class TestHalfClose:
-    def test_the_proxys_end_is_carried_on_and_the_agent_may_still_speak(
+    def test_proxys_eof_is_passed_on_and_the_agent_may_still_send(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
@@ -347,7 +345,7 @@ class TestHalfClose:
             assert read_all(local) == b"answer"
             made.inbox.wait(ConnectionEnded)
 
-    def test_the_agents_end_is_carried_on_and_the_proxy_may_still_speak(
+    def test_agents_eof_is_passed_on_and_the_proxy_may_still_send(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
@@ -360,7 +358,7 @@ class TestHalfClose:
             assert read_all(peer) == b"farewell"
             made.inbox.wait(ConnectionEnded)
 
-    def test_a_proxy_that_closes_without_a_word_ends_the_connection(
+    def test_proxy_that_closes_without_data_ends_the_connection(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
@@ -373,7 +371,7 @@ class TestHalfClose:
 
 class TestAgentEnds:
     @KINDS
-    def test_an_agent_that_leaves_is_told_and_the_proxy_sees_the_end(
+    def test_agents_close_is_posted_and_the_proxy_gets_eof(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
@@ -383,7 +381,7 @@ class TestAgentEnds:
             local.close()
             made.inbox.wait(ConnectionEnded)
 
-    def test_an_agent_that_resets_is_told_and_the_proxy_sees_the_end(
+    def test_agents_reset_is_posted_and_the_proxy_gets_eof(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
@@ -395,10 +393,10 @@ class TestAgentEnds:
             server.wait_for(lambda: server.channels_open == 0)
         assert transport.is_active()
 
-    def test_a_proxy_that_writes_and_never_reads_learns_that_the_agent_has_gone(
+    def test_proxy_that_writes_and_never_reads_notices_the_agents_reset(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
-        """Else it would hang in its write, the down relay in its own, and nobody would ever end."""
+        """Otherwise it would hang in its write, the down relay in its own, and neither would ever end."""
         with connected(transport, tmp_path, agent) as (made, local, peer):
             peer.sendall(bytes(3 << 20))  # more than the local socket holds, less than the window
             channel = made.forwarder._open[0]._channel
@@ -409,7 +407,7 @@ class TestAgentEnds:
                 local.sendall(bytes(256 << 20))
 
     @KINDS
-    def test_an_end_of_the_agent_that_answers_the_proxys_own_is_not_told(
+    def test_agents_close_in_answer_to_the_proxys_is_not_posted(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
@@ -421,7 +419,7 @@ class TestAgentEnds:
 
 
 class TestProxyResets:
-    def test_a_reset_over_tcp_ends_the_connection_and_is_not_blamed_on_the_agent(
+    def test_reset_over_tcp_ends_the_connection_and_is_not_blamed_on_the_agent(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
@@ -432,7 +430,7 @@ class TestProxyResets:
             assert made.inbox.kinds() == [ChannelOpened, ConnectionEnded]
         assert transport.is_active()
 
-    def test_a_killed_proxy_with_bytes_unread_is_not_blamed_on_the_agent(
+    def test_killed_proxy_with_bytes_unread_is_not_blamed_on_the_agent(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         """A unix socket that is closed with bytes unread is reset."""
@@ -445,7 +443,7 @@ class TestProxyResets:
             made.inbox.wait(ConnectionEnded)
             assert made.inbox.kinds() == [ChannelOpened, AgentDataReceived, ConnectionEnded]
 
-    def test_a_proxy_that_dies_under_a_flood_frees_everything(
+    def test_proxy_that_closes_during_a_flood_frees_everything(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
@@ -456,18 +454,18 @@ class TestProxyResets:
             assert made.inbox.kinds() == [ChannelOpened, AgentDataReceived, ConnectionEnded]
 
 
-def test_a_server_that_takes_endless_messages_costs_no_memory(
+def test_server_that_accepts_endless_messages_costs_no_memory(
     transport: paramiko.Transport, tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SafeChannel, "message_bytes", 1 << 50)
     with connected(transport, tmp_path, agent) as (_, local, peer):
-        local.sendall(b"carried")
-        assert peer.recv(7) == b"carried"
+        local.sendall(b"forwarded")
+        assert peer.recv(9) == b"forwarded"
 
 
 class TestTransportEnds:
     @pytest.mark.parametrize("end", ["dropped", "reset", "closed by the caller"])
-    def test_the_connection_ends_and_the_agent_is_not_blamed(
+    def test_connection_ends_and_the_agent_is_not_blamed(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent, end: str
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, _):
@@ -479,10 +477,10 @@ class TestTransportEnds:
             made.inbox.wait(ConnectionEnded)
             assert made.inbox.kinds() == [ChannelOpened, TransportEnded, ConnectionEnded]
 
-    def test_under_upload_the_agent_is_not_blamed(
+    def test_end_during_an_upload_is_not_blamed_on_the_agent(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
-        """The sender may see the end of the transport before the transport's own thread does."""
+        """The sender may notice the end of the transport before the transport's own thread does."""
         with connected(transport, tmp_path, agent) as (made, local, peer):
             reader = Task(lambda: [None for _ in iter(lambda: peer.recv(1 << 20), b"")])
 
@@ -508,7 +506,7 @@ class TestTransportEnds:
             pytest.param(lambda _, peer: peer.sendall(bytes(2 << 20)), id="room for more"),
         ],
     )
-    def test_who_sends_may_see_it_first_and_tells_it(
+    def test_relay_that_fails_to_send_posts_the_end(
         self,
         transport: paramiko.Transport,
         tmp_path: Path,
@@ -523,14 +521,14 @@ class TestTransportEnds:
             monkeypatch.setattr(transport, "_send_user_message", fail)
             sender = Task(send, local, peer)
             read_all(local)
-            told = [kind for kind in made.inbox.kinds() if kind is not AgentDataReceived]
-            assert told[:2] == [ChannelOpened, TransportEnded]
-            transport.close()  # the server ends what the agent still sends
+            posted = [kind for kind in made.inbox.kinds() if kind is not AgentDataReceived]
+            assert posted[:2] == [ChannelOpened, TransportEnded]
+            transport.close()  # so that the server stops the agent
             with suppress(OSError):
                 sender.result()
 
     @pytest.mark.parametrize("end", ["dropped", "closed by the caller"])
-    def test_while_opening_nothing_is_posted_of_its_own(
+    def test_pending_open_posts_nothing_of_its_own(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent, end: str
     ) -> None:
         server.forwarding = Forwarding.HELD
@@ -548,12 +546,12 @@ class TestTransportEnds:
             assert made.inbox.kinds() == [TunnelClosed]
 
 
-# ---- how many ----
+# ---- number of connections ----
 
 
-class TestHowMany:
+class TestMaxConnections:
     @KINDS
-    def test_with_one_the_listener_is_closed_after_the_first(
+    def test_listener_for_one_is_closed_after_the_first(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
@@ -562,7 +560,7 @@ class TestHowMany:
             with pytest.raises(ConnectionRefusedError):
                 made.connect()
 
-    def test_with_three_all_are_served_at_once_and_the_fourth_is_refused(
+    def test_listener_for_three_serves_them_at_once_and_refuses_the_fourth(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, max_connections=3) as made:
@@ -575,7 +573,7 @@ class TestHowMany:
                 made.connect()
             assert sorted(opened.connection for opened in made.inbox.all(ChannelOpened)) == [1, 2, 3]
 
-    def test_with_none_any_number_comes_and_goes(
+    def test_listener_without_limit_serves_any_number(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
@@ -588,11 +586,9 @@ class TestHowMany:
             made.inbox.wait(ConnectionEnded, 30)
             assert made.forwarder.stats().connections == 30
             assert server.channels_opened == 30
-            eventually(lambda: made.forwarder.unreleased() == ())  # told first, then forgotten
+            eventually(lambda: made.forwarder.unreleased() == ())  # posted first, then forgotten
 
-    def test_the_connections_that_stand_are_named(
-        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
-    ) -> None:
+    def test_open_connections_are_named(self, transport: paramiko.Transport, tmp_path: Path, agent: Agent) -> None:
         with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
             assert made.forwarder.unreleased() == ()
             for _ in range(2):
@@ -605,7 +601,7 @@ class TestHowMany:
 
 
 class TestRefusals:
-    def test_a_refused_channel_is_tried_again_until_it_opens(
+    def test_refused_channel_is_retried_until_it_opens(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         server.refuse_next(3)
@@ -616,7 +612,7 @@ class TestRefusals:
             assert made.inbox.kinds() == [ChannelOpened]
             assert made.forwarder.stats().connections == server.channels_opened == 1
 
-    def test_a_port_that_begins_to_listen_meanwhile_is_reached(
+    def test_port_that_starts_to_listen_meanwhile_is_reached(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path
     ) -> None:
         server.refuse_next(1)
@@ -628,7 +624,7 @@ class TestRefusals:
             made.inbox.wait(ChannelOpened)
 
     @pytest.mark.parametrize("agent_connect_s", [0.4, 0.8])
-    def test_after_agent_connect_s_the_agent_is_unreachable(
+    def test_agent_is_unreachable_after_agent_connect_s(
         self, transport: paramiko.Transport, tmp_path: Path, agent_connect_s: float
     ) -> None:
         port = dead_port()
@@ -646,7 +642,7 @@ class TestRefusals:
             assert made.inbox.kinds() == [WorkerFailed, TunnelClosed]
 
     @pytest.mark.parametrize("code", [0, ChannelRefused.RESOURCE_SHORTAGE, 77])
-    def test_what_says_nothing_about_the_port_is_tried_again_and_told_as_it_is(
+    def test_unspecific_refusal_is_retried_and_quoted(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
     ) -> None:
         tries: list[ChannelOpening] = []
@@ -665,7 +661,7 @@ class TestRefusals:
             assert "it is tired" in refused.error.detail
             assert len(tries) == 2
 
-    def test_prohibited_forwarding_is_told_at_once_and_not_tried_again(
+    def test_prohibited_forwarding_is_posted_at_once_and_not_retried(
         self,
         *,
         server: LoopbackSSHServer,
@@ -674,7 +670,7 @@ class TestRefusals:
         agent: Agent,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Any pause would be longer than this test waits."""
+        """Any pause before a retry would be longer than this test waits."""
         for name in ("_FIRST_PAUSE_S", "_LONGEST_PAUSE_S"):
             monkeypatch.setattr(forwarder, name, 3 * WAIT_S)
         tries: list[ChannelOpening] = []
@@ -693,7 +689,7 @@ class TestRefusals:
             assert f"{LOOPBACK}:{agent.port}" in refused.error.detail
             assert len(tries) == 1
 
-    def test_each_connection_is_judged_by_itself(
+    def test_connections_fail_independently(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, max_connections=None, agent_connect_s=0.2) as made:
@@ -710,7 +706,7 @@ class TestRefusals:
 
 class TestClose:
     @KINDS
-    def test_before_the_start_it_is_closed_at_once(
+    def test_close_before_the_start_is_immediate(
         self, transport: paramiko.Transport, tmp_path: Path, kind: str
     ) -> None:
         with tunnel(transport, tmp_path, 9, kind=kind, start=False) as made:
@@ -721,26 +717,26 @@ class TestClose:
             with pytest.raises(ConnectionRefusedError):
                 made.connect()
 
-    def test_before_bind_it_is_closed_at_once(self, transport: paramiko.Transport) -> None:
+    def test_close_before_bind_is_immediate(self, transport: paramiko.Transport) -> None:
         inbox = Inbox()
         unbound = Forwarder(transport, (LOOPBACK, 9), max_connections=1, agent_connect_s=1, post=inbox.post)
         unbound.close()
         assert inbox.kinds() == [TunnelClosed]
 
     @KINDS
-    def test_with_nothing_connected_the_listener_goes_at_once(
+    def test_listener_without_connections_is_closed_at_once(
         self, transport: paramiko.Transport, tmp_path: Path, kind: str
     ) -> None:
         with tunnel(transport, tmp_path, 9, kind=kind) as made:
             assert made.forwarder._listener is not None
-            assert made.forwarder._listener.gettimeout() is None, "close() alone can wake who waits in it"
+            assert made.forwarder._listener.gettimeout() is None, "close() alone can wake a thread that waits in accept"
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
             assert made.inbox.kinds() == [TunnelClosed]
             with pytest.raises(ConnectionRefusedError):
                 made.connect()
 
-    def test_with_an_open_pending_it_does_not_wait_and_the_late_channel_is_closed(
+    def test_close_does_not_wait_for_a_pending_open_and_its_late_channel_is_closed(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         server.forwarding = Forwarding.HELD
@@ -754,7 +750,7 @@ class TestClose:
         server.release()
         server.wait_for(lambda: server.channels_opened == 1 and server.channels_open == 0)
 
-    def test_in_the_pause_before_another_try_it_does_not_wait(
+    def test_close_interrupts_the_pause_before_a_retry(
         self,
         server: LoopbackSSHServer,
         transport: paramiko.Transport,
@@ -772,7 +768,7 @@ class TestClose:
             assert made.inbox.kinds() == [TunnelClosed]
 
     @KINDS
-    def test_what_the_proxy_sent_before_reaches_the_agent_then_comes_the_end(
+    def test_data_sent_before_close_reaches_the_agent_then_eof(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str
     ) -> None:
         sent = os.urandom(1 << 20)
@@ -787,10 +783,10 @@ class TestClose:
 
     @KINDS
     @pytest.mark.parametrize("ends", ["stays", "has closed", "has ended its direction"])
-    def test_of_what_waited_for_a_slow_agent_nothing_is_lost(
+    def test_data_waiting_for_a_slow_agent_is_not_lost(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str, ends: str
     ) -> None:
-        """Over TCP megabytes of it are still the kernel's of the proxy, who has long gone on, or away."""
+        """Over TCP megabytes of it are still in the kernel, while the proxy has long continued, or exited."""
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
             sent = made.send_until_stuck(local)
             if ends == "has closed":
@@ -805,18 +801,18 @@ class TestClose:
             assert AgentEof not in made.inbox.kinds()
 
     @KINDS
-    @pytest.mark.parametrize("said", [b"", b"all of it"])
-    def test_a_proxy_that_stays_and_has_nothing_on_its_way_is_ended_at_once(
-        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str, said: bytes
+    @pytest.mark.parametrize("sent", [b"", b"all of it"])
+    def test_proxy_with_nothing_in_flight_is_closed_at_once(
+        self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, kind: str, sent: bytes
     ) -> None:
         with connected(transport, tmp_path, agent, kind=kind) as (made, local, peer):
-            local.sendall(said)
-            eventually(lambda: made.forwarder.stats().bytes_to_agent == len(said))
+            local.sendall(sent)
+            eventually(lambda: made.forwarder.stats().bytes_to_agent == len(sent))
             made.forwarder.close()
-            assert read_all(peer) == said
+            assert read_all(peer) == sent
             made.inbox.wait(TunnelClosed)
 
-    def test_a_proxy_that_goes_on_writing_over_tcp_is_ended(
+    def test_proxy_that_keeps_writing_over_tcp_is_closed(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent, kind="tcp") as (made, local, peer):
@@ -827,7 +823,7 @@ class TestClose:
             writing.result()
             assert len(reading.result()) == made.inbox.all(ConnectionEnded)[0].bytes_to_agent
 
-    def test_where_the_kernel_does_not_tell_what_is_on_its_way_the_end_of_the_proxy_is_awaited(
+    def test_close_waits_for_the_proxy_if_the_kernel_does_not_report_data_in_flight(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("proxy_fsm.workers.peer.written_bytes", lambda _: None)
@@ -841,7 +837,7 @@ class TestClose:
             assert len(reading.result()) == sent
             made.inbox.wait(TunnelClosed)
 
-    def test_while_both_relays_are_busy_it_ends_them(
+    def test_close_ends_busy_relays(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         def drain(sock: socket.socket) -> None:
@@ -855,14 +851,14 @@ class TestClose:
             made.forwarder.close()
             made.inbox.wait(TunnelClosed)
             server.wait_for(lambda: server.channels_open == 0)
-            with suppress(OSError):  # the kernel may leave it in its write, which is not our matter
+            with suppress(OSError):  # the kernel may leave it blocked in its write, which is not ours to fix
                 peer.shutdown(socket.SHUT_RDWR)
             for task in tasks:
                 task.result()
             assert AgentEof not in made.inbox.kinds()
         assert transport.is_active()
 
-    def test_with_a_stalled_agent_it_waits_until_it_is_aborted(
+    def test_close_with_a_stalled_agent_waits_for_abort(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, _):
@@ -873,7 +869,7 @@ class TestClose:
             made.forwarder.abort()
             made.inbox.wait(TunnelClosed)
 
-    def test_with_a_stalled_proxy_it_waits_until_it_is_aborted(
+    def test_close_with_a_stalled_proxy_waits_for_abort(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, _, peer):
@@ -883,7 +879,7 @@ class TestClose:
             made.forwarder.abort()
             made.inbox.wait(TunnelClosed)
 
-    def test_on_a_frozen_server_what_stands_is_named_and_freed_when_the_server_goes_on(
+    def test_connections_on_a_frozen_server_are_named_and_freed_when_it_thaws(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, max_connections=None) as made:
@@ -893,17 +889,17 @@ class TestClose:
             uploads = [Task(made.send_until_stuck, local, 64 << 20) for local, _ in pairs]
             for upload in uploads:
                 upload.result()
-            # Their windows together are more than what the connection takes.
-            eventually(lambda: not takes_bytes(transport))
+            # Their windows together exceed what the connection accepts.
+            eventually(lambda: not accepts_bytes(transport))
             made.forwarder.close()
-            made.forwarder.abort()  # neither waits: the server goes on below
+            made.forwarder.abort()  # neither waits: the server thaws below
             assert made.inbox.stays_without(TunnelClosed, 0.2)
             assert "channel " in made.forwarder.unreleased()[0]
             server.thaw()
             made.inbox.wait(TunnelClosed)
             server.wait_for(lambda: server.channels_open == 0)
 
-    def test_cut_alone_ends_a_connection_and_does_not_blame_the_agent(
+    def test_abort_alone_ends_a_connection_and_does_not_blame_the_agent(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, _):
@@ -913,10 +909,10 @@ class TestClose:
             assert AgentEof not in made.inbox.kinds()
             server.wait_for(lambda: server.channels_open == 0)
 
-    def test_its_last_word_is_the_last_also_when_several_end_at_once(
+    def test_tunnel_closed_is_posted_last_if_several_end_at_once(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
-        """Whoever posts is held up in the middle: nothing may overtake it."""
+        """A thread that posts is delayed in the middle: nothing may overtake it."""
         inbox = Inbox()
         overtaken = threading.Event()
 
@@ -938,15 +934,15 @@ class TestClose:
             inbox.wait(TunnelClosed)
             assert inbox.kinds()[-3:] == [ConnectionEnded, ConnectionEnded, TunnelClosed]
 
-    def test_the_end_of_the_transport_is_told_before_the_proxy_can_see_it(
+    def test_end_of_the_transport_is_posted_before_the_proxy_can_notice(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
-        """Else a viewer that leaves at once, with exit code 0, is taken for one that its user closed."""
-        inbox, told = Inbox(), threading.Event()
+        """Otherwise a viewer that exits at once, with code 0, would count as closed by its user."""
+        inbox, may_post = Inbox(), threading.Event()
 
         def post(observation: Observation) -> None:
             if isinstance(observation, TransportEnded):
-                told.wait(WAIT_S)
+                may_post.wait(WAIT_S)
             inbox.post(observation)
 
         with tunnel(transport, tmp_path, agent.port, post=post) as made:
@@ -957,14 +953,14 @@ class TestClose:
             local.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 local.recv(1)
-            told.set()
+            may_post.set()
             local.settimeout(WAIT_S)
             assert local.recv(1) == b""
             assert inbox.wait(TransportEnded).detail.startswith("The SSH connection ended")
             assert AgentEof not in inbox.kinds()
 
     @KINDS
-    def test_nothing_is_left_however_it_went(
+    def test_nothing_is_left_however_connections_end(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent, kind: str
     ) -> None:
         def one_round(how: int) -> None:
@@ -993,7 +989,7 @@ class TestClose:
 
 class TestNoThreads:
     @pytest.mark.parametrize("name", ["proxy_fsm-up", "proxy_fsm-down"])
-    def test_a_connection_for_which_there_is_no_thread_is_told_and_let_go(
+    def test_connection_without_a_thread_is_posted_and_closed(
         self,
         *,
         monkeypatch: pytest.MonkeyPatch,
@@ -1021,10 +1017,10 @@ class TestNoThreads:
 
 
 class TestShortage:
-    """What passes by itself neither ends the listener nor takes our own program for a foreign one."""
+    """A temporary error neither ends the listener nor has our own program rejected."""
 
     @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-    def test_the_listener_goes_on(
+    def test_listener_survives_a_shortage(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: Agent, number: int
     ) -> None:
         failures = Failures(monkeypatch, socket.socket, "accept", OSError(number, os.strerror(number)), times=3)
@@ -1035,7 +1031,7 @@ class TestShortage:
             local.close()
             assert WorkerCrashed not in made.inbox.kinds()
 
-    def test_the_listener_can_be_closed_meanwhile(
+    def test_listener_can_be_closed_during_a_shortage(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Failures(monkeypatch, socket.socket, "accept", OSError(errno.EMFILE, "Too many open files"), times=1 << 30)
@@ -1044,14 +1040,14 @@ class TestShortage:
             made.inbox.wait(TunnelClosed)
             assert made.inbox.kinds() == [TunnelClosed]
 
-    def test_another_fault_of_the_listener_is_told(
+    def test_other_error_of_the_listener_is_posted(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Failures(monkeypatch, socket.socket, "accept", OSError(errno.EIO, "Input/output error"), times=1)
         with tunnel(transport, tmp_path, 9) as made:
             made.inbox.wait(WorkerCrashed)
 
-    def test_our_own_program_is_not_sent_away(
+    def test_own_program_is_not_rejected_during_a_shortage(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: Agent
     ) -> None:
         Failures(monkeypatch, peer, "_tcp_owner", OSError(errno.EMFILE, "Too many open files"), times=2)
@@ -1060,7 +1056,7 @@ class TestShortage:
             made.inbox.wait(ChannelOpened)
             assert PeerRejected not in made.inbox.kinds()
 
-    def test_our_own_program_is_not_rejected_for_a_close_meanwhile(
+    def test_own_program_is_not_rejected_by_a_close_during_a_shortage(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         error = OSError(errno.EMFILE, "Too many open files")
@@ -1073,7 +1069,7 @@ class TestShortage:
             assert read_all(local) == b""
             assert made.inbox.kinds() == [TunnelClosed]
 
-    def test_where_the_table_may_not_be_read_nobody_is_let_in_and_it_says_why(
+    def test_peer_of_an_unknown_user_is_rejected_with_the_reason(
         self, transport: paramiko.Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Failures(monkeypatch, peer, "_tcp_owner", PermissionError(errno.EACCES, "Permission denied"), times=1)
@@ -1083,7 +1079,7 @@ class TestShortage:
 
 
 class Failures:
-    """Has a function fail some times, then do its work; `left` tells how often it still will."""
+    """Makes a function fail some times, then work; `left` is how often it will still fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: OSError, *, times: int) -> None:
         self.left = times
@@ -1098,11 +1094,11 @@ class Failures:
         monkeypatch.setattr(owner, name, fail)
 
 
-# ---- what is counted and told ----
+# ---- counters and observations ----
 
 
-class TestTold:
-    def test_what_happens_is_told_in_its_order(
+class TestObservations:
+    def test_observations_are_posted_in_order(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
@@ -1119,7 +1115,7 @@ class TestTold:
             times = [observation.at for observation in made.inbox.seen]
             assert times == sorted(times)
 
-    def test_an_agent_that_says_nothing_has_not_spoken(
+    def test_agent_that_sends_nothing_posts_no_data(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with connected(transport, tmp_path, agent) as (made, local, peer):
@@ -1127,7 +1123,7 @@ class TestTold:
             assert read_all(local) == b""
             assert AgentDataReceived not in made.inbox.kinds()
 
-    def test_nothing_is_counted_before_a_channel_stands(
+    def test_nothing_is_counted_before_a_channel_is_open(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         server.forwarding = Forwarding.HELD
@@ -1136,7 +1132,7 @@ class TestTold:
             server.wait_for(lambda: server.channels_held == 1)
             assert made.forwarder.stats() == TunnelStats(0, 0, None, 0)
 
-    def test_the_counters_hold_all_connections_those_that_stand_and_those_that_went(
+    def test_counters_include_open_and_closed_connections(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         before = datetime.now(UTC)
@@ -1154,7 +1150,7 @@ class TestTold:
                     ended = made.inbox.wait(ConnectionEnded)
                     assert (ended.connection, ended.bytes_to_agent, ended.bytes_from_agent) == (1, 1000, 100)
                     assert 0 <= ended.duration_s <= since(before_it)
-            eventually(lambda: made.forwarder.stats().bytes_from_agent == 300)  # counted once it was taken
+            eventually(lambda: made.forwarder.stats().bytes_from_agent == 300)  # counted once it was written
             stats = made.forwarder.stats()
             assert (stats.bytes_to_agent, stats.bytes_from_agent, stats.connections) == (3000, 300, 2)
             assert stats.opened_at is not None
@@ -1164,8 +1160,8 @@ class TestTold:
 # ---- other users ----
 
 
-def knock(address: str, *, say: str = "hello") -> int:
-    """Connect to a TCP listener as user nobody, say something; return how many bytes came until the end."""
+def connect_as_nobody(address: str, *, say: str = "hello") -> int:
+    """Connect to a TCP listener as user nobody, send something; return how many bytes were received until EOF."""
     host, _, port = address.rpartition(":")
     script = f'exec 3<>/dev/tcp/{host}/{port} || exit 9; printf "%s" "{say}" >&3; timeout {WAIT_S} cat <&3'
     done = subprocess.run(
@@ -1182,8 +1178,8 @@ def knock(address: str, *, say: str = "hello") -> int:
     return len(done.stdout)
 
 
-def knock_and_run(address: str) -> None:
-    """Connect to a TCP listener as user nobody, and be gone before anybody looks."""
+def connect_as_nobody_and_exit(address: str) -> None:
+    """Connect to a TCP listener as user nobody, and disconnect before it is accepted."""
     host, _, port = address.rpartition(":")
     subprocess.run(
         [shutil.which("bash") or "bash", "-c", f"exec 3<>/dev/tcp/{host}/{port}; printf x >&3"],
@@ -1195,14 +1191,14 @@ def knock_and_run(address: str) -> None:
     )
 
 
-class TestStrangers:
-    @NOBODY_CAN_KNOCK
-    def test_another_user_is_sent_away_without_a_channel_and_the_listener_goes_on(
+class TestForeignUsers:
+    @NEEDS_ANOTHER_USER
+    def test_another_user_is_rejected_without_a_channel_and_the_listener_stays(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         with tunnel(transport, tmp_path, agent.port, kind="tcp") as made:
             for count in (1, 2):
-                assert knock(made.address) == 0
+                assert connect_as_nobody(made.address) == 0
                 assert made.inbox.wait(PeerRejected, count).peer == f"user {NOBODY}"
             assert server.channels_opened == 0
             local = made.connect()
@@ -1210,19 +1206,19 @@ class TestStrangers:
             assert agent.accept().recv(99) == b"it is me"
             assert made.inbox.kinds() == [PeerRejected, PeerRejected, ChannelOpened]
 
-    @NOBODY_CAN_KNOCK
-    def test_another_user_who_is_gone_already_is_sent_away_too(
+    @NEEDS_ANOTHER_USER
+    def test_another_user_who_has_disconnected_already_is_rejected(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
-        """The system says 0 (root's number) for the owner of a socket that nobody holds any more."""
+        """The system reports 0 (root's user id) as the owner of a socket that no process holds any more."""
         with tunnel(transport, tmp_path, agent.port, kind="tcp", start=False) as made:
-            knock_and_run(made.address)
+            connect_as_nobody_and_exit(made.address)
             made.forwarder.start()
             assert made.inbox.wait(PeerRejected).peer in {"user unknown", f"user {NOBODY}"}
             assert server.channels_opened == 0
 
-    @NOBODY_CAN_KNOCK
-    def test_another_user_on_a_unix_socket_is_sent_away(
+    @NEEDS_ANOTHER_USER
+    def test_another_user_on_a_unix_socket_is_rejected(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, agent: Agent
     ) -> None:
         with ExitStack() as stack:
@@ -1232,7 +1228,7 @@ class TestStrangers:
             Path(made.address).chmod(0o777)
             os.seteuid(NOBODY)
             try:
-                local = made.connect()  # the system notes who connects, at this moment
+                local = made.connect()  # the system records the user when the connection is made
             finally:
                 os.seteuid(0)
             made.forwarder.start()
@@ -1242,7 +1238,7 @@ class TestStrangers:
             made.connect()
             made.inbox.wait(ChannelOpened)
 
-    def test_our_own_program_may_come_through_an_ipv6_socket(
+    def test_own_program_may_connect_through_an_ipv6_socket(
         self, transport: paramiko.Transport, tmp_path: Path, agent: Agent
     ) -> None:
         """Java and others use one socket for both, and connect to ::ffff:127.0.0.1."""

@@ -1,4 +1,4 @@
-"""The end and the silence of a transport are told, once, to all who want to know; and the caller is not disturbed."""
+"""The end and the silence of a transport are posted once to every watcher, and the caller is not disturbed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 QUIET = Timeouts(link_probe_s=60, link_dead_s=120)
 FAST = Timeouts(link_probe_s=0.1, link_dead_s=0.5)
-#: Probes often, and gives nobody up, however slow the machine is; on such a one it may tell `LinkSilent`.
+#: Probes often, and never posts `LinkDead`, however slow the machine; on a slow one it may post `LinkSilent`.
 PATIENT = Timeouts(link_probe_s=0.1, link_dead_s=200)
 
 
@@ -57,7 +57,7 @@ def inbox() -> Inbox:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Each test detaches what it attached; then no thread is left."""
+    """Each test detaches its watchers; then no thread is left."""
     yield
     threads_ended()
 
@@ -70,11 +70,11 @@ def watching(
     try:
         yield watcher
     finally:
-        leave(watcher)
+        detach_and_join(watcher)
 
 
-def leave(watcher: Watcher) -> None:
-    """Detach, and wait for the monitor where it ends by that: then it has said its last word."""
+def detach_and_join(watcher: Watcher) -> None:
+    """Detach, and join the monitor if that ends it: then it posts nothing more."""
     thread = watcher.detach()
     if thread is not None:
         thread.join(WAIT_S)
@@ -85,45 +85,47 @@ def monitors() -> int:
     return len(own_threads("proxy_fsm-monitor"))
 
 
-# ---- one for all ----
+# ---- one monitor per transport ----
 
 
 class TestShared:
-    def test_many_attachments_share_one_thread(self, transport: paramiko.Transport) -> None:
+    def test_many_watchers_share_one_thread(self, transport: paramiko.Transport) -> None:
         watchers = [attach(transport, QUIET, Inbox().post) for _ in range(50)]
         assert monitors() == 1
         assert {watcher.detach() for watcher in watchers[1:]} == {None}
         assert monitors() == 1
         last = watchers[0].detach()
-        assert last is not None, "so that one can wait for it"
+        assert last is not None, "so that it can be joined"
         last.join(WAIT_S)
         assert monitors() == 0
 
-    def test_each_transport_has_its_own(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    def test_each_transport_has_a_monitor_of_its_own(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport
+    ) -> None:
         with contextlib.closing(server.connect_transport()) as other, watching(transport, QUIET, Inbox().post):
             assert monitors() == 1
             with watching(other, QUIET, Inbox().post):
                 assert monitors() == 2
             assert monitors() == 1
 
-    def test_one_that_is_detached_is_told_nothing_more(
+    def test_detached_watcher_gets_nothing_more(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
-        gone = Inbox()
+        detached = Inbox()
         with watching(transport, QUIET, inbox.post):
-            assert attach(transport, QUIET, gone.post).detach() is None
+            assert attach(transport, QUIET, detached.post).detach() is None
             server.drop()
             inbox.wait(TransportEnded)
-        assert gone.seen == []
+        assert detached.seen == []
 
-    def test_to_detach_twice_is_harmless(self, transport: paramiko.Transport) -> None:
+    def test_second_detach_is_harmless(self, transport: paramiko.Transport) -> None:
         with watching(transport, QUIET, Inbox().post):
             watcher = attach(transport, QUIET, Inbox().post)
             assert watcher.detach() is None
             assert watcher.detach() is None
             assert monitors() == 1
 
-    def test_one_may_detach_when_it_is_told(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    def test_watcher_may_detach_in_its_callback(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         detached = threading.Event()
         watchers: list[Watcher] = []
 
@@ -135,29 +137,29 @@ class TestShared:
         server.drop()
         assert detached.wait(WAIT_S)
 
-    def test_after_the_last_has_left_one_may_come_again(
+    def test_watcher_may_attach_after_the_last_has_detached(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
         for _ in range(20):
-            leave(attach(transport, QUIET, Inbox().post))
+            detach_and_join(attach(transport, QUIET, Inbox().post))
         inbox = Inbox()
         with watching(transport, QUIET, inbox.post):
             assert monitors() == 1
             server.drop()
             inbox.wait(TransportEnded)
 
-    def test_attaching_and_detaching_from_many_threads_loses_nobody(
+    def test_concurrent_attach_and_detach_loses_no_watcher(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
         inboxes = [Inbox() for _ in range(8)]
         kept: list[Watcher] = []
 
-        def come_and_go(inbox: Inbox) -> None:
+        def attach_and_detach(inbox: Inbox) -> None:
             for _ in range(20):
                 attach(transport, PATIENT, Inbox().post).detach()
             kept.append(attach(transport, PATIENT, inbox.post))
 
-        threads = [threading.Thread(target=come_and_go, args=[inbox], daemon=True) for inbox in inboxes]
+        threads = [threading.Thread(target=attach_and_detach, args=[inbox], daemon=True) for inbox in inboxes]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -169,26 +171,26 @@ class TestShared:
         for watcher in kept:
             watcher.detach()
 
-    def test_it_leaves_no_channel_on_the_transport(self, server: LoopbackSSHServer, transport: Any) -> None:
+    def test_monitor_leaves_no_channel_on_the_transport(self, server: LoopbackSSHServer, transport: Any) -> None:
         with watching(transport, PATIENT, Inbox().post):
             server.wait_for(lambda: server.probes >= 2)
         eventually(lambda: len(transport._channels) == 0)
         assert not transport.channel_events
 
-    def test_a_transport_that_is_dropped_can_go(self, server: LoopbackSSHServer, inbox: Inbox) -> None:
+    def test_dropped_transport_is_garbage_collected(self, server: LoopbackSSHServer, inbox: Inbox) -> None:
         transport = server.connect_transport()
         with watching(transport, QUIET, inbox.post):
             transport.close()
             inbox.wait(TransportEnded)
         transport.join(WAIT_S)
-        gone = weakref.ref(transport)
+        reference = weakref.ref(transport)
         del transport
-        eventually(lambda: gc.collect() >= 0 and gone() is None)
+        eventually(lambda: gc.collect() >= 0 and reference() is None)
 
-    def test_after_forget_all_one_starts_from_nothing(
+    def test_forget_all_starts_with_a_new_monitor(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
-        """As a child does after a fork; here the parent's thread is still there, and must not be shared."""
+        """As in a child after a fork; here the parent's thread still exists, and must not be shared."""
         with watching(transport, QUIET, Inbox().post):
             link_monitor.forget_all()
             with watching(transport, QUIET, inbox.post):
@@ -197,11 +199,11 @@ class TestShared:
                 inbox.wait(TransportEnded)
 
 
-# ---- what breaks ----
+# ---- crashes ----
 
 
 def no_thread_for(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    """Have threads of a name not start while it is in the returned list, which gets one more for each try."""
+    """Prevent threads of a name from starting while it is in the returned list, which gets one more for each try."""
     start = threading.Thread.start
     refused: list[str] = [name]
 
@@ -223,7 +225,7 @@ class TestBroken:
         yield
         assert broken == []
 
-    def test_one_that_cannot_start_is_told_and_does_not_blind_the_next(
+    def test_monitor_that_cannot_start_raises_and_is_replaced(
         self,
         server: LoopbackSSHServer,
         transport: paramiko.Transport,
@@ -239,7 +241,7 @@ class TestBroken:
             server.drop()
             inbox.wait(TransportEnded)
 
-    def test_a_probe_that_cannot_start_is_sent_later_and_silence_counts_from_then(
+    def test_probe_that_cannot_start_is_sent_later_and_silence_counts_from_then(
         self,
         server: LoopbackSSHServer,
         transport: paramiko.Transport,
@@ -255,7 +257,7 @@ class TestBroken:
             server.drop()
             inbox.wait(TransportEnded)
 
-    def test_one_that_breaks_is_told_and_does_not_blind_the_next(
+    def test_crashed_monitor_is_posted_and_replaced(
         self,
         server: LoopbackSSHServer,
         transport: paramiko.Transport,
@@ -283,7 +285,7 @@ class TestBroken:
 
 class TestEnd:
     @pytest.mark.parametrize("end", ["dropped", "reset", "closed by the caller"])
-    def test_it_is_told_at_once(self, server: LoopbackSSHServer, end: str) -> None:
+    def test_end_is_posted_at_once(self, server: LoopbackSSHServer, end: str) -> None:
         def measure() -> float:
             inbox = Inbox()
             with contextlib.closing(server.connect_transport()) as transport, watching(transport, QUIET, inbox.post):
@@ -293,14 +295,14 @@ class TestEnd:
                     transport.close()
                 else:
                     server.drop(reset=end == "reset")
-                told = inbox.wait(TransportEnded)
-                assert told.detail.startswith("The SSH connection ended")
-                assert told.detail.endswith(".")
-                return told.at - began
+                ended = inbox.wait(TransportEnded)
+                assert ended.detail.startswith("The SSH connection ended")
+                assert ended.detail.endswith(".")
+                return ended.at - began
 
         assert_prompt(measure, SOON_S)
 
-    def test_one_that_has_ended_already_is_told_at_once(self, transport: paramiko.Transport) -> None:
+    def test_earlier_end_is_posted_at_once(self, transport: paramiko.Transport) -> None:
         transport.close()
         transport.join(WAIT_S)
 
@@ -312,10 +314,10 @@ class TestEnd:
 
         assert_prompt(measure, SOON_S)
 
-    def test_one_that_ends_in_the_very_moment_is_told(
+    def test_end_is_posted_to_a_watcher_attached_during_it(
         self, server: LoopbackSSHServer, transport: paramiko.Transport
     ) -> None:
-        """The first is told while the transport still winds up, and attaches another."""
+        """The first watcher gets it while the transport is still shutting down, and attaches another."""
         inbox = Inbox()
         watchers: list[Watcher] = []
 
@@ -328,7 +330,7 @@ class TestEnd:
         for watcher in watchers:
             watcher.detach()
 
-    def test_it_is_told_once_to_each(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    def test_end_is_posted_once_to_each_watcher(self, server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
         inboxes = [Inbox() for _ in range(50)]
         watchers = [attach(transport, QUIET, inbox.post) for inbox in inboxes]
         server.drop()
@@ -340,14 +342,14 @@ class TestEnd:
         for watcher in watchers:
             watcher.detach()
 
-    def test_a_reset_is_named_in_the_detail(
+    def test_reset_is_named_in_the_detail(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         with watching(transport, QUIET, inbox.post):
             server.drop(reset=True)
             assert "reset by peer" in inbox.wait(TransportEnded).detail
 
-    def test_it_is_told_also_while_the_link_is_silent(
+    def test_end_is_posted_while_the_link_is_silent(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         server.freeze()
@@ -362,17 +364,17 @@ class TestEnd:
 
 
 NO_MONITOR: Any = None
-Told = list[tuple[float, str, type[Observation]]]
+Posts = list[tuple[float, str, type[Observation]]]
 
 
-class Course:
-    """The course of a silence on a clock that only this moves: who is told what, and when the server is asked."""
+class Simulation:
+    """A silence on a clock that only this moves: what is posted to which watcher, and when a probe is due."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
         self.silence = link_monitor._Silence(self.now_s)
-        self.told: Told = []
-        self.wanted_probe_at: list[float] = []
+        self.posts: Posts = []
+        self.probes_due_at: list[float] = []
         self._names: dict[Watcher, str] = {}
 
     def add(self, probe_s: float, dead_s: float, name: str = "it") -> Watcher:
@@ -381,91 +383,95 @@ class Course:
         self.silence.add(watcher, self.now_s)
         return watcher
 
-    def goes_on_to(self, after_s: float) -> Course:
-        """Look whenever a look is due, as the monitor does, until so many seconds after the beginning."""
+    def advance_to(self, after_s: float) -> Simulation:
+        """Check whenever a check is due, as the monitor does, until so many seconds after the start."""
         until = 1000.0 + after_s
         while (due := self.silence.due()) <= until:
             self.now_s = max(self.now_s, due)
-            self.looks()
+            self.check()
         self.now_s = until
         return self
 
-    def looks(self) -> None:
+    def check(self) -> None:
         if self.silence.needs_probe(self.now_s):
-            self.wanted_probe_at.append(self.now_s - 1000)
+            self.probes_due_at.append(self.now_s - 1000)
         self._note(self.silence.check(self.now_s))
 
-    def hears(self) -> Course:
+    def receive(self) -> Simulation:
         self._note(self.silence.heard(self.now_s))
-        self.looks()
+        self.check()
         return self
 
-    def _note(self, told: list[tuple[Watcher, Observation]]) -> None:
-        self.told += [(self.now_s - 1000, self._names[who], type(what)) for who, what in told]
+    def _note(self, posts: list[tuple[Watcher, Observation]]) -> None:
+        self.posts += [(self.now_s - 1000, self._names[watcher], type(observation)) for watcher, observation in posts]
 
 
 @pytest.fixture
-def course() -> Course:
-    return Course()
+def simulation() -> Simulation:
+    return Simulation()
 
 
-class TestWhatIsToldWhen:
-    """Times are seconds after the beginning."""
+class TestSilenceRules:
+    """Times are seconds after the start."""
 
-    def test_it_is_asked_after_probe_s_silent_after_twice_that_and_dead_after_dead_s(self, course: Course) -> None:
-        course.add(10, 45)
-        course.goes_on_to(9.99)
-        assert course.wanted_probe_at == []
-        course.goes_on_to(10)
-        assert course.wanted_probe_at == [10]
-        assert course.told == []
-        assert course.goes_on_to(1000).told == [(20, "it", LinkSilent), (45, "it", LinkDead)], "each is told once"
+    def test_link_is_probed_after_probe_s_silent_after_twice_that_and_dead_after_dead_s(
+        self, simulation: Simulation
+    ) -> None:
+        simulation.add(10, 45)
+        simulation.advance_to(9.99)
+        assert simulation.probes_due_at == []
+        simulation.advance_to(10)
+        assert simulation.probes_due_at == [10]
+        assert simulation.posts == []
+        assert simulation.advance_to(1000).posts == [(20, "it", LinkSilent), (45, "it", LinkDead)], (
+            "each is posted once"
+        )
 
-    def test_what_is_told_has_its_times(self, course: Course) -> None:
-        watcher = course.add(10, 45)
-        course.goes_on_to(3).hears()
-        (_, silent), (who, dead) = course.silence.check(1003 + 50)
+    def test_observations_carry_their_times(self, simulation: Simulation) -> None:
+        watcher = simulation.add(10, 45)
+        simulation.advance_to(3).receive()
+        (_, silent), (recipient, dead) = simulation.silence.check(1003 + 50)
         assert isinstance(silent, LinkSilent)
         assert silent.heard_at == 1003
         assert isinstance(dead, LinkDead)
         assert dead.silent_s == 50
-        assert who is watcher
-        ((_, restored),) = course.silence.heard(1003 + 60)
+        assert recipient is watcher
+        ((_, restored),) = simulation.silence.heard(1003 + 60)
         assert isinstance(restored, LinkRestored)
         assert restored.silent_s == 60
 
-    def test_dead_comes_with_silent_also_where_it_is_the_shorter(self, course: Course) -> None:
-        course.add(10, 15)
-        assert course.goes_on_to(100).told == [(15, "it", LinkSilent), (15, "it", LinkDead)]
+    def test_dead_s_shorter_than_silence_posts_both_at_once(self, simulation: Simulation) -> None:
+        simulation.add(10, 15)
+        assert simulation.advance_to(100).posts == [(15, "it", LinkSilent), (15, "it", LinkDead)]
 
-    def test_silence_is_told_again_when_it_comes_again(self, course: Course) -> None:
-        course.add(10, 45)
-        course.goes_on_to(25).hears().goes_on_to(60).hears().hears().goes_on_to(61)
-        assert course.told == [
+    def test_second_silence_is_posted_again(self, simulation: Simulation) -> None:
+        simulation.add(10, 45)
+        simulation.advance_to(25).receive().advance_to(60).receive().receive().advance_to(61)
+        assert simulation.posts == [
             (20, "it", LinkSilent),
             (25, "it", LinkRestored),
             (45, "it", LinkSilent),
             (60, "it", LinkRestored),
         ]
 
-    def test_a_busy_link_is_neither_asked_nor_told_of(self, course: Course) -> None:
-        course.add(10, 45)
+    def test_busy_link_is_neither_probed_nor_posted(self, simulation: Simulation) -> None:
+        simulation.add(10, 45)
         for second in range(1, 200):
-            course.goes_on_to(second * 9.0).hears()
-        assert course.wanted_probe_at == []
-        assert course.told == []
+            simulation.advance_to(second * 9.0).receive()
+        assert simulation.probes_due_at == []
+        assert simulation.posts == []
 
-    def test_an_idle_link_is_asked_once_in_probe_s(self, course: Course) -> None:
-        course.add(10, 45)
-        for second in (10.1, 20.2, 30.3):  # when the answers come
-            course.goes_on_to(second).hears()
-        assert course.wanted_probe_at == pytest.approx([10, 20.1, 30.2])
-        assert course.told == []
+    def test_idle_link_is_probed_once_per_probe_s(self, simulation: Simulation) -> None:
+        simulation.add(10, 45)
+        for second in (10.1, 20.2, 30.3):  # when the answers arrive
+            simulation.advance_to(second).receive()
+        assert simulation.probes_due_at == pytest.approx([10, 20.1, 30.2])
+        assert simulation.posts == []
 
-    def test_two_with_different_times_are_each_told_at_their_own(self, course: Course) -> None:
-        course.add(10, 45, "fast")
-        course.add(30, 100, "patient")
-        assert course.goes_on_to(70).hears().told == [
+    def test_watchers_with_different_times_are_each_served_at_their_own(self, simulation: Simulation) -> None:
+        simulation.add(10, 45, "fast")
+        simulation.add(30, 100, "patient")
+        assert simulation.advance_to(70).receive().posts == [
             (20, "fast", LinkSilent),
             (45, "fast", LinkDead),
             (60, "patient", LinkSilent),
@@ -473,20 +479,20 @@ class TestWhatIsToldWhen:
             (70, "patient", LinkRestored),
         ]
 
-    def test_one_that_comes_late_does_not_count_the_quiet_before_it_came(self, course: Course) -> None:
-        """An idle link that a patient one has not probed yet is no dead link."""
-        course.add(60, 120, "patient")
-        course.goes_on_to(50).add(10, 45, "fast")
-        course.goes_on_to(59)
-        assert course.wanted_probe_at == []
-        course.goes_on_to(60)
-        assert course.wanted_probe_at == [60]
-        assert course.told == []
+    def test_late_watcher_does_not_count_earlier_silence(self, simulation: Simulation) -> None:
+        """An idle link that a patient watcher has not probed yet is not dead."""
+        simulation.add(60, 120, "patient")
+        simulation.advance_to(50).add(10, 45, "fast")
+        simulation.advance_to(59)
+        assert simulation.probes_due_at == []
+        simulation.advance_to(60)
+        assert simulation.probes_due_at == [60]
+        assert simulation.posts == []
 
-    def test_one_that_comes_late_to_a_silent_link_is_told_by_its_own_times(self, course: Course) -> None:
-        course.add(10, 200, "first")
-        course.goes_on_to(25).add(5, 15, "late")
-        assert course.goes_on_to(41).hears().told == [
+    def test_late_watcher_of_a_silent_link_counts_by_its_own_times(self, simulation: Simulation) -> None:
+        simulation.add(10, 200, "first")
+        simulation.advance_to(25).add(5, 15, "late")
+        assert simulation.advance_to(41).receive().posts == [
             (20, "first", LinkSilent),
             (35, "late", LinkSilent),
             (40, "late", LinkDead),
@@ -494,53 +500,53 @@ class TestWhatIsToldWhen:
             (41, "late", LinkRestored),
         ]
 
-    def test_what_falls_due_between_a_look_and_the_next_wait_is_not_slept_through(self, course: Course) -> None:
-        """On a slow machine a mark may pass in between: it is due at once, and not forgotten."""
-        course.add(10, 45)
-        course.silence.check(1019.9)
-        assert course.silence.due() == 1020
+    def test_threshold_between_a_check_and_the_next_wait_is_not_missed(self, simulation: Simulation) -> None:
+        """On a slow machine a threshold may pass in between: it is due at once, and not forgotten."""
+        simulation.add(10, 45)
+        simulation.silence.check(1019.9)
+        assert simulation.silence.due() == 1020
 
-    def test_a_link_that_is_given_up_is_still_looked_at(self, course: Course) -> None:
-        course.add(10, 45)
-        course.goes_on_to(50)
-        assert course.silence.due() == 1055, "it may come back, or be asked where it could not be"
+    def test_dead_link_is_still_checked(self, simulation: Simulation) -> None:
+        simulation.add(10, 45)
+        simulation.advance_to(50)
+        assert simulation.silence.due() == 1055, "it may be restored, or be probed where that had failed"
 
-    def test_time_in_which_this_process_was_stopped_is_not_counted(self, course: Course) -> None:
-        course.add(10, 45, "first")
-        course.goes_on_to(5).add(10, 45, "second")
-        course.goes_on_to(9)
-        course.now_s += 3600
-        course.silence.process_was_suspended(3600, course.now_s)
-        course.looks()
-        assert course.told == []
-        assert course.wanted_probe_at == []
-        assert course.goes_on_to(3600 + 30).told == [
+    def test_suspension_of_the_process_is_not_counted(self, simulation: Simulation) -> None:
+        simulation.add(10, 45, "first")
+        simulation.advance_to(5).add(10, 45, "second")
+        simulation.advance_to(9)
+        simulation.now_s += 3600
+        simulation.silence.process_was_suspended(3600, simulation.now_s)
+        simulation.check()
+        assert simulation.posts == []
+        assert simulation.probes_due_at == []
+        assert simulation.advance_to(3600 + 30).posts == [
             (3600 + 20, "first", LinkSilent),
             (3600 + 25, "second", LinkSilent),
         ]
 
-    def test_who_came_after_the_stop_counts_from_when_it_came(self, course: Course) -> None:
-        course.add(10, 45)
-        course.now_s += 3600
-        late = course.add(10, 45)
-        course.silence.process_was_suspended(3595, course.now_s)
-        assert late.since == course.now_s
+    def test_watcher_attached_after_a_suspension_counts_from_then(self, simulation: Simulation) -> None:
+        simulation.add(10, 45)
+        simulation.now_s += 3600
+        late = simulation.add(10, 45)
+        simulation.silence.process_was_suspended(3595, simulation.now_s)
+        assert late.since == simulation.now_s
 
-    def test_a_server_that_could_not_be_asked_is_not_silent(self, course: Course) -> None:
-        course.add(10, 15)
+    def test_server_that_could_not_be_probed_is_not_silent(self, simulation: Simulation) -> None:
+        simulation.add(10, 15)
         for turn in range(1, 6):
-            course.goes_on_to(turn * 10 - 0.1)
-            course.now_s += 0.1
-            course.silence.probe_not_sent(course.now_s)
-            course.looks()
-        assert course.told == []
-        assert course.goes_on_to(65).told == [(65, "it", LinkSilent), (65, "it", LinkDead)]
+            simulation.advance_to(turn * 10 - 0.1)
+            simulation.now_s += 0.1
+            simulation.silence.probe_not_sent(simulation.now_s)
+            simulation.check()
+        assert simulation.posts == []
+        assert simulation.advance_to(65).posts == [(65, "it", LinkSilent), (65, "it", LinkDead)]
 
 
 class TestSilence:
-    """The same on a link: real times are told here by what they are at the least."""
+    """The same on a real link: times are checked only against their minimum."""
 
-    def test_a_healthy_link_is_probed_and_not_given_up(
+    def test_healthy_link_is_probed_and_not_dead(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         began = time.monotonic()
@@ -549,7 +555,7 @@ class TestSilence:
             assert since(began) >= 3 * PATIENT.link_probe_s
         assert LinkDead not in inbox.kinds()
 
-    def test_a_silent_link_is_told_and_then_that_it_is_back(
+    def test_silent_link_is_posted_and_then_its_restoration(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         server.freeze()
@@ -562,7 +568,7 @@ class TestSilence:
         assert inbox.kinds()[:2] == [LinkSilent, LinkRestored]
         assert LinkDead not in inbox.kinds()
 
-    def test_a_link_that_stays_silent_is_dead_after_dead_s_and_stays_the_callers(
+    def test_silent_link_is_dead_after_dead_s_and_not_closed(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         server.freeze()
@@ -574,26 +580,26 @@ class TestSilence:
             assert transport.is_active(), "it is not closed"
         assert inbox.kinds() == [LinkSilent, LinkDead]
 
-    def test_where_each_look_finds_that_something_came_nobody_is_asked_or_told(
+    def test_link_with_steady_traffic_is_neither_probed_nor_posted(
         self,
         server: LoopbackSSHServer,
         transport: paramiko.Transport,
         inbox: Inbox,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        looks: list[paramiko.Transport] = []
+        counts: list[paramiko.Transport] = []
 
         def another(transport: paramiko.Transport) -> int:
-            looks.append(transport)
-            return len(looks)
+            counts.append(transport)
+            return len(counts)
 
         monkeypatch.setattr(link_monitor, "packets_received", another)
         with watching(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
-            eventually(lambda: len(looks) > 20)
+            eventually(lambda: len(counts) > 20)
         assert inbox.seen == []
         assert server.probes == 0
 
-    def test_a_refused_probe_is_a_sign_of_life(
+    def test_refused_probe_is_a_sign_of_life(
         self,
         transport: paramiko.Transport,
         inbox: Inbox,
@@ -616,30 +622,30 @@ class TestSilence:
         assert LinkDead not in inbox.kinds()
         assert transport.saved_exception is None
 
-    @pytest.mark.parametrize("somebody_comes", [False, True])
-    def test_the_time_in_which_this_process_was_stopped_is_no_silence_of_the_server(
+    @pytest.mark.parametrize("another_attaches", [False, True])
+    def test_suspension_of_the_process_is_no_silence_of_the_server(
         self,
         server: LoopbackSSHServer,
         transport: paramiko.Transport,
         inbox: Inbox,
         monkeypatch: pytest.MonkeyPatch,
         *,
-        somebody_comes: bool,
+        another_attaches: bool,
     ) -> None:
-        """Ctrl-Z for an hour: the clock has gone on, and the server had no probe to answer."""
+        """Ctrl-Z for an hour: the clock has advanced, and the server had no probe to answer."""
         clock = Clock()
         monkeypatch.setattr(link_monitor, "time", clock)
-        probe_s = 30.0 if somebody_comes else 0.2
+        probe_s = 30.0 if another_attaches else 0.2
         with watching(transport, Timeouts(link_probe_s=probe_s, link_dead_s=300), inbox.post):
             clock.ahead_s += 3600
-            if somebody_comes:  # it is woken by that, before it is time to look
+            if another_attaches:  # which wakes the monitor before a check is due
                 with watching(transport, Timeouts(link_probe_s=0.2, link_dead_s=300), inbox.post):
                     server.wait_for(lambda: server.probes >= 2)
             else:
                 server.wait_for(lambda: server.probes >= 2)
         assert LinkDead not in inbox.kinds()
 
-    def test_a_probe_that_is_out_does_not_hold_the_leaving(
+    def test_pending_probe_does_not_block_detach(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
         server.freeze()
@@ -649,7 +655,7 @@ class TestSilence:
         server.thaw()
         server.wait_for(lambda: server.probes == 1)
 
-    def test_leaving_while_probes_come_back_breaks_nothing(
+    def test_detach_during_probe_answers_is_harmless(
         self, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         broken: list[threading.ExceptHookArgs] = []
@@ -659,7 +665,7 @@ class TestSilence:
         try:
             for turn in range(100):
                 watcher = attach(transport, Timeouts(link_probe_s=0.001, link_dead_s=20), Inbox().post)
-                threading.Event().wait(turn % 10 * 0.0005)  # another moment each time
+                threading.Event().wait(turn % 10 * 0.0005)  # at another moment each time
                 watcher.detach()
         finally:
             sys.setswitchinterval(interval)
@@ -668,7 +674,7 @@ class TestSilence:
 
 
 class Clock:
-    """The time module as the monitor uses it, and a leap ahead."""
+    """The time module as the monitor uses it, set ahead."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -684,7 +690,7 @@ class Clock:
 def probed(
     server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], int]]:
-    """A transport that is probed without a pause, though it is busy; gives how many probes were answered so far."""
+    """Probe the transport without a pause, though it is busy; yields a count of the probes answered so far."""
     monkeypatch.setattr(link_monitor, "packets_received", lambda _: 0)
     server.commands = {"say": lambda line: (7, line.encode(), b"")}
     with watching(transport, Timeouts(link_probe_s=0.001, link_dead_s=50), inbox.post):
@@ -694,22 +700,22 @@ def probed(
 
 
 def turns(probes: Callable[[], int]) -> Iterator[int]:
-    """Count to 200, and on until at least 100 probes were answered meanwhile."""
+    """Count to 200, and further until at least 100 probes have been answered."""
     number = 0
     while number < 200 or probes() < 100:
         yield number
         number += 1
 
 
-class TestTheCallerIsNotDisturbed:
-    def test_commands_run_as_ever(self, transport: paramiko.Transport, probed: Callable[[], int]) -> None:
+class TestCallerIsNotDisturbed:
+    def test_commands_run_as_before(self, transport: paramiko.Transport, probed: Callable[[], int]) -> None:
         for number in turns(probed):
             with transport.open_session(timeout=WAIT_S) as channel:
                 channel.exec_command(f"say {number}")
                 assert channel.makefile("rb").read() == f"say {number}".encode()
                 assert channel.recv_exit_status() == 7
 
-    def test_port_forwards_are_granted_as_ever(
+    def test_port_forwards_are_granted_as_before(
         self, transport: paramiko.Transport, probed: Callable[[], int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def grant(_: object, address: str, port: int) -> int:
@@ -722,12 +728,14 @@ class TestTheCallerIsNotDisturbed:
             assert transport.request_port_forward("", 20_000 + number) == 20_000 + number
         assert transport.request_port_forward("", 0) == 4711
 
-    def test_port_forwards_are_denied_as_ever(self, transport: paramiko.Transport, probed: Callable[[], int]) -> None:
+    def test_port_forwards_are_denied_as_before(self, transport: paramiko.Transport, probed: Callable[[], int]) -> None:
         for _ in turns(probed):
             with pytest.raises(paramiko.SSHException, match="TCP forwarding request denied"):
                 transport.request_port_forward("", 0)
 
-    def test_refused_opens_say_why_as_ever(self, transport: paramiko.Transport, probed: Callable[[], int]) -> None:
+    def test_refused_opens_report_their_reason_as_before(
+        self, transport: paramiko.Transport, probed: Callable[[], int]
+    ) -> None:
         port = dead_port()
         for number in turns(probed):
             destination = (LOOPBACK, port) if number % 2 else ("192.0.2.1", 9)

@@ -1,6 +1,6 @@
-"""The other end of a TCP connection of this machine: whose it is, and what it has written.
+"""The other end of a TCP connection of this machine: its owner, and what it has written.
 
-The kernel is asked, or its tables are read.
+Both come from netlink, the owner also from the tables in /proc.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the o
 Finder = Callable[[tuple[str, int], tuple[str, int]], Any]
 
 FINDERS = pytest.mark.parametrize("find", [peer._owner_from_netlink, peer._owner_from_proc])
-#: An address that nobody has (RFC 5737).
+#: An address that no host has (RFC 5737).
 ELSEWHERE = ("192.0.2.1", 9)
 
 
@@ -41,7 +41,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 @FINDERS
-def test_the_owner_of_either_end_is_found(listener: socket.socket, find: Finder) -> None:
+def test_owner_of_either_end_is_found(listener: socket.socket, find: Finder) -> None:
     with socket.create_connection(listener.getsockname()) as local, listener.accept()[0] as accepted:
         for sock in (local, accepted):
             owner = find(sock.getsockname(), sock.getpeername())
@@ -49,7 +49,7 @@ def test_the_owner_of_either_end_is_found(listener: socket.socket, find: Finder)
 
 
 @FINDERS
-def test_an_ipv6_socket_that_is_used_for_ipv4_is_found(listener: socket.socket, find: Finder) -> None:
+def test_ipv6_socket_used_for_ipv4_is_found(listener: socket.socket, find: Finder) -> None:
     if not socket.has_ipv6 or not Path("/proc/net/tcp6").exists():
         pytest.skip("needs IPv6")
     with socket.socket(socket.AF_INET6) as local:
@@ -60,7 +60,7 @@ def test_an_ipv6_socket_that_is_used_for_ipv4_is_found(listener: socket.socket, 
 
 
 @FINDERS
-def test_a_socket_that_is_closed_has_no_inode(listener: socket.socket, find: Finder) -> None:
+def test_closed_socket_has_no_inode(listener: socket.socket, find: Finder) -> None:
     local = socket.create_connection(listener.getsockname())
     with listener.accept()[0] as accepted:
         local.close()
@@ -68,35 +68,33 @@ def test_a_socket_that_is_closed_has_no_inode(listener: socket.socket, find: Fin
 
 
 @FINDERS
-def test_what_is_not_there_has_no_owner(listener: socket.socket, find: Finder) -> None:
+def test_missing_socket_has_no_owner(listener: socket.socket, find: Finder) -> None:
     assert find(ELSEWHERE, listener.getsockname()) is None
-    assert find(listener.getsockname(), ELSEWHERE) is None, "who listens on a port is not connected"
+    assert find(listener.getsockname(), ELSEWHERE) is None, "a listener is not a connection"
 
 
 @pytest.mark.parametrize(
     ("found", "owner"),
     [((1000, 4711), 1000), ((0, 4711), 0), ((0, 0), None), ((1000, 0), 1000), (None, None)],
 )
-def test_a_socket_that_nobody_holds_any_more_has_no_owner(
+def test_orphaned_socket_has_no_owner(
     monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None, owner: int | None
 ) -> None:
-    """Linux before 6.16 says 0, which is root's number, and would let anybody in to root's proxies."""
+    """Linux before 6.16 reports 0, root's user id, which would let any user connect to root's proxies."""
     monkeypatch.setattr(peer, "_owner_from_netlink", lambda *_: None if found is None else peer._Owner(*found))
     monkeypatch.setattr(peer, "_owner_from_proc", lambda *_: None)
     assert peer._tcp_owner(ELSEWHERE, ELSEWHERE) == owner
 
 
-def test_where_the_kernel_finds_nothing_its_tables_have_the_last_word(
-    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kernel that was built without this question answers as if there were no such socket."""
+def test_tables_are_read_if_netlink_finds_nothing(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that was built without sock_diag answers as if there were no such socket."""
     monkeypatch.setattr(peer, "_owner_from_netlink", lambda *_: None)
     with socket.create_connection(listener.getsockname()) as local, listener.accept()[0] as accepted:
         assert peer._tcp_owner(accepted.getpeername(), accepted.getsockname()) == os.geteuid()
         assert local.fileno() >= 0
 
 
-def test_where_the_kernel_may_not_be_asked_its_tables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tables_are_read_if_netlink_is_denied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Refused:
         def __init__(self, *_: object) -> None:
             raise PermissionError
@@ -112,42 +110,42 @@ def test_where_the_kernel_may_not_be_asked_its_tables_are_read(monkeypatch: pyte
         assert peer._tcp_owner(*reversed(ends)) is None
 
 
-def test_an_answer_that_is_an_error_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel knows no such request: an error like this leads to the tables."""
+def test_netlink_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel does not know the request; after such an error the tables are read."""
     monkeypatch.setattr(peer, "_SOCK_DIAG_BY_FAMILY", 9999)
     with pytest.raises(OSError, match=r"\w"):
         peer._owner_from_netlink(ELSEWHERE, ELSEWHERE)
 
 
-def waiting_bytes(sock: socket.socket) -> int:
-    """How much has come and was not read."""
+def unread_bytes(sock: socket.socket) -> int:
+    """How much was received and not read."""
     count = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, count)
     return count[0]
 
 
 class TestWrittenBytes:
-    def test_it_counts_what_was_received_what_waits_and_what_is_on_its_way(self, listener: socket.socket) -> None:
+    def test_count_includes_data_read_waiting_and_in_flight(self, listener: socket.socket) -> None:
         with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
             assert peer.written_bytes(local) == 0
             other.settimeout(0)
-            written = taken = 0
+            written = read = 0
             for _ in range(4):
                 with contextlib.suppress(BlockingIOError):
                     while True:
                         written += other.send(bytes(77_777))
                 assert peer.written_bytes(local) == written
-                assert taken + waiting_bytes(local) < written, "not all of it has come"
-                taken += len(local.recv(1 << 20))
+                assert read + unread_bytes(local) < written, "some of it is in flight"
+                read += len(local.recv(1 << 20))
 
-    def test_an_end_that_we_have_told_that_we_write_no_more_may_still_write(self, listener: socket.socket) -> None:
+    def test_end_that_has_received_eof_may_still_write(self, listener: socket.socket) -> None:
         with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
             local.shutdown(socket.SHUT_WR)
             other.sendall(b"reply")
             assert peer.written_bytes(local) == len(b"reply")
 
     @pytest.mark.parametrize("end", [lambda sock: sock.shutdown(socket.SHUT_WR), socket.socket.close])
-    def test_of_an_end_that_writes_no_more_none_is_said(
+    def test_end_that_has_finished_writing_is_none(
         self, listener: socket.socket, end: Callable[[socket.socket], None]
     ) -> None:
         with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
@@ -155,16 +153,14 @@ class TestWrittenBytes:
             end(other)
             assert peer.written_bytes(local) is None
 
-    def test_of_an_end_that_has_gone_none_is_said(self, listener: socket.socket) -> None:
+    def test_end_that_was_reset_is_none(self, listener: socket.socket) -> None:
         with socket.create_connection(listener.getsockname()) as other, listener.accept()[0] as local:
             reset(other)
             with pytest.raises(ConnectionResetError):
                 local.recv(1)
             assert peer.written_bytes(local) is None
 
-    def test_where_the_kernel_may_not_be_asked_none_is_said(
-        self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_netlink_error_is_none(self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as local:
             monkeypatch.setattr(peer, "_SOCK_DIAG_BY_FAMILY", 9999)
             assert peer.written_bytes(local) is None
@@ -173,12 +169,12 @@ class TestWrittenBytes:
         "attributes",
         [
             b"",
-            struct.pack("=HH204x", 208, 2),  # before Linux 4.19 a tcp_info ends before what is wanted
+            struct.pack("=HH204x", 208, 2),  # before Linux 4.19 a tcp_info ends before the counters
             struct.pack("=HH280x", 284, 2) + struct.pack("=HH", 4, 19),  # MPTCP has a queue of its own
             b"\0" * 7,
         ],
     )
-    def test_where_the_kernel_does_not_say_that_much_none_is_said(
+    def test_answer_without_the_counters_is_none(
         self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, attributes: bytes
     ) -> None:
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as local:
@@ -186,7 +182,7 @@ class TestWrittenBytes:
             monkeypatch.setattr(peer, "_ask", lambda end, other, _: (ask(end, other) or b"")[:fixed] + attributes)
             assert peer.written_bytes(local) is None
 
-    def test_outside_linux_none_is_said(self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_platforms_are_none(self, listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as local:
             monkeypatch.setattr(sys, "platform", "darwin")
             assert peer.written_bytes(local) is None

@@ -1,4 +1,4 @@
-"""The preflight acquires step by step, tells what is not good, and leaves nothing whenever it is closed."""
+"""The preflight acquires step by step, posts what fails, and leaves nothing whenever it is closed."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class Trial:
         )
 
     @property
-    def told(self) -> list[Observation]:
-        """How it went; that the checks have passed, and that the tunnel is closed, is not in it."""
+    def outcome(self) -> list[Observation]:
+        """All observations but `ChecksPassed` and `TunnelClosed`."""
         return [each for each in self.inbox.seen if not isinstance(each, TunnelClosed | ChecksPassed)]
 
     def run(self) -> list[Observation]:
@@ -83,19 +83,19 @@ class Trial:
     def finish(self) -> list[Observation]:
         self.preflight.thread.join(WAIT_S)
         assert not self.preflight.thread.is_alive()
-        return self.told
+        return self.outcome
 
-    def prepared(self) -> PreflightPassed:
-        prepared, ended = self.run()
+    def passed(self) -> PreflightPassed:
+        passed, ended = self.run()
         assert isinstance(ended, PreflightFinished)
-        assert isinstance(prepared, PreflightPassed)
-        return prepared
+        assert isinstance(passed, PreflightPassed)
+        return passed
 
-    def refused(self) -> BackendError:
-        refused, ended = self.run()
+    def failed(self) -> BackendError:
+        failed, ended = self.run()
         assert isinstance(ended, PreflightFinished)
-        assert isinstance(refused, WorkerFailed)
-        return refused.error
+        assert isinstance(failed, WorkerFailed)
+        return failed.error
 
     def close(self) -> None:
         """Release it as the engine does."""
@@ -126,7 +126,7 @@ def runtime() -> Iterator[Path]:
 
 @pytest.fixture
 def make(transport: paramiko.Transport, tmp_path: Path, runtime: Path) -> Iterator[Callable[..., Trial]]:
-    """Makes trials; at the end they are closed, and nothing may be left of them."""
+    """Make trials; at the end they are closed, and nothing may be left of them."""
     trials: list[Trial] = []
     before = descriptors()
 
@@ -152,9 +152,9 @@ def make(transport: paramiko.Transport, tmp_path: Path, runtime: Path) -> Iterat
 
 
 def assert_ended_once(trial: Trial) -> None:
-    """The preflight's last word is its last word."""
-    ends = [number for number, each in enumerate(trial.told) if isinstance(each, PreflightFinished)]
-    assert ends in ([], [len(trial.told) - 1])
+    """Check that `PreflightFinished` is posted once and last."""
+    ends = [number for number, each in enumerate(trial.outcome) if isinstance(each, PreflightFinished)]
+    assert ends in ([], [len(trial.outcome) - 1])
     assert ends or not trial.preflight.thread.ident
 
 
@@ -162,7 +162,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-class TestAllIsGood:
+class TestSuccess:
     def test_passed_checks_are_posted_before_the_listener_is_bound(
         self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -185,23 +185,23 @@ class TestAllIsGood:
         seen: list[object] = []
         with Display(runtime) as display:
             trial = make(backend, environ={"DISPLAY": display.name})
-            trial.prepared()
+            trial.passed()
             assert seen == [trial.preflight.watch]
             assert seen != [None]
             trial.close()
 
-    def test_its_local_end_takes_connections_already(self, make: Callable[..., Trial]) -> None:
-        address = make().prepared().listen_address
+    def test_local_end_accepts_connections_already(self, make: Callable[..., Trial]) -> None:
+        address = make().passed().listen_address
         with socket.socket(socket.AF_UNIX) as proxy:
             proxy.connect(address)
         with socket.socket() as proxy:
-            host, _, port = make(FakeBackend(kind="tcp")).prepared().listen_address.partition(":")
+            host, _, port = make(FakeBackend(kind="tcp")).passed().listen_address.partition(":")
             proxy.connect((host, int(port)))
 
-    def test_what_the_proxy_is_started_with(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+    def test_launch_has_command_environment_and_directory(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         environ = {"HOME": "/home/alice", "NX_ROOT": "stale", "NX_": "", "NXPROXY": "x", "OVERRIDDEN": "y"}
         trial = make(environ={**environ, "UNWANTED": "z"})
-        passed = trial.prepared()
+        passed = trial.passed()
         launch = passed.launch
         assert launch.command == ["/bin/true", passed.listen_address]
         assert launch.directory == tmp_path / "sessions/S-name"
@@ -214,9 +214,9 @@ class TestAllIsGood:
         }
         assert COOKIE not in repr(passed)
 
-    def test_what_the_backend_is_told(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+    def test_backend_gets_its_context(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         backend = FakeBackend()
-        address = make(backend, environ={"A": "1", "NX_B": "2"}).prepared().listen_address
+        address = make(backend, environ={"A": "1", "NX_B": "2"}).passed().listen_address
         (context,) = backend.contexts
         assert context.session is SESSION
         assert context.executable == "/bin/true"
@@ -225,38 +225,36 @@ class TestAllIsGood:
         assert context.session_root == tmp_path / "sessions/S-name"
         assert dict(context.environ) == {"XDG_RUNTIME_DIR": context.environ["XDG_RUNTIME_DIR"], "A": "1"}
 
-    def test_paths_that_are_meant_from_here_are_made_absolute(
+    def test_relative_paths_are_made_absolute(
         self, make: Callable[..., Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The proxy starts in another directory."""
         monkeypatch.chdir(tmp_path)
         for path, absolute in (("authority", f"{tmp_path}/authority"), ("", "")):
-            launch = make(environ={"XAUTHORITY": path}).prepared().launch
+            launch = make(environ={"XAUTHORITY": path}).passed().launch
             assert launch.environment["XAUTHORITY"] == absolute
 
-    def test_what_it_waits_for_is_told(self, make: Callable[..., Trial]) -> None:
+    def test_step_names_the_running_check(self, make: Callable[..., Trial]) -> None:
         steps: list[str] = []
         trial = make(FakeBackend("find_executable", lambda: steps.append(trial.preflight.step)))
         steps.append(trial.preflight.step)
-        trial.prepared()
+        trial.passed()
         steps.append(trial.preflight.step)
         assert steps == ["the preflight", "the proxy program's path", "the backend's own preflight"]
 
-    def test_small_messages_are_sent_at_once_from_now_on(
-        self, make: Callable[..., Trial], transport: paramiko.Transport
-    ) -> None:
+    def test_nodelay_is_set_on_the_transport(self, make: Callable[..., Trial], transport: paramiko.Transport) -> None:
         connection = transport.sock
         assert isinstance(connection, socket.socket)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
-        make().prepared()
+        make().passed()
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
-    def test_the_connection_to_the_x_server_stays(self, make: Callable[..., Trial], runtime: Path) -> None:
+    def test_connection_to_the_x_server_stays_open(self, make: Callable[..., Trial], runtime: Path) -> None:
         with Display(runtime) as display:
             backend = FakeBackend()
             backend.needs_display = True
             trial = make(backend, environ={"DISPLAY": display.name})
-            trial.prepared()
+            trial.passed()
             assert trial.preflight.watch is not None
             (client,) = display.clients
             with pytest.raises(BlockingIOError):
@@ -264,9 +262,9 @@ class TestAllIsGood:
             trial.close()
             assert client.recv(1) == b""
 
-    def test_closing_twice_releases_once(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_second_close_releases_nothing(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
         trial = make()
-        log = trial.prepared().launch.log
+        log = trial.passed().launch.log
         closed: list[int] = []
         real_close = os.close
 
@@ -329,10 +327,10 @@ OBSTACLES: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 class TestSessionRoot:
-    def test_it_and_its_log_are_for_nobody_else(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+    def test_session_root_and_log_are_private(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         before = os.umask(0)
         try:
-            make().prepared()
+            make().passed()
         finally:
             os.umask(before)
         assert mode(tmp_path / "sessions") == 0o700
@@ -346,39 +344,37 @@ class TestSessionRoot:
         log.write_text("earlier\n", encoding="ascii")
         for path, bits in ((tmp_path / "sessions", 0o755), (root, 0o777), (log, 0o666)):
             path.chmod(bits)
-        launch = make().prepared().launch
+        launch = make().passed().launch
         assert (mode(root), mode(log)) == (0o700, 0o600)
         assert mode(tmp_path / "sessions") == 0o755  # the caller's own
         os.write(launch.log, b"later\n")
         assert log.read_text(encoding="ascii") == "earlier\n--- a new attempt\nlater\n"
 
-    def test_the_sessions_root_may_be_a_link_or_missing(self, make: Callable[..., Trial], tmp_path: Path) -> None:
+    def test_sessions_root_may_be_a_link_or_missing(self, make: Callable[..., Trial], tmp_path: Path) -> None:
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "link").symlink_to("elsewhere")
-        make(root=tmp_path / "link").prepared()
+        make(root=tmp_path / "link").passed()
         assert (tmp_path / "elsewhere/S-name/session.log").is_file()
-        make(root=tmp_path / "not/yet/there").prepared()
+        make(root=tmp_path / "not/yet/there").passed()
 
     @pytest.mark.parametrize("obstacle", OBSTACLES)
-    def test_one_that_cannot_be_used_is_refused(
-        self, make: Callable[..., Trial], tmp_path: Path, obstacle: str
-    ) -> None:
+    def test_unusable_session_root_is_an_error(self, make: Callable[..., Trial], tmp_path: Path, obstacle: str) -> None:
         if "another user's" in obstacle and os.geteuid() != 0:
             pytest.skip("only root can give a file to another user")
         sessions = tmp_path / ("file/below" if "below" in obstacle else "sessions")
         root = sessions / "S-name"
         problem, put = OBSTACLES[obstacle]
         put({"sessions": sessions, "session": root, "log": root / "session.log"}[obstacle.split(maxsplit=1)[0]])
-        error = make(root=sessions).refused()
+        error = make(root=sessions).failed()
         assert error.reason is EndReason.LISTEN_FAILED
         assert error.detail.startswith(f"The session root {root} cannot be used: ")
         assert error.detail.endswith(f"{problem}.")
         assert error.hint is not None
 
-    def test_a_log_that_takes_no_byte_is_refused(
+    def test_log_on_a_full_disk_is_an_error(
         self, make: Callable[..., Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A full disk still lets an empty file be made."""
+        """On a full disk an empty file can still be created."""
         log, write = tmp_path / "sessions/S-name/session.log", os.write
 
         def full(descriptor: int, data: bytes) -> int:
@@ -387,13 +383,13 @@ class TestSessionRoot:
             return write(descriptor, data)
 
         monkeypatch.setattr(os, "write", full)
-        error = make().refused()
+        error = make().failed()
         assert error.reason is EndReason.LISTEN_FAILED
         assert error.detail == f"The session root {log.parent} cannot be used: No space left on device."
         assert error.hint is not None
         assert "not full" in error.hint
 
-    def test_a_log_that_is_a_pipe_is_refused_also_where_somebody_reads_it(
+    def test_log_that_is_a_pipe_is_an_error_even_with_a_reader(
         self, make: Callable[..., Trial], tmp_path: Path
     ) -> None:
         log = tmp_path / "sessions/S-name/session.log"
@@ -401,24 +397,24 @@ class TestSessionRoot:
         os.mkfifo(log)
         reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            assert make().refused().detail.endswith("session.log is no plain file of ours.")
+            assert make().failed().detail.endswith("session.log is no plain file of ours.")
         finally:
             os.close(reader)
 
 
-class TestRefusals:
+class TestFailures:
     @pytest.mark.parametrize("call", CALLS)
-    def test_what_the_backend_refuses(self, make: Callable[..., Trial], call: str) -> None:
-        wanted = BackendError(EndReason.PROXY_NOT_FOUND, "It is not there.", "Install it.")
+    def test_backend_error_is_posted(self, make: Callable[..., Trial], call: str) -> None:
+        error = BackendError(EndReason.PROXY_NOT_FOUND, "It is not there.", "Install it.")
 
         def refuse() -> None:
-            raise wanted
+            raise error
 
-        assert make(FakeBackend(call, refuse)).refused() is wanted
+        assert make(FakeBackend(call, refuse)).failed() is error
 
     @pytest.mark.parametrize("call", CALLS)
     @pytest.mark.parametrize("error", [RuntimeError("a bug"), SystemExit(3), OSError(28, "No space left on device")])
-    def test_a_backend_that_breaks(self, make: Callable[..., Trial], call: str, error: BaseException) -> None:
+    def test_backend_that_crashes_is_posted(self, make: Callable[..., Trial], call: str, error: BaseException) -> None:
         def fail() -> None:
             raise error
 
@@ -428,7 +424,7 @@ class TestRefusals:
         assert isinstance(ended, PreflightFinished)
 
     @pytest.mark.parametrize("call", ["preflight", "environment", "command"])
-    def test_a_traceback_of_one_that_breaks_shows_no_secret(self, make: Callable[..., Trial], call: str) -> None:
+    def test_traceback_of_a_crashed_backend_shows_no_secret(self, make: Callable[..., Trial], call: str) -> None:
         def fail() -> None:
             raise RuntimeError("a bug")
 
@@ -442,66 +438,72 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("display", "detail"), [(None, "DISPLAY is not set."), ("/nonexistent/x:0", "There is no X server at")]
     )
-    def test_no_x_server_for_a_backend_that_needs_one(
+    def test_missing_x_server_is_an_error_if_the_backend_needs_one(
         self, make: Callable[..., Trial], display: str | None, detail: str
     ) -> None:
         backend = FakeBackend()
         backend.needs_display = True
         trial = make(backend, environ={} if display is None else {"DISPLAY": display})
-        error = trial.refused()
+        error = trial.failed()
         assert error.reason is EndReason.DISPLAY_UNAVAILABLE
         assert error.detail.startswith(detail)
         assert error.hint is not None
         assert trial.preflight.watch is None
 
-    def test_a_backend_that_needs_none_looks_for_none(self, make: Callable[..., Trial]) -> None:
+    def test_missing_x_server_is_ignored_if_the_backend_needs_none(self, make: Callable[..., Trial]) -> None:
         trial = make(environ={"DISPLAY": "/nonexistent/x:0"})
-        trial.prepared()
+        trial.passed()
         assert trial.preflight.watch is None
 
-    def test_an_x_server_that_does_not_answer(self, make: Callable[..., Trial], runtime: Path) -> None:
+    def test_silent_x_server_is_an_error(self, make: Callable[..., Trial], runtime: Path) -> None:
         backend = FakeBackend()
         backend.needs_display = True
         with Display(runtime) as display:
             display.may_answer.clear()
-            error = make(backend, environ={"DISPLAY": display.name}, timeout_s=0.05).refused()
+            error = make(backend, environ={"DISPLAY": display.name}, timeout_s=0.05).failed()
         assert error.reason is EndReason.DISPLAY_UNAVAILABLE
-        assert "did not answer within 0.04 s" in error.detail  # before the whole preflight is too late
+        assert "did not answer within 0.04 s" in error.detail  # before the whole preflight times out
 
-    def test_a_transport_that_has_ended(self, make: Callable[..., Trial], server: LoopbackSSHServer) -> None:
+    def test_ended_transport_is_an_error(self, make: Callable[..., Trial], server: LoopbackSSHServer) -> None:
         ended = server.connect_transport()
         ended.close()
         ended.join(WAIT_S)
-        server.wait_for(lambda: server.connections == 1)  # its own end of it is closed too
-        error = make(transport=ended).refused()
+        server.wait_for(lambda: server.connections == 1)  # its end of the connection is closed too
+        error = make(transport=ended).failed()
         assert error.reason is EndReason.TRANSPORT_LOST
         assert error.detail == "The SSH connection had ended before the proxy was started."
 
-    def test_no_room_for_a_socket(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_socket_directory_is_an_error(
+        self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def refuse(**_: object) -> str:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(tempfile, "mkdtemp", refuse)
-        error = make().refused()
+        error = make().failed()
         assert error.reason is EndReason.LISTEN_FAILED
         assert error.detail == (
             "The local end of the tunnel cannot be bound: "
             "no temporary directory is writable and has a path short enough for a unix socket."
         )
 
-    def test_a_socket_that_cannot_be_bound(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_failed_bind_of_a_unix_socket_is_an_error(
+        self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def refuse(kind: str, directory: Path) -> str:
             raise OSError(24, "Too many open files", f"{kind} {directory}")
 
         trial = make()
         monkeypatch.setattr(trial.forwarder, "bind", refuse)
-        error = trial.refused()
+        error = trial.failed()
         assert error.reason is EndReason.LISTEN_FAILED
         assert error.detail == "The local end of the tunnel cannot be bound: Too many open files."
-        assert error.hint is None  # the reason's own will do
+        assert error.hint is None  # the reason's own is used
 
-    def test_a_port_that_cannot_be_bound(self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Its user is told of ports, not only of directories."""
+    def test_failed_bind_of_a_port_is_an_error_with_its_own_hint(
+        self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The hint is about ports, not only about directories."""
 
         def refuse(kind: str, directory: Path) -> str:
             raise OSError(98, "Address already in use", f"{kind} {directory}")
@@ -510,12 +512,12 @@ class TestRefusals:
         backend.listen_kind = "tcp"
         trial = make(backend)
         monkeypatch.setattr(trial.forwarder, "bind", refuse)
-        error = trial.refused()
+        error = trial.failed()
         assert error.reason is EndReason.LISTEN_FAILED
         assert error.hint is not None
         assert "free TCP port" in error.hint
 
-    def test_without_a_thread_its_last_word_is_said_all_the_same(
+    def test_finish_is_posted_even_without_a_thread(
         self, make: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def refuse(_: threading.Thread) -> None:
@@ -530,15 +532,15 @@ class TestRefusals:
 
 
 class TestSocketDirectory:
-    def test_it_is_where_the_system_wants_it_and_for_nobody_else(
+    def test_socket_directory_is_private_and_in_xdg_runtime_dir(
         self, make: Callable[..., Trial], runtime: Path
     ) -> None:
-        address = Path(make().prepared().listen_address)
+        address = Path(make().passed().listen_address)
         assert address.parent.parent == runtime
         assert mode(address.parent) == 0o700
 
     @pytest.mark.parametrize("unusable", ["unset", "empty", "missing", "a file", "a program", "relative", "too long"])
-    def test_otherwise_it_is_among_the_temporary_files(
+    def test_socket_directory_is_temporary_if_xdg_runtime_dir_is_unusable(
         self, make: Callable[..., Trial], tmp_path: Path, unusable: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         place = tmp_path / "place"
@@ -555,7 +557,7 @@ class TestSocketDirectory:
         trial = make(environ={"XDG_RUNTIME_DIR": "" if unusable == "empty" else str(place)})
         if unusable == "unset":
             del trial.environ["XDG_RUNTIME_DIR"]
-        address = Path(trial.prepared().listen_address)
+        address = Path(trial.passed().listen_address)
         assert address.parent.parent == Path(tempfile.gettempdir())
         assert address.is_socket()
         trial.close()
@@ -563,14 +565,14 @@ class TestSocketDirectory:
         if place.is_dir():
             assert list(place.iterdir()) == []
 
-    def test_and_where_that_too_has_a_long_path_in_tmp(
+    def test_socket_directory_is_in_tmp_if_all_other_paths_are_too_long(
         self, make: Callable[..., Trial], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         long = tmp_path / ("x" * 100)
         long.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(long))
         trial = make(environ={"XDG_RUNTIME_DIR": str(long)})
-        address = Path(trial.prepared().listen_address)
+        address = Path(trial.passed().listen_address)
         assert address.parent.parent == Path("/tmp")
         trial.close()
         assert not address.parent.exists()
@@ -593,13 +595,13 @@ PLACES = [
 
 
 class TestClosing:
-    def test_before_it_is_started(self, make: Callable[..., Trial]) -> None:
+    def test_close_before_the_start_acquires_nothing(self, make: Callable[..., Trial]) -> None:
         trial = make()
         trial.close()
         assert [type(each) for each in trial.run()] == [PreflightFinished]
 
-    def test_while_the_backend_looks_for_its_program(self, make: Callable[..., Trial]) -> None:
-        """Such as on a network's file system that hangs."""
+    def test_close_does_not_wait_for_a_backend_that_blocks(self, make: Callable[..., Trial]) -> None:
+        """For example on a network file system that hangs."""
         asked, go_on = threading.Event(), threading.Event()
 
         def block() -> None:
@@ -610,13 +612,13 @@ class TestClosing:
         trial.preflight.start()
         assert asked.wait(WAIT_S)
         trial.close()
-        assert trial.told == []
+        assert trial.outcome == []
         assert trial.preflight.thread.is_alive()
         go_on.set()
         assert [type(each) for each in trial.finish()] == [PreflightFinished]
 
-    def test_while_the_x_server_does_not_answer(self, make: Callable[..., Trial], runtime: Path) -> None:
-        """Then nobody waits for it any longer."""
+    def test_close_interrupts_the_wait_for_the_x_server(self, make: Callable[..., Trial], runtime: Path) -> None:
+        """Its connection is closed, which ends the wait."""
         backend = FakeBackend()
         backend.needs_display = True
         with Display(runtime) as display:
@@ -629,20 +631,20 @@ class TestClosing:
 
     @pytest.mark.parametrize(("function", "line"), PLACES)
     @pytest.mark.parametrize("kind", ["unix", "tcp"])
-    def test_at_any_line_leaves_nothing(
+    def test_close_at_any_line_leaves_nothing(
         self, make: Callable[..., Trial], runtime: Path, function: str, line: int, kind: ListenKind
     ) -> None:
         backend = FakeBackend(kind=kind)
         backend.needs_display = True
         (code,) = (each.__code__ for each in TRACED if each.__qualname__ == function)
         before = descriptors()
-        struck: list[int] = []
+        reached: list[int] = []
 
         def trace(frame: FrameType, event: str, _: object) -> Any:
             if frame.f_code is not code:
                 return None
-            if event == "line" and frame.f_lineno == line and not struck:
-                struck.append(line)
+            if event == "line" and frame.f_lineno == line and not reached:
+                reached.append(line)
                 closer = threading.Thread(target=trial.close, daemon=True)
                 closer.start()
                 closer.join(0.02 if function == "Preflight._keep" else WAIT_S)  # there it may hold the lock
@@ -662,7 +664,7 @@ class TestClosing:
             for closer in closers:
                 closer.join(WAIT_S)
                 assert not closer.is_alive()
-            if not struck:
+            if not reached:
                 trial.close()
             assert_ended_once(trial)
             assert trial.inbox.kinds().count(TunnelClosed) == 1

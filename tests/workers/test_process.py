@@ -1,4 +1,4 @@
-"""The proxy program is spawned alone, heard to its last word, seen to end at once, and leaves nothing behind."""
+"""The proxy program is isolated, read to its last line, its exit noticed at once, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _Seen = TypeVar("_Seen", bound=Observation)
 
 
 def read(chunks: Iterable[bytes], secrets: Sequence[str] = (COOKIE,)) -> list[str]:
-    """All that comes out of a `LineReader` for these chunks."""
+    """Return all lines of a `LineReader` for these chunks."""
     reader = LineReader(secrets)
     return [line for chunk in chunks for line in reader.feed(chunk)] + list(reader.finish())
 
@@ -78,28 +78,28 @@ def cut(line: str) -> list[str]:
 
 
 class TestLineReader:
-    def test_a_line_may_come_in_any_number_of_chunks(self) -> None:
+    def test_line_may_come_in_any_number_of_chunks(self) -> None:
         assert read([b"on", b"", b"e\ntw", b"o", b"\n\nthr", b"ee\n"]) == ["one", "two", "", "three"]
 
-    def test_a_line_is_told_as_soon_as_it_is_complete(self) -> None:
+    def test_line_is_yielded_as_soon_as_it_is_complete(self) -> None:
         reader = LineReader()
         assert list(reader.feed(b"one\ntw")) == ["one"]
         assert list(reader.feed(b"o\n")) == ["two"]
         assert list(reader.finish()) == []
 
-    def test_the_last_line_needs_no_end(self) -> None:
+    def test_last_line_needs_no_newline(self) -> None:
         assert read([b"one\ntwo"]) == ["one", "two"]
 
     @pytest.mark.parametrize("chunks", [[b"one\r\ntwo\r"], [b"one\r", b"\ntwo", b"\r"]])
-    def test_a_carriage_return_before_the_end_of_the_line_is_dropped(self, chunks: list[bytes]) -> None:
+    def test_carriage_return_before_a_newline_is_dropped(self, chunks: list[bytes]) -> None:
         assert read(chunks) == ["one", "two"]
 
-    def test_a_carriage_return_is_dropped_also_where_a_line_was_cut(self) -> None:
+    def test_carriage_return_is_dropped_even_if_the_line_was_cut(self) -> None:
         for length in range(CUT, CUT + 100):
             assert "".join(read([b"x" * length + b"\r", b"\n"])) == "x" * length
             assert "".join(read([b"x" * length + b"\r", b"y\n"])) == "x" * length + "\\ry"
 
-    def test_control_characters_are_made_harmless(self) -> None:
+    def test_control_characters_are_escaped(self) -> None:
         assert read([b"\x1b]0;owned\x07 \x1b[2J\x08\x00\x7f\t10%\r20%\n"]) == [
             "\\x1b]0;owned\\x07 \\x1b[2J\\x08\\x00\\x7f\t10%\\r20%"
         ]
@@ -109,42 +109,42 @@ class TestLineReader:
             "\\u202e \\u2028 \\x85 \\u200b \\U000e0041",
         ]
 
-    def test_what_is_no_utf_8_is_shown_in_hexadecimal(self) -> None:
+    def test_invalid_utf_8_is_shown_in_hexadecimal(self) -> None:
         assert read([b"caf\xe9 \xff\xfe \xe2\x82\n\xe2\x82"]) == ["caf\\xe9 \\xff\\xfe \\xe2\\x82", "\\xe2\\x82"]
 
-    def test_a_character_may_come_in_two_chunks(self) -> None:
+    def test_character_may_come_in_two_chunks(self) -> None:
         data = "é€😀".encode()
         for place in range(len(data)):
             assert read(split_at(data, [place])) == ["é€😀"]
 
-    def test_a_long_line_is_cut_and_nothing_of_it_is_lost(self) -> None:
+    def test_long_line_is_cut_without_loss(self) -> None:
         line = "".join(f"{number} " for number in range(10_000))
         for chunk_bytes in (len(line), 65_536, 8192, 1000):
             data = line.encode() + b"\nnext\n"
             chunks = [data[at : at + chunk_bytes] for at in range(0, len(data), chunk_bytes)]
             assert read(chunks) == [*cut(line), "next"]
 
-    def test_a_line_of_just_the_longest_length_is_not_cut(self) -> None:
+    def test_line_of_maximum_length_is_not_cut(self) -> None:
         assert read([b"x" * CUT, b"\n"]) == ["x" * CUT]
         assert read([b"x" * CUT + b"y", b"\n"]) == ["x" * CUT, "y"]
 
     @pytest.mark.parametrize("filler", [b"x", b"\x1b", b"cookie=", b"\xff", COOKIE.encode(), b"\r"])
-    def test_a_line_without_end_does_not_fill_the_memory(self, filler: bytes) -> None:
+    def test_endless_line_does_not_fill_the_memory(self, filler: bytes) -> None:
         reader = LineReader([COOKIE])
         chunk = filler * (65_536 // len(filler))
         for _ in range(20):
             assert all(len(line) <= CUT for line in reader.feed(chunk))
             assert len(reader._buffer) < 3 * CUT
 
-    def test_the_cookie_is_hidden_in_any_case_of_its_letters(self) -> None:
+    def test_cookie_is_redacted_in_upper_and_lower_case(self) -> None:
         data = f"a {COOKIE} b {COOKIE.upper()} c {COOKIE.lower()}d\n".encode()
         assert read([data]) == ["a <hidden> b <hidden> c <hidden>d"]
 
-    def test_all_secrets_are_hidden_and_an_empty_one_hides_nothing(self) -> None:
+    def test_all_secrets_are_redacted_and_an_empty_one_is_ignored(self) -> None:
         assert read([b"one and two: onetwo"], ["one", "", "TWO"]) == ["<hidden> and <hidden>: <hidden><hidden>"]
         assert read([b"nothing to hide"], []) == ["nothing to hide"]
 
-    def test_a_secret_is_taken_literally(self) -> None:
+    def test_secret_is_matched_literally(self) -> None:
         assert read([b"a.c abc"], ["a.c"]) == ["<hidden> abc"]
 
     @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ class TestLineReader:
             ("cookie=\x1b[31mabc\x07def,x", "cookie=<hidden>,x"),
         ],
     )
-    def test_whatever_is_called_a_cookie_is_hidden(self, line: str, shown: str) -> None:
+    def test_any_value_called_cookie_is_redacted(self, line: str, shown: str) -> None:
         assert read([line.encode()]) == [shown]
 
     @pytest.mark.parametrize(
@@ -166,17 +166,17 @@ class TestLineReader:
         [("cookie=", (COOKIE,)), ("", (COOKIE,)), ("cookie=", ())],
         ids=["both", "known", "named"],
     )
-    def test_a_cookie_is_hidden_wherever_two_chunks_meet_and_wherever_its_line_is_cut(
+    def test_cookie_is_redacted_across_any_chunk_border_and_any_cut(
         self, prefix: str, secrets: tuple[str, ...]
     ) -> None:
-        """Half of it is no better than the whole: nothing of it comes through."""
+        """Half of it is no better than the whole: no part of it gets through."""
         for before in range(CUT - 60, CUT + 60, 7):
             data = b"x" * before + f"{prefix}{COOKIE},y".encode() + b"z" * 100
             shown = "x" * before + f"{prefix}<hidden>,y" + "z" * 100
             for place in range(before - 2, before + 50):
                 assert read(split_at(data, [place]), secrets) == cut(shown)
 
-    def test_an_endless_cookie_is_hidden_to_its_end(self) -> None:
+    def test_endless_cookie_is_redacted_to_its_end(self) -> None:
         chunks = [b"cookie=", *[b"abcd" * 5000] * 5, b",x\n"]
         assert read(chunks) == ["cookie=<hidden>,x"]
 
@@ -194,7 +194,7 @@ class TestLineReader:
     )
     @example(parts=["x" * (CUT - 10), COOKIE], places=[CUT + 5])
     @example(parts=["x" * CUT, COOKIE, COOKIE], places=[CUT + 31, CUT + 33])
-    def test_the_secret_alone_is_lost_whatever_the_chunks_are(self, parts: list[str], places: list[int]) -> None:
+    def test_only_the_secret_is_lost_whatever_the_chunks(self, parts: list[str], places: list[int]) -> None:
         shown = "".join("<hidden>" if part.upper() == COOKIE.upper() else part for part in parts)
         lines = shown.split("\n")
         if lines[-1] == "":
@@ -217,9 +217,7 @@ class TestLineReader:
     )
     @example(parts=[b"\x01", COOKIE[2:].encode()], places=[])  # shown as \x01, it would make the cookie whole
     @example(parts=[b"\xab\xcd"], places=[1])
-    def test_what_comes_out_is_harmless_and_does_not_depend_on_the_chunks(
-        self, parts: list[bytes], places: list[int]
-    ) -> None:
+    def test_lines_are_harmless_and_do_not_depend_on_the_chunks(self, parts: list[bytes], places: list[int]) -> None:
         data = b"".join(parts)
         lines = read(split_at(data, places))
         assert lines == read([data])
@@ -228,8 +226,8 @@ class TestLineReader:
             assert line.replace("\t", " ").isprintable()
             assert len(line) <= CUT
 
-    def test_an_output_of_control_characters_can_never_spell_the_cookie(self) -> None:
-        """What stands for a byte that cannot be shown is hexadecimal too."""
+    def test_escaped_control_characters_cannot_spell_the_cookie(self) -> None:
+        """The escape of a control character is hexadecimal too."""
         for secret in ("1b" + "0" * 30, "ff" + "0" * 30):
             assert read([bytes.fromhex(secret[:2]) + b"0" * 30], [secret]) == ["\\x<hidden>"]
 
@@ -261,19 +259,19 @@ class Run:
         finally:
             os.close(descriptor)
         self._hold: tuple[type[Observation], list[Any], threading.Event] | None = None
-        self.takes_lines = True
+        self.acks_lines = True
 
     def _post(self, observation: Observation) -> None:
         if self._hold is not None and isinstance(observation, self._hold[0]):
             self._hold[1].append(observation)
             assert self._hold[2].wait(WAIT_S)
         self._news.put(observation)
-        if isinstance(observation, OutputLine) and self.takes_lines:
+        if isinstance(observation, OutputLine) and self.acks_lines:
             self.process.ack_line()
 
     @contextlib.contextmanager
     def held_at(self, kind: type[_Seen]) -> Iterator[list[_Seen]]:
-        """Meanwhile, let its thread go no further than to an observation of this kind; yields what held it."""
+        """Block its thread when it posts an observation of this kind; yields the observations that it blocks on."""
         seen: list[_Seen] = []
         self._hold = kind, seen, threading.Event()
         try:
@@ -294,7 +292,7 @@ class Run:
                 return observation
 
     def finish(self) -> list[Observation]:
-        """Wait until the thread is gone, and return all that was seen."""
+        """Wait until the thread has ended, and return all observations."""
         self.process.thread.join(WAIT_S)
         assert not self.process.thread.is_alive()
         while not self._news.empty():
@@ -307,7 +305,7 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_left() -> Iterator[None]:
     """No test here leaves a descriptor, a thread or a child behind."""
     before = descriptors()
     yield
@@ -319,7 +317,7 @@ def _nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture(params=["pidfd", "pidfd refused", "no pidfd"])
 def exit_seen_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each way in which the end of a program can be seen."""
+    """Each way in which the exit of a program can be noticed."""
 
     def refuse(pid: int) -> int:
         raise OSError(38, "Function not implemented", str(pid))
@@ -342,7 +340,7 @@ def assert_reaped(pid: int) -> None:
 
 class TestLife:
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_first_its_start_is_told_then_its_lines_and_at_last_its_end(self, tmp_path: Path) -> None:
+    def test_spawn_is_posted_first_then_lines_then_exit(self, tmp_path: Path) -> None:
         run = Run(script(say("one"), say("two", "stdout"), say("three")), tmp_path).start()
         spawned, *lines, exited = run.finish()
         assert isinstance(spawned, ProcessSpawned)
@@ -365,14 +363,14 @@ class TestLife:
             (die_by(signal.SIGHUP), None, signal.SIGHUP),
         ],
     )
-    def test_an_exit_code_and_a_signal_are_told_apart(
+    def test_exit_code_and_signal_are_distinguished(
         self, tmp_path: Path, end: Step, exit_code: int | None, number: int | None
     ) -> None:
         exited = Run(script(end), tmp_path).start().until(ProcessExited)
         assert (exited.exit_code, exited.signal) == (exit_code, number)
 
-    def test_it_reads_nothing_and_inherits_no_descriptor(self, tmp_path: Path) -> None:
-        look = Step(
+    def test_program_has_no_input_and_inherits_no_descriptor(self, tmp_path: Path) -> None:
+        inspect = Step(
             "put(2, os.readlink('/proc/self/fd/0'))\n"
             "for fd in sorted(map(int, os.listdir('/proc/self/fd'))):\n"
             "    if os.path.exists('/proc/self/fd/' + str(fd)): put(2, str(fd))"
@@ -382,7 +380,7 @@ class TestLife:
         try:
             os.dup2(ours, 0)  # pytest's own is /dev/null
             os.set_inheritable(theirs, True)  # noqa: FBT003 - its one parameter
-            run = Run(script(look), tmp_path).start()
+            run = Run(script(inspect), tmp_path).start()
             run.finish()
         finally:
             os.dup2(stdin, 0)
@@ -390,9 +388,7 @@ class TestLife:
                 os.close(descriptor)
         assert run.lines == ["/dev/null", "0", "1", "2"]
 
-    def test_it_lives_in_a_session_of_its_own_in_its_directory_and_with_its_environment_alone(
-        self, tmp_path: Path
-    ) -> None:
+    def test_program_has_its_own_session_directory_and_environment(self, tmp_path: Path) -> None:
         directory = tmp_path / "root"
         directory.mkdir()
         environment = {"ONE": "1", "NX_DISPLAY": "x=y", "EMPTY": "", "LC_CTYPE": "C.UTF-8"}
@@ -406,8 +402,8 @@ class TestLife:
         assert call["environ"] == environment
         assert call["argv"] == ["-c", "an argument", "*"]
 
-    def test_it_leaves_no_core_file_in_which_the_cookie_would_stand(self, tmp_path: Path) -> None:
-        """A core that the kernel pipes to a program is another matter: that limit does not hold it back."""
+    def test_program_leaves_no_core_file_with_the_cookie(self, tmp_path: Path) -> None:
+        """The limit does not apply to a core dump that the kernel pipes to a program."""
         with Gate(tmp_path / "gate") as gate:
             run = Run(script(wait_file(gate.path)), tmp_path).start()
             pid = run.until(ProcessSpawned).pid
@@ -417,19 +413,21 @@ class TestLife:
             run.finish()
         assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
 
-    def test_its_standard_output_and_error_are_one(self, tmp_path: Path) -> None:
+    def test_standard_output_and_error_are_merged(self, tmp_path: Path) -> None:
         run = Run(script(*[say(str(number), ("stdout", "stderr")[number % 2]) for number in range(50)]), tmp_path)
         run.start().finish()
         assert run.lines == [str(number) for number in range(50)]
 
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_it_may_close_its_output_and_go_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """And nobody spins on the end of it meanwhile."""
+    def test_program_may_close_its_output_and_keep_running(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And the thread does not spin on its EOF meanwhile."""
         real_read, empty_reads = os.read, []
 
         def counting_read(descriptor: int, count: int) -> bytes:
             data = real_read(descriptor, count)
-            if not data and count == 4 << 10:  # not those of subprocess
+            if not data and count == 4 << 10:  # not the reads of subprocess
                 empty_reads.append(descriptor)
             return data
 
@@ -445,15 +443,15 @@ class TestLife:
             run.finish()
         assert len(empty_reads) <= 2
 
-    def test_its_last_line_needs_no_end(self, tmp_path: Path) -> None:
+    def test_last_line_of_the_output_needs_no_newline(self, tmp_path: Path) -> None:
         run = Run(script(Step("os.write(1, b'one\\ntwo')")), tmp_path).start()
         run.finish()
         assert run.lines == ["one", "two"]
         assert isinstance(run.seen[-1], ProcessExited)
 
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_all_its_last_words_arrive(self, tmp_path: Path) -> None:
-        """They are more than a pipe holds, and it is gone when they are read."""
+    def test_all_final_output_arrives(self, tmp_path: Path) -> None:
+        """It is more than a pipe holds, and the program has exited when it is read."""
         words = Step("for n in range(20000): put(1, 'word ' + str(n).zfill(5))")
         run = Run(script(words, die_by(signal.SIGKILL)), tmp_path).start()
         run.finish()
@@ -462,7 +460,7 @@ class TestLife:
 
     @pytest.mark.usefixtures("exit_seen_by")
     @pytest.mark.parametrize("limit", [1 << 20, 100_000])
-    def test_what_is_in_the_pipe_at_its_end_arrives_within_a_limit(
+    def test_output_in_the_pipe_at_the_exit_arrives_up_to_a_limit(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
     ) -> None:
         monkeypatch.setattr("proxy_fsm.workers.process._FINAL_OUTPUT_BYTES", limit)
@@ -480,7 +478,7 @@ class TestLife:
         assert isinstance(run.seen[-1], ProcessExited)
 
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_a_child_that_it_leaves_hides_its_end_from_nobody_and_is_ended(self, tmp_path: Path) -> None:
+    def test_child_left_behind_does_not_hide_the_exit_and_is_killed(self, tmp_path: Path) -> None:
         def measure() -> float:
             directory = Path(tempfile.mkdtemp(dir=tmp_path))
             with Gate(directory / "gate") as gate:
@@ -497,10 +495,8 @@ class TestLife:
         assert_prompt(measure, 0.5)
 
     @pytest.mark.parametrize("talk", ["signal.pause()", "while True: os.write(1, b'x' * 65536)"])
-    def test_one_that_escaped_into_a_session_of_its_own_does_not_hide_it_either(
-        self, tmp_path: Path, talk: str
-    ) -> None:
-        """Even where it never stops talking."""
+    def test_child_in_a_session_of_its_own_does_not_hide_the_exit(self, tmp_path: Path, talk: str) -> None:
+        """Even if it never stops writing."""
         fork = f"if os.fork() == 0:\n    os.setsid()\n    put(1, 'child ' + str(os.getpid()))\n    {talk}"
 
         def measure() -> float:
@@ -511,7 +507,7 @@ class TestLife:
                 run.process.signal(signal.SIGKILL)
                 assert run.until(ProcessExited).signal == signal.SIGKILL
                 took_s = time.monotonic() - began
-                assert alive(child) or "write" in talk  # nobody reads any more what it writes: that ends it
+                assert alive(child) or "write" in talk  # its pipe is no longer read, which ends it
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
@@ -523,15 +519,15 @@ class TestLife:
 
 class TestSignals:
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_one_that_does_not_heed_a_signal_is_ended_by_the_next(self, tmp_path: Path) -> None:
-        run = Run(script(on_signal(signal.SIGTERM, [say("heard")]), say("up"), pause()), tmp_path).start()
+    def test_program_that_ignores_a_signal_is_ended_by_the_next(self, tmp_path: Path) -> None:
+        run = Run(script(on_signal(signal.SIGTERM, [say("caught")]), say("up"), pause()), tmp_path).start()
         run.until(OutputLine, "up")
         run.process.signal(signal.SIGTERM)
-        run.until(OutputLine, "heard")
+        run.until(OutputLine, "caught")
         run.process.signal(signal.SIGKILL)
         assert run.until(ProcessExited).signal == signal.SIGKILL
 
-    def test_a_signal_before_the_spawn_is_sent_as_soon_as_it_runs(self, tmp_path: Path) -> None:
+    def test_signal_before_the_spawn_is_sent_as_soon_as_it_runs(self, tmp_path: Path) -> None:
         run = Run(script(pause()), tmp_path)
         run.process.signal(signal.SIGTERM)
         run.process.signal(signal.SIGKILL)
@@ -539,14 +535,14 @@ class TestSignals:
         assert run.until(ProcessExited).signal == signal.SIGKILL
         assert isinstance(run.finish()[0], ProcessSpawned)
 
-    def test_a_signal_in_the_midst_of_the_spawn_is_sent_too(self, tmp_path: Path) -> None:
+    def test_signal_during_the_spawn_is_sent(self, tmp_path: Path) -> None:
         for _ in range(20):
             run = Run(script(pause()), tmp_path).start()
             run.process.signal(signal.SIGKILL)
             assert run.until(ProcessExited).signal == signal.SIGKILL
 
-    def test_a_signal_after_the_end_goes_to_nobody(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The number could be another process's by then."""
+    def test_signal_after_the_exit_is_not_sent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The PID could be another process's by then."""
         run = Run(script(), tmp_path).start()
         run.until(ProcessExited)
         sent = []
@@ -556,17 +552,15 @@ class TestSignals:
         run.process.signal(signal.SIGKILL)
         assert sent == []
 
-    def test_a_signal_to_one_that_has_ended_and_is_not_reaped_does_no_harm(self, tmp_path: Path) -> None:
+    def test_signal_before_an_exited_program_is_reaped_is_harmless(self, tmp_path: Path) -> None:
         for _ in range(20):
             run = Run(script(), tmp_path).start()
             while run.process.thread.is_alive():
                 run.process.signal(signal.SIGCONT)
             assert isinstance(run.finish()[-1], ProcessExited)
 
-    def test_it_is_sent_to_the_program_itself_and_to_no_number(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """The number could be another process's, where somebody else has reaped the program."""
+    def test_signal_is_sent_by_pidfd_and_not_by_pid(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The PID could be another process's, if the program was reaped elsewhere."""
 
         def refuse(*call: int) -> None:
             raise AssertionError(call)
@@ -578,10 +572,10 @@ class TestSignals:
             run.process.signal(signal.SIGTERM)
         assert run.until(ProcessExited).signal == signal.SIGTERM
 
-    def test_it_heeds_them_also_where_all_are_blocked_around_here(self, tmp_path: Path) -> None:
-        """And what is blocked here stays so."""
-        look = Step("put(1, open('/proc/self/status').read().partition('SigBlk:')[2].split()[0])")
-        run = Run(script(look), tmp_path)
+    def test_program_inherits_no_blocked_signal(self, tmp_path: Path) -> None:
+        """And the mask of this thread is restored."""
+        inspect = Step("put(1, open('/proc/self/status').read().partition('SigBlk:')[2].split()[0])")
+        run = Run(script(inspect), tmp_path)
         seen: list[set[int]] = []
         real_run = run.process.thread.run
 
@@ -602,10 +596,10 @@ class TestSignals:
 
 
 class TestReapedByAnother:
-    """Then nobody can tell how it ended, and nobody does."""
+    """The exit code is then unknown, and none is made up."""
 
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_by_the_kernel(self, tmp_path: Path) -> None:
+    def test_exit_reaped_by_the_kernel_has_no_code(self, tmp_path: Path) -> None:
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             for end in (exit_with(7), die_by(signal.SIGKILL)):
@@ -617,9 +611,9 @@ class TestReapedByAnother:
             signal.signal(signal.SIGCHLD, before)
 
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_by_somebody_who_waits_for_all(self, tmp_path: Path) -> None:
+    def test_exit_reaped_by_another_thread_has_no_code(self, tmp_path: Path) -> None:
         run = Run(script(exit_with(7)), tmp_path)
-        run.process.signal(signal.SIGCONT)  # it is sent after the spawn was told
+        run.process.signal(signal.SIGCONT)  # it is sent after the spawn was posted
         with run.held_at(ProcessSpawned) as spawned:
             run.start()
             eventually(lambda: spawned)
@@ -629,26 +623,26 @@ class TestReapedByAnother:
 
 
 class TestFlood:
-    """A program that prints faster than its lines are taken in is held up, and costs no memory."""
+    """A program that prints faster than its lines are handled is blocked, and costs no memory."""
 
     LINES = 9_000
-    #: As many get into the pipe (64 KiB) and out of it (some 1,400 are read) before it is held up.
-    BEFORE_IT_IS_HELD_UP = 6_500
+    #: So many fit into the pipe (64 KiB) or are read from it (some 1,400) before the program blocks.
+    BEFORE_IT_BLOCKS = 6_500
 
     def flood(self, tmp_path: Path, *end: Step) -> Run:
         printed = tmp_path / "printed"
         words = Step(
             f"for n in range({self.LINES}):\n"
             f"    put(1, 'word ' + str(n).zfill(5))\n"
-            f"    if n == {self.BEFORE_IT_IS_HELD_UP}: open({str(printed)!r}, 'w').close()"
+            f"    if n == {self.BEFORE_IT_BLOCKS}: open({str(printed)!r}, 'w').close()"
         )
         run = Run(script(words, *end), tmp_path)
-        run.takes_lines = False
+        run.acks_lines = False
         run.start()
         eventually(lambda: printed.exists() and run.process._posted >= 1000)
         return run
 
-    def test_nothing_is_lost_while_it_lives(self, tmp_path: Path) -> None:
+    def test_no_line_is_lost_while_the_program_runs(self, tmp_path: Path) -> None:
         with Gate(tmp_path / "gate") as gate:
             run = self.flood(tmp_path, wait_file(gate.path))
             for _ in range(self.LINES):
@@ -660,8 +654,8 @@ class TestFlood:
         assert run.lines == [f"word {number:05}" for number in range(self.LINES)]
 
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_its_end_is_seen_also_where_nobody_takes_anything_any_more(self, tmp_path: Path) -> None:
-        """Its first lines and its last arrive; a line tells how many are missing."""
+    def test_exit_is_posted_even_if_no_line_is_handled(self, tmp_path: Path) -> None:
+        """Its first lines and its last arrive; a line says how many are missing."""
         run = self.flood(tmp_path)
         run.process.signal(signal.SIGKILL)
         assert run.until(ProcessExited).signal == signal.SIGKILL
@@ -676,17 +670,17 @@ class TestFlood:
 
 
 class TestSecrets:
-    """A traceback with local variables shows none."""
+    """A traceback with local variables shows no secret."""
 
     SECRET = SecretEnvironment({"NX_DISPLAY": f"cookie={COOKIE}"})
 
-    def test_an_environment_is_one(self) -> None:
+    def test_environment_is_secret(self) -> None:
         assert dict(self.SECRET) == {"NX_DISPLAY": f"cookie={COOKIE}"}
         assert len(self.SECRET) == 1
         assert repr(self.SECRET) == str(self.SECRET) == "<hidden>"
-        assert not isinstance(self.SECRET, dict)  # rich would look into it
+        assert not isinstance(self.SECRET, dict)  # rich would show what is in a dict
 
-    def test_where_a_run_cannot_be_made(self, tmp_path: Path) -> None:
+    def test_traceback_of_a_failed_creation_shows_no_secret(self, tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Bad file descriptor") as caught:
             ProxyProcess(
                 ["/bin/true"],
@@ -702,7 +696,7 @@ class TestSecrets:
         assert "directory = " in "".join(shown.format())
         assert COOKIE not in "".join(shown.format())
 
-    def test_where_a_run_breaks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_traceback_of_a_crashed_run_shows_no_secret(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse() -> None:
             raise OSError("no more descriptors")
 
@@ -748,7 +742,9 @@ class TestSpawnFails:
             ),
         ],
     )
-    def test_it_is_told_why(self, programs: Path, program: str, reason: EndReason, problem: str) -> None:
+    def test_failed_spawn_is_posted_with_its_reason(
+        self, programs: Path, program: str, reason: EndReason, problem: str
+    ) -> None:
         path = programs / program
         (failed,) = Run([str(path)], programs).start().finish()
         assert isinstance(failed, SpawnFailed)
@@ -758,7 +754,7 @@ class TestSpawnFails:
     @pytest.mark.parametrize(
         ("directory", "problem"), [("missing", "No such file or directory"), ("no_program", "Not a directory")]
     )
-    def test_a_directory_that_is_not_there_is_told_from_a_program_that_is_not(
+    def test_missing_directory_is_distinguished_from_a_missing_program(
         self, programs: Path, directory: str, problem: str
     ) -> None:
         path = programs / directory
@@ -780,7 +776,7 @@ class TestSpawnFails:
             ([], {}, "list index out of range"),
         ],
     )
-    def test_what_no_program_can_be_given_is_told_too(
+    def test_invalid_command_or_environment_is_posted(
         self, tmp_path: Path, command: list[str], environment: dict[str, str], problem: str
     ) -> None:
         (failed,) = Run(command, tmp_path, environment=environment).start().finish()
@@ -789,19 +785,19 @@ class TestSpawnFails:
         program = command[0] if command else "without a name"
         assert failed.error.detail == f"The proxy program {program} cannot be started: {problem}."
 
-    def test_an_argument_vector_that_is_too_long_is_told_too(self, tmp_path: Path) -> None:
+    def test_too_long_argument_vector_is_posted(self, tmp_path: Path) -> None:
         (failed,) = Run(["/bin/true", "x" * (4 << 20)], tmp_path).start().finish()
         assert isinstance(failed, SpawnFailed)
         assert failed.error.detail == "The proxy program /bin/true cannot be started: Argument list too long."
 
-    def test_a_signal_to_what_never_was_goes_to_nobody(self, tmp_path: Path) -> None:
+    def test_signal_to_a_failed_spawn_is_not_sent(self, tmp_path: Path) -> None:
         run = Run([str(tmp_path / "missing")], tmp_path)
         run.process.signal(signal.SIGKILL)
         run.start().finish()
         run.process.signal(signal.SIGKILL)
         assert [type(observation) for observation in run.seen] == [SpawnFailed]
 
-    def test_without_a_thread_nothing_is_held(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_held_if_no_thread_can_be_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(_: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
@@ -813,7 +809,7 @@ class TestSpawnFails:
         assert run.seen == []
 
     @pytest.mark.usefixtures("exit_seen_by")
-    def test_a_program_that_we_cannot_watch_is_ended(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_program_that_cannot_be_watched_is_killed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse() -> None:
             raise OSError("no more descriptors")
 
@@ -828,8 +824,8 @@ class TestSpawnFails:
 
 
 class TestLog:
-    def test_it_gets_the_lines_without_the_cookie(self, tmp_path: Path) -> None:
-        """And so do all others."""
+    def test_log_gets_the_lines_without_the_cookie(self, tmp_path: Path) -> None:
+        """And so do the observations."""
         log = tmp_path / "session.log"
         log.write_text("before\n", encoding="ascii")
         environment = {"NX_DISPLAY": f"nx/nx,cookie={COOKIE},id=x:51"}
@@ -839,7 +835,7 @@ class TestLog:
         assert run.lines == ["cookie=<hidden>", "<<hidden>> é", "\\x1b[2Jtail"]
         assert log.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in ["before", *run.lines])
 
-    def test_a_full_disk_is_told_once_and_stops_nobody(self, tmp_path: Path) -> None:
+    def test_full_disk_is_posted_once_and_stops_nothing(self, tmp_path: Path) -> None:
         run = Run(script(say("one"), say("two"), say("three"), exit_with(4)), tmp_path, log="/dev/full").start()
         run.finish()
         assert [type(observation) for observation in run.seen] == [
@@ -854,8 +850,8 @@ class TestLog:
         assert run.seen[1].detail == "The session's log cannot be written any more: No space left on device."
         assert run.lines == ["one", "two", "three"]
 
-    def test_it_does_not_fill_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Each run may write so much, and then one line that says so."""
+    def test_log_does_not_fill_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each run may write up to a limit, then one line that says so."""
         monkeypatch.setattr("proxy_fsm.workers.process._MAX_LOG_BYTES", 100)
         log = tmp_path / "session.log"
         log.write_text("before\n" * 100, encoding="ascii")

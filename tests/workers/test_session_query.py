@@ -1,4 +1,4 @@
-"""The server is asked how a session stands, until it knows or nobody wants to know any more."""
+"""The server is queried for a session's status, until that changes or the query is cancelled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def row(status: str, name: str = NAME) -> bytes:
 
 
 class Lister:
-    """A server's x2golistsessions: gives one answer after the other, and the last one for ever."""
+    """A server's x2golistsessions: gives one answer after the other, and repeats the last."""
 
     def __init__(self, *answers: bytes, status: int = 0) -> None:
         self.calls: list[str] = []
@@ -51,19 +51,19 @@ class Lister:
         return self._status, answer, b"a warning\n"
 
 
-class Asked:
-    """A query, and its answer."""
+class Trial:
+    """A query, and what it posts."""
 
     def __init__(self, transport: paramiko.Transport) -> None:
         self.inbox = Inbox()
         self.query = SessionStatusQuery(transport, NAME, self.inbox.post)
 
-    def start(self) -> Asked:
+    def start(self) -> Trial:
         self.query.start()
         return self
 
     def answer(self) -> SessionStatus | None:
-        """Wait for the thread's end; it has answered once."""
+        """Wait for the thread's end; return its one answer."""
         self.query.thread.join(WAIT_S)
         assert not self.query.thread.is_alive()
         (seen,) = self.inbox.seen
@@ -85,7 +85,7 @@ def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
 
 
 def assert_usable(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
-    """The caller's transport has taken no harm, and no channel is left on it."""
+    """Check that the caller's transport still works, and that no channel is left on it."""
     server.commands = {"true": lambda _: (0, b"", b"")}
     channel = transport.open_session(timeout=WAIT_S)
     channel.exec_command("true")
@@ -109,33 +109,33 @@ def assert_usable(server: LoopbackSSHServer, transport: paramiko.Transport) -> N
         (b"perl:warning:Settinglocalefailed.\n" + row("S"), SessionStatus.SUSPENDED),
     ],
 )
-def test_what_the_server_lists_is_told_and_what_it_does_not_list_is_finished(
+def test_listed_status_is_posted_and_an_unlisted_session_is_finished(
     server: LoopbackSSHServer, transport: paramiko.Transport, output: bytes, status: SessionStatus
 ) -> None:
     lister = Lister(output)
     server.commands = {"x2golistsessions": lister}
-    assert Asked(transport).start().answer() is status
+    assert Trial(transport).start().answer() is status
     assert lister.calls == ["x2golistsessions"]
     assert_usable(server, transport)
 
 
-def test_a_session_that_is_still_listed_as_running_is_asked_for_again(
+def test_query_is_repeated_while_the_session_is_listed_as_running(
     server: LoopbackSSHServer, transport: paramiko.Transport
 ) -> None:
     lister = Lister(row("R"), row("R"), row("S"))
     server.commands = {"x2golistsessions": lister}
-    assert Asked(transport).start().answer() is SessionStatus.SUSPENDED
+    assert Trial(transport).start().answer() is SessionStatus.SUSPENDED
     assert len(lister.calls) == 3
     assert_usable(server, transport)
 
 
-def test_until_nobody_wants_to_know_any_more(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+def test_query_is_repeated_until_it_is_cancelled(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
     lister = Lister(row("R"))
     server.commands = {"x2golistsessions": lister}
-    asked = Asked(transport).start()
+    trial = Trial(transport).start()
     eventually(lambda: len(lister.calls) >= 2)
-    asked.query.cancel()
-    assert asked.answer() in {SessionStatus.RUNNING, None}  # None where it had just asked again
+    trial.query.cancel()
+    assert trial.answer() in {SessionStatus.RUNNING, None}  # None if a new query had just started
     assert_usable(server, transport)
 
 
@@ -162,98 +162,92 @@ def test_until_nobody_wants_to_know_any_more(server: LoopbackSSHServer, transpor
         "no such command",
     ],
 )
-def test_a_server_that_cannot_tell(
+def test_unusable_answer_is_none(
     server: LoopbackSSHServer, transport: paramiko.Transport, lister: Lister | None
 ) -> None:
     server.commands = {} if lister is None else {"x2golistsessions": lister}
-    assert Asked(transport).start().answer() is None
+    assert Trial(transport).start().answer() is None
     assert_usable(server, transport)
 
 
-def test_a_server_that_never_answers_is_waited_for_until_it_is_cancelled(
-    server: LoopbackSSHServer, transport: paramiko.Transport
-) -> None:
+def test_cancel_ends_the_wait_for_an_answer(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
     lister = Lister(row("S"))
     lister.may_answer.clear()
     server.commands = {"x2golistsessions": lister}
-    asked = Asked(transport).start()
+    trial = Trial(transport).start()
     assert lister.called.wait(WAIT_S)
-    assert asked.query.thread.is_alive()
-    asked.query.cancel()
-    assert asked.answer() is None, "though the server still has not answered"
+    assert trial.query.thread.is_alive()
+    trial.query.cancel()
+    assert trial.answer() is None, "though the server still has not answered"
     lister.may_answer.set()
     assert_usable(server, transport)
 
 
-def test_a_server_that_never_opens_the_channel_is_cancelled_too(
-    server: LoopbackSSHServer, transport: paramiko.Transport
-) -> None:
-    """And the channel that it opens after all is closed."""
+def test_cancel_ends_the_wait_for_a_channel(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    """And if the server opens the channel after all, it is closed."""
     server.commands = {"x2golistsessions": Lister(row("S"))}
     server.freeze()
-    asked = Asked(transport).start()
-    eventually(lambda: asked.query._opening is not None)
-    asked.query.cancel()
-    assert asked.answer() is None
+    trial = Trial(transport).start()
+    eventually(lambda: trial.query._opening is not None)
+    trial.query.cancel()
+    assert trial.answer() is None
     server.thaw()
     assert_usable(server, transport)
 
 
-def test_a_query_that_is_cancelled_before_it_is_asked_is_not_asked(
+def test_query_cancelled_before_the_start_opens_no_channel(
     server: LoopbackSSHServer, transport: paramiko.Transport
 ) -> None:
-    asked = Asked(transport)
-    asked.query.cancel()
-    assert asked.start().answer() is None
+    trial = Trial(transport)
+    trial.query.cancel()
+    assert trial.start().answer() is None
     assert server.sessions_opened == 0
 
 
-def test_cancelling_after_the_answer_or_twice_does_no_harm(
-    server: LoopbackSSHServer, transport: paramiko.Transport
-) -> None:
+def test_cancel_after_the_answer_or_twice_is_harmless(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
     server.commands = {"x2golistsessions": Lister(row("S"))}
-    asked = Asked(transport).start()
-    assert asked.answer() is SessionStatus.SUSPENDED
-    asked.query.cancel()
-    asked.query.cancel()
-    assert len(asked.inbox.seen) == 1
+    trial = Trial(transport).start()
+    assert trial.answer() is SessionStatus.SUSPENDED
+    trial.query.cancel()
+    trial.query.cancel()
+    assert len(trial.inbox.seen) == 1
     assert_usable(server, transport)
 
 
-ASKING = (SessionStatusQuery._run, SessionStatusQuery._list_sessions)
+TRACED = (SessionStatusQuery._run, SessionStatusQuery._list_sessions)
 LINES = [
     (function.__qualname__, line)
-    for function in ASKING
+    for function in TRACED
     for line in sorted({line for *_, line in function.__code__.co_lines() if line is not None})
 ]
 
 
 @pytest.mark.parametrize(("function", "line"), LINES)
-def test_cancelling_at_any_line_ends_it_with_one_answer_and_no_channel(
+def test_cancel_at_any_line_leaves_one_answer_and_no_channel(
     server: LoopbackSSHServer, transport: paramiko.Transport, function: str, line: int
 ) -> None:
     server.commands = {"x2golistsessions": Lister(row("R"), row("S"))}
-    asked = Asked(transport)
-    (code,) = (each.__code__ for each in ASKING if each.__qualname__ == function)
+    trial = Trial(transport)
+    (code,) = (each.__code__ for each in TRACED if each.__qualname__ == function)
     cancelling: list[threading.Thread] = []
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code is not code:
             return None
         if event == "line" and frame.f_lineno == line and not cancelling:
-            server.freeze()  # nothing that it waits for comes any more
-            cancelling.append(threading.Thread(target=asked.query.cancel, daemon=True))
+            server.freeze()  # nothing that it waits for arrives any more
+            cancelling.append(threading.Thread(target=trial.query.cancel, daemon=True))
             cancelling[0].start()
-            cancelling[0].join(0.05)  # it waits where the query holds the lock
+            cancelling[0].join(0.05)  # it waits if the query holds the lock
         return trace
 
     before = threading.gettrace()
     threading.settrace(trace)
     try:
-        asked.start()
+        trial.start()
     finally:
         threading.settrace(before)
-    status = asked.answer()
+    status = trial.answer()
     for thread in cancelling:
         thread.join(WAIT_S)
         assert not thread.is_alive()
@@ -263,29 +257,29 @@ def test_cancelling_at_any_line_ends_it_with_one_answer_and_no_channel(
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_a_transport_that_ends_meanwhile(
+def test_transport_that_ends_during_the_query_is_none(
     server: LoopbackSSHServer, transport: paramiko.Transport, *, reset: bool
 ) -> None:
     lister = Lister(row("S"))
     lister.may_answer.clear()
     server.commands = {"x2golistsessions": lister}
-    asked = Asked(transport).start()
+    trial = Trial(transport).start()
     assert lister.called.wait(WAIT_S)
     server.drop(reset=reset)
-    assert asked.answer() is None
+    assert trial.answer() is None
     lister.may_answer.set()
 
 
-def test_a_transport_that_has_ended(transport: paramiko.Transport) -> None:
+def test_ended_transport_is_none(transport: paramiko.Transport) -> None:
     transport.close()
     transport.join(WAIT_S)
-    assert Asked(transport).start().answer() is None
+    assert Trial(transport).start().answer() is None
 
 
-def test_a_server_that_refuses_sessions(
+def test_refused_channel_is_none(
     server: LoopbackSSHServer, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy_fsm.testing.ssh_server._Interface.check_channel_request", lambda *_: 1)
-    assert Asked(transport).start().answer() is None
+    assert Trial(transport).start().answer() is None
     monkeypatch.undo()
     assert_usable(server, transport)
