@@ -1,4 +1,4 @@
-"""A backend says what to run and what it means; `CommandBackend` says so for any viewer."""
+"""A backend defines what to run and what its output means; `CommandBackend` does so for any viewer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 COOKIE = "0123456789abcdef0123456789abcdef"
 VIEWER = ("vncviewer", "{host}::{port}")
-OPENED, SPOKE, CLOSED = ChannelOpened(1), AgentDataReceived(1), AgentEof(1)
+OPENED, DATA, EOF = ChannelOpened(1), AgentDataReceived(1), AgentEof(1)
 ENDED = ConnectionEnded(1, 10, 20, 0.5)
 
 
@@ -57,19 +57,19 @@ class TestBackendContext:
             ("/tmp/127.0.0.1:99", None),
         ],
     )
-    def test_its_port_is_that_of_a_tcp_address(self, address: str, port: int | None) -> None:
+    def test_port_is_that_of_a_tcp_address(self, address: str, port: int | None) -> None:
         assert context(address).port == port
 
-    def test_its_repr_tells_no_secret(self) -> None:
-        told = repr(context())
-        assert "environ" not in told
-        assert "very secret" not in told
-        assert COOKIE not in told
-        assert "/usr/bin/viewer" in told
+    def test_repr_shows_no_secret(self) -> None:
+        shown = repr(context())
+        assert "environ" not in shown
+        assert "very secret" not in shown
+        assert COOKIE not in shown
+        assert "/usr/bin/viewer" in shown
 
 
 class TestBackend:
-    def test_the_least_that_a_subclass_can_be(self) -> None:
+    def test_minimal_subclass_has_defaults_for_the_rest(self) -> None:
         class Least(Backend):
             def find_executable(self) -> str:
                 return "/bin/true"
@@ -95,22 +95,22 @@ class TestBackend:
         assert backend.ready(Evidence(OPENED))
         assert backend.diagnose(Evidence(ProcessExited(0, None))) is None
 
-    def test_what_a_subclass_has_to_say_itself(self) -> None:
+    def test_abstract_methods_raise_not_implemented_error(self) -> None:
         backend = Backend()
         for call in (backend.find_executable, lambda: backend.command(context()), lambda: backend.ready(Evidence())):
             with pytest.raises(NotImplementedError):
                 call()
 
-    def test_options_that_it_does_not_know_come_back_as_a_copy(self) -> None:
+    def test_unknown_options_are_returned_as_a_copy(self) -> None:
         options = {"a": 1}
-        left = Backend().process_options(options)
-        assert left == options
-        assert left is not options
+        unknown = Backend().process_options(options)
+        assert unknown == options
+        assert unknown is not options
 
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory in PATH with some programs, which is not the present one."""
+    """A directory in PATH with some programs, which is not the current one."""
     bin_directory = tmp_path / "bin"
     bin_directory.mkdir()
     for name, mode in (("good", 0o700), ("plain", 0o600)):
@@ -125,28 +125,26 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestFindProgram:
-    def test_a_name_is_looked_up_in_path(self, programs: Path) -> None:
+    def test_name_is_looked_up_in_path(self, programs: Path) -> None:
         assert find_program("good") == str(programs / "good")
 
-    def test_a_path_is_taken_as_it_is(self, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_path_is_used_as_given(self, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
         assert find_program(str(programs / "good")) == str(programs / "good")
 
     @pytest.mark.usefixtures("programs")
-    def test_the_answer_is_absolute_since_the_program_starts_elsewhere(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_returned_path_is_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert find_program("bin/good") == f"{tmp_path}/bin/good"
         monkeypatch.setenv("PATH", "bin")
         assert find_program("good") == f"{tmp_path}/bin/good"
 
-    def test_a_link_stays_one(self, programs: Path) -> None:
-        """A program may look at the name by which it was called."""
+    def test_link_is_not_resolved(self, programs: Path) -> None:
+        """A program may examine the name that it was called by."""
         assert find_program("link") == str(programs / "link")
 
     @pytest.mark.parametrize("program", ["missing", "plain", "directory", "dangling", "", "./missing", "/no/where"])
     @pytest.mark.usefixtures("programs")
-    def test_what_is_not_there_is_told(self, program: str) -> None:
+    def test_missing_program_is_not_found(self, program: str) -> None:
         with pytest.raises(BackendError) as caught:
             find_program(program, hint="Install it.")
         assert caught.value.reason is EndReason.PROXY_NOT_FOUND
@@ -155,7 +153,7 @@ class TestFindProgram:
 
     @pytest.mark.parametrize("program", ["plain", "directory", "dangling"])
     @pytest.mark.parametrize("where", ["{}", "bin"])
-    def test_what_is_there_and_no_executable_is_told_from_that(self, programs: Path, program: str, where: str) -> None:
+    def test_path_that_is_not_executable_is_not_startable(self, programs: Path, program: str, where: str) -> None:
         path = f"{where.format(programs)}/{program}"
         with pytest.raises(BackendError) as caught:
             find_program(path, hint="Install it.")
@@ -166,41 +164,41 @@ class TestFindProgram:
 
 class TestCommandBackend:
     @pytest.mark.parametrize("command", ["vncviewer {port}", [], (), [b"vncviewer", "{port}"], ["vncviewer", 5900]])
-    def test_the_command_is_a_sequence_of_strings(self, command: Any) -> None:
+    def test_command_must_be_a_sequence_of_strings(self, command: Any) -> None:
         with pytest.raises(ValueError, match="must be a sequence of strings"):
             CommandBackend(command)
 
     @pytest.mark.parametrize("command", [["viewer"], ["viewer", "{host}"], ["viewer", "{ port }"], ["{port}"]])
-    def test_it_says_where_to_connect(self, command: list[str]) -> None:
+    def test_command_must_say_where_to_connect(self, command: list[str]) -> None:
         with pytest.raises(ValueError, match="must say where to connect"):
             CommandBackend(command)
 
     @pytest.mark.parametrize("words", [["{path}", "{port}"], ["{path}{host}"]])
-    def test_it_connects_in_one_way(self, words: list[str]) -> None:
+    def test_command_must_not_have_both_path_and_port(self, words: list[str]) -> None:
         with pytest.raises(ValueError, match="not both"):
             CommandBackend(["viewer", *words])
 
     @pytest.mark.parametrize("ready_when", ["ready", "", None, "a pattern that was not compiled"])
-    def test_there_are_three_ways_to_be_ready(self, ready_when: Any) -> None:
+    def test_other_ready_when_is_rejected(self, ready_when: Any) -> None:
         with pytest.raises(ValueError, match="ready_when must be"):
             CommandBackend(VIEWER, ready_when=ready_when)
 
     @pytest.mark.parametrize("count", [0, -1])
-    def test_it_makes_a_connection(self, count: int) -> None:
+    def test_max_connections_below_one_is_rejected(self, count: int) -> None:
         with pytest.raises(ValueError, match="max_connections must be"):
             CommandBackend(VIEWER, max_connections=count)
 
-    def test_what_is_asked_for_decides_the_kind_of_socket(self) -> None:
+    def test_placeholder_decides_the_listen_kind(self) -> None:
         assert CommandBackend(["viewer", "{port}"]).listen_kind == "tcp"
         assert CommandBackend(["viewer", "{host}", "{port}"]).listen_kind == "tcp"
         assert CommandBackend(["viewer", "unix:{path}"]).listen_kind == "unix"
 
-    def test_its_other_properties_are_as_given(self) -> None:
+    def test_other_properties_are_as_given(self) -> None:
         backend = CommandBackend(VIEWER, max_connections=None, needs_display=True)
         assert (backend.max_connections, backend.needs_display) == (None, True)
         assert (CommandBackend(VIEWER).max_connections, CommandBackend(VIEWER).needs_display) == (1, False)
 
-    def test_the_address_is_filled_in_and_all_else_left_as_it_is(self) -> None:
+    def test_address_is_filled_in_and_nothing_else_changed(self) -> None:
         words = ["{host}::{port}", "{port}{port}", "{other}", "{{port}}", "${{x}}", "{}", "{port!r}", "{0}", "%s", "{"]
         assert CommandBackend(["viewer", *words]).command(context()) == [
             "/usr/bin/viewer",
@@ -216,40 +214,40 @@ class TestCommandBackend:
             "{",
         ]
 
-    def test_so_is_a_path_whatever_is_in_it(self) -> None:
+    def test_path_is_filled_in_whatever_it_contains(self) -> None:
         address = r"/tmp/{port} \1 \g<0>/proxy.sock"
         backend = CommandBackend(["viewer", "-unix={path}"])
         assert backend.command(context(address)) == ["/usr/bin/viewer", f"-unix={address}"]
 
-    def test_its_program_is_looked_up(self, programs: Path) -> None:
+    def test_program_is_looked_up(self, programs: Path) -> None:
         assert CommandBackend(["good", "{port}"]).find_executable() == str(programs / "good")
         with pytest.raises(BackendError):
             CommandBackend(["missing", "{port}"]).find_executable()
 
-    def test_what_is_done_to_the_command_later_changes_nothing(self) -> None:
+    def test_command_is_copied(self) -> None:
         command = ["viewer", "{port}"]
         backend = CommandBackend(command)
         command.append("more")
         assert backend.command(context()) == ["/usr/bin/viewer", "4711"]
 
-    def test_it_puts_nothing_into_the_environment(self) -> None:
+    def test_environment_gets_no_additions(self) -> None:
         assert CommandBackend(VIEWER).environment(context()) == {}
 
 
 class TestReadiness:
-    def test_by_default_it_is_ready_when_the_agent_has_spoken(self) -> None:
+    def test_first_bytes_of_the_agent_are_the_default(self) -> None:
         backend = CommandBackend(VIEWER)
         assert not backend.ready(Evidence(ProcessSpawned(1, "x"), OPENED, OutputLine("Connected")))
-        assert backend.ready(Evidence(OPENED, SPOKE, OutputLine("later")))
+        assert backend.ready(Evidence(OPENED, DATA, OutputLine("later")))
 
-    def test_or_as_soon_as_it_is_connected(self) -> None:
+    def test_open_channel_is_ready_if_connected_is_enough(self) -> None:
         backend = CommandBackend(VIEWER, ready_when="connected")
         assert not backend.ready(Evidence(ProcessSpawned(1, "x")))
         assert backend.ready(Evidence(OPENED))
 
-    def test_or_when_it_says_so(self) -> None:
+    def test_line_that_matches_the_pattern_is_ready(self) -> None:
         backend = CommandBackend(VIEWER, ready_when=re.compile(r"^connected to .*\d$", re.IGNORECASE))
-        assert not backend.ready(Evidence(OPENED, SPOKE, OutputLine("not connected to x1")))
+        assert not backend.ready(Evidence(OPENED, DATA, OutputLine("not connected to x1")))
         assert backend.ready(Evidence(OutputLine("a"), OutputLine("Connected to x1"), OutputLine("b")))
 
 
@@ -257,27 +255,27 @@ class TestDiagnosis:
     @pytest.mark.parametrize(
         ("seen", "max_connections", "ready", "reason"),
         [
-            # before it was ready, the engine judges by exit code or signal alone
-            ([OPENED, CLOSED, ENDED, ProcessExited(0, None)], 1, False, None),
+            # before it is ready, the engine decides by exit code or signal alone
+            ([OPENED, EOF, ENDED, ProcessExited(0, None)], 1, False, None),
             ([ProcessExited(0, None)], 1, False, None),
             # the user closes the viewer
-            ([OPENED, SPOKE, ENDED], 1, True, None),
-            ([OPENED, SPOKE, ENDED, ProcessExited(0, None)], 1, True, EndReason.VIEWER_CLOSED),
-            ([OPENED, SPOKE, ENDED, ProcessExited(1, None)], 1, True, None),
-            ([OPENED, SPOKE, ENDED, ProcessExited(None, 15)], 1, True, None),
+            ([OPENED, DATA, ENDED], 1, True, None),
+            ([OPENED, DATA, ENDED, ProcessExited(0, None)], 1, True, EndReason.VIEWER_CLOSED),
+            ([OPENED, DATA, ENDED, ProcessExited(1, None)], 1, True, None),
+            ([OPENED, DATA, ENDED, ProcessExited(None, 15)], 1, True, None),
             # the agent closes the session
-            ([OPENED, SPOKE, CLOSED], 1, True, None),
-            ([OPENED, SPOKE, CLOSED, ENDED], 1, True, EndReason.SESSION_ENDED),
-            ([OPENED, SPOKE, CLOSED, ProcessExited(0, None)], 1, True, EndReason.SESSION_ENDED),
-            ([OPENED, SPOKE, CLOSED, ProcessExited(1, None)], 1, True, EndReason.SESSION_ENDED),
+            ([OPENED, DATA, EOF], 1, True, None),
+            ([OPENED, DATA, EOF, ENDED], 1, True, EndReason.SESSION_ENDED),
+            ([OPENED, DATA, EOF, ProcessExited(0, None)], 1, True, EndReason.SESSION_ENDED),
+            ([OPENED, DATA, EOF, ProcessExited(1, None)], 1, True, EndReason.SESSION_ENDED),
             # with several connections the end of one says nothing
-            ([OPENED, SPOKE, CLOSED, ENDED], None, True, None),
-            ([OPENED, SPOKE, CLOSED, ENDED], 2, True, None),
-            ([OPENED, SPOKE, CLOSED, ENDED, ProcessExited(0, None)], None, True, EndReason.VIEWER_CLOSED),
-            ([OPENED, SPOKE, CLOSED, ENDED, ProcessExited(1, None)], None, True, None),
+            ([OPENED, DATA, EOF, ENDED], None, True, None),
+            ([OPENED, DATA, EOF, ENDED], 2, True, None),
+            ([OPENED, DATA, EOF, ENDED, ProcessExited(0, None)], None, True, EndReason.VIEWER_CLOSED),
+            ([OPENED, DATA, EOF, ENDED, ProcessExited(1, None)], None, True, None),
         ],
     )
-    def test_the_viewer_closed_by_its_user_is_told_from_the_session_ended_by_the_agent(
+    def test_viewer_closed_by_its_user_is_distinguished_from_session_ended_by_the_agent(
         self, seen: list[Observation], max_connections: int | None, *, ready: bool, reason: EndReason | None
     ) -> None:
         evidence = Evidence(*seen)

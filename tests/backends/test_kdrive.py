@@ -1,4 +1,4 @@
-"""The KDrive backend: what it gives the program, and what it makes of the tunnel."""
+"""The KDrive backend: what it passes to the program, and what it concludes from the tunnel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def context(scratch: Path) -> BackendContext:
     )
 
 
-def test_the_cookie_is_in_a_private_file_alone(tmp_path: Path) -> None:
+def test_cookie_is_only_in_a_private_file(tmp_path: Path) -> None:
     backend = KDriveBackend(options={"link": "lan"})
     before = os.umask(0)
     try:
@@ -42,7 +42,7 @@ def test_the_cookie_is_in_a_private_file_alone(tmp_path: Path) -> None:
     assert backend.environment(context(tmp_path)) == {"NX_ROOT": "/home/alice/.x2go"}
 
 
-def test_a_path_that_cannot_be_written_into_the_string_is_refused(tmp_path: Path) -> None:
+def test_path_that_is_invalid_in_an_option_string_is_an_error(tmp_path: Path) -> None:
     odd = tmp_path / "a,listen=4000"
     odd.mkdir()
     for place in (odd, tmp_path / "missing"):
@@ -51,7 +51,7 @@ def test_a_path_that_cannot_be_written_into_the_string_is_refused(tmp_path: Path
         assert caught.value.reason is EndReason.PROXY_NOT_STARTABLE
 
 
-def test_it_needs_cookie_and_display() -> None:
+def test_session_needs_cookie_and_display() -> None:
     for session in (
         SessionInfo(name=NAME, graphics_port=4788, display=51),
         SessionInfo(name=NAME, graphics_port=4788, cookie=COOKIE),
@@ -60,9 +60,7 @@ def test_it_needs_cookie_and_display() -> None:
             KDriveBackend().check_session(session)
 
 
-def test_the_program_is_the_one_given_or_the_variables_or_in_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_program_is_the_argument_or_the_variable_or_in_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("x2gokdriveclient", "other", "third"):
         (tmp_path / name).touch(mode=0o700)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -77,7 +75,7 @@ def test_the_program_is_the_one_given_or_the_variables_or_in_path(
     assert "X2GOKDRIVECLIENT_BINARY" in (caught.value.hint or "")
 
 
-def test_it_is_ready_when_the_agent_has_spoken() -> None:
+def test_first_bytes_of_the_agent_mean_ready() -> None:
     assert not KDriveBackend().ready(Evidence(ChannelOpened(1)))
     assert KDriveBackend().ready(Evidence(ChannelOpened(1), AgentDataReceived(1)))
 
@@ -96,7 +94,7 @@ def test_it_is_ready_when_the_agent_has_spoken() -> None:
         ([ProcessExited(None, 9)], True, None),
     ],
 )
-def test_what_the_tunnel_and_the_exit_code_mean(
+def test_reason_follows_from_the_tunnel_and_the_exit_code(
     seen: list[Observation], *, ready: bool, reason: EndReason | None
 ) -> None:
     evidence = Evidence(*seen)

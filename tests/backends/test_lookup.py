@@ -1,4 +1,4 @@
-"""Where a program is, on Windows too."""
+"""Where to look for a program, on Windows too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ X2GOCLIENT = r"D:\Programs\x2goclient\nxproxy.exe"
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_the_variable_overrules_everything(*, windows: bool) -> None:
+def test_variable_overrides_everything(*, windows: bool) -> None:
     environ = {"NXPROXY_BINARY": "/mine/nx", "ProgramFiles": r"D:\Programs"}
     assert PROGRAM.look_up(environ, windows=windows, exists=lambda _: True) == "/mine/nx"
 
@@ -27,26 +27,26 @@ def test_the_variable_overrules_everything(*, windows: bool) -> None:
         (set(), "nxproxy.exe"),
     ],
 )
-def test_on_windows_it_is_in_one_of_the_known_places_or_in_path(there: set[str], found: str) -> None:
+def test_windows_has_known_folders_then_path(there: set[str], found: str) -> None:
     environ = {"ProgramFiles": r"D:\Programs", "NXPROXY_BINARY": ""}
     assert PROGRAM.look_up(environ, windows=True, exists=there.__contains__) == found
 
 
-def test_without_the_variable_windows_has_the_usual_place() -> None:
+def test_windows_without_program_files_has_the_usual_folder() -> None:
     usual = r"C:\Program Files\x2goclient\nxproxy.exe"
     assert PROGRAM.look_up({}, windows=True, exists=usual.__eq__) == usual
 
 
-def test_elsewhere_it_is_looked_up_in_path() -> None:
+def test_other_systems_have_path() -> None:
     assert PROGRAM.look_up({}, windows=False) == "nxproxy"
 
 
-def test_this_processs_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NXPROXY_BINARY", "/mine/nx")
     assert PROGRAM.look_up() == "/mine/nx"
 
 
 @pytest.mark.parametrize("program", [NXPROXY, X2GOKDRIVECLIENT])
-def test_the_hint_names_the_package_and_the_variable(program: Program) -> None:
+def test_hint_names_the_package_and_the_variable(program: Program) -> None:
     assert f"Install {program.name}" in program.hint
     assert program.variable in program.hint

@@ -1,4 +1,4 @@
-"""nxproxy gets its options as they are meant, nobody gets the cookie, and what it prints is understood.
+"""nxproxy gets its options as intended, the cookie stays secret, and the output is understood.
 
 Recordings of what the real nxproxy prints, and when, are in ``tests/data/nxproxy``.
 """
@@ -69,24 +69,24 @@ def option_string(backend: NX3Backend, address: str = ADDRESS) -> str:
 
 
 class TestOptions:
-    def test_the_option_string(self) -> None:
+    def test_option_string_has_session_and_defaults(self) -> None:
         assert option_string(NX3Backend()) == f"nx/nx,connect=unix:{ADDRESS},cookie={COOKIE},id={NAME},{DEFAULTS}:51"
 
-    def test_options_that_are_given_are_added_or_take_the_place_of_a_default(self) -> None:
+    def test_given_options_are_added_or_replace_a_default(self) -> None:
         string = option_string(NX3Backend(options={"clipboard": "both", "link": "lan", "kbtype": "pc105/us:x"}))
         assert string == (
             f"nx/nx,connect=unix:{ADDRESS},cookie={COOKIE},id={NAME},"
             "retry=5,composite=1,clipboard=both,link=lan,kbtype=pc105/us:x:51"
         )
 
-    def test_one_backends_options_are_not_anothers(self) -> None:
+    def test_options_of_one_backend_do_not_affect_another(self) -> None:
         NX3Backend(options={"link": "lan"}).process_options({"pack": "none"})
         assert option_string(NX3Backend()).endswith(f",{DEFAULTS}:51")
 
     @pytest.mark.parametrize(
         "key", ["connect", "cookie", "port", "id", "root", "errors", "listen", "accept", "options"]
     )
-    def test_what_the_engine_sets_cannot_be_given(self, key: str) -> None:
+    def test_option_set_by_the_engine_is_rejected(self, key: str) -> None:
         with pytest.raises(ValueError, match=f"The NX option '{key}' is set by the engine"):
             NX3Backend(options={key: "1"})
 
@@ -100,7 +100,7 @@ class TestOptions:
             ("a,listen", "1"),
             ("a\n", "1"),
             ("é", "1"),
-            ("link", ""),  # nxproxy takes that for an error and ends
+            ("link", ""),  # nxproxy exits with an error
             ("link", "a,listen=4000"),
             ("link", "a=b"),
             ("link", "a b"),
@@ -115,17 +115,17 @@ class TestOptions:
             (1, "lan"),
         ],
     )
-    def test_what_cannot_stand_in_an_option_string_is_refused(self, key: Any, value: Any) -> None:
+    def test_invalid_option_is_rejected(self, key: Any, value: Any) -> None:
         with pytest.raises(ValueError, match="cannot be written into an NX option string"):
             NX3Backend(options={key: value})
         backend = NX3Backend()
         assert backend.process_options({key: value}) == {key: value}
         assert option_string(backend).endswith(f",{DEFAULTS}:51")
 
-    def test_a_value_of_the_greatest_length_is_taken(self) -> None:
+    def test_value_of_maximum_length_is_accepted(self) -> None:
         assert f",link={'x' * 255}:51" in option_string(NX3Backend(options={"link": "x" * 255}))
 
-    def test_options_of_a_client_are_taken_where_they_fit_and_the_others_come_back(self) -> None:
+    def test_valid_options_of_a_client_are_accepted_and_the_others_returned(self) -> None:
         backend = NX3Backend()
         options = {"link": "adsl", "connect": "evil", "published_applications": True, "pack": "a,b", "retry": "2"}
         assert backend.process_options(options) == {
@@ -147,20 +147,20 @@ class TestOptions:
         ),
         given_late=st.booleans(),
     )
-    def test_no_options_can_change_where_nxproxy_connects_or_have_it_listen(
+    def test_no_option_changes_where_nxproxy_connects_or_makes_it_listen(
         self, options: dict[str, str], *, given_late: bool
     ) -> None:
-        """Taken apart as nxproxy does it: the display after the last colon, then commas, then equals signs."""
+        """Parsed as nxproxy does it: the display after the last colon, then commas, then equals signs."""
         if given_late:
             backend = NX3Backend()
-            refused = backend.process_options(options)
-            taken = {key: value for key, value in options.items() if key not in refused}
+            rejected = backend.process_options(options)
+            accepted = {key: value for key, value in options.items() if key not in rejected}
         else:
             try:
                 backend = NX3Backend(options=options)
             except ValueError:
                 return
-            taken = options
+            accepted = options
         string = option_string(backend)
         body, _, display = string.rpartition(":")
         head, *parts = body.split(",")
@@ -171,25 +171,25 @@ class TestOptions:
         pairs = [part.split("=") for part in parts]
         assert all(len(pair) == 2 for pair in pairs)
         assert pairs[:3] == [["connect", f"unix:{ADDRESS}"], ["cookie", COOKIE], ["id", NAME]]
-        assert {key: value for key, value in pairs[3:]} == {**NX3Backend.DEFAULT_OPTIONS, **taken}  # noqa: C416 - lists
-        assert len(pairs) == 3 + len({**NX3Backend.DEFAULT_OPTIONS, **taken})
+        assert {key: value for key, value in pairs[3:]} == {**NX3Backend.DEFAULT_OPTIONS, **accepted}  # noqa: C416 - lists
+        assert len(pairs) == 3 + len({**NX3Backend.DEFAULT_OPTIONS, **accepted})
 
 
 class TestPreflight:
-    def test_what_nxproxy_can_read_passes(self) -> None:
+    def test_readable_options_pass(self) -> None:
         NX3Backend().preflight(context())
 
     @pytest.mark.parametrize(
         "directory", ["/tmp/a,listen=1", "/tmp/a b", "/tmp/a=b", "/tmp/é", "/tmp/a%41", "/tmp/a\n"]
     )
-    def test_a_socket_path_that_nxproxy_would_read_otherwise_is_refused(self, directory: str) -> None:
+    def test_socket_path_that_nxproxy_would_misread_is_an_error(self, directory: str) -> None:
         with pytest.raises(BackendError) as caught:
             NX3Backend().preflight(context(f"{directory}/proxy.sock"))
         assert caught.value.reason is EndReason.LISTEN_FAILED
         assert caught.value.hint is not None
         assert "XDG_RUNTIME_DIR" in caught.value.hint
 
-    def test_a_string_that_nxproxy_would_cut_is_refused(self) -> None:
+    def test_string_that_nxproxy_would_cut_is_an_error(self) -> None:
         full = {"a": "x" * 255, "b": "x" * 255, "c": "x" * 200, "d": "x"}
         rest = 1023 - len(option_string(NX3Backend(options=full)))
         fits = full | {"d": "x" * (1 + rest)}
@@ -201,18 +201,16 @@ class TestPreflight:
         assert COOKIE not in str(caught.value)
 
     @pytest.mark.parametrize("lets_in", [True, False])
-    def test_without_xauth_only_an_x_server_that_wants_no_cookie_will_do(
-        self, tmp_path: Path, *, lets_in: bool
-    ) -> None:
-        """Measured with nxproxy 3.5.99.26: without xauth it shows a cookie that it has made up."""
+    def test_missing_xauth_needs_an_x_server_that_requires_no_cookie(self, tmp_path: Path, *, lets_in: bool) -> None:
+        """Measured with nxproxy 3.5.99.26: without xauth it presents a cookie that it has made up."""
         with tempfile.TemporaryDirectory(dir="/tmp") as directory, closing(socket.socket(socket.AF_UNIX)) as listener:
             listener.bind(f"{directory}/x:0")
             listener.listen()
-            asked: list[bytes] = []
+            setups: list[bytes] = []
 
             def answer() -> None:
                 with closing(listener.accept()[0]) as client:
-                    asked.append(client.recv(12, socket.MSG_WAITALL))
+                    setups.append(client.recv(12, socket.MSG_WAITALL))
                     client.sendall(struct.pack("<BBHHH", int(lets_in), 8, 11, 0, 2) + b"No cooki")
 
             thread = threading.Thread(target=answer, daemon=True)
@@ -232,15 +230,15 @@ class TestPreflight:
                     assert "package xauth" in caught.value.hint
             finally:
                 thread.join()
-        assert asked == [struct.pack("<cxHHHHxx", b"l", 11, 0, 0, 0)]  # it showed none
+        assert setups == [struct.pack("<cxHHHHxx", b"l", 11, 0, 0, 0)]  # it presented no cookie
 
-    def test_without_xauth_an_x_server_that_is_not_there_is_reported_as_that(self, tmp_path: Path) -> None:
+    def test_missing_xauth_and_x_server_are_reported_as_missing_x_server(self, tmp_path: Path) -> None:
         environ = {"DISPLAY": f"{tmp_path}/x:0", "PATH": str(tmp_path)}
         with pytest.raises(BackendError, match="There is no X server at") as caught:
             NX3Backend().preflight(replace(context(), environ=environ))
         assert caught.value.reason is EndReason.DISPLAY_UNAVAILABLE
 
-    def test_a_session_has_a_cookie_and_a_display(self) -> None:
+    def test_session_needs_cookie_and_display(self) -> None:
         backend = NX3Backend()
         backend.check_session(SessionInfo(name=NAME, cookie=COOKIE, graphics_port=1, display=0))
         with pytest.raises(InvalidSession) as caught:
@@ -261,41 +259,41 @@ class TestProgram:
         monkeypatch.delenv("NXPROXY_BINARY", raising=False)
         return tmp_path
 
-    def test_it_is_nxproxy_from_path(self, directory: Path) -> None:
+    def test_program_is_nxproxy_from_path(self, directory: Path) -> None:
         assert NX3Backend().find_executable() == str(directory / "nxproxy")
 
-    def test_or_what_the_environment_names(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_variable_overrides_path(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NXPROXY_BINARY", str(directory / "other"))
         assert NX3Backend().find_executable() == str(directory / "other")
         monkeypatch.setenv("NXPROXY_BINARY", "")
         assert NX3Backend().find_executable() == str(directory / "nxproxy")
 
-    def test_or_before_all_what_is_given(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_argument_overrides_the_variable(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NXPROXY_BINARY", "nonsense")
         assert NX3Backend("other").find_executable() == str(directory / "other")
 
     @pytest.mark.usefixtures("directory")
-    def test_where_it_is_missing_the_hint_names_the_package(self) -> None:
+    def test_hint_for_a_missing_program_names_the_package(self) -> None:
         with pytest.raises(BackendError) as caught:
             NX3Backend("missing").find_executable()
         assert caught.value.reason is EndReason.PROXY_NOT_FOUND
         assert caught.value.hint is not None
         assert "package nxproxy" in caught.value.hint
 
-    def test_everybody_may_read_its_arguments(self) -> None:
+    def test_arguments_contain_no_secret(self) -> None:
         assert NX3Backend().command(context()) == ["/usr/bin/nxproxy", "-S"]
 
-    def test_its_environment(self) -> None:
+    def test_environment_has_options_root_and_client(self) -> None:
         environment = NX3Backend().environment(context())
         assert set(environment) == {"NX_DISPLAY", "NX_ROOT", "NX_CLIENT"}
         assert environment["NX_ROOT"] == "/home/alice/.x2go"
         assert environment["NX_CLIENT"] == shutil.which("true")
 
-    def test_without_true_in_path_no_dialog_opens_either(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_dialog_is_replaced_even_if_true_is_not_in_path(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "")
         assert NX3Backend().environment(context())["NX_CLIENT"] == "/bin/true"
 
-    def test_it_connects_once_to_a_unix_socket_and_needs_an_x_server(self) -> None:
+    def test_backend_connects_once_to_a_unix_socket_and_needs_an_x_server(self) -> None:
         backend = NX3Backend()
         assert (backend.name, backend.listen_kind, backend.max_connections, backend.needs_display) == (
             "nx3",
@@ -306,29 +304,41 @@ class TestProgram:
 
 
 CONNECTED = "Connected to remote proxy on FD#"
-GONE = (AgentEof(1), ConnectionEnded(1, 1000, 1000, 3.0))
-CUT = (ConnectionEnded(1, 1000, 1000, 3.0),)
+AGENT_CLOSED = (AgentEof(1), ConnectionEnded(1, 1000, 1000, 3.0))
+TUNNEL_CLOSED = (ConnectionEnded(1, 1000, 1000, 3.0),)
 EXIT = "(exit)"
-#: Recording: whether the channel was opened; what else was seen at the action; whether it was ready; the verdict,
-#: and the line, or the exit, at which it was possible.
+#: Recording: whether the channel was opened; what else was observed at the action; whether it was ready; the verdict,
+#: and the line, or the exit, at which it was reached.
 EXPECTED: dict[str, tuple[bool, tuple[Observation, ...], bool, EndReason | None, str]] = {
-    "agent_killed": (True, GONE, True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
-    "agent_killed_negotiating": (True, GONE, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
+    "agent_killed": (True, AGENT_CLOSED, True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
+    "agent_killed_negotiating": (
+        True,
+        AGENT_CLOSED,
+        False,
+        EndReason.NEGOTIATION_FAILED,
+        "PANIC! The remote NX proxy closed",
+    ),
     "nobody_listens": (False, (), False, EndReason.LISTEN_FAILED, "PANIC! Connection to Unix file socket"),
-    "port_refused": (False, (), False, None, EXIT),  # the tunnel tells it
-    "resumed_suspended": (True, GONE, True, EndReason.SESSION_ENDED, EXIT),
+    "port_refused": (False, (), False, None, EXIT),  # the tunnel reports it
+    "resumed_suspended": (True, AGENT_CLOSED, True, EndReason.SESSION_ENDED, EXIT),
     "sighup": (True, (), True, EndReason.PROXY_KILLED, "Waiting the cleanup timeout"),
     "sigint": (True, (), True, EndReason.PROXY_KILLED, "Waiting the cleanup timeout"),
-    "sigkill": (True, CUT, True, None, EXIT),  # the signal tells it
+    "sigkill": (True, TUNNEL_CLOSED, True, None, EXIT),  # the signal shows it
     "sigterm": (True, (), True, EndReason.PROXY_KILLED, "Waiting the cleanup timeout"),
     "ssh_killed": (True, (TransportEnded("gone"),), True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
-    "suspended": (True, GONE, True, EndReason.SESSION_ENDED, EXIT),
-    "terminated": (True, GONE, True, EndReason.SESSION_ENDED, EXIT),
-    "tunnel_cut": (True, CUT, True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
-    "tunnel_cut_negotiating": (True, CUT, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
-    "wrong_cookie": (True, GONE, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
+    "suspended": (True, AGENT_CLOSED, True, EndReason.SESSION_ENDED, EXIT),
+    "terminated": (True, AGENT_CLOSED, True, EndReason.SESSION_ENDED, EXIT),
+    "tunnel_cut": (True, TUNNEL_CLOSED, True, EndReason.PEER_LOST, "Failure reading from the peer proxy"),
+    "tunnel_cut_negotiating": (
+        True,
+        TUNNEL_CLOSED,
+        False,
+        EndReason.NEGOTIATION_FAILED,
+        "PANIC! The remote NX proxy closed",
+    ),
+    "wrong_cookie": (True, AGENT_CLOSED, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
     "x_absent": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "Error: Connection to ':0' failed"),
-    "x_killed": (True, (), True, EndReason.SESSION_ENDED, EXIT),  # the display watch tells it
+    "x_killed": (True, (), True, EndReason.SESSION_ENDED, EXIT),  # the display watch reports it
     "x_refused": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "X connection failed with error"),
     "x_refused_with_command": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "X connection failed with error"),
     "x_unset": (False, (), False, EndReason.DISPLAY_UNAVAILABLE, "PANIC! Host X server DISPLAY is not set"),
@@ -341,7 +351,7 @@ def read(output: bytes) -> list[str]:
 
 
 def calls_of(function: Callable[[], object]) -> int:
-    """Count the calls that a function makes, of Python's functions and of C's."""
+    """Count the calls that a function makes, of Python functions and of C functions."""
     events: list[str] = []
     before = sys.getprofile()
     sys.setprofile(lambda _frame, event, _argument: events.append(event))
@@ -353,7 +363,7 @@ def calls_of(function: Callable[[], object]) -> int:
 
 
 def replay(name: str) -> list[Observation]:
-    """What an engine sees when nxproxy does what was recorded."""
+    """Return what an engine observes when nxproxy does what was recorded."""
     opened, at_action, *_ = EXPECTED[name]
     lines = read((RECORDINGS / f"{name}.txt").read_bytes())
     seen: list[Observation] = [ProcessSpawned(1, "nxproxy")]
@@ -376,7 +386,7 @@ def replay(name: str) -> list[Observation]:
 
 
 def judge(seen: list[Observation], *, signalled_after: int | None = None) -> tuple[Evidence, Any, str]:
-    """Take observations as the engine does; return the evidence, the first verdict, and what it was given at."""
+    """Handle observations as the engine does; return the evidence, the first verdict, and its line."""
     backend, evidence = NX3Backend(), Evidence()
     verdict, at = None, EXIT
     for number, observation in enumerate(seen):
@@ -396,7 +406,7 @@ class TestDiagnosis:
         assert set(EXPECTED) == {path.stem for path in RECORDINGS.glob("*.times")}
 
     @pytest.mark.parametrize("name", EXPECTED)
-    def test_what_happened_is_read_from_what_nxproxy_printed(self, name: str) -> None:
+    def test_reason_is_read_from_nxproxys_output(self, name: str) -> None:
         opened, _, ready, reason, expected_at = EXPECTED[name]
         seen = replay(name)
         assert opened == any(isinstance(each, ChannelOpened) for each in seen)
@@ -407,10 +417,10 @@ class TestDiagnosis:
         assert verdict is None or verdict[1].endswith(".")
 
     @pytest.mark.parametrize("name", EXPECTED)
-    def test_what_it_says_when_we_have_ended_it_means_nothing(self, name: str) -> None:
+    def test_output_after_our_own_signal_is_ignored(self, name: str) -> None:
         assert judge(replay(name), signalled_after=0)[1] is None
 
-    def test_it_is_ready_from_one_line_on_and_by_no_other(self) -> None:
+    def test_only_the_ready_line_means_ready(self) -> None:
         backend = NX3Backend()
         ready = OutputLine("Info: Established X server connection.")
         assert backend.ready(Evidence(ready))
@@ -423,18 +433,18 @@ class TestDiagnosis:
     @pytest.mark.parametrize(
         ("opened", "reason"), [(False, EndReason.LISTEN_FAILED), (True, EndReason.DISPLAY_UNAVAILABLE)]
     )
-    def test_what_was_not_reached_by_tcp_is_the_tunnel_first_and_the_display_then(
+    def test_failed_tcp_connection_is_the_tunnel_first_and_the_display_then(
         self, *, opened: bool, reason: EndReason
     ) -> None:
-        """By TCP its words are the same for both; by a unix socket they are not."""
+        """Over TCP its messages are the same for both; over a unix socket they are not."""
         where = "localhost:6000" if opened else "127.0.0.1:40001"
         line = OutputLine(f"Error: Connection to '{where}' failed. Error is 111 'Connection refused'.")
         assert judge([*([ChannelOpened(1)] if opened else []), line])[1][0] is reason
 
     @pytest.mark.parametrize("opened", [True, False])
     @pytest.mark.parametrize("number", [1, 2, 15])
-    def test_a_signal_from_outside_before_the_session_stands(self, number: int, *, opened: bool) -> None:
-        """As nxproxy 3.5.99.26 said it, to each of the three, waiting for an answer or for a connection."""
+    def test_signal_from_outside_before_the_session_is_established(self, number: int, *, opened: bool) -> None:
+        """As printed by nxproxy 3.5.99.26 on each of the three, waiting for an answer or for a connection."""
         words = f"Info: Aborting the procedure due to signal '{number}'.", "Session: Session terminated at 'x'."
         seen = [*([ChannelOpened(1)] if opened else []), *map(OutputLine, words), ProcessExited(0, None)]
         _, verdict, at = judge(seen)
@@ -442,13 +452,13 @@ class TestDiagnosis:
         assert "TERM, INT or HUP" in verdict[1]
         assert at == words[0]
 
-    def test_a_wrong_cookie_and_an_agent_that_is_gone_look_the_same_and_both_are_named(self) -> None:
+    def test_wrong_cookie_and_exited_agent_are_both_named(self) -> None:
         for name in ("wrong_cookie", "agent_killed_negotiating"):
             verdict = judge(replay(name))[1]
             assert "cookie is wrong" in verdict[1]
             assert "agent has gone" in verdict[1]
 
-    def test_an_agent_that_says_nothing_for_too_long_is_lost(self) -> None:
+    def test_silent_agent_is_lost(self) -> None:
         seen = [
             ChannelOpened(1),
             OutputLine("Info: Established X server connection."),
@@ -456,20 +466,20 @@ class TestDiagnosis:
         ]
         assert judge(seen)[1][0] is EndReason.PEER_LOST
 
-    def test_a_peer_that_breaks_off_before_the_session_stands_is_lost(self) -> None:
+    def test_peer_broken_before_the_session_is_established_is_lost(self) -> None:
         seen = [ChannelOpened(1), OutputLine("Error: Failure reading from the peer proxy.")]
         assert judge(seen)[1][0] is EndReason.PEER_LOST
 
-    def test_only_a_line_or_the_end_is_judged(self) -> None:
-        """What the tunnel sees, others judge; a verdict by older lines would come in its place."""
+    def test_only_a_line_or_the_exit_is_examined(self) -> None:
+        """The tunnel's observations are judged elsewhere; a verdict from older lines would take their place."""
         line = OutputLine("Error: Failure reading from the peer proxy.")
         evidence = Evidence(ChannelOpened(1), line, TransportEnded("gone"))
         assert NX3Backend().diagnose(evidence) is None
         evidence.add(ProcessExited(0, None))
         assert NX3Backend().diagnose(evidence) is not None
 
-    def test_a_line_is_judged_when_it_is_new_and_again_at_the_end(self) -> None:
-        """However much it prints meanwhile, no line costs more than another."""
+    def test_line_is_examined_when_new_and_again_at_the_exit(self) -> None:
+        """However much is printed meanwhile, no line costs more than another."""
         fault = OutputLine("Error: Failure reading from the peer proxy.")
         evidence = Evidence(ChannelOpened(1), fault, OutputLine("Info: Something else."))
         assert NX3Backend().diagnose(evidence) is None
@@ -478,7 +488,7 @@ class TestDiagnosis:
         assert verdict is not None
         assert verdict[0] is EndReason.PEER_LOST
 
-    @pytest.mark.no_cover  # it repeats what others cover, and would take four times as long
+    @pytest.mark.no_cover  # it repeats what other tests cover, and would take four times as long
     @given(
         name=st.sampled_from(sorted(EXPECTED)),
         cuts=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 4000)), max_size=4),
@@ -497,7 +507,7 @@ class TestDiagnosis:
             st.tuples(
                 st.integers(0, 60),
                 st.sampled_from(
-                    [ChannelOpened(1), *GONE, DisplayLost("x"), ProcessExited(None, 11), TransportEnded("x")]
+                    [ChannelOpened(1), *AGENT_CLOSED, DisplayLost("x"), ProcessExited(None, 11), TransportEnded("x")]
                 ),
             ),
             max_size=5,
@@ -505,7 +515,7 @@ class TestDiagnosis:
         ready=st.booleans(),
         signalled=st.booleans(),
     )
-    def test_no_output_however_broken_is_too_much(
+    def test_broken_output_never_raises(
         self,
         name: str,
         cuts: list[tuple[int, int]],
@@ -534,8 +544,8 @@ class TestDiagnosis:
             assert verdict is None or not signalled
 
     @pytest.mark.parametrize("length", [0, 9_000, 20_000])
-    def test_however_much_it_says_a_verdict_costs_no_more(self, length: int) -> None:
-        """Counted in calls and in characters, so that no clock is asked."""
+    def test_verdict_does_not_cost_more_with_more_output(self, length: int) -> None:
+        """Counted in calls and in characters, so that no clock is needed."""
 
         def flooded(lines: int) -> tuple[int, int]:
             backend, evidence = NX3Backend(), Evidence(ChannelOpened(1))
