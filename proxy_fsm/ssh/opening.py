@@ -226,5 +226,5 @@ def packets_received(transport: paramiko.Transport) -> int:
 
 def why_ended(transport: paramiko.Transport) -> str:
     """Return a sentence that says that a transport ended, with paramiko's error if there was one."""
-    error = cast("Any", transport).saved_exception
-    return "The SSH connection ended" + (f": {error}." if error and str(error) else ".")
+    error = str(cast("Any", transport).saved_exception or "").removesuffix(".")
+    return "The SSH connection ended" + (f": {error}." if error else ".")

@@ -7,6 +7,7 @@ import errno
 import socket
 import ssl
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import paramiko
@@ -414,3 +415,20 @@ def test_rejected_packet_ends_the_transport_and_is_named_as_the_reason(server: L
             open_to(transport, agent.port)
         eventually(lambda: not transport.is_active())
         assert "Mismatched MAC" in why_ended(transport)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (None, "The SSH connection ended."),
+        (EOFError(), "The SSH connection ended."),
+        (
+            ConnectionResetError(104, "Connection reset by peer"),
+            "The SSH connection ended: [Errno 104] Connection reset by peer.",
+        ),
+        (paramiko.SSHException("A packet without a message."), "The SSH connection ended: A packet without a message."),
+    ],
+)
+def test_reason_of_an_end_has_one_full_stop(error: Exception | None, sentence: str) -> None:
+    transport: Any = SimpleNamespace(saved_exception=error)
+    assert why_ended(transport) == sentence
