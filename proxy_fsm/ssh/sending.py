@@ -1,4 +1,4 @@
-"""Sending during a key exchange: deferred on the transport's own thread, retried on others until it succeeds."""
+"""Sending during a key exchange: later, by another thread, for the transport's own; retried for our channels."""
 
 from __future__ import annotations
 
