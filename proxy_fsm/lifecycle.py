@@ -1,8 +1,8 @@
 """The lifecycle as a machine: the tables of `proxy_fsm.states`, run by ``transitions``.
 
-One flat machine holds states and phases: its places are the states that have no phases, and the phases of those that
-have. A row of `TRANSITIONS` holds in every phase of its source, and leads to the first phase of its destination that
-has something to do. Nested states would say the same at five times the cost of a transition (measured: 41 µs, not 8).
+One flat machine holds states and phases: its places are the states without phases, and the phases of the others. A
+row of `TRANSITIONS` applies in every phase of its source, and leads to the first phase of its destination that has
+work to do. Nested states would express the same at five times the cost per transition (measured: 41 µs, not 8).
 
 Nothing here does I/O, starts a thread or logs.
 """
@@ -23,14 +23,14 @@ __all__ = ["Lifecycle", "Place"]
 
 
 class Place(NamedTuple):
-    """A place of the machine: a state, and the phase in it where the state has phases."""
+    """A place of the machine: a state, and its phase if the state has phases."""
 
     state: State
     phase: Phase | None
 
     @property
     def name(self) -> str:
-        """Its name in the machine, such as ``stopped`` or ``stopping_draining``."""
+        """The name in the machine, such as ``stopped`` or ``stopping_draining``."""
         return str(self.state) if self.phase is None else f"{self.state}_{self.phase}"
 
 
@@ -42,19 +42,19 @@ _PLACES = {place.name: place for state in State for place in _places(state)}
 
 
 class Lifecycle:
-    """The machine alone: a state, a phase, and one method a trigger, such as ``Lifecycle().start()``.
+    """The bare machine: a state, a phase, and one method per trigger, such as ``Lifecycle().start()``.
 
-    A subclass is told what happens by methods named as ``transitions`` names them, each of which takes its
+    A subclass adds callbacks by defining methods with the names that ``transitions`` uses, each of which receives its
     ``EventData``: ``on_enter_running`` and ``on_exit_running`` for a state, ``on_enter_stopping_draining`` and
-    ``on_exit_stopping_draining`` for a phase. On entering, the state's method comes before the phase's. A trigger that
-    is fired by one of them is handled once they have returned.
+    ``on_exit_stopping_draining`` for a phase. On entry, the state's callback runs before the phase's. A trigger fired
+    by a callback is handled after all callbacks have returned.
 
     Attributes:
-        place: Name of the place it is at; set by the machine.
+        place: Name of the current place; set by the machine.
         machine: The machine, of which this is the model.
 
     Raises:
-        InvalidTransition: By each trigger, where the tables refuse it; state and phase are unchanged.
+        InvalidTransition: From each trigger, if the tables refuse it; state and phase are unchanged.
     """
 
     place: str
@@ -83,7 +83,7 @@ class Lifecycle:
         self.machine = Machine(
             self,
             model_attribute="place",
-            states=[{"name": name, "on_enter": "_entered", "on_exit": "_left"} for name in _PLACES],
+            states=[{"name": name, "on_enter": "_entered", "on_exit": "_exited"} for name in _PLACES],
             transitions=list(self._rows()),
             initial=str(State.IDLE),
             send_event=True,
@@ -95,33 +95,33 @@ class Lifecycle:
 
     @property
     def state(self) -> State:
-        """The state it is in."""
+        """The current state."""
         return _PLACES[self.place].state
 
     @property
     def phase(self) -> Phase | None:
-        """The phase it is in; None where the state has none."""
+        """The current phase; None if the state has none."""
         return _PLACES[self.place].phase
 
     def fire(self, trigger: Trigger | PhaseTrigger) -> bool:
-        """Fire a trigger that is held in a variable.
+        """Fire a trigger given as a value.
 
         Returns:
-            Whether state or phase changed; False too where it is fired by a callback, since it is handled later.
+            Whether state or phase changed; also False if a callback fired it, since it is then handled later.
         """
         before = self.place
         self.trigger(trigger)
         return self.place != before
 
-    def has_work(self, phase: Phase) -> bool:  # noqa: ARG002 - a subclass knows more
-        """Tell whether a phase has something to do: a state is entered at the first one that has.
+    def has_work(self, phase: Phase) -> bool:  # noqa: ARG002 - a subclass uses it
+        """Tell whether a phase has work to do: a state is entered at its first phase that has.
 
-        Its last phase is not asked about: where no other has, it is that one.
+        Not called for a state's last phase, which is entered if no other has work.
         """
         return True
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """Turn both tables into the rows of one flat machine."""
+        """Yield both tables as the rows of one flat machine."""
         for row in TRANSITIONS:
             for source in _places(row.source):
                 for dest in (None,) if row.dest is None else _places(row.dest):
@@ -143,28 +143,28 @@ class Lifecycle:
         return [lambda _: self.has_work(phase)]
 
     def _entered(self, event: EventData) -> None:
-        """Call the state's own method where the state was entered; ``transitions`` calls the phase's after it."""
+        """Call the state's callback if the state itself was entered; ``transitions`` then calls the phase's."""
         if self.phase is not None and self._source_of(event).state is not self.state:
             self._call(f"on_enter_{self.state}", event)
 
-    def _left(self, event: EventData) -> None:
-        here, there = _PLACES[self.place], _PLACES[event.transition.dest]  # type: ignore[union-attr,index]
-        if here.phase is not None and there.state is not here.state:
-            self._call(f"on_exit_{here.state}", event)
+    def _exited(self, event: EventData) -> None:
+        source, dest = _PLACES[self.place], _PLACES[event.transition.dest]  # type: ignore[union-attr,index]
+        if source.phase is not None and dest.state is not source.state:
+            self._call(f"on_exit_{source.state}", event)
 
     def _call(self, name: str, event: EventData) -> None:
         if (callback := getattr(self, name, None)) is not None:
             callback(event)
 
     def _failed(self, event: EventData) -> None:
-        """Raise what a callback raised, or say in this package's words that the tables refuse the trigger."""
+        """Re-raise a callback's error, or raise `InvalidTransition` if the tables refuse the trigger."""
         if isinstance(event.error, MachineError):
             raise InvalidTransition(event.event.name, self.state) from None
-        raise event.error  # type: ignore[misc]  # there is one whenever this is called
+        raise event.error  # type: ignore[misc]  # always set when this is called
 
     def _finished(self, event: EventData) -> None:
-        """Hear that a trigger was handled, whatever came of it; must not raise."""
+        """Called after each trigger, whether it succeeded or not; must not raise."""
 
     @staticmethod
     def _source_of(event: EventData) -> Place:
-        return _PLACES[event.transition.source]  # type: ignore[union-attr]  # set whenever a place is entered
+        return _PLACES[event.transition.source]  # type: ignore[union-attr]  # set when a place is entered

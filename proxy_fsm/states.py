@@ -1,15 +1,15 @@
-"""The states of a proxy, their phases and what moves them: data alone, nothing here does anything.
+"""The states of a proxy, their phases and the triggers between them: pure data, no behaviour.
 
-The rules, in prose; the two tables below are their only other statement:
+The rules, in prose; the two tables below are the only other place that states them:
 
 * Orders come from the caller and are imperative (``start``, ``stop``); observations are past tense.
 * ``idle`` is left once, by ``start`` or ``stop``; ``stopped`` and ``failed`` are never left.
-* Whatever was acquired is released in ``stopping`` and nowhere else, so every way out of ``tunnelling``,
-  ``spawning`` and ``running`` leads through it.
-* An observation that comes late or twice is ignored: nothing changes, and no event is published.
+* Resources are released in ``stopping`` and nowhere else, so every way out of ``tunnelling``, ``spawning`` and
+  ``running`` leads through it.
+* A late or repeated observation is ignored: nothing changes, and no event is published.
 * A pair of state and trigger that the table does not list is refused with `InvalidTransition`.
-* A state that takes several steps has phases. It is entered at the first of them that has something to do, and may be
-  left from any of them by a trigger of `TRANSITIONS`; within the state only `PHASES` moves it.
+* A state that takes several steps has phases. It is entered at the first phase that has work to do, and may be left
+  from any phase by a trigger of `TRANSITIONS`; transitions within the state are those of `PHASES`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class State(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether this state is never left, as ``stopped`` and ``failed`` are."""
+        """Whether this state is never left: true of ``stopped`` and ``failed``."""
         return self in _FINAL
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Its phases, in order; empty for ``idle``, ``stopped`` and ``failed``, which are one step each."""
+        """Its phases, in order; empty for ``idle``, ``stopped`` and ``failed``, which have none."""
         return tuple(dict.fromkeys(row.phase for row in PHASES if row.state is self))
 
 
@@ -65,7 +65,7 @@ class Phase(StrEnum):
 
 
 class Trigger(StrEnum):
-    """What moves a proxy from state to state: orders of the caller first, observations after them."""
+    """What moves a proxy from state to state: the caller's orders first, then observations."""
 
     START = "start"
     STOP = "stop"
@@ -78,12 +78,12 @@ class Trigger(StrEnum):
 
     @property
     def is_order(self) -> bool:
-        """Whether the caller gives it; all others are observations of the engine."""
+        """Whether it is the caller's order; all others are observations of the engine."""
         return self in {Trigger.START, Trigger.STOP}
 
 
 class PhaseTrigger(StrEnum):
-    """What moves a proxy from phase to phase inside a state; all of them are observations."""
+    """What moves a proxy from phase to phase within a state; all of these are observations."""
 
     CHECKS_PASSED = "checks_passed"
     PROCESS_STARTED = "process_started"
@@ -97,7 +97,7 @@ class PhaseTrigger(StrEnum):
 
 
 class Transition(NamedTuple):
-    """One cell of the table: ``trigger`` in ``source`` leads to ``dest``, or is ignored where that is None."""
+    """One cell of the table: ``trigger`` in ``source`` leads to ``dest``, or is ignored if that is None."""
 
     trigger: Trigger
     source: State
@@ -109,11 +109,11 @@ class PhaseTransition(NamedTuple):
 
     Attributes:
         state: The state.
-        phase: Its phase.
+        phase: The phase.
         trigger: What ends the phase.
-        dest: The phase of the same state that follows, or the state.
-        limit: The field of `Timeouts` that says how long the phase may last; None for one that may last for ever.
-            Phases in succession that name the same limit share it, from the first of them on.
+        dest: The next phase of the same state, or the next state.
+        limit: The field of `Timeouts` that limits the phase; None if it may last forever. Consecutive phases with the
+            same limit share it, counted from the first of them.
     """
 
     state: State
@@ -129,7 +129,7 @@ def _row(trigger: Trigger, **cells: State | None) -> tuple[Transition, ...]:
 
 _TOO_LATE: Mapping[str, State | None] = {"stopping": None, "stopped": None, "failed": None}
 
-#: Every pair of state and trigger that moves or is ignored. A pair that is not here is refused.
+#: Every pair of state and trigger that is a transition or is ignored. Any other pair is refused.
 TRANSITIONS: tuple[Transition, ...] = (
     *_row(Trigger.START, idle=State.TUNNELLING),
     *_row(Trigger.TUNNEL_OPENED, tunnelling=State.SPAWNING, spawning=None, running=None, **_TOO_LATE),
@@ -163,7 +163,7 @@ def _trigger_named(name: str) -> Trigger | PhaseTrigger:
     return Trigger(name) if name in set(Trigger) else PhaseTrigger(name)
 
 
-#: What ends each phase in its own course. A phase trigger in a phase that does not list it is refused.
+#: What ends each phase in the normal course of its state. A phase trigger in a phase that does not list it is refused.
 PHASES: tuple[PhaseTransition, ...] = (
     *_phase(State.TUNNELLING, Phase.CHECKING, "preflight_s", checks_passed=Phase.BINDING),
     *_phase(State.TUNNELLING, Phase.BINDING, "preflight_s", tunnel_opened=State.SPAWNING),
