@@ -6,10 +6,10 @@
     ├── InvalidTransition      an order that the lifecycle's table refuses in this state
     ├── InvalidSession         a field of a session cannot be used (also a ValueError)
     ├── DiagramError           a picture cannot be drawn (also a ValueError)
-    ├── BackendError           a backend cannot go on; carries reason, detail and hint
+    ├── BackendError           a backend cannot continue; carries reason, detail and hint
     └── ProxyEnded
-        ├── ProxyFailed        the engine ended by a fault; carries the status
-        └── ProxyStopped       the engine ended cleanly while one waited for it to run; carries the status
+        ├── ProxyFailed        the engine ended with a fault; carries the status
+        └── ProxyStopped       the engine ended cleanly while a caller waited for RUNNING; carries the status
 
 Every message is a whole sentence that says what to do; what a program needs is in attributes.
 """
@@ -36,7 +36,7 @@ __all__ = [
 
 
 class ProxyFsmError(Exception):
-    """Whatever this package raises of its own."""
+    """Base class of all errors that this package defines."""
 
 
 class InvalidTransition(ProxyFsmError):  # noqa: N818 - the contract's name
@@ -53,7 +53,7 @@ class InvalidTransition(ProxyFsmError):  # noqa: N818 - the contract's name
         super().__init__(
             f"'{trigger}' is refused in state '{state}'. A proxy is used once: make a new Proxy for a new attempt."
             if trigger == "start"
-            else f"'{trigger}' is refused in state '{state}'. See proxy_fsm.TRANSITIONS for what each state takes."
+            else f"'{trigger}' is refused in state '{state}'. See proxy_fsm.TRANSITIONS for what each state accepts."
         )
 
     def __reduce__(self) -> tuple[type[InvalidTransition], tuple[str, State]]:
@@ -82,11 +82,11 @@ class DiagramError(ProxyFsmError, ValueError):
 
 
 class BackendError(ProxyFsmError):
-    """A backend cannot go on.
+    """A backend cannot continue.
 
     Attributes:
-        reason: The EndReason that the engine shall end with.
-        detail: One sentence for a person: what happened.
+        reason: The EndReason that the engine will end with.
+        detail: One human-readable sentence: what happened.
         hint: What to do about it, or None for the reason's own hint.
     """
 
@@ -100,8 +100,8 @@ class BackendError(ProxyFsmError):
         return type(self), (self.reason, self.detail, self.hint)
 
 
-class ProxyEnded(ProxyFsmError):  # noqa: N818 - both of its kinds are named by the contract
-    """The engine reached a final state while one waited for it to run.
+class ProxyEnded(ProxyFsmError):  # noqa: N818 - the contract names both of its subclasses so
+    """The engine reached a final state while a caller was waiting for RUNNING.
 
     Attributes:
         status: The ProxyStatus at its end.
@@ -109,19 +109,19 @@ class ProxyEnded(ProxyFsmError):  # noqa: N818 - both of its kinds are named by 
 
     def __init__(self, status: ProxyStatus) -> None:
         self.status = status
-        words = f"The proxy of session {status.session} is {status.state}"
+        message = f"The proxy of session {status.session} is {status.state}"
         if status.reason is not None:
-            words += f" ({status.reason})"
-        words += f": {status.detail}" if status.detail else "."
-        super().__init__(f"{words} {status.hint}" if status.hint else words)
+            message += f" ({status.reason})"
+        message += f": {status.detail}" if status.detail else "."
+        super().__init__(f"{message} {status.hint}" if status.hint else message)
 
     def __reduce__(self) -> tuple[type[ProxyEnded], tuple[ProxyStatus]]:
         return type(self), (self.status,)
 
 
 class ProxyFailed(ProxyEnded):
-    """The engine ended by a fault: see ``status.reason``, ``status.detail`` and ``status.hint``."""
+    """The engine ended with a fault: see ``status.reason``, ``status.detail`` and ``status.hint``."""
 
 
 class ProxyStopped(ProxyEnded):
-    """The engine ended cleanly before it was running, or while one waited for that."""
+    """The engine ended cleanly before it was running, or while a caller was waiting for that."""

@@ -1,4 +1,4 @@
-"""Events: what they are called, how grave they are, and how they reach the caller's logger."""
+"""Events: their names, their levels, and how they reach the caller's logger."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ LEVELS: Mapping[str, str] = {
     "internal.error": "error",
 }
 
-#: What a program that has not configured structlog gets: the standard library's logger, silent by default.
+#: The logger if the program has not configured structlog: the standard library's, silent by default.
 _FALLBACK = logging.getLogger("proxy_fsm")
 _FALLBACK.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of a proxy, before its ``proxy_id`` and ``session`` are added."""
+    """An event of a proxy; ``proxy_id`` and ``session`` are added when it is logged."""
 
     name: str
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -55,12 +55,12 @@ class Event:
         return LEVELS[self.name]
 
     @classmethod
-    def of_transition(cls, record: TransitionRecord, **last_words: Any) -> Event:
+    def of_transition(cls, record: TransitionRecord, **extra: Any) -> Event:
         """Return the event of a change of state.
 
         Args:
             record: The change.
-            last_words: What the last event of a proxy says beside: ``hint`` and ``retryable``.
+            extra: More fields: the last event of a proxy also has ``hint`` and ``retryable``.
         """
         fields = {
             "trigger": str(record.trigger),
@@ -71,7 +71,7 @@ class Event:
             "elapsed_s": round(record.elapsed_s, 6),
             "sequence": record.sequence,
         }
-        return cls("proxy.transition", {**fields, **last_words})
+        return cls("proxy.transition", {**fields, **extra})
 
     @classmethod
     def of_phase(cls, state: State, phase: Phase, previous: Phase | None, elapsed_s: float) -> Event:
@@ -80,8 +80,8 @@ class Event:
         Args:
             state: The state.
             phase: The phase that was entered.
-            previous: The phase of the same state that was left; None where the state was entered.
-            elapsed_s: Time spent in ``previous``, in seconds; 0 where there is none.
+            previous: The phase of the same state that was left; None if the state itself was just entered.
+            elapsed_s: Time spent in ``previous``, in seconds; 0 if there is none.
         """
         fields = {
             "state": str(state),
@@ -96,8 +96,8 @@ class EventLog:
     """Logs the events of one proxy, each with its ``proxy_id`` and ``session``.
 
     Args:
-        logger: A structlog logger, or a logger of the standard library. By default structlog's, where the program has
-            configured it, else ``logging.getLogger("proxy_fsm")``: structlog unconfigured prints on standard output.
+        logger: A structlog logger, or one of the standard library's. By default structlog's if the program has
+            configured it, else ``logging.getLogger("proxy_fsm")``: unconfigured, structlog prints to standard output.
         proxy_id: Id of the engine.
         session: Name of the session.
     """
@@ -108,19 +108,19 @@ class EventLog:
         if isinstance(logger, logging.Logger | logging.LoggerAdapter):
             logger = _wrapped(logger)
         self._logger = logger
-        self._always = {"proxy_id": proxy_id, "session": session}
+        self._context = {"proxy_id": proxy_id, "session": session}
 
     def __call__(self, level: str, event: str, **fields: Any) -> None:
-        """Log an event; a logger that fails is reported to the standard library's, and changes nothing."""
+        """Log an event; a failing logger is reported to the standard library's, and changes nothing else."""
         try:
-            getattr(self._logger, level)(event, **self._always, **fields)
+            getattr(self._logger, level)(event, **self._context, **fields)
         except BaseException:  # noqa: BLE001 - a foreign logger may raise anything, SystemExit too
             report_failure(event)
 
 
 def report_failure(event: str) -> None:
-    """Report to the standard library's logger what another one has just raised."""
-    with suppress(BaseException):  # both loggers fail: there is nobody left to report to
+    """Report the exception that a logger has just raised to the standard library's logger."""
+    with suppress(BaseException):  # both loggers fail: there is nowhere left to report to
         _FALLBACK.exception("The logger failed on the event %s.", event)
 
 

@@ -1,7 +1,7 @@
-"""What is seen of a proxy while it lives: observations, and the evidence they add up to.
+"""What is observed of a proxy: single observations, and the evidence they add up to.
 
-An observation is a frozen fact with the time it was made; workers post them, the engine's owner thread takes
-them one by one, and a backend judges by all that were seen so far.
+An observation is a frozen fact with the time it was made; workers post observations, the engine's owner thread
+handles them one by one, and a backend judges by all that were made so far.
 """
 
 from __future__ import annotations
@@ -52,46 +52,46 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A fact, and when it was seen (seconds of the monotonic clock)."""
+    """A fact, and when it was observed (seconds of the monotonic clock)."""
 
     at: float = field(default_factory=time.monotonic, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class StartOrdered(Observation):
-    """The caller wants it to begin."""
+    """The caller has ordered it to start."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopOrdered(Observation):
-    """The caller wants it to end."""
+    """The caller has ordered it to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChecksPassed(Observation):
-    """Everything local is good; what is left is to bind the local end."""
+    """All local checks passed; the next step is to bind the listener."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What the proxy program is started with.
+    """How to start the proxy program.
 
     Attributes:
         command: The argument vector; its first entry is the path of the executable.
-        environment: The whole environment.
+        environment: The complete environment.
         directory: The working directory.
-        log: Descriptor of the session's log; the preflight's, which closes it.
+        log: Descriptor of the session's log; the preflight owns and closes it.
     """
 
     command: Sequence[str]
-    environment: Mapping[str, str] = field(repr=False)  # secrets are in it
+    environment: Mapping[str, str] = field(repr=False)  # it holds secrets
     directory: Path
     log: int
 
 
 @dataclass(frozen=True, slots=True)
 class PreflightPassed(Observation):
-    """Everything local is good, the local end is bound at ``listen_address``, and this is what to launch."""
+    """All local checks passed, the listener is bound at ``listen_address``, and this is what to launch."""
 
     listen_address: str
     launch: Launch
@@ -99,7 +99,7 @@ class PreflightPassed(Observation):
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailed(Observation):
-    """A worker found that it cannot go on; the error carries reason, detail and hint."""
+    """A worker cannot continue; the error carries reason, detail and hint."""
 
     error: BackendError
 
@@ -111,12 +111,12 @@ class SpawnFailed(WorkerFailed):
 
 @dataclass(frozen=True, slots=True)
 class PreflightFinished(Observation):
-    """The preflight's thread is done, however it went."""
+    """The preflight's thread is done, whether it succeeded or failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerCrashed(Observation):
-    """A worker broke: a bug of ours or of a backend."""
+    """A worker crashed: a bug in this package or in a backend."""
 
     worker: str
     error: BaseException
@@ -124,7 +124,7 @@ class WorkerCrashed(Observation):
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpawned(Observation):
-    """The proxy program runs."""
+    """The proxy program was started."""
 
     pid: int
     executable: str
@@ -132,21 +132,21 @@ class ProcessSpawned(Observation):
 
 @dataclass(frozen=True, slots=True)
 class OutputLine(Observation):
-    """The proxy program printed a line; it is redacted and harmless."""
+    """The proxy program printed a line; it is redacted, and its control characters are escaped."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class LogFailed(Observation):
-    """The session's log cannot be written any more."""
+    """The session's log can no longer be written."""
 
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessExited(Observation):
-    """The proxy program ended, by itself (``exit_code``) or by a signal (its number); both None where nobody knows."""
+    """The proxy program ended, by itself (``exit_code``) or by a signal (its number); both None if unknown."""
 
     exit_code: int | None
     signal: int | None
@@ -161,28 +161,28 @@ class PeerRejected(Observation):
 
 @dataclass(frozen=True, slots=True)
 class ChannelOpened(Observation):
-    """The proxy program connected, and its channel to the graphics port stands."""
+    """The proxy program connected, and its channel to the graphics port is open."""
 
     connection: int
 
 
 @dataclass(frozen=True, slots=True)
 class AgentDataReceived(Observation):
-    """The agent's first bytes came."""
+    """The agent's first bytes were received."""
 
     connection: int
 
 
 @dataclass(frozen=True, slots=True)
 class AgentEof(Observation):
-    """The agent's stream ended while the transport lives and nothing was closed from this side."""
+    """The agent's stream ended while the transport was active and this side had closed nothing."""
 
     connection: int
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionEnded(Observation):
-    """A connection is gone, local end and channel; what it carried, and for how many seconds it stood."""
+    """A connection is closed, local socket and channel; what it carried, and for how many seconds it was open."""
 
     connection: int
     bytes_to_agent: int
@@ -192,52 +192,52 @@ class ConnectionEnded(Observation):
 
 @dataclass(frozen=True, slots=True)
 class TunnelClosed(Observation):
-    """The listener and all connections are gone."""
+    """The listener and all connections are closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransportEnded(Observation):
-    """The SSH transport is gone."""
+    """The SSH transport has ended."""
 
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSilent(Observation):
-    """Nothing came from the SSH server since ``heard_at`` (monotonic), a probe's answer included."""
+    """Nothing was received from the SSH server since ``heard_at`` (monotonic), not even a probe's answer."""
 
     heard_at: float
 
 
 @dataclass(frozen=True, slots=True)
 class LinkRestored(Observation):
-    """The SSH server is heard again, after so many seconds."""
+    """The SSH server responds again, after ``silent_s`` seconds."""
 
     silent_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class LinkDead(Observation):
-    """The SSH server was silent for longer than is allowed."""
+    """The SSH server was silent for longer than allowed."""
 
     silent_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class DisplayLost(Observation):
-    """The X server is gone: its connection ended and no new one could be made."""
+    """The X server is lost: our connection to it ended, and no new one could be made."""
 
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class DisplayRestored(Observation):
-    """The X server ended our connection, but took a new one."""
+    """The X server ended our connection, but accepted a new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionStatusReceived(Observation):
-    """The X2Go server said how the session stands; None where it could not tell."""
+    """The X2Go server reported the session's status; None if it could not."""
 
     status: SessionStatus | None
 
@@ -246,16 +246,16 @@ _Seen = TypeVar("_Seen", bound=Observation)
 
 
 class Evidence:
-    """All that was seen of one proxy, in order.
+    """All observations of one proxy, in order.
 
-    The first observation of each kind is always held; beside it the last ``KEPT`` of all kinds, and the last ``KEPT``
-    lines of the proxy's output. Backends read it; the engine alone adds to it.
+    The first observation of each kind is always kept, as are the last ``KEPT`` of all kinds and the last ``KEPT`` lines
+    of the proxy's output. Backends read it; only the engine adds to it.
 
     Attributes:
-        observations: What was seen last, oldest first, output lines apart.
+        observations: The latest observations, oldest first, without output lines.
         lines: The proxy's last lines, oldest first.
         last: The newest observation, or None.
-        ready: Whether the session has become ready; the engine sets it.
+        ready: Whether the session has become ready; set by the engine.
         signalled: Whether we have sent the proxy a signal.
     """
 
@@ -272,7 +272,7 @@ class Evidence:
             self.add(observation)
 
     def add(self, observation: Observation) -> None:
-        """Take one more observation in."""
+        """Add an observation."""
         if isinstance(observation, OutputLine):
             self.lines.append(observation)
         else:
@@ -285,14 +285,14 @@ class Evidence:
         return next((seen for seen in self._firsts.values() if isinstance(seen, kind)), None)
 
     def saw(self, *kinds: type[Observation]) -> bool:
-        """Tell whether anything of these kinds was ever seen."""
+        """Tell whether any observation of these kinds was ever made."""
         return any(issubclass(kind, kinds) for kind in self._firsts)
 
     def said(self, *texts: str) -> bool:
-        """Tell whether one of the lines that are held contains one of these texts."""
+        """Tell whether any of the kept lines contains one of these texts."""
         return any(text in line.text for line in self.lines for text in texts)
 
     @property
     def exited(self) -> ProcessExited | None:
-        """How the proxy program ended, or None while it lives."""
+        """How the proxy program ended, or None while it is alive."""
         return self.first(ProcessExited)

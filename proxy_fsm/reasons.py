@@ -13,7 +13,7 @@ class EndReason(StrEnum):
 
     Attributes:
         cli_status: The exit status of the command line for this reason: 0 for a clean end, else from 10 up.
-        hint: What to do about it, one sentence; None where there is nothing to do.
+        hint: What to do about it, one sentence; None if there is nothing to do.
     """
 
     cli_status: int
@@ -99,51 +99,51 @@ class EndReason(StrEnum):
 
     @property
     def clean(self) -> bool:
-        """Whether this ends in ``stopped``, not in ``failed``."""
+        """Whether the proxy ends in ``stopped``, not in ``failed``."""
         return self.cli_status == 0
 
 
-#: Suspended or gone: this side cannot tell.
+#: Reasons after which the session is suspended or lost, and only the server knows which.
 _SERVER_KNOWS = frozenset({EndReason.SESSION_ENDED, EndReason.AGENT_UNREACHABLE, EndReason.PEER_LOST})
 
 
-#: So long after the proxy's ready sign an agent in its first attempt can still die with its proxy: measured with
-#: nxagent 3.5.99, which survived a loss 0.12 s after the sign in all of 4 runs, and 0.06 s after it in 2 of 4.
-_SETTLING_S = 0.5
+#: For how long after the proxy's ready line an agent in its first attempt can still die with its proxy: measured with
+#: nxagent 3.5.99, which survived a loss 0.12 s after that line in all of 4 runs, and 0.06 s after it in 2 of 4.
+_AGENT_FRAGILE_S = 0.5
 
 
 def is_retryable(reason: EndReason, *, channel_opened: bool, running_s: float | None, resumed: bool) -> bool | None:
     """Tell whether the session should have survived this attempt, so that another one can succeed.
 
-    An agent in its first attempt gets one chance: connected and let go before the session stood, it dies. One
-    that was running, or was resumed, is suspended instead; one that was never connected still waits.
+    A fresh agent gets one chance: if it is connected and then dropped before the session is established, it exits.
+    One that was running, or was resumed, is suspended instead; one that was never connected still waits.
 
     Args:
         reason: Why the attempt ended.
         channel_opened: Whether a channel to the graphics port was ever opened.
-        running_s: For how many seconds it was ``running``; None where it never was.
-        resumed: Whether the session had been resumed, and so been running before.
+        running_s: For how many seconds it was ``running``; None if it never was.
+        resumed: Whether the session was resumed, and so had been running before.
 
     Returns:
-        True or False, or None where only the server knows.
+        True or False, or None if only the server knows.
     """
     if reason in _SERVER_KNOWS or (resumed and reason is EndReason.NEGOTIATION_FAILED):
         return None
     if reason in {EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED}:
         return reason is EndReason.SESSION_SUSPENDED
     if running_s is not None and not resumed:
-        return True if running_s >= _SETTLING_S else None
+        return True if running_s >= _AGENT_FRAGILE_S else None
     return resumed or not channel_opened
 
 
 def hint_for(reason: EndReason, *, channel_opened: bool, was_running: bool, resumed: bool) -> str | None:
-    """Return what to do about a reason; a session that is lost is not to be resumed.
+    """Return what to do about a reason; the hint does not say to resume a session that is lost.
 
     Args:
         reason: Why the attempt ends.
         channel_opened: Whether a channel to the graphics port was ever opened.
         was_running: Whether ``running`` was reached.
-        resumed: Whether the session had been resumed.
+        resumed: Whether the session was resumed.
     """
     if reason.hint is None or was_running or resumed:
         return reason.hint

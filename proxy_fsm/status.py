@@ -1,4 +1,4 @@
-"""What a proxy says of itself: records, counters and the snapshot that holds them all."""
+"""What a proxy reports about itself: records, counters and the snapshot that holds them all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class Link(StrEnum):
-    """Whether the SSH server is heard."""
+    """Whether the SSH server responds."""
 
     OK = "ok"
     SILENT = "silent"
@@ -36,13 +36,13 @@ class TransitionRecord:
     Attributes:
         proxy_id: Id of the engine.
         session: Name of the session.
-        trigger: What moved it.
+        trigger: What caused it.
         source: The state that was left.
         dest: The state that was entered.
         reason: Why it ends, from the entry into ``stopping`` on.
-        detail: One sentence for a person; empty where there is nothing to say.
+        detail: One human-readable sentence; empty if there is nothing to say.
         at: When, as an aware datetime in UTC.
-        elapsed_s: Seconds spent in source, by the monotonic clock.
+        elapsed_s: Seconds spent in ``source``, by the monotonic clock.
         sequence: Number of the change, from 1, without gaps.
     """
 
@@ -58,7 +58,7 @@ class TransitionRecord:
     sequence: int
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold; ``at`` in ISO 8601."""
+        """Return all fields as JSON-safe values; ``at`` in ISO 8601."""
         return _fields_as_json(self)
 
 
@@ -67,8 +67,8 @@ class TunnelStats:
     """What the tunnel carried.
 
     Attributes:
-        bytes_to_agent: Bytes that the proxy sent and the transport took.
-        bytes_from_agent: Bytes that the agent sent and the proxy took.
+        bytes_to_agent: Bytes that the proxy sent and the transport accepted.
+        bytes_from_agent: Bytes that the agent sent and the proxy accepted.
         opened_at: When the first channel was opened, aware, in UTC; None before.
         connections: Channels opened so far.
     """
@@ -79,7 +79,7 @@ class TunnelStats:
     connections: int
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold; ``opened_at`` in ISO 8601."""
+        """Return all fields as JSON-safe values; ``opened_at`` in ISO 8601."""
         return _fields_as_json(self)
 
 
@@ -90,13 +90,13 @@ class Timeouts:
     Attributes:
         preflight_s: From ``start`` until everything local is known to be good.
         ready_s: From the proxy's start until the session is ready.
-        agent_connect_s: How long a refused channel is tried again.
+        agent_connect_s: How long a refused channel is retried.
         stop_grace_s: From SIGTERM to SIGKILL; nxproxy's slowest orderly exit takes about 6 s.
-        kill_s: From SIGKILL until the proxy must be gone, and how long a channel that is aborted may take to close.
-        drain_s: How long the last bytes may take to get through once the proxy has exited.
+        kill_s: From SIGKILL until the proxy must have exited, and how long an aborted channel may take to close.
+        drain_s: How long the last bytes may take to be flushed once the proxy has exited.
         ask_server_s: How long the server may take to say how a session ended.
         link_probe_s: After how much silence the server is probed, and after how much more it counts as silent.
-        link_dead_s: After how much silence the transport is given up.
+        link_dead_s: After how much silence the transport counts as lost.
 
     Raises:
         ValueError: A value is not a finite number above zero, or ``link_dead_s`` is not above ``link_probe_s``.
@@ -124,7 +124,7 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyStatus:
-    """A snapshot of a proxy, consistent in itself and holding no secret.
+    """A self-consistent snapshot of a proxy, without secrets.
 
     Attributes:
         id: Id of the engine, as in every event and record.
@@ -132,24 +132,24 @@ class ProxyStatus:
         state: The state.
         since: When it was entered, aware, in UTC.
         phase: The step inside the state; None in ``idle``, ``stopped`` and ``failed``.
-        phase_since: When that was entered, aware, in UTC; None where there is no phase.
-        waiting_for: What is still missing, for a person; empty where nothing is.
+        phase_since: When that was entered, aware, in UTC; None if there is no phase.
+        waiting_for: What is still missing, human-readable; empty if nothing is.
         reason: Why it ends or ended; None before.
-        detail: One sentence for a person: what happened.
+        detail: One human-readable sentence: what happened.
         hint: What to do about it, or None.
-        retryable: At the end: whether the session should still stand on the server, so that a new attempt at it
-            (after a resume, where it is suspended) can succeed once the cause is put right. None before the end,
-            and where it cannot be known.
+        retryable: At the end: whether the session should still exist on the server, so that a new attempt at it (after
+            a resume, if it is suspended) can succeed once the cause is fixed. None before the end, and if it cannot be
+            known.
         pid: Process id of the proxy program, once it was started.
-        exit_code: Its exit code, when it exited by itself.
-        signal: The number of the signal that ended it, when one did.
+        exit_code: Its exit code, if it exited by itself.
+        signal: The number of the signal that ended it, if one did.
         listen_address: What the proxy connects to: the path of a unix socket, or ``127.0.0.1:PORT``.
         tunnel: What the tunnel carried; None before it is bound.
-        link: Whether the SSH server is heard.
-        silent_s: For how many seconds it was not, while ``link`` is silent; else 0.
+        link: Whether the SSH server responds.
+        silent_s: For how many seconds it has been silent, while ``link`` is silent; else 0.
         output_tail: The proxy's last lines, redacted.
-        abandoned: What could not be released in time, for a person; it is freed when that can be.
-        history: All changes so far.
+        abandoned: What could not be released in time, human-readable; it is freed as soon as possible.
+        history: All changes of state so far.
     """
 
     id: str
@@ -175,12 +175,12 @@ class ProxyStatus:
     history: tuple[TransitionRecord, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as values that JSON can hold: enums as their values, times in ISO 8601, tuples as lists."""
+        """Return all fields as JSON-safe values: enums as their values, times in ISO 8601, tuples as lists."""
         return _fields_as_json(self)
 
 
-def _fields_as_json(told: ProxyStatus | TransitionRecord | TunnelStats) -> dict[str, Any]:
-    return {field.name: _as_json(getattr(told, field.name)) for field in dataclasses.fields(told)}
+def _fields_as_json(report: ProxyStatus | TransitionRecord | TunnelStats) -> dict[str, Any]:
+    return {field.name: _as_json(getattr(report, field.name)) for field in dataclasses.fields(report)}
 
 
 def _as_json(value: Any) -> Any:
