@@ -1,8 +1,7 @@
 """What a session is: where its agent listens, and the parsers of what an X2Go server prints about it.
 
-Nothing that a server sends is trusted. Each value is checked where it enters, so whoever holds a
-`SessionInfo` may put its name into a path and its fields into nxproxy's option string. The cookie is in no
-repr and in no message.
+Nothing that a server sends is trusted. Each value is checked on input, so the name of a `SessionInfo` can safely be
+put into a path, and its fields into nxproxy's option string. The cookie appears in no repr and in no message.
 """
 
 from __future__ import annotations
@@ -32,44 +31,44 @@ _DISPLAY_MAX = 65_535
 _PID_MAX = 2**31 - 1
 _EXCERPT_MAX = 120
 
-# x2gostartagent deletes every other character; the database refuses a name that begins with - or @.
+# x2gostartagent deletes all other characters; the database refuses a name that begins with - or @.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
 _NOT_IN_NAME = re.compile(r"[^A-Za-z0-9_.@-]")
 _COOKIE = re.compile(r"[0-9A-Fa-f]{32}")
 _HOST_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]{1,10}")
 
-# x2gostartagent prints these on standard error and ends.
+# x2gostartagent prints these to standard error and exits.
 _REFUSALS = {
     "ACCESS DENIED": "the server says ACCESS DENIED, since the desktop's owner does not share it.",
     "LIMIT": "the server says LIMIT, since this user has as many sessions as are allowed. End one first.",
 }
-_AGENT_LINES = 7  # two more, Telekinesis' ports, where the server has it
+_AGENT_LINES = 7  # two more, Telekinesis' ports, if the server has it
 _LIST_COLUMNS = 14  # two more, as above
 
 _RESUMED_PORTS = ("gr_port", "sound_port", "fs_port")
 
-# Perl's complaint about an unknown LC_*: the server merges it into the list and takes the blanks out.
+# Perl's warning about an unknown LC_*: the server merges it into the list and removes the blanks.
 _LOCALE_WARNING = re.compile(r"perl:warning:|(LANGUAGE|LANG|LC_[A-Z]+)=|aresupportedandinstalledonyoursystem\.$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionInfo:
-    """One session as a proxy needs it: whose it is, and where its agent listens.
+    """One session as a proxy needs it: its name and cookie, and where its agent listens.
 
     Args:
-        name: The session's name, at most 200 characters out of ASCII letters, digits and ``. _ @ -``, the
-            first of them a letter, a digit or ``_``, and no ``..``: so it can be one component of a path, a
-            word of a command and a value in nxproxy's option string. x2gostartagent itself deletes all other
-            characters, such as the ``+``, ``$`` and backslashes of user names.
-        cookie: The secret that agent and proxy share, 32 hexadecimal digits; None where there is none.
+        name: The session's name, at most 200 ASCII letters, digits and ``. _ @ -``, the first of them a letter, a
+            digit or ``_``, and no ``..``: so it can be one component of a path, a word of a command and a value in
+            nxproxy's option string. x2gostartagent itself deletes all other characters, such as the ``+``, ``$`` and
+            backslashes of user names.
+        cookie: The secret that agent and proxy share, 32 hexadecimal digits; None if there is none.
         graphics_port: The TCP port on which the agent listens, 1 to 65535.
-        display: The number of the session's X display on the server, 0 to 65535; None where there is none.
+        display: The number of the session's X display on the server, 0 to 65535; None if there is none.
         agent_host: Where the agent listens, as seen from the SSH server: a host name, an IPv4 or an IPv6
             address (without zone), at most 253 characters.
 
     Raises:
-        InvalidSession: A field cannot be used; the message names it, and does not hold the cookie.
+        InvalidSession: A field cannot be used; the message names it, and does not contain the cookie.
 
     Source: x2goserver 4.1.0.3, ``x2gostartagent`` and ``sanitizer('x2gosid')`` in ``X2Go/Utils.pm``.
     """
@@ -92,14 +91,14 @@ class SessionInfo:
 
 
 class SessionStatus(StrEnum):
-    """What a server's database says of a session."""
+    """The status of a session in a server's database."""
 
     RUNNING = "running"
     SUSPENDED = "suspended"
     FINISHED = "finished"
 
 
-#: The database's letters; it writes no other. Source: ``x2gochangestatus`` and its callers, ``db_createsession`` in
+#: The database's letters; there are no others. Source: ``x2gochangestatus`` and its callers, ``db_createsession`` in
 #: ``X2Go/Server/DB``.
 _STATUS = {"R": SessionStatus.RUNNING, "S": SessionStatus.SUSPENDED, "F": SessionStatus.FINISHED}
 
@@ -109,14 +108,13 @@ class ListedSession:
     """One row of ``x2golistsessions``.
 
     Args:
-        info: What a proxy needs of it. The graphics port of a suspended session is its last one; resuming
-            gives it another.
-        status: What the server's database says of it.
+        info: What a proxy needs. The graphics port of a suspended session is its last one; resuming assigns another.
+        status: Its status in the server's database.
         agent_pid: The agent's process id on the server, from 1.
         server: The host name of the server that runs it.
-        created: When it was made, in the server's local time and its own words (``YYYY-MM-DDTHH:MM:SS``).
+        created: When it was created, in the server's local time and format (``YYYY-MM-DDTHH:MM:SS``).
         client: The address from which it was last used.
-        user: Whose it is; of a desktop that is shared, who asked for it.
+        user: Its owner; for a shared desktop, the user who asked for it.
         sound_port: The server's port for sound, or None.
         sshfs_port: The server's port for shared folders, or None.
     """
@@ -133,18 +131,18 @@ class ListedSession:
 
 
 def parse_agent_output(text: str, *, agent_host: str = "127.0.0.1") -> SessionInfo:
-    """Read the session that ``x2gostartagent`` made.
+    """Parse the session that ``x2gostartagent`` created.
 
     Args:
         text: Its standard output: display, cookie, agent pid, session name, graphics port, sound port and
-            file-sharing port, one a line; what follows is not read. Where that is empty, give its standard
-            error, and the exception tells what the server said.
+            file-sharing port, one per line; anything after them is ignored. If it is empty, pass the standard error
+            instead: the exception then quotes what the server said.
         agent_host: As in `SessionInfo`.
 
     Raises:
-        InvalidSession: A line does not fit (the message names the field), or ``output`` is no session at all.
+        InvalidSession: A line is invalid (the message names the field), or the ``output`` is not a session at all.
 
-    Source: the end of ``x2gostartagent``, its exits 8 (``ACCESS DENIED``) and 9 (``LIMIT``).
+    Source: the end of ``x2gostartagent``, and its exit codes 8 (``ACCESS DENIED``) and 9 (``LIMIT``).
     """
     lines = [line.strip() for line in text.strip().split("\n")]
     if len(lines) < _AGENT_LINES:
@@ -157,20 +155,21 @@ def parse_agent_output(text: str, *, agent_host: str = "127.0.0.1") -> SessionIn
 
 
 def parse_resume_output(text: str, session: SessionInfo) -> SessionInfo:
-    """Read what ``x2goresume-session`` prints: the session has another graphics port than before.
+    """Parse the output of ``x2goresume-session``: the session has another graphics port than before.
 
-    It prints a port also where it could not resume the session and says so on standard error: look there too.
+    The command prints a port even if it could not resume the session, and reports that on standard error: check that
+    too.
 
     Args:
-        text: Its standard output: ``gr_port=30001``, ``sound_port=…`` and ``fs_port=…``, a line each; what else
-            is printed is not read.
+        text: Its standard output: ``gr_port=30001``, ``sound_port=…`` and ``fs_port=…``, one per line; anything else is
+            ignored.
         session: The session as it was before.
 
     Returns:
-        The session with its present graphics port.
+        The session with its current graphics port.
 
     Raises:
-        InvalidSession: A port does not fit or comes twice, or there is no ``gr_port`` at all.
+        InvalidSession: A port is invalid or repeated, or there is no ``gr_port`` at all.
 
     Source: the end of ``x2goresume-session``, x2goserver 4.1.0.3.
     """
@@ -181,34 +180,33 @@ def parse_resume_output(text: str, session: SessionInfo) -> SessionInfo:
         if key not in _RESUMED_PORTS:
             continue
         if key in ports:
-            raise InvalidSession("output", f"{key} came twice.")
+            raise InvalidSession("output", f"{key} is there twice.")
         ports[key] = value
     if "gr_port" not in ports:
         problem = "the server printed nothing" if lines == [""] else f"the first line is {_excerpt(lines[0])}"
-        raise InvalidSession("output", f"no line gr_port=… came, and {problem}. Its standard error may tell why.")
+        raise InvalidSession("output", f"there is no line gr_port=…, and {problem}. Its standard error may tell why.")
     for key in _RESUMED_PORTS[1:]:
         _optional_port(key, ports.get(key, ""))
     return replace(session, graphics_port=_number("graphics_port", ports["gr_port"], 1, _PORT_MAX))
 
 
 def parse_session_list(text: str, *, agent_host: str = "127.0.0.1") -> tuple[ListedSession, ...]:
-    """Read what ``x2golistsessions`` or ``x2golistshadowsessions`` prints.
+    """Parse the output of ``x2golistsessions`` or ``x2golistshadowsessions``.
 
-    A row without pid, cookie and graphics port is left out: the server has noted the session's name and not
-    yet, or never, started its agent. So are Perl's warnings about the locale, which the server merges into
-    the list.
+    A row without pid, cookie and graphics port is skipped: the server has recorded the session's name but not yet, or
+    never, started its agent. Perl's warnings about the locale, which the server merges into the list, are skipped too.
 
     Args:
-        text: Its standard output, one session a line, columns divided by ``|``: agent pid, name, display,
-            server, status, created, cookie, client, graphics port, sound port, last use, user, age,
-            file-sharing port; what follows is not read.
+        text: Its standard output, one session per line, columns separated by ``|``: agent pid, name, display, server,
+            status, created, cookie, client, graphics port, sound port, last use, user, age, file-sharing port; anything
+            after them is ignored.
         agent_host: As in `SessionInfo`, for every session in the list.
 
     Returns:
-        The sessions in the server's order; none for an empty text.
+        The sessions in the server's order; empty for an empty text.
 
     Raises:
-        InvalidSession: A row does not fit; the message names the field and the line, counted from 1.
+        InvalidSession: A row is invalid; the message names the field and the line, counted from 1.
 
     Source: ``x2golistsessions``, ``db_listsessions`` in ``X2Go/Server/DB/SQLite3.pm`` and ``PostgreSQL.pm``.
     """
@@ -252,7 +250,7 @@ def _problem_of(lines: list[str]) -> str:
             return problem
     if lines == [""]:
         return "the server printed nothing. Its standard error may tell why."
-    return f"{len(lines)} of {_AGENT_LINES} lines came, and the first is {_excerpt(lines[0])}."
+    return f"it has {len(lines)} of {_AGENT_LINES} lines, and the first is {_excerpt(lines[0])}."
 
 
 def _session_info(name: str, cookie: str, graphics_port: str, display: str, agent_host: str) -> SessionInfo:
@@ -266,7 +264,7 @@ def _session_info(name: str, cookie: str, graphics_port: str, display: str, agen
 
 
 def _number(title: str, text: str, low: int, high: int) -> int:
-    # A pattern first: int()'s own error would carry the text, which may be a cookie in the wrong line.
+    # Match a pattern first: int()'s own error would quote the text, which may be a cookie in the wrong line.
     if not _NUMBER.fullmatch(text):
         raise InvalidSession(title, f"{_excerpt(text)} is not a number.")
     number = int(text)
@@ -292,7 +290,7 @@ def _optional_port(title: str, text: str) -> int | None:
 
 
 def _excerpt(text: str) -> str:
-    """Quote what a server sent, fit to be shown."""
+    """Quote a server's text, safe to be shown."""
     return f"'{excerpt(text, _EXCERPT_MAX)}'"
 
 
@@ -346,11 +344,11 @@ def _is_host(value: str) -> bool:
             ipaddress.ip_address(value)
         except ValueError:
             return False
-        return "%" not in value  # a zone can hold anything, and its number differs from machine to machine
+        return "%" not in value  # a zone can be any text, and its number differs between machines
     return all(_HOST_LABEL.fullmatch(label) for label in value.removesuffix(".").split("."))
 
 
 def _check_free_of_cookie(title: str, value: str, cookie: str | None) -> None:
-    # A server could put the cookie where it would be shown.
+    # A server could put the cookie into a field that is shown.
     if cookie is not None and cookie.lower() in value.lower():
         raise InvalidSession(title, "it holds the session's cookie.")

@@ -294,7 +294,7 @@ class TestParseAgentOutput:
             ("bash: warning: setlocale\nLIMIT", "LIMIT"),
             ("The $USER environment variable is not set.", "'The $USER environment variable is not set.'"),
             ("a\x1b[31mb\x07", "'a\\x1b[31mb\\x07'"),
-            (f"{COOKIE}\n51", "2 of 7 lines came, and the first is '<hidden>'"),
+            (f"{COOKIE}\n51", "it has 2 of 7 lines, and the first is '<hidden>'"),
             (f"key={COOKIE.upper()}", "'key=<hidden>'"),
             ("x" * 1000, "x" * 120 + "…'"),
         ],
