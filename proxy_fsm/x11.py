@@ -1,4 +1,4 @@
-"""Is there an X server, and does it let us in: a connection set-up with the user's cookie.
+"""Checks that there is an X server and that it accepts us: a connection setup with the user's cookie.
 
 Source: X Window System Protocol, "Connection Setup" and appendix B; Xsecurity(7); ``Xau.h`` of libXau;
 ``xcb_util.c`` and ``xcb_auth.c`` of libxcb.
@@ -39,7 +39,7 @@ __all__ = [
 
 DisplayErrorKind = Literal["unset", "malformed", "absent", "refused", "silent", "local"]
 
-_SOCKET_DIRECTORY = "/tmp/.X11-unix"  # noqa: S108 - where X servers are found
+_SOCKET_DIRECTORY = "/tmp/.X11-unix"  # noqa: S108 - where X servers listen
 _TCP_BASE_PORT = 6000
 _DISPLAY_MAX = 65_535 - _TCP_BASE_PORT
 _COOKIE_NAME = b"MIT-MAGIC-COOKIE-1"
@@ -52,7 +52,7 @@ _FAMILY_WILD = 65_535
 
 _REFUSED, _ACCEPTED, _AUTHENTICATE = 0, 1, 2
 
-#: An X server whose last client disconnects resets, and may hang up on clients that connect in these 50 ms.
+#: An X server resets when its last client disconnects, and for these 50 ms may hang up on clients that connect.
 PAUSES_AFTER_HANG_UP_S = (0.01, 0.02, 0.04, 0.08, 0.16)
 
 _DISPLAY = re.compile(
@@ -63,7 +63,7 @@ _DISPLAY_PATH = re.compile(r"(?P<path>/.*:(?P<number>\d{1,5}))(?:\.\d{1,5})?", r
 _LOCAL_PROTOCOLS = {"unix", "local"}
 _TCP_PROTOCOLS = {"tcp", "inet", "inet6"}
 
-# They say nothing about the X server: this process or machine is short of descriptors or memory.
+# These say nothing about the X server: this process or machine is short of descriptors or memory.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _HANG_UPS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
@@ -73,20 +73,20 @@ _HINTS: dict[DisplayErrorKind, str] = {
     "malformed": _SET_DISPLAY,
     "absent": "Start the X server, or set DISPLAY to one that runs.",
     "refused": "Set XAUTHORITY to the file with the X server's cookie, and compare with 'xauth list'.",
-    "silent": "See whether the X server, or the connection that DISPLAY leads through, hangs.",
+    "silent": "Check whether the X server hangs, or the connection through which DISPLAY reaches it.",
     "local": "Close programs, or raise the limit of open files (see 'ulimit -n').",
 }
 
 
 class DisplayError(ProxyFsmError):
-    """There is no X server that lets us in.
+    """There is no X server that accepts us.
 
     Attributes:
-        kind: ``unset`` (no DISPLAY), ``malformed`` (DISPLAY cannot be read), ``absent`` (no X server there),
-            ``refused`` (it does not let us in), ``silent`` (it did not answer in time) or ``local`` (this side
-            could not ask).
-        detail: One sentence for a person: what happened.
-        hint: What to do about it; by default what helps with this kind.
+        kind: ``unset`` (no DISPLAY), ``malformed`` (DISPLAY cannot be parsed), ``absent`` (no X server there),
+            ``refused`` (it does not accept us), ``silent`` (it did not answer in time) or ``local`` (this process could
+            not try).
+        detail: One human-readable sentence: what happened.
+        hint: What to do about it; by default the hint for this kind.
     """
 
     def __init__(self, kind: DisplayErrorKind, detail: str, hint: str | None = None) -> None:
@@ -101,12 +101,12 @@ class DisplayError(ProxyFsmError):
 
 @dataclass(frozen=True, slots=True)
 class DisplayName:
-    """Where DISPLAY leads.
+    """What DISPLAY refers to.
 
     Args:
         number: The display's number, 0 to 59535.
         host: The host to reach by TCP; None for a local socket.
-        path: The local socket, where DISPLAY names one (macOS); None for the usual place.
+        path: The local socket if DISPLAY names one (macOS); None for the usual place.
     """
 
     number: int
@@ -115,7 +115,7 @@ class DisplayName:
 
     @classmethod
     def parse(cls, text: str) -> DisplayName:
-        """Read a value of DISPLAY, such as ``:0``, ``host:10.0``, ``[::1]:0``, ``tcp/host:0``, ``/path:0``.
+        """Parse a value of DISPLAY, such as ``:0``, ``host:10.0``, ``[::1]:0``, ``tcp/host:0``, ``/path:0``.
 
         Raises:
             DisplayError: It is none of these (``malformed``).
@@ -155,35 +155,35 @@ class DisplayName:
 def find_authorisation(
     display: DisplayName, xauthority_path: Path | None, *, peer: str | None = None
 ) -> tuple[bytes, bytes]:
-    """Find what to show to an X server, in a file that xauth wrote.
+    """Find the authorisation for an X server in a file that xauth wrote.
 
-    A file that is missing or cannot be read holds nothing; one that is cut short or malformed holds what
-    comes before that place.
+    A file that is missing or cannot be read counts as empty; one that is truncated or malformed counts up to that
+    point.
 
     Args:
         display: The display to be opened.
         xauthority_path: The file, or None for no file.
-        peer: The address that the display's host has, as text; None where it is known from ``display`` alone.
+        peer: The address of the display's host, as text; None if it is known from ``display`` alone.
 
     Raises:
         OSError: This process or machine is short of descriptors or memory.
 
     Returns:
-        Name and data of the authorisation, MIT-MAGIC-COOKIE-1 where the file has one; both empty for none.
+        Name and data of the authorisation, preferably MIT-MAGIC-COOKIE-1; both empty if there is none.
 
     Source: ``XauReadAuth`` and ``XauGetBestAuthByAddr`` of libXau; ``get_authptr`` of libxcb for the rule
         that a loopback address counts as local.
     """
     family, address = _family_and_address(peer or display.host)
     number = str(display.number).encode()
-    fitting = [
+    matching = [
         (entry.name, entry.data)
         for entry in _read_entries(xauthority_path)
         if (entry.family == _FAMILY_WILD or (entry.family, entry.address) == (family, address))
         and entry.number in {b"", number}
     ]
-    cookies = [pair for pair in fitting if pair[0] == _COOKIE_NAME]
-    return next(iter(cookies + fitting), (b"", b""))
+    cookies = [pair for pair in matching if pair[0] == _COOKIE_NAME]
+    return next(iter(cookies + matching), (b"", b""))
 
 
 def open_display(environ: Mapping[str, str], *, timeout_s: float) -> socket.socket:
@@ -191,19 +191,19 @@ def open_display(environ: Mapping[str, str], *, timeout_s: float) -> socket.sock
 
     Args:
         environ: Where DISPLAY, XAUTHORITY and HOME are looked up.
-        timeout_s: How long all of it may take, in seconds; looking up a remote name may take longer.
+        timeout_s: The total time limit, in seconds; looking up a remote name may take longer.
 
     Returns:
-        A blocking socket on which the connection set-up is done; closing it is the caller's.
+        A blocking socket on which the connection setup is complete; the caller closes it.
 
     Raises:
-        DisplayError: There is no X server that lets us in; ``kind`` tells which way.
+        DisplayError: There is no X server that accepts us; ``kind`` says why.
     """
     return connect(environ, timeout_s, CancellableSocket())
 
 
 def connect(environ: Mapping[str, str], timeout_s: float, connection: CancellableSocket) -> socket.socket:
-    """Connect as `open_display` does, by a socket that another thread can cancel.
+    """Connect as `open_display` does, with a socket that another thread can cancel.
 
     Raises:
         Cancelled: It was cancelled.
@@ -219,19 +219,19 @@ def connect(environ: Mapping[str, str], timeout_s: float, connection: Cancellabl
             with contextlib.suppress(*_HANG_UPS):
                 return _attempt(display, environ, deadline, connection)
             connection.close()
-            time.sleep(min(pause_s, _left_s(deadline)))
+            time.sleep(min(pause_s, _remaining_s(deadline)))
         return _attempt(display, environ, deadline, connection)
 
 
-class Cancelled(Exception):  # noqa: N818 - no error
-    """The connection is not wanted any more."""
+class Cancelled(Exception):  # noqa: N818 - not an error
+    """The connection attempt was cancelled."""
 
 
 class CancellableSocket:
     """Holds a connection's socket, so that another thread can shut it down.
 
-    While it is in use by a thread, that thread alone closes the socket: a descriptor closed under a reader
-    could meanwhile be another file's.
+    While a thread uses the socket, only that thread closes it: a descriptor that is closed under a reader could be
+    reused for another file.
 
     Attributes:
         lock: Guards what follows.
@@ -247,7 +247,7 @@ class CancellableSocket:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep other threads from closing the socket meanwhile; where it was cancelled, it is closed at the end."""
+        """Keep other threads from closing the socket in this block; if it was cancelled, close it at the end."""
         with self.lock:
             self._users += 1
         try:
@@ -260,32 +260,32 @@ class CancellableSocket:
 
     @contextlib.contextmanager
     def raise_if_cancelled(self) -> Iterator[None]:
-        """Raise `Cancelled`, or keep others from cancelling it meanwhile."""
+        """Raise `Cancelled` if it was cancelled; else keep other threads from cancelling it in this block."""
         with self.lock:
             if self.cancelled:
                 raise Cancelled
             yield
 
     def set(self, sock: socket.socket) -> None:
-        """Hold a socket from now on; raises `Cancelled` where it comes too late."""
+        """Hold this socket; raise `Cancelled` if it was cancelled already."""
         with self.lock:
             self.sock = sock
             if self.cancelled:
                 raise Cancelled
 
     def close(self) -> None:
-        """Close the socket; another one can be set."""
+        """Close the socket; another one can be set afterwards."""
         with self.lock:
             if self.sock is not None:
                 self.sock.close()
                 self.sock = None
 
     def cancel(self) -> None:
-        """Shut the socket down, which wakes its user, and accept no other."""
+        """Shut the socket down, which wakes its user, and refuse any other."""
         with self.lock:
             self.cancelled = True
             if self.sock is not None:
-                with contextlib.suppress(OSError):  # the server may have ended it
+                with contextlib.suppress(OSError):  # the server may have closed it
                     self.sock.shutdown(socket.SHUT_RDWR)
             if not self._users:
                 self.close()
@@ -305,9 +305,9 @@ def _attempt(
     sock = _connect(display, deadline, connection)
     peer = None if display.host is None else sock.getpeername()[0]
     name, data = find_authorisation(display, _xauthority_path(environ), peer=peer)
-    set_up = struct.pack("<cxHHHHxx", b"l", 11, 0, len(name), len(data)) + _padded(name) + _padded(data)
-    sock.settimeout(_left_s(deadline))
-    sock.sendall(set_up)
+    setup = struct.pack("<cxHHHHxx", b"l", 11, 0, len(name), len(data)) + _padded(name) + _padded(data)
+    sock.settimeout(_remaining_s(deadline))
+    sock.sendall(setup)
     status, reason_bytes, length = struct.unpack("<BB4xH", _receive(sock, 8, deadline))
     if status not in {_REFUSED, _ACCEPTED, _AUTHENTICATE}:
         raise DisplayError("absent", f"What answers at {excerpt(str(display))} is no X server.")
@@ -324,7 +324,7 @@ def _connect(display: DisplayName, deadline: float, connection: CancellableSocke
     for family, address in _addresses(display):
         sock = socket.socket(family, socket.SOCK_STREAM)
         connection.set(sock)
-        sock.settimeout(_left_s(deadline))
+        sock.settimeout(_remaining_s(deadline))
         try:
             sock.connect(address)
         except OSError as error:
@@ -356,17 +356,17 @@ def _as_display_error(display: DisplayName, timeout_s: float) -> Iterator[None]:
     where = excerpt(str(display))
     try:
         yield
-    except (TimeoutError, BlockingIOError):  # the latter: its queue of connections is full
+    except (TimeoutError, BlockingIOError):  # the latter: its accept backlog is full
         raise DisplayError("silent", f"The X server at {where} did not answer within {timeout_s:g} s.") from None
     except _HANG_UPS:
-        raise DisplayError("absent", f"The X server at {where} hung up before it had answered.") from None
+        raise DisplayError("absent", f"The X server at {where} hung up before it answered.") from None
     except PermissionError as error:
         raise DisplayError("refused", f"The X server at {where} is closed to us: {error.strerror}.") from None
     except OSError as error:
         if error.errno in _SHORTAGES:
-            raise DisplayError("local", f"The X server at {where} cannot be asked: {error.strerror}.") from None
+            raise DisplayError("local", f"The X server at {where} cannot be contacted: {error.strerror}.") from None
         raise DisplayError("absent", f"There is no X server at {where}: {error.strerror or error}.") from None
-    except UnicodeError:  # no host can have that name
+    except UnicodeError:  # it cannot be a host name
         raise _malformed(str(display)) from None
 
 
@@ -382,7 +382,7 @@ def _closing_on_error(connection: CancellableSocket) -> Iterator[None]:
 def _receive(sock: socket.socket, count: int, deadline: float) -> bytes:
     received = bytearray()
     while len(received) < count:
-        sock.settimeout(_left_s(deadline))
+        sock.settimeout(_remaining_s(deadline))
         data = sock.recv(count - len(received))
         if not data:
             raise ConnectionResetError
@@ -390,11 +390,11 @@ def _receive(sock: socket.socket, count: int, deadline: float) -> bytes:
     return bytes(received)
 
 
-def _left_s(deadline: float) -> float:
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
+def _remaining_s(deadline: float) -> float:
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
         raise TimeoutError
-    return left_s
+    return remaining_s
 
 
 def _padded(data: bytes) -> bytes:
@@ -420,7 +420,7 @@ def _read_entries(path: Path | None) -> Iterator[_Entry]:
         if error.errno in _SHORTAGES:
             raise
         return
-    with contextlib.suppress(struct.error):  # cut short
+    with contextlib.suppress(struct.error):  # truncated
         while data:
             (family,) = struct.unpack_from(">H", data)
             data = data[2:]
@@ -438,7 +438,7 @@ def _family_and_address(host: str | None) -> tuple[int, bytes]:
     if host in {None, "localhost"} or (address is not None and address.is_loopback):
         return _FAMILY_LOCAL, socket.gethostname().encode()
     if address is None:
-        return _FAMILY_WILD, b""  # a name whose address is not known: only what fits every host fits it
+        return _FAMILY_WILD, b""  # a name whose address is unknown: only wildcard entries match it
     family = _FAMILY_INTERNET if isinstance(address, ipaddress.IPv4Address) else _FAMILY_INTERNET6
     return family, address.packed
 
