@@ -1,4 +1,4 @@
-"""What nobody else may read: files and directories that are ours, are no links, and are open to nobody else."""
+"""Private files and directories: owned by this user, not links, and not accessible to any other user."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = [
 ]
 
 SOCKET_NAME = "proxy.sock"
-#: The longest path of a unix socket: ``sun_path`` holds 108 bytes with its end mark.
+#: The longest path of a unix socket: ``sun_path`` holds 108 bytes including the terminating NUL.
 MAX_SOCKET_PATH_BYTES = 107
 
 
 def make_private_directory(path: Path) -> None:
-    """Make a directory, or make sure that the one that is there is ours, no link, and open to nobody else.
+    """Make a directory of mode 0700; an existing one must be ours and not a link, and gets that mode.
 
     Raises:
-        OSError: It cannot be made so.
+        OSError: That is not possible.
     """
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -43,12 +43,12 @@ def make_private_directory(path: Path) -> None:
 
 
 def open_private(path: Path) -> int:
-    """Open a file for appending that is ours, no link, and readable by nobody else; it is made if it is missing.
+    """Open a file of mode 0600 for appending; an existing one must be ours and a plain file, and gets that mode.
 
     Raises:
-        OSError: It cannot be opened so.
+        OSError: That is not possible.
     """
-    # O_NONBLOCK: a FIFO would wait for its reader.
+    # O_NONBLOCK: opening a FIFO would wait for a reader.
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     info = os.fstat(file)
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
@@ -59,10 +59,10 @@ def open_private(path: Path) -> int:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a new file that nobody else can read.
+    """Write a new file that only its owner can read.
 
     Raises:
-        OSError: It cannot be written, or something is there already.
+        OSError: It cannot be written, or the path exists already.
     """
     with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(text)
@@ -72,13 +72,13 @@ def make_socket_directory(environ: Mapping[str, str]) -> Path:
     """Make a new directory of mode 0700 whose path leaves room for `SOCKET_NAME`.
 
     Args:
-        environ: Where XDG_RUNTIME_DIR is looked up; a temporary directory is the second choice, /tmp the last.
+        environ: Where XDG_RUNTIME_DIR is looked up; the temporary directory is the second choice, /tmp the last.
 
     Raises:
-        OSError: There is no place for it.
+        OSError: None of them can be used.
     """
     for parent in (environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108 - mkdtemp is safe there
-        if not parent or not Path(parent).is_absolute():  # the proxy's working directory is another one
+        if not parent or not Path(parent).is_absolute():  # the proxy has another working directory
             continue
         try:
             directory = Path(tempfile.mkdtemp(prefix="proxy_fsm-", dir=parent))

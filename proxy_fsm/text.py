@@ -1,4 +1,4 @@
-"""What makes text harmless: secrets hidden, control characters spelled out, excerpts cut to a length."""
+"""Makes text safe to show: secrets redacted, control characters escaped, excerpts truncated."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["REDACTED", "Redactor", "SecretEnvironment", "Secrets", "excerpt", "p
 
 #: What replaces a secret.
 REDACTED = "<hidden>"
-#: A cookie has 32 hexadecimal digits; half of one is too much already.
+#: A cookie has 32 hexadecimal digits; half of one is already too much to show.
 _SECRET_LIKE = re.compile(r"[0-9A-Fa-f]{16,}")
 #: The value of every ``cookie=``, not just of this session's.
 _COOKIE_VALUE = r"(?<=cookie=)[^,\s]+"
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Return a text with its control characters, and whatever else cannot be shown, spelled out as in Python.
+    """Escape control characters and all others that cannot be printed, as Python does.
 
     Args:
         text: The text.
-        keep: Characters that stay as they are.
+        keep: Characters that are not escaped.
     """
     if text.isprintable():
         return text
@@ -29,23 +29,23 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def excerpt(text: str, max_chars: int = 200) -> str:
-    """Return the beginning of a foreign text, fit to be shown: printable, without what looks like a secret.
+    """Return the beginning of an untrusted text, safe to show: printable, without anything that looks like a secret.
 
     Args:
         text: The text.
-        max_chars: How many characters are shown; an ellipsis marks where it was cut.
+        max_chars: How many characters are kept; an ellipsis marks a cut.
     """
-    harmless = _SECRET_LIKE.sub(REDACTED, printable(text))
-    return harmless if len(harmless) <= max_chars else f"{harmless[:max_chars]}…"
+    safe = _SECRET_LIKE.sub(REDACTED, printable(text))
+    return safe if len(safe) <= max_chars else f"{safe[:max_chars]}…"
 
 
 class Redactor:
-    """Hides secrets in texts, in any case of their letters, and the value of every ``cookie=``.
+    """Redacts secrets in texts, in upper or lower case, and the value of every ``cookie=``.
 
     Args:
-        secrets: What is hidden.
-        cookie_values: Whether the value of every ``cookie=`` is hidden too. Not in JSON: such a value ends at a comma
-            or a blank, behind the quotation mark.
+        secrets: What to redact.
+        cookie_values: Whether to redact the value of every ``cookie=`` too. Not for JSON: such a value ends at a comma
+            or a blank, and so after the closing quotation mark.
     """
 
     def __init__(self, secrets: Sequence[str] = (), *, cookie_values: bool = True) -> None:
@@ -54,12 +54,12 @@ class Redactor:
         self._patterns = [_any_case("|".join(words))] if words else []
 
     def add(self, secret: str) -> None:
-        """Hide one more secret from now on; on any thread."""
+        """Redact one more secret from now on; may be called on any thread."""
         if secret:
             self._patterns.append(_any_case(re.escape(secret)))
 
     def __call__(self, text: str) -> str:
-        """Return the text without its secrets."""
+        """Return the text with its secrets redacted."""
         for pattern in self._patterns:
             text = pattern.sub(REDACTED, text)
         return text
@@ -73,9 +73,10 @@ def _any_case(pattern: str) -> re.Pattern[str]:
 
 
 class Secrets(Sequence[str]):
-    """Secrets, whose repr shows none of them.
+    """A sequence of secrets whose repr shows none of them.
 
-    Tracebacks may show local variables; what shows those looks into lists and their subclasses, so this is none.
+    Tracebacks may show local variables; the tools that render them look into lists and their subclasses, so this is
+    not one.
     """
 
     def __init__(self, secrets: Sequence[str]) -> None:
@@ -98,9 +99,10 @@ class Secrets(Sequence[str]):
 
 
 class SecretEnvironment(Mapping[str, str]):
-    """An environment with secrets in it, whose repr shows nothing.
+    """An environment that holds secrets, whose repr shows none of it.
 
-    Tracebacks with local variables show a repr; rich, and structlog with it, look into a dict and its subclasses.
+    Tracebacks may show local variables; rich, and structlog with it, look into dicts and their subclasses, so this is
+    not one.
     """
 
     def __init__(self, variables: Mapping[str, str]) -> None:
