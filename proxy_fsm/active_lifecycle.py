@@ -1,7 +1,7 @@
-"""The lifecycle of one proxy, with all that goes with its changes: effects, deadline, status and events.
+"""The lifecycle of one proxy with everything that its transitions entail: effects, deadline, status and events.
 
-Entering a state or a phase calls an effect, which another object carries out (see `Effects`), sets the deadline, and
-updates the status; the change is published after that. What makes the machine move is the supervisor's to decide.
+Entering a state or a phase updates the status, sets the deadline, and calls an effect, which another object carries out
+(see `Effects`); the change is published after that. The supervisor decides which triggers to fire.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _WAITING_FOR = {
 
 
 class Now(NamedTuple):
-    """The time of an observation: of the monotonic clock in seconds, and of the calendar, aware, in UTC."""
+    """The current time: of the monotonic clock, in seconds, and of the wall clock, aware, in UTC."""
 
     monotonic_s: float
     utc: datetime
 
 
 class Cause(NamedTuple):
-    """Why a proxy ends: the reason, one sentence for a person, and what to do."""
+    """Why a proxy ends: the reason, one human-readable sentence, and what to do."""
 
     reason: EndReason
     detail: str
@@ -57,16 +57,16 @@ class Cause(NamedTuple):
 
 
 class Effects(Protocol):
-    """What a supervisor has done, and what it asks; nothing of it blocks."""
+    """What a supervisor orders and queries; only `release` blocks, for a bounded time."""
 
     def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
-        """Publish an event, with the record that goes to subscribers where it is a change of state; never raises."""
+        """Publish an event; for a change of state, with the record for subscribers; never raises."""
 
     def start_preflight(self) -> None:
         """Start the preflight, and watch the transport."""
 
     def start_proxy(self, launch: Launch) -> None:
-        """Start the proxy program, and accept its connections."""
+        """Start the proxy program, accept its connections, and watch the display."""
 
     def terminate(self) -> None:
         """Send the proxy program SIGTERM."""
@@ -75,51 +75,51 @@ class Effects(Protocol):
         """Send the proxy program SIGKILL."""
 
     def drain(self) -> None:
-        """Close everything, letting through what the proxy has sent."""
+        """Close everything, but flush what the proxy has sent."""
 
     def abort(self) -> None:
-        """Close everything at once, whatever is still on its way."""
+        """Close everything at once, dropping what is not flushed."""
 
     def release(self, *, wait: bool) -> None:
-        """Leave the transport's monitor.
+        """Detach from the transport's monitor.
 
         Args:
-            wait: Whether to wait for the workers' threads, which have posted their last observation, to end.
+            wait: Whether to join the workers' threads, which have posted their last observation.
         """
 
     def query_session(self) -> None:
         """Ask the server for the status of the session."""
 
     def cancel_query(self) -> None:
-        """Want no answer to that any more."""
+        """Cancel that query; its answer is dropped."""
 
     def preflight_step(self) -> str:
-        """Return what the preflight is waiting for, for a person."""
+        """Return what the preflight is waiting for, human-readable."""
 
     def transport_end(self) -> str | None:
         """Return why the transport has ended, in a sentence; None while it is active."""
 
     def display_in_doubt(self) -> bool:
-        """Tell whether the display watch is finding out if the X server is gone; it posts what comes of it."""
+        """Tell whether the display watch is checking if the X server is lost; it will post the result."""
 
     def unreleased(self) -> tuple[str, ...]:
-        """Return what is still open, for a person."""
+        """Return what is still open, human-readable."""
 
 
 class ActiveLifecycle(Lifecycle):
-    """The machine of one proxy, which does what its states and phases mean.
+    """The machine of one proxy, with the effects of its states and phases.
 
     Args:
-        status: What is published before anything has happened.
+        status: The initial status.
         now: The time.
-        effects: Carries out what is to be done.
+        effects: Carries out the effects.
         timeouts: The limits of the phases.
-        resumed: Whether the session had been resumed.
-        redact: Takes the secrets out of a text.
+        resumed: Whether the session was resumed.
+        redact: Removes the secrets from a text.
 
     Attributes:
         status: What is known; replaced as a whole at each change.
-        deadline: Until when the phase may last, in seconds of the monotonic clock; None for ever.
+        deadline: When the phase times out, in seconds of the monotonic clock; None for never.
     """
 
     def __init__(
@@ -145,33 +145,34 @@ class ActiveLifecycle(Lifecycle):
         self._unpublished: list[tuple[Event, TransitionRecord | None]] = []
         self._launch: Launch | None = None
         self._process_alive = False
-        #: Why it ends; published with the state that it leads to, so that no status has the one without the other.
+        #: Why it ends; published together with the state that it leads to, so that no status shows one without the
+        #: other.
         self._cause: Cause | None = None
 
-    # ---- what states and phases mean ----
+    # ---- effects of states and phases ----
 
     def on_enter_tunnelling(self, _: EventData) -> None:
-        """Make sure that everything local is good."""
+        """Check everything local, and bind the listener."""
         self._effects.start_preflight()
 
     def on_enter_spawning(self, _: EventData) -> None:
         """Start the proxy program."""
-        assert self._launch is not None  # noqa: S101 - it came with the observation that leads here
+        assert self._launch is not None  # noqa: S101 - set by the observation that leads here
         self._effects.start_proxy(self._launch)
         self._process_alive = True
 
     def on_enter_stopping_terminating(self, _: EventData) -> None:
-        """Let the program leave in order, which suspends the session."""
+        """Ask the program to exit in order, which suspends the session."""
         self._evidence.signalled = True
         self._effects.terminate()
 
     def on_enter_stopping_killing(self, _: EventData) -> None:
-        """End the program."""
+        """Kill the program."""
         self._evidence.signalled = True
         self._effects.kill()
 
     def on_enter_stopping_draining(self, _: EventData) -> None:
-        """Let the last bytes through."""
+        """Flush the last bytes."""
         self._effects.drain()
         if self.has_work(Phase.DRAINING):
             self._close_if_released()
@@ -179,12 +180,12 @@ class ActiveLifecycle(Lifecycle):
             self.fire(PhaseTrigger.DRAIN_OVER)
 
     def on_enter_stopping_aborting(self, _: EventData) -> None:
-        """Let nothing through any more."""
+        """Drop what is not flushed."""
         self._effects.abort()
         self._close_if_released()
 
     def has_work(self, phase: Phase) -> bool:
-        """Tell whether a phase of ``stopping`` has something to do; those of the other states always have."""
+        """Tell whether a phase of ``stopping`` has work to do; those of the other states always have."""
         match phase:
             case Phase.TERMINATING:
                 return self._process_alive and not self._is_link_down()
@@ -195,26 +196,26 @@ class ActiveLifecycle(Lifecycle):
         return True
 
     def _is_link_down(self) -> bool:
-        """Tell whether nothing orderly can travel any more."""
+        """Tell whether an orderly shutdown can no longer reach the agent."""
         failed = self.status.link is Link.SILENT or self._evidence.saw(TransportEnded, LinkDead)
         return failed or self._effects.transport_end() is not None
 
     # ---- stopping ----
 
     def _stop_waiting(self) -> None:
-        """Where it waits for something orderly that can travel no more, go on at once."""
+        """Skip the rest of a phase that waits for an orderly shutdown, since the link is down."""
         if self.phase is Phase.TERMINATING:
             self.fire(PhaseTrigger.GRACE_OVER)
         elif self.phase is Phase.DRAINING and not self.has_work(Phase.DRAINING):
             self.fire(PhaseTrigger.DRAIN_OVER)
 
-    def _process_gone(self) -> None:
+    def _process_ended(self) -> None:
         self._process_alive = False
         if self.phase in {Phase.TERMINATING, Phase.KILLING}:
             self.fire(PhaseTrigger.PROCESS_EXITED)
 
     def _give_up_process(self) -> None:
-        """Go on without a program that has survived SIGKILL."""
+        """Continue without a program that has survived SIGKILL."""
         if self._cause is None or self._cause.reason.clean:
             detail = f"The proxy program (process {self.status.pid}) is still there after SIGKILL."
             self._cause = Cause(EndReason.STOP_TIMEOUT, detail, EndReason.STOP_TIMEOUT.hint)
@@ -223,7 +224,7 @@ class ActiveLifecycle(Lifecycle):
         self.fire(PhaseTrigger.KILL_OVER)
 
     def _give_up(self) -> None:
-        """Leave behind what cannot be released in time, and say so."""
+        """Abandon what cannot be released in time, and list it in the status."""
         try:
             if not self._evidence.saw(PreflightFinished):
                 self._abandon(f"the preflight, waiting for {self._effects.preflight_step()}")
@@ -249,10 +250,10 @@ class ActiveLifecycle(Lifecycle):
         clean = self._cause is not None and self._cause.reason.clean
         self.fire(Trigger.CLOSED_CLEANLY if clean else Trigger.CLOSED_AFTER_FAULT)
 
-    # ---- out: status, events, deadline ----
+    # ---- outputs: status, events, deadline ----
 
     def _entered(self, event: EventData) -> None:
-        """Keep status, deadline and events in step with the machine, before any effect."""
+        """Update status, deadline and events after the machine has moved, before any effect."""
         source = self._source_of(event)
         if source.state is self.state:
             self._update(**self._enter_phase(source.phase))
@@ -260,14 +261,14 @@ class ActiveLifecycle(Lifecycle):
             self._update(**self._record(Trigger(event.event.name), source.state), **self._enter_phase(None))
         super()._entered(event)
 
-    def _finished(self, event: EventData) -> None:  # noqa: ARG002 - as the machine calls it
-        """Publish, after the effects, what the trigger has changed."""
+    def _finished(self, event: EventData) -> None:  # noqa: ARG002 - the machine's signature
+        """Publish the changes that the trigger has caused, after the effects."""
         unpublished, self._unpublished = self._unpublished, []
         for change in unpublished:
             self._effects.publish(*change)
 
     def _record(self, trigger: Trigger, source: State) -> dict[str, Any]:
-        """Record a change of state; return what it changes in the status."""
+        """Record a change of state; return the fields of the status that it changes."""
         reason, detail, hint = self._cause or (None, "", None)
         history = self.status.history
         record = TransitionRecord(
@@ -283,7 +284,7 @@ class ActiveLifecycle(Lifecycle):
             sequence=len(history) + 1,
         )
         self._state_since = self._now
-        last_words: dict[str, Any] = {}
+        final_fields: dict[str, Any] = {}
         if self.state.is_final and reason is not None:
             retryable = is_retryable(
                 reason,
@@ -291,20 +292,20 @@ class ActiveLifecycle(Lifecycle):
                 running_s=next((each.elapsed_s for each in history if each.source is State.RUNNING), None),
                 resumed=self._resumed,
             )
-            last_words = {"hint": hint, "retryable": retryable}
-        self._unpublished.append((Event.of_transition(record, **last_words), record))
+            final_fields = {"hint": hint, "retryable": retryable}
+        self._unpublished.append((Event.of_transition(record, **final_fields), record))
         return {
             "state": self.state,
             "since": self._now.utc,
             "reason": reason,
             "detail": detail,
             "hint": hint,
-            "retryable": last_words.get("retryable"),
+            "retryable": final_fields.get("retryable"),
             "history": (*history, record),
         }
 
     def _enter_phase(self, previous: Phase | None) -> dict[str, Any]:
-        """Set the deadline of a phase; return what it changes in the status."""
+        """Set the deadline of a phase; return the fields of the status that it changes."""
         limit = _LIMITS.get((self.state, self.phase)) if self.phase is not None else None
         if limit is None or limit != self._limit:
             self.deadline = None if limit is None else self._now.monotonic_s + getattr(self._timeouts, limit)
@@ -330,7 +331,7 @@ class ActiveLifecycle(Lifecycle):
         self.status = replace(self.status, **changes)
 
     def _publish_error(self, error: BaseException, **fields: Any) -> None:
-        """Publish a traceback as text: renderers that show local variables would show secrets."""
+        """Publish a traceback as text, since a renderer that shows local variables would show secrets."""
         self._publish("internal.error", exception=self._redact("".join(traceback.format_exception(error))), **fields)
 
     def _publish(self, name: str, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""Carries out what a supervisor decides, with real workers: each does its work on a thread of its own, and posts."""
+"""Carries out a supervisor's decisions with real workers: each runs on its own thread and posts observations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _JOIN_S = 1.0
 class WorkerEffects:
     """The `Effects` of a supervisor, carried out by the workers of one proxy.
 
-    All but `acknowledge`, `transport_end` and `tunnel_stats` are called on the owner thread alone.
+    All methods but `acknowledge`, `transport_end` and `tunnel_stats` are called on the owner thread only.
 
     Args:
         session: The session.
@@ -42,11 +42,11 @@ class WorkerEffects:
         backend: What differs between proxy programs.
         sessions_root: Directory for the session roots.
         environ: The environment that the proxy program inherits.
-        timeouts: How long things may take.
-        secrets: What is hidden in the proxy's output.
-        post: Takes what the workers observe, from any thread.
-        publish: Publishes an event, with its record where it is a change of state.
-        make_process: Makes the process; another one than `ProxyProcess` where somebody has to see it.
+        timeouts: The time limits.
+        secrets: What to redact in the proxy's output.
+        post: Receives the workers' observations; may be called on any thread.
+        publish: Publishes an event; for a change of state, with its record.
+        make_process: Makes the process; replaceable so that a caller can observe the process.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class WorkerEffects:
         self._query: SessionStatusQuery | None = None
 
     def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
-        """Publish an event, with the record that goes to subscribers where it is a change of state."""
+        """Publish an event; for a change of state, with the record for subscribers."""
         self._publish(event, record)
 
     def start_preflight(self) -> None:
@@ -133,14 +133,14 @@ class WorkerEffects:
             self._process.signal(number)
 
     def drain(self) -> None:
-        """Close everything, letting through what the proxy has sent."""
+        """Close everything, but flush what the proxy has sent."""
         try:
             self._preflight.close()
         finally:
             self._forwarder.close()
 
     def abort(self) -> None:
-        """Close everything at once, whatever is still on its way."""
+        """Close everything at once, dropping what is not flushed."""
         try:
             self.drain()
         finally:
@@ -152,12 +152,12 @@ class WorkerEffects:
         self._query.start()
 
     def cancel_query(self) -> None:
-        """Want no answer to that any more."""
+        """Cancel that query; its answer is dropped."""
         if self._query is not None:
             self._query.cancel()
 
     def release(self, *, wait: bool) -> None:
-        """Leave the transport's monitor, and wait for the threads that have posted their last observation."""
+        """Detach from the transport's monitor, and join the threads that have posted their last observation."""
         deadline = time.monotonic() + _JOIN_S
         monitor = None if self._watcher is None else self._watcher.detach()
         if not wait:
@@ -170,7 +170,7 @@ class WorkerEffects:
             self._preflight.watch.join(max(0.0, deadline - time.monotonic()))
 
     def preflight_step(self) -> str:
-        """Return what the preflight is waiting for, for a person."""
+        """Return what the preflight is waiting for, human-readable."""
         return self._preflight.step
 
     def transport_end(self) -> str | None:
@@ -178,11 +178,11 @@ class WorkerEffects:
         return None if self._transport.is_active() else why_ended(self._transport)
 
     def display_in_doubt(self) -> bool:
-        """Tell whether the display watch is finding out if the X server is gone."""
+        """Tell whether the display watch is checking if the X server is lost."""
         return self._preflight.watch is not None and self._preflight.watch.suspect
 
     def unreleased(self) -> tuple[str, ...]:
-        """Return what is still open, for a person."""
+        """Return what is still open, human-readable."""
         return self._forwarder.unreleased()
 
     def tunnel_stats(self) -> TunnelStats:

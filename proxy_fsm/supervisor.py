@@ -1,8 +1,8 @@
 """Decides what a proxy does: one observation and the time in; triggers, effects and a deadline out.
 
-The supervisor is the model of the lifecycle's machine. An observation makes it fire triggers; what these lead to is in
-`proxy_fsm.active_lifecycle`. It has no thread, no clock, no I/O and no logger, so that a test is a script of
-observations and effects.
+The supervisor is the model of the lifecycle's machine. It fires triggers in response to observations; the effects of
+the transitions are in `proxy_fsm.active_lifecycle`. It has no thread, no clock, no I/O and no logger, so that a test is
+a script of observations and effects.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ _CONFIRMED = {
 
 
 class Supervisor(ActiveLifecycle):
-    """Decides for one proxy; see the module.
+    """Makes the decisions for one proxy; see the module.
 
     Args:
-        status: What is published before anything has happened.
+        status: The initial status.
         now: The time.
         backend: Judges the evidence.
-        effects: Carries out what is decided.
+        effects: Carries out the decisions.
         timeouts: The limits of the phases.
         ask_server: Whether to ask the server how a session ended.
-        resumed: Whether the session had been resumed.
-        redact: Takes the secrets out of a text.
+        resumed: Whether the session was resumed.
+        redact: Removes the secrets from a text.
 
     Attributes:
-        heard_at: When the SSH server was last heard before it fell silent, in seconds of the monotonic clock.
+        heard_at: When the SSH server last responded before it fell silent, in seconds of the monotonic clock.
     """
 
     def __init__(
@@ -103,13 +103,13 @@ class Supervisor(ActiveLifecycle):
         self._tentative: Cause | None = None
         self._sign_seen = self._queried = False
 
-    # ---- in: observations, the time, and bugs ----
+    # ---- inputs: observations, the time, and bugs ----
 
     def handle(self, seen: Observation, now: Now) -> None:
         """Handle one observation.
 
         Raises:
-            InvalidTransition: The tables refuse what follows from it: `start` twice, or a bug.
+            InvalidTransition: The tables refuse the trigger that follows from it: `start` twice, or a bug.
         """
         self._now = now
         self._evidence.add(seen)
@@ -118,7 +118,7 @@ class Supervisor(ActiveLifecycle):
         self._update(waiting_for=self._waiting_for())
 
     def deadline_passed(self, now: Now) -> None:
-        """Do what follows when the phase has reached its limit."""
+        """Handle the timeout of the current phase."""
         self._now = now
         self.deadline = None
         match self.phase:
@@ -146,10 +146,10 @@ class Supervisor(ActiveLifecycle):
                 self._propose(EndReason.START_TIMEOUT, missing)
 
     def crash(self, error: BaseException, now: Now) -> None:
-        """End in order after a bug: of this package, or of a backend.
+        """Shut down in order after a bug in this package or in a backend.
 
         Raises:
-            InvalidTransition: It is idle, where nothing has to be ended.
+            InvalidTransition: It is idle, and there is nothing to shut down.
         """
         self._now = now
         self._publish_error(error)
@@ -158,10 +158,10 @@ class Supervisor(ActiveLifecycle):
         elif self._cause is None:
             bug = f"An internal error: {type(error).__name__}: {error}."
             self._commit(Cause(EndReason.INTERNAL_ERROR, bug))
-        else:  # it broke before it could be left for that cause
+        else:  # it crashed before the state could be left for that cause
             self.fire(Trigger.FAULT_FOUND)
 
-    # ---- what observations mean ----
+    # ---- reactions to observations ----
 
     def _react(self, seen: Observation) -> None:  # noqa: C901, PLR0912, PLR0915 - one flat case per observation
         match seen:
@@ -191,12 +191,12 @@ class Supervisor(ActiveLifecycle):
             case LogFailed(detail=detail):
                 self._publish("process.log_failed", detail=detail)
             case SpawnFailed(error=error):
-                self._process_gone()
+                self._process_ended()
                 self._propose(error.reason, error.detail, error.hint)
             case ProcessExited(exit_code=exit_code, signal=number):
                 self._update(exit_code=exit_code, signal=number)
                 self._publish("process.exited", exit_code=exit_code, signal=number)
-                self._process_gone()
+                self._process_ended()
             case WorkerFailed(error=error) if self.state is State.RUNNING:
                 self._publish("tunnel.refused", reason=str(error.reason), detail=self._redact(error.detail))
             case WorkerFailed(error=error):
@@ -226,7 +226,7 @@ class Supervisor(ActiveLifecycle):
                 unheard = f"The SSH server has not been heard for {round(silent_s, 1):g} s."
                 self._propose(EndReason.TRANSPORT_SILENT, unheard)
             case DisplayLost(detail=detail):
-                self._tentative = None  # what a proxy prints when its display goes looks like an end of the session
+                self._tentative = None  # the proxy's output looks like the session's end if the display is lost
                 self._propose(EndReason.DISPLAY_LOST, f"The X server has gone. {detail}")
             case DisplayRestored():
                 self._verify()
@@ -236,7 +236,7 @@ class Supervisor(ActiveLifecycle):
                 pass
 
     def _ask_backend(self) -> None:
-        """Ask the backend what all that was seen means."""
+        """Ask the backend for its verdict on the evidence."""
         if self.state not in {State.SPAWNING, State.RUNNING}:
             return
         try:
@@ -252,7 +252,7 @@ class Supervisor(ActiveLifecycle):
             self._propose(*verdict)
 
     def _advance(self) -> None:
-        """Go on to the phase whose sign was seen; the signs may come in any order."""
+        """Advance through the phases whose signs were seen; the signs may come in any order."""
         # The ready line may precede the channel, and be evicted from the line buffer before the channel opens.
         self._sign_seen = self._sign_seen or self._backend.ready(self._evidence)
         if self.phase is Phase.LAUNCHING and self._evidence.saw(ProcessSpawned):
@@ -272,13 +272,13 @@ class Supervisor(ActiveLifecycle):
             duration_s=round(seen.duration_s, 6),
         )
         if self.phase is Phase.ESTABLISHED and self._backend.max_connections == 1:
-            # The program should exit now, and knows best why; one that does not has outlived its only connection.
+            # The program should exit now, and its exit tells the cause best; otherwise it outlives its only connection.
             self.deadline = self._now.monotonic_s + self._timeouts.stop_grace_s
 
-    # ---- why it ends ----
+    # ---- cause of the end ----
 
     def _propose(self, reason: EndReason, detail: str, hint: str | None = None) -> None:
-        """Propose a cause. The first one counts; what looks like the session's end is verified before it does."""
+        """Propose a cause. The first one counts; an apparent end of the session is verified first."""
         if self._cause is not None:
             return
         if self._tentative is not None:
@@ -298,7 +298,7 @@ class Supervisor(ActiveLifecycle):
             self._verify()
 
     def _verify(self) -> None:
-        """See whether the session has ended as it seems: the display is there, and the server says so."""
+        """Verify that the session has ended: the display is still there, and the server confirms it."""
         if self._tentative is None or self._cause is not None:
             return
         if self._effects.display_in_doubt():
@@ -309,7 +309,7 @@ class Supervisor(ActiveLifecycle):
             self._queried = True
             try:
                 self._effects.query_session()
-            except RuntimeError:  # no thread can be started: what is likely has to do
+            except RuntimeError:  # no thread can be started: accept the tentative cause
                 self._commit(self._tentative)
 
     def _session_status_received(self, tentative: Cause, status: SessionStatus | None) -> None:
@@ -321,7 +321,7 @@ class Supervisor(ActiveLifecycle):
             self._commit(tentative if status is None else _CONFIRMED.get(status, tentative))
 
     def _commit(self, cause: Cause) -> None:
-        """Fix the cause and leave; it is never overwritten but by `stop_timeout`."""
+        """Make a cause final and leave the state; only `stop_timeout` ever overwrites it."""
         if self._cause is not None:
             return
         reason, detail, hint = cause
@@ -331,7 +331,7 @@ class Supervisor(ActiveLifecycle):
             was_running=self._evidence.ready,
             resumed=self._resumed,
         )
-        # What a backend says may hold what it was given.
+        # A backend's text may contain the secrets that it was given.
         self._cause = Cause(reason, self._redact(detail), None if hint is None else self._redact(hint))
         before = self.place
         try:
@@ -341,7 +341,7 @@ class Supervisor(ActiveLifecycle):
                 self.fire(Trigger.SESSION_ENDED if reason.clean else Trigger.FAULT_FOUND)
         except BaseException:
             if self.place == before:
-                self._cause = None  # it is not left for this: the tables refuse that, or the call was interrupted
+                self._cause = None  # the state was not left: the tables refused it, or the call was interrupted
             raise
 
     def on_enter_running_verifying(self, _: EventData) -> None:
@@ -349,7 +349,7 @@ class Supervisor(ActiveLifecycle):
         self._verify()
 
     def on_enter_stopping(self, _: EventData) -> None:
-        """Want nothing more to be known."""
+        """Cancel a pending query: its answer no longer matters."""
         if self._queried:
             self._effects.cancel_query()
 
@@ -360,8 +360,8 @@ def _verdict_on_exit(exited: ProcessExited, evidence: Evidence) -> tuple[EndReas
     if exited.exit_code is None:
         return EndReason.PROXY_EXITED, "The proxy program ended; somebody else has taken its exit status."
     last = next((line.text for line in reversed(evidence.lines) if line.text.strip()), None)
-    said = f'; its last line: "{last}".' if last is not None else " and printed nothing."
-    return EndReason.PROXY_EXITED, f"The proxy program ended with exit code {exited.exit_code}{said}"
+    output = f'; its last line: "{last}".' if last is not None else " and printed nothing."
+    return EndReason.PROXY_EXITED, f"The proxy program ended with exit code {exited.exit_code}{output}"
 
 
 def _signal_name(number: int) -> str:
