@@ -1,4 +1,4 @@
-"""Runs a supervisor: one owner thread hands it orders, observations and the time, one after the other.
+"""Runs a supervisor: one owner thread passes it orders, observations and the time, one after another.
 
 ::
 
@@ -10,8 +10,8 @@
      link monitor    │
     deadlines ───────┘
 
-Only the owner calls the supervisor; what can block runs in a worker that posts an observation when it is done. An
-engine that was never started has no owner thread: the first caller that stops it calls the supervisor itself.
+Only the owner calls the supervisor; anything that can block runs in a worker, which posts an observation when it is
+done. An engine that was never started has no owner thread: the first caller of `stop` calls the supervisor itself.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from proxy_fsm.status import TransitionRecord, TunnelStats
 
     class EngineEffects(Effects, Protocol):
-        """What an engine asks of the effects beside what its supervisor does."""
+        """What an engine needs of its effects, besides what its supervisor needs."""
 
         def acknowledge(self) -> None:
             """Note that one more line of the proxy's output was handled."""
 
         def tunnel_stats(self) -> TunnelStats:
-            """Return what the tunnel has carried so far; from any thread."""
+            """Return what the tunnel has carried so far; may be called on any thread."""
 
     class EffectsFactory(Protocol):
         """Makes the effects of an engine."""
@@ -67,28 +67,28 @@ if TYPE_CHECKING:
             """Make them.
 
             Args:
-                secrets: What is hidden in the proxy's output.
-                post: Takes what the workers observe, from any thread.
-                publish: Publishes an event, with its record where it is a change of state.
+                secrets: What to redact in the proxy's output.
+                post: Receives the workers' observations; may be called on any thread.
+                publish: Publishes an event; for a change of state, with its record.
             """
 
 
-__all__ = ["LIVE", "Engine", "is_patched"]
+__all__ = ["RUNNING_ENGINES", "Engine", "is_patched"]
 
 #: How long the owner thread may take to end after it has published a final state.
 _JOIN_S = 1.0
 
-#: Engines that hold something, for the end of the interpreter.
-LIVE: set[Engine] = set()
+#: Engines whose owner thread runs, to be stopped when the interpreter exits.
+RUNNING_ENGINES: set[Engine] = set()
 
 
 def is_patched() -> bool:
-    """Tell whether gevent had patched the standard library's queues when this module took them."""
+    """Tell whether gevent had patched the standard library's queues when this module imported them."""
     return SimpleQueue is not _queue.SimpleQueue
 
 
 class Engine:
-    """What runs behind a `Proxy`. It knows nothing of its proxy, so that a dropped proxy can be noticed."""
+    """What runs behind a `Proxy`. It holds no reference to it, so that a dropped proxy can be detected."""
 
     def __init__(
         self,
@@ -102,20 +102,20 @@ class Engine:
         resumed: bool,
     ) -> None:
         self.id = secrets.token_hex(4)
-        #: How long stopping may take at the most, in seconds.
+        #: The longest that stopping may take, in seconds.
         self.end_within_s = timeouts.stop_grace_s + timeouts.drain_s + 2 * timeouts.kill_s
         self.journal = Journal(EventLog(logger, proxy_id=self.id, session=session.name))
-        #: What was observed, and what is to be called on the owner thread; None only wakes it up. Orders have a queue
-        #: of their own, which is looked at first.
+        #: Observations, and functions to be called on the owner thread; None only wakes it up. Orders have their own
+        #: queue, which comes first.
         self._inbox: SimpleQueue[Observation | Callable[[], object] | None] = SimpleQueue()
         self._orders: SimpleQueue[StopOrdered] = SimpleQueue()
-        #: Who wants to own it; the first one does: a call of `start`, or of `stop` while it is idle.
+        #: Claims to own the engine, of which the first one wins: a call of `start`, or of `stop` while it is idle.
         self._claims: list[object] = []
         self._owner: threading.Thread | None = None
         self._owner_pid: int | None = None
 
-        hidden = Secrets([session.cookie] if session.cookie else [])
-        self._effects = make_effects(secrets=hidden, post=self._inbox.put, publish=self.journal.publish)
+        cookies = Secrets([session.cookie] if session.cookie else [])
+        self._effects = make_effects(secrets=cookies, post=self._inbox.put, publish=self.journal.publish)
         now = _now()
         self._supervisor = Supervisor(
             ProxyStatus(id=self.id, session=session.name, state=State.IDLE, since=now.utc),
@@ -125,7 +125,7 @@ class Engine:
             timeouts=timeouts,
             ask_server=ask_server,
             resumed=resumed,
-            redact=Redactor(hidden),
+            redact=Redactor(cookies),
         )
 
     # ---- on any thread ----
@@ -136,27 +136,27 @@ class Engine:
         return self._supervisor.status.state
 
     def start(self) -> None:
-        """Become owned by a thread of its own, and get under way."""
+        """Start the owner thread, and wait until it has left ``idle``."""
         claim, start_gate = object(), threading.Lock()
         try:
             if not self._claim(claim):
-                raise InvalidTransition(str(Trigger.START), self.state)  # noqa: TRY301 - see the end of this block
+                raise InvalidTransition(str(Trigger.START), self.state)  # noqa: TRY301 - handled below like the others
             self._owner_pid = os.getpid()
             name = f"proxy_fsm-{self.id}"
             self._owner = threading.Thread(target=self._run, args=(start_gate,), name=name, daemon=True)
             self._owner.start()
         except BaseException:
-            # Whatever it was, a Ctrl-C too: either the thread runs and owns the engine, or it never will.
+            # Whatever was raised, even by a Ctrl-C: either the thread runs and owns the engine, or it never will.
             if claim in self._claims and start_gate.acquire(blocking=False):
                 self._owner = self._owner_pid = None
                 self._claims.remove(claim)
                 if not self._orders.empty():
-                    self.stop()  # it was ordered meanwhile
+                    self.stop()  # a stop was ordered in the meantime
             raise
         self.journal.wait(frozenset(State) - {State.IDLE}, None)
 
     def stop(self) -> None:
-        """Ask it to end; a no-op in a forked child."""
+        """Order it to stop; a no-op in a forked child."""
         if self.in_forked_child():
             return
         claim = object()
@@ -189,7 +189,7 @@ class Engine:
         return state
 
     def forbid_on_owner_thread(self, what: str) -> None:
-        """Raise RuntimeError where a subscriber wants to wait."""
+        """Raise RuntimeError if a subscriber is about to wait."""
         if self.journal.is_delivering() or threading.current_thread() is self._owner:
             raise RuntimeError(f"'{what}' waits for the proxy, which a subscriber must not: call stop() instead.")
 
@@ -204,25 +204,25 @@ class Engine:
         *,
         replay: bool,
     ) -> Callable[[], None]:
-        """Call back with each change of state; returns what ends that."""
+        """Call back with each change of state; return the function that unsubscribes."""
         unsubscribe = self.journal.subscribe(callback, via, replay=replay)
         if via is not None:
             self.call_soon(self.journal.catch_up)
         return unsubscribe
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Have a function called on the owner thread after what is in the inbox; it is lost after a final state."""
+        """Call a function on the owner thread after everything in the inbox; not called after a final state."""
         self._inbox.put(function)
 
     def is_caught_up(self) -> bool:
-        """Tell whether nothing waits to be handled."""
+        """Tell whether both queues are empty."""
         return self._orders.empty() and self._inbox.empty()
 
     def status(self) -> ProxyStatus:
         """Return a snapshot of everything that is known."""
         status = self._supervisor.status
         if self.in_forked_child():
-            return status  # the tunnel's lock may have been held when the process forked
+            return status  # another thread may have held the tunnel's lock when the process forked
         silent = status.link is Link.SILENT
         return replace(
             status,
@@ -233,35 +233,35 @@ class Engine:
     # ---- on the owner thread ----
 
     def expire_deadline(self) -> None:
-        """Let the deadline that is running, if any, be over now; for tests, which make time pass."""
+        """Expire the current deadline now, if there is one; for tests, which simulate time."""
         if self._supervisor.deadline is not None:
             self._supervisor.deadline_passed(_now())
 
     def _run(self, start_gate: threading.Lock) -> None:
         if not start_gate.acquire(blocking=False):
-            return  # the call that started this thread was interrupted, and has given the engine back
-        LIVE.add(self)
+            return  # the call that started this thread was interrupted, and has released its claim
+        RUNNING_ENGINES.add(self)
         try:
             self._guarded(lambda: self._supervisor.handle(StartOrdered(), _now()))
             while not self.state.is_final:
                 self._guarded(self._step)
         finally:
-            LIVE.discard(self)
+            RUNNING_ENGINES.discard(self)
 
     def _guarded(self, step: Callable[[], object]) -> None:
-        """Do one step. A bug, ours or a backend's, ends the engine in order; so does one on the way to its end."""
+        """Run one step. A bug, ours or a backend's, shuts the engine down in order, even if it stops already."""
         try:
             step()
         except BaseException as error:  # noqa: BLE001 - a backend may call sys.exit
             try:
                 self._supervisor.crash(error, _now())
             except InvalidTransition:
-                pass  # the tables refuse it in idle alone, where nothing is held
-            except BaseException as second:  # noqa: BLE001 - leaving goes on, whatever breaks on the way
+                pass  # refused only in idle, where nothing is held
+            except BaseException as second:  # noqa: BLE001 - the shutdown continues, whatever fails on the way
                 self._supervisor.crash(second, _now())
 
     def _step(self) -> None:
-        """Handle one thing: orders before deadlines, deadlines before observations, of which there may be many."""
+        """Handle one item: orders before deadlines, and deadlines before observations, of which there may be many."""
         if not self._orders.empty():
             self._supervisor.handle(self._orders.get(), _now())
             return

@@ -1,4 +1,4 @@
-"""The public face of the engine, and what happens to engines when a program ends, forks, or forgets one."""
+"""The public interface of the engine, and what happens to engines when a program exits, forks, or drops a proxy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import paramiko
 from proxy_fsm import diagram as drawing
 from proxy_fsm.backends import Backend, NX3Backend
 from proxy_fsm.effects import WorkerEffects
-from proxy_fsm.engine import LIVE, Engine
+from proxy_fsm.engine import RUNNING_ENGINES, Engine
 from proxy_fsm.errors import ProxyFailed, ProxyStopped
 from proxy_fsm.journal import join_notifiers
 from proxy_fsm.session import SessionInfo
@@ -35,35 +35,35 @@ if TYPE_CHECKING:
 
 __all__ = ["Proxy"]
 
-#: How long subscribers may take to hear of proxies that had ended, when the interpreter ends.
+#: How long delivery to subscribers may take when the interpreter exits after all proxies have ended.
 _NOTIFY_S = 5.0
 
 
 class Proxy:
     """Brings one remote-desktop session to the screen: tunnel, proxy program, and the exact status of both.
 
-    A proxy is used once. Making one acquires nothing; it holds things between `start` and a final state.
-    All methods may be called from any thread, `stop` also from a signal handler.
+    A proxy is used once. Making one acquires nothing; it holds resources between `start` and a final state.
+    All methods may be called on any thread, `stop` also in a signal handler.
 
     Args:
         session: The session to attach to.
-        transport: A connected, authenticated transport. It stays the caller's: it is never closed.
+        transport: A connected, authenticated transport. It belongs to the caller: it is never closed.
         backend: What to run; by default `NX3Backend`.
         sessions_root: Directory for the session roots, ``S-<session name>``, which hold the proxy's log; by default
             ``~/.x2go``.
-        timeouts: How long things may take.
-        logger: Where events go: a structlog logger, or one of the standard library's. By default structlog's where
+        timeouts: The time limits.
+        logger: Receives the events: a structlog logger, or one of the standard library's. By default structlog's if
             the program has configured it, else ``logging.getLogger("proxy_fsm")``.
         environ: The environment that the proxy program inherits; by default this process's.
         ask_server: Whether to ask an X2Go server how a session ended: suspended or terminated.
         resumed: Whether the session was resumed, and so survives a failed attempt (see ``ProxyStatus.retryable``).
 
     Raises:
-        TypeError: An argument is not of the kind it has to be.
+        TypeError: An argument has the wrong type.
         InvalidSession: The session lacks what the backend needs.
     """
 
-    #: What `proxy_fsm.diagram` draws of it.
+    #: The chart that `proxy_fsm.diagram` draws of it.
     __chart__: ClassVar[drawing.Chart] = drawing.LIFECYCLE
 
     def __init__(
@@ -110,12 +110,12 @@ class Proxy:
         )
 
     def _make_effects(self, *arguments: Any, **options: Any) -> EngineEffects:
-        """Return what does the work; `proxy_fsm.testing` puts something else in its place."""
+        """Return the effects; `proxy_fsm.testing` overrides this."""
         return WorkerEffects(*arguments, **options)
 
     @property
     def id(self) -> str:
-        """Short unique id of this engine, in every event and record."""
+        """The short unique id of this engine, in every event and record."""
         return self._engine.id
 
     @property
@@ -124,7 +124,7 @@ class Proxy:
         return self._engine.state
 
     def ok(self) -> bool:
-        """Tell whether it is running, and nothing else; takes no lock."""
+        """Tell whether the state is ``running``; takes no lock."""
         return self._engine.state is State.RUNNING
 
     def status(self) -> ProxyStatus:
@@ -134,15 +134,15 @@ class Proxy:
     def diagram(
         self, format: drawing.Format = "mermaid", *, theme: drawing.Theme | None = None, phases: bool = True
     ) -> str | bytes:
-        """Draw the lifecycle with the present state and phase, and the way there, each arrow with its time.
+        """Draw the lifecycle with the current state and phase, and the path to them, each arrow with its time.
 
         Args:
-            format: What to draw it as; see `proxy_fsm.diagram.draw`.
+            format: The output format; see `proxy_fsm.diagram.draw`.
             theme: ``light`` or ``dark``; see there.
-            phases: Whether what is inside the states is drawn.
+            phases: Whether to draw the phases.
 
         Returns:
-            The picture, as bytes for ``png`` and else as text.
+            The diagram, as bytes for ``png`` and as text for all other formats.
 
         Raises:
             DiagramError: There is no such format, or it needs the extra ``diagram``.
@@ -154,19 +154,19 @@ class Proxy:
         return drawing.draw(chart, format, highlight=here, way=way, theme=theme, phases=phases)
 
     def start(self) -> None:
-        """Start it; returns as soon as it is under way.
+        """Start the proxy; return as soon as it has left ``idle``.
 
         Raises:
-            InvalidTransition: It was started, or stopped, before.
+            InvalidTransition: It was started or stopped before.
         """
         self._engine.forbid_on_owner_thread("start")
         self._engine.start()
 
     def stop(self) -> None:
-        """Ask it to end, in any state, from any thread, any number of times; returns at once.
+        """Order it to stop, in any state, on any thread, any number of times; returns at once.
 
-        A signal handler may call it. On a proxy that was not started, the event is logged by that very call: do not
-        give such a proxy a logger that takes a lock.
+        A signal handler may call it. If the proxy was not started, this very call logs the event: do not use a
+        lock-taking logger if you then call it in a signal handler.
         """
         self._engine.stop()
 
@@ -174,11 +174,11 @@ class Proxy:
         """Wait until it is in one of these states, or in a final one, and return that state.
 
         Args:
-            states: The states; none for a final one.
-            timeout: In seconds; None waits without end.
+            states: The states; none to wait for a final one.
+            timeout: In seconds; None for no limit.
 
         Raises:
-            TimeoutError: It was not within that time; the proxy goes on.
+            TimeoutError: It reached none of them in time; the proxy continues.
             RuntimeError: Called by a subscriber, or in a forked child.
         """
         return self._engine.wait(frozenset(State(state) for state in states), timeout)
@@ -187,12 +187,12 @@ class Proxy:
         """Wait until it is running.
 
         Args:
-            timeout: In seconds; None waits without end.
+            timeout: In seconds; None for no limit.
 
         Raises:
-            ProxyFailed: It failed; ``status`` tells why.
+            ProxyFailed: It failed; ``status`` says why.
             ProxyStopped: It was stopped, or the session ended.
-            TimeoutError: It was neither within that time; the proxy goes on.
+            TimeoutError: None of this happened in time; the proxy continues.
             RuntimeError: Called by a subscriber, or in a forked child.
         """
         state = self.wait(State.RUNNING, timeout=timeout)
@@ -202,13 +202,13 @@ class Proxy:
             raise ProxyStopped(self.status())
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop it and wait until nothing is held.
+        """Stop it and wait until everything is released.
 
         Args:
             timeout: In seconds; None waits as long as its own time limits allow, which are all finite.
 
         Raises:
-            TimeoutError: It was not released within that time; that goes on.
+            TimeoutError: Not everything was released in time; the shutdown continues.
             RuntimeError: Called by a subscriber.
         """
         self._engine.forbid_on_owner_thread("close")
@@ -224,24 +224,24 @@ class Proxy:
         via: Callable[..., object] | None = None,
         replay: bool = False,
     ) -> Callable[[], None]:
-        """Call back with each change of state, in order, none lost.
+        """Call back with each change of state, in order, without loss.
 
-        A subscriber that takes its time delays nobody: the proxy goes on. Whoever waits for a state lets subscribers
-        hear of it first, but waits for none that takes longer than 0.2 s. When the interpreter ends, all are called
-        with what is left, within the time that stopping may take.
+        A slow subscriber does not delay the proxy. A caller that waits for a state returns after subscribers were
+        called with it, but does not wait for a subscriber that takes longer than 0.2 s. When the interpreter exits, all
+        pending records are delivered, within the time that stopping may take.
 
         Args:
-            callback: Takes a record. What it raises is logged and changes nothing. `stop` is welcome in it, and what
-                waits raises RuntimeError. One that refers to the proxy keeps it alive: a proxy that is then dropped
-                runs on.
-            via: Hands the call, which takes no argument, to another loop: ``loop.call_soon_threadsafe``,
+            callback: Receives each record. An exception in it is logged and changes nothing. It may call `stop`;
+                methods that wait raise RuntimeError. A callback that refers to the proxy keeps it alive: a proxy that
+                is then dropped keeps running.
+            via: Passes the call, a function without arguments, to another loop: ``loop.call_soon_threadsafe``,
                 ``GLib.idle_add``, or the ``emit`` of a Qt ``Signal(object)`` that is connected to
-                ``lambda call: call()``. It is called on the owner thread, and must be short. Without it the callback
-                is called on a notifier thread, one for all such subscribers of this proxy.
+                ``lambda call: call()``. It is called on the owner thread, and must return quickly. Without it the
+                callback is called on a notifier thread, shared by all such subscribers of this proxy.
             replay: Whether to begin with the past changes.
 
         Returns:
-            A function that ends the subscription.
+            The function that unsubscribes.
         """
         return self._engine.subscribe(callback, via, replay=replay)
 
@@ -271,27 +271,27 @@ class Proxy:
         engine.stop()
         if not sys.is_finalizing():
             warnings.warn(
-                f"A proxy was dropped while {engine.state}; it is ended.", ResourceWarning, stacklevel=2, source=self
+                f"A proxy was dropped while {engine.state}; it is stopped.", ResourceWarning, stacklevel=2, source=self
             )
 
 
-def _end_all() -> None:
-    """End all proxies when the interpreter ends, within one deadline; starts no thread."""
-    engines = [engine for engine in tuple(LIVE) if not engine.in_forked_child()]
+def _stop_all() -> None:
+    """Stop all proxies when the interpreter exits, within one common deadline; starts no thread."""
+    engines = [engine for engine in tuple(RUNNING_ENGINES) if not engine.in_forked_child()]
     for engine in engines:
         engine.stop()
     deadline = time.monotonic() + max((engine.end_within_s for engine in engines), default=_NOTIFY_S)
     for engine in engines:
-        with suppress(TimeoutError):  # the proxy program sees its socket close, and goes
+        with suppress(TimeoutError):  # the proxy program sees its socket close, and exits
             engine.wait(frozenset(), max(0.0, deadline - time.monotonic()))
     join_notifiers(deadline)
 
 
 def _forget_all() -> None:
-    """In a forked child: what runs belongs to the parent."""
-    LIVE.clear()
+    """Forget all engines in a forked child: they belong to the parent."""
+    RUNNING_ENGINES.clear()
     link_monitor.forget_all()
 
 
-atexit.register(_end_all)
+atexit.register(_stop_all)
 os.register_at_fork(after_in_child=_forget_all)

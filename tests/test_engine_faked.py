@@ -17,7 +17,7 @@ import pytest
 
 from proxy_fsm import EndReason, InvalidTransition, State, Timeouts
 from proxy_fsm import engine as engine_module
-from proxy_fsm.engine import LIVE, Engine
+from proxy_fsm.engine import RUNNING_ENGINES, Engine
 from proxy_fsm.evidence import AgentDataReceived, LinkRestored, LinkSilent, ProcessExited, TransportEnded
 from proxy_fsm.status import Link, TransitionRecord, TunnelStats
 from proxy_fsm.supervisor import Supervisor
@@ -174,13 +174,13 @@ def test_owner_is_live_until_it_has_ended_and_waiting_for_the_end_waits_for_it(
             threading.Event().wait(0.02)
             super().discard(element)
 
-    monkeypatch.setattr(engine_module, "LIVE", Slow())
+    monkeypatch.setattr(engine_module, "RUNNING_ENGINES", Slow())
     proxy = make(State.RUNNING)
-    assert proxy.engine in engine_module.LIVE
-    assert proxy.engine not in LIVE
+    assert proxy.engine in engine_module.RUNNING_ENGINES
+    assert proxy.engine not in RUNNING_ENGINES
     proxy.end()
     assert proxy.owners() == []
-    assert not engine_module.LIVE
+    assert not engine_module.RUNNING_ENGINES
 
 
 def test_start_returns_when_the_preflight_was_started_and_the_state_published(make: Make) -> None:
