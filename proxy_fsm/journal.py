@@ -1,4 +1,4 @@
-"""What happened to a proxy, and who is to hear of it: logger, subscribers, waiters, in this order."""
+"""Publishes what happens to a proxy: to the logger, to subscribers and to waiters, in this order."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Journal", "join_notifiers"]
 
-#: A `via` that takes longer than this to hand a call over holds up the proxy.
+#: A `via` that takes longer than this is reported as slow, since it holds up the proxy.
 _SLOW_S = 0.05
-#: How long those who wait let a subscriber go first; one that takes longer is waited for no more.
-_COURTESY_S = 0.2
+#: How long a waiter lets subscribers be called first; a subscriber that takes longer no longer delays it.
+_SUBSCRIBERS_FIRST_S = 0.2
 
 _NOTIFIERS: set[threading.Thread] = set()
 
 
 def join_notifiers(deadline: float) -> None:
-    """Wait until each subscriber has been called with what there was, at the end of the interpreter.
+    """Wait until all pending records were delivered; called when the interpreter exits.
 
     Args:
-        deadline: Until when at the latest, in seconds of the monotonic clock.
+        deadline: When to stop waiting, in seconds of the monotonic clock.
     """
     for thread in tuple(_NOTIFIERS):
         thread.join(max(0.0, deadline - time.monotonic()))
@@ -48,10 +48,10 @@ class _Subscriber:
 
 
 class Journal:
-    """The records of one proxy, its subscribers, and those who wait for a state.
+    """The records of one proxy, its subscribers, and the callers that wait for a state.
 
-    There is no lock between the one who publishes and those who wait: a waiter puts its own queue up first and looks
-    at the state then, so that a signal handler may publish while its thread is about to wait.
+    There is no lock between publisher and waiters: a waiter first registers its own queue and then reads the state, so
+    that a signal handler may publish while its thread is about to wait.
 
     Args:
         log: Logs events.
@@ -67,15 +67,15 @@ class Journal:
 
     @property
     def records(self) -> list[TransitionRecord]:
-        """All changes of state so far; only ever appended to."""
+        """All changes of state so far; append-only."""
         return self._records
 
     def publish(self, event: Event, record: TransitionRecord | None = None) -> None:
-        """Publish an event; where it is a change of state, to subscribers and waiters too. Never raises.
+        """Publish an event; a change of state is published to subscribers and waiters too. Never raises.
 
         Args:
             event: The event.
-            record: The change of state.
+            record: The change of state, if it is one.
         """
         self._log(event.level, event.name, **event.fields)
         if record is None:
@@ -86,7 +86,7 @@ class Journal:
             if self._direct.is_due():
                 self._notifier.wake()
             elif record.dest.is_final:
-                self._notifier.call(self._direct.deliver)  # nobody is left to be called: let it see that it is over
+                self._notifier.call(self._direct.deliver)  # nothing to deliver: let the notifier see the final state
         finally:
             self._published_state = record.dest
             for waiter in tuple(self._waiters):
@@ -106,7 +106,7 @@ class Journal:
         if via is None and self._direct.is_due():
             self._notifier.wake()
         elif via is not None and self._is_over():
-            self.catch_up()  # there is no owner thread any more to do it
+            self.catch_up()  # there is no longer an owner thread to do it
 
         def unsubscribe() -> None:
             delivery.remove(subscriber)
@@ -114,23 +114,23 @@ class Journal:
         return unsubscribe
 
     def catch_up(self) -> None:
-        """Hand past records to those who subscribed with a `via` since; on the owner thread."""
+        """Deliver past records to new subscribers with a `via`; called on the owner thread."""
         self._with_via.deliver()
 
     def is_delivering(self) -> bool:
-        """Tell whether this thread is inside a subscriber's call."""
+        """Tell whether this thread is calling a subscriber."""
         return self._with_via.is_delivering() or self._direct.is_delivering()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until each subscriber without a `via` was called with all that there is; return whether it was."""
+        """Wait until all records were delivered to subscribers without a `via`; return whether they were."""
         done = threading.Event()
         return self._notifier.call(done.set) or done.wait(timeout)
 
     def wait(self, states: frozenset[State], timeout: float | None) -> State:
-        """Wait until one of the states, or a final one, was published, and quick subscribers have heard of it.
+        """Wait until one of the states, or a final one, was published and delivered to all but slow subscribers.
 
         Raises:
-            TimeoutError: It was not within ``timeout`` seconds.
+            TimeoutError: None of them was published within ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX / 2)
         waiter: SimpleQueue[State] = SimpleQueue()
@@ -147,7 +147,7 @@ class Journal:
         finally:
             self._waiters.remove(waiter)
         if not self.is_delivering():
-            self._notifier.let_go_first(None if deadline is None else deadline - time.monotonic())
+            self._notifier.wait_delivered(None if deadline is None else deadline - time.monotonic())
         return state
 
     def report(self, name: str, **fields: Any) -> None:
@@ -160,7 +160,7 @@ class Journal:
 
 
 class _Delivery:
-    """Calls some of a journal's subscribers with the records that they have not had, one record after the other."""
+    """Delivers to some of a journal's subscribers, in order, the records that they have not yet received."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -173,7 +173,7 @@ class _Delivery:
 
     def remove(self, subscriber: _Subscriber) -> None:
         subscriber.active = False
-        with suppress(ValueError):  # it was called before
+        with suppress(ValueError):  # it was removed before
             self._subscribers.remove(subscriber)
 
     def is_due(self) -> bool:
@@ -193,7 +193,7 @@ class _Delivery:
                 self._thread = outer
 
     def _next(self) -> _Subscriber | None:
-        """Return whom the oldest record is due to; the one who came first, where there are several."""
+        """Return the subscriber to which the oldest undelivered record is due; the earliest one, if several."""
         count = len(self._journal.records)
         due = [each for each in tuple(self._subscribers) if each.active and each.delivered < count]
         return min(due, key=lambda each: each.delivered, default=None)
@@ -209,33 +209,33 @@ class _Delivery:
             self._journal.report("subscriber.slow", callback=_name(subscriber.callback), elapsed_s=round(took_s, 6))
 
     def _call(self, subscriber: _Subscriber, record: TransitionRecord) -> None:
-        """Call back; returns None whatever the callback does, since GLib repeats what returns something true."""
+        """Call back; always return None, since GLib repeats a function that returns a true value."""
         if subscriber.active:
             self._guarded(subscriber, subscriber.callback, record)
 
     def _guarded(self, subscriber: _Subscriber, function: Callable[..., object], *arguments: object) -> None:
         try:
             function(*arguments)
-        except BaseException:  # noqa: BLE001 - a SystemExit of a subscriber must not end the thread either
+        except BaseException:  # noqa: BLE001 - even a subscriber's SystemExit must not end the thread
             self._journal.report("subscriber.failed", callback=_name(subscriber.callback), exc_info=True)
 
 
 class _Notifier:
-    """The thread on which subscribers without a `via` are called, so that a slow one delays nobody else.
+    """The thread that calls subscribers without a `via`, so that a slow one does not delay the proxy.
 
-    It lives from the first record that such a subscriber is due to the end of the proxy.
+    It lives from the first record that is due to such a subscriber to the end of the proxy.
     """
 
     def __init__(self, deliver: Callable[[], None], is_over: Callable[[], bool]) -> None:
         self._deliver = deliver
         self._is_over = is_over
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.RLock()  # a signal handler may come back to it
+        self._lock = threading.RLock()  # a signal handler may re-enter it
         self._thread: threading.Thread | None = None
-        self._called_at: float | None = None  # when the call began that it is in
+        self._called_at: float | None = None  # when the current call began
 
     def wake(self) -> None:
-        """Have it deliver; where no thread can be started any more, this one delivers."""
+        """Deliver on the notifier thread, or on this thread if no new one can be started."""
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="proxy_fsm-notifier", daemon=True)
@@ -250,26 +250,26 @@ class _Notifier:
             self._calls.put(self._deliver)
 
     def call(self, function: Callable[[], None]) -> bool:
-        """Call a function after what is waiting; return True where nothing is, and do not call it."""
+        """Call a function after all pending calls; if there is no thread, do not call it but return True."""
         with self._lock:
             if self._thread is None:
                 return True
             self._calls.put(function)
             return False
 
-    def let_go_first(self, left_s: float | None) -> None:
-        """Wait until those who are due were called, but for none who takes long.
+    def wait_delivered(self, timeout_s: float | None) -> None:
+        """Wait until pending records were delivered, but not for a slow subscriber.
 
         Args:
-            left_s: For how long at the most, in seconds; None for as long as is polite.
+            timeout_s: The longest to wait, in seconds; None for no limit but that of a slow subscriber.
         """
         done = threading.Event()
         if self.call(done.set):
             return
         now = time.monotonic()
         called_at = self._called_at
-        polite_s = (now if called_at is None else called_at) + _COURTESY_S - now
-        done.wait(max(0.0, polite_s if left_s is None else min(polite_s, left_s)))
+        wait_s = (now if called_at is None else called_at) + _SUBSCRIBERS_FIRST_S - now
+        done.wait(max(0.0, wait_s if timeout_s is None else min(wait_s, timeout_s)))
 
     def _run(self) -> None:
         try:
@@ -292,5 +292,5 @@ class _Notifier:
 def _name(callback: Callable[..., object]) -> str:
     try:
         return repr(callback)
-    except Exception:  # noqa: BLE001 - it is the caller's code too
+    except Exception:  # noqa: BLE001 - a repr is the caller's code too
         return f"a {type(callback).__name__}"
