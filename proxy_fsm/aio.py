@@ -1,4 +1,4 @@
-"""Proxies in an asyncio program: what waits in `Proxy` is awaited here.
+"""Proxies in an asyncio program: awaitable counterparts of the methods of `Proxy` that wait.
 
 ::
 
@@ -6,8 +6,8 @@
         async for record in aio.transitions(proxy):
             print(record.source, "→", record.dest, record.detail)
 
-No thread waits for any of this: the engine hands each change to the loop. Everything else of a `Proxy` returns at once
-and is called as it is: ``proxy.stop()``, ``proxy.status()``, ``proxy.ok()``.
+None of this blocks a thread: the engine passes each change to the loop. All other methods of a `Proxy` return at once
+and can be called directly: ``proxy.stop()``, ``proxy.status()``, ``proxy.ok()``.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = ["close", "running", "transitions", "wait", "wait_running"]
 
 
 async def transitions(proxy: Proxy, *, replay: bool = True) -> AsyncGenerator[TransitionRecord, None]:
-    """Yield each change of state, in order, none lost, until the final one.
+    """Yield each change of state, in order, without loss, until the final one.
 
     Args:
         proxy: The proxy.
-        replay: Whether to begin with the past changes; else with those that come after the first step of the loop.
+        replay: Whether to begin with the past changes; if not, with those after the first step of the iteration.
     """
     loop = asyncio.get_running_loop()
-    told: asyncio.Queue[TransitionRecord] = asyncio.Queue()
-    passed = 0 if replay else len(proxy.status().history)
-    unsubscribe = proxy.subscribe(told.put_nowait, via=loop.call_soon_threadsafe, replay=True)
+    records: asyncio.Queue[TransitionRecord] = asyncio.Queue()
+    skipped = 0 if replay else len(proxy.status().history)
+    unsubscribe = proxy.subscribe(records.put_nowait, via=loop.call_soon_threadsafe, replay=True)
     try:
         while True:
-            record = await told.get()
-            if record.sequence > passed:
+            record = await records.get()
+            if record.sequence > skipped:
                 yield record
             if record.dest.is_final:
                 return
@@ -55,14 +55,14 @@ async def wait(proxy: Proxy, *states: State, timeout: float | None = None) -> St
 
     Args:
         proxy: The proxy.
-        states: The states; none for a final one.
-        timeout: In seconds; None waits without end.
+        states: The states; none to wait for a final one.
+        timeout: In seconds; None for no limit.
 
     Raises:
-        TimeoutError: It was not within that time; the proxy goes on.
+        TimeoutError: It reached none of them in time; the proxy continues.
         RuntimeError: Called in a forked child.
     """
-    current = len(proxy.status().history)  # the newest record counts: waiters may not have been told of it yet
+    current = len(proxy.status().history)  # the newest record counts, though it may not be published to waiters yet
     with suppress(TimeoutError):
         return proxy.wait(*states, timeout=0)
     wanted = frozenset(State(state) for state in states)
@@ -75,7 +75,7 @@ async def wait(proxy: Proxy, *states: State, timeout: float | None = None) -> St
     except TimeoutError:
         names = ", ".join(sorted(wanted)) or "a final state"
         raise TimeoutError(f"The proxy was not in {names} within {timeout} s; it is {proxy.state}.") from None
-    raise AssertionError("The last change leads to a final state.")
+    raise AssertionError("The last change always leads to a final state.")
 
 
 async def wait_running(proxy: Proxy, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as Proxy.wait_running
@@ -83,12 +83,12 @@ async def wait_running(proxy: Proxy, timeout: float | None = None) -> None:  # n
 
     Args:
         proxy: The proxy.
-        timeout: In seconds; None waits without end.
+        timeout: In seconds; None for no limit.
 
     Raises:
-        ProxyFailed: It failed; ``status`` tells why.
+        ProxyFailed: It failed; ``status`` says why.
         ProxyStopped: It was stopped, or the session ended.
-        TimeoutError: It was neither within that time; the proxy goes on.
+        TimeoutError: None of this happened in time; the proxy continues.
     """
     state = await wait(proxy, State.RUNNING, timeout=timeout)
     if state is State.FAILED:
@@ -98,16 +98,16 @@ async def wait_running(proxy: Proxy, timeout: float | None = None) -> None:  # n
 
 
 async def close(proxy: Proxy, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as Proxy.close
-    """Stop a proxy and wait until nothing is held.
+    """Stop a proxy and wait until everything is released.
 
-    A task that is cancelled meanwhile leaves at once; the proxy ends all the same.
+    If the task is cancelled in the meantime, this returns at once; the proxy stops all the same.
 
     Args:
         proxy: The proxy.
         timeout: In seconds; None waits as long as its own time limits allow, which are all finite.
 
     Raises:
-        TimeoutError: It was not released within that time; that goes on.
+        TimeoutError: Not everything was released in time; the shutdown continues.
     """
     try:
         proxy.close(timeout=0)
@@ -117,15 +117,15 @@ async def close(proxy: Proxy, timeout: float | None = None) -> None:  # noqa: AS
 
 @asynccontextmanager
 async def running(proxy: Proxy) -> AsyncIterator[Proxy]:
-    """Start a proxy, have it running inside the block, and close it afterwards.
+    """Start a proxy, enter the block once it is running, and close it afterwards.
 
     Args:
-        proxy: One that was not started.
+        proxy: A proxy that was not started.
 
     Raises:
-        InvalidTransition: It was started, or stopped, before.
-        ProxyFailed: It failed before it ran; everything is released then.
-        ProxyStopped: It was stopped before it ran.
+        InvalidTransition: It was started or stopped before.
+        ProxyFailed: It failed before it was running; everything is released then.
+        ProxyStopped: It was stopped before it was running.
     """
     proxy.start()
     try:
