@@ -1,14 +1,14 @@
-"""The Sphinx directive ``proxy-fsm-diagram``: a client's documentation draws its own machine when it is built.
+"""The Sphinx directive ``proxy-fsm-diagram`` draws a client's own machine when its documentation is built.
 
 With ``extensions = ["proxy_fsm.sphinx"]`` in ``conf.py`` (extra ``docs``)::
 
     .. proxy-fsm-diagram:: myclient.sessions:MyProxy
        :highlight: running/verifying
 
-Without an argument it draws the lifecycle. Options: ``highlight`` (``state`` or ``state/phase``), ``no-phases`` (the
-outermost states alone), ``theme`` (``light`` or ``dark``; by default the picture follows the reader), ``table`` (the
-table of states and triggers instead of the picture, and that of the phases), ``alt``, ``align``, ``scale`` and
-``width`` as for images. HTML gets SVG, and what cannot show that, such as LaTeX, gets PNG.
+Without an argument it draws the lifecycle. Options: ``highlight`` (``state`` or ``state/phase``), ``no-phases`` (only
+the outermost states), ``theme`` (``light`` or ``dark``; by default the picture follows the reader's), ``table`` (the
+tables of states and triggers and of the phases instead of the picture), ``alt``, ``align``, ``scale`` and ``width`` as
+for images. HTML gets SVG; formats that cannot show SVG, such as LaTeX, get PNG.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ProxyFsmDiagram(SphinxDirective):
     }
 
     def run(self) -> list[nodes.Node]:
-        """Return what is put into the document."""
+        """Return the nodes to insert into the document."""
         try:
             chart = diagram.load(self.arguments[0]) if self.arguments else diagram.LIFECYCLE
             self._depend()
@@ -69,7 +69,7 @@ class ProxyFsmDiagram(SphinxDirective):
             raise self.error(str(error)) from error
 
     def _depend(self) -> None:
-        """Have the document built again when the module that is drawn changes."""
+        """Rebuild the document when the drawn module changes."""
         module = sys.modules.get(self.arguments[0].partition(":")[0]) if self.arguments else diagram
         if file := getattr(module, "__file__", None):
             self.env.note_dependency(file)
@@ -79,13 +79,13 @@ class ProxyFsmDiagram(SphinxDirective):
         return "no-phases" not in self.options
 
     def _image(self, chart: diagram.Chart) -> nodes.image:
-        vector, pixels = self._drawn(chart, "svg"), self._drawn(chart, "png")
+        vector, pixels = self._rendered(chart, "svg"), self._rendered(chart, "png")
         name = f"proxy-fsm-{hashlib.sha256(vector).hexdigest()[:16]}"
         folder = Path(self.env.doctreedir) / "proxy-fsm-diagrams"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.svg").write_bytes(vector)
         (folder / f"{name}.png").write_bytes(pixels)
-        # Sphinx takes the first kind of file that the builder can show.
+        # Sphinx chooses the first file type that the builder supports.
         here = Path(self.env.doc2path(self.env.docname)).parent
         image = nodes.image(uri=f"{Path(os.path.relpath(folder, here)).as_posix()}/{name}.*")
         image["alt"] = self.options.get("alt", f"State diagram of {chart.title}")
@@ -96,10 +96,10 @@ class ProxyFsmDiagram(SphinxDirective):
         self.set_source_info(image)
         return image
 
-    def _drawn(self, chart: diagram.Chart, format: diagram.Format) -> bytes:
+    def _rendered(self, chart: diagram.Chart, format: diagram.Format) -> bytes:
         highlight, theme = self.options.get("highlight"), self.options.get("theme")
-        drawn = diagram.draw(chart, format, highlight=highlight, theme=theme, phases=self._phases)
-        return drawn.encode() if isinstance(drawn, str) else drawn
+        rendered = diagram.draw(chart, format, highlight=highlight, theme=theme, phases=self._phases)
+        return rendered.encode() if isinstance(rendered, str) else rendered
 
     def _tables(self, chart: diagram.Chart) -> list[nodes.Node]:
         highlight = chart.state_named(self.options.get("highlight"))
@@ -127,13 +127,13 @@ class ProxyFsmDiagram(SphinxDirective):
         literal: int,
         marked: Sequence[bool] = (),
     ) -> nodes.table:
-        """Build it of nodes: text would have to be of the markup of the document, which may be Markdown.
+        """Build a table from nodes, since the markup of the document is unknown: it may be Markdown.
 
         Args:
-            heads: The names of its columns.
-            rows: Their cells, and which of them are bold.
+            heads: The column headings.
+            rows: For each row its cells, and which of them are bold.
             literal: The column that holds triggers.
-            marked: Which of the heads are bold.
+            marked: Which of the headings are bold.
         """
 
         def row(cells: Sequence[str], bold: Sequence[bool], code: int | None) -> nodes.row:
