@@ -1,4 +1,4 @@
-"""Events go where the program wants them; a program that wants none hears nothing; a logger that fails harms nobody."""
+"""Events go to the logger that the program has configured, or nowhere; a failing logger changes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(logger: Any = None) -> EventLog:
 
 
 def run(program: str) -> tuple[str, str]:
-    """What a program of its own prints."""
+    """Run a program in its own process and return what it prints."""
     program = "from proxy_fsm.events import EventLog\n" + program
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT_S, check=True)
     return done.stdout, done.stderr
@@ -55,11 +55,11 @@ except RuntimeError:
 """
 
 
-def test_a_program_that_has_configured_nothing_hears_nothing() -> None:
+def test_unconfigured_program_prints_nothing() -> None:
     assert run(ALL_LEVELS) == ("", "")
 
 
-def test_a_program_that_has_configured_logging_hears_what_it_asked_for() -> None:
+def test_configured_logging_gets_events_at_its_level() -> None:
     output, errors = run(
         "import logging\nlogging.basicConfig(level=logging.WARNING, format='%(name)s %(levelname)s')" + ALL_LEVELS
     )
@@ -67,7 +67,7 @@ def test_a_program_that_has_configured_logging_hears_what_it_asked_for() -> None
     assert errors.splitlines() == ["proxy_fsm WARNING", "proxy_fsm ERROR", "proxy_fsm ERROR"]
 
 
-def test_a_program_that_has_configured_structlog_hears_by_it() -> None:
+def test_configured_structlog_gets_events() -> None:
     output, errors = run(
         "import structlog\nstructlog.configure(processors=[structlog.processors.JSONRenderer(sort_keys=True)])\n"
         "EventLog(None, proxy_id='id1', session='name')('info', 'an.event', number=1)"
@@ -76,11 +76,11 @@ def test_a_program_that_has_configured_structlog_hears_by_it() -> None:
     assert errors == ""
 
 
-def test_the_package_never_configures_structlog() -> None:
+def test_package_never_configures_structlog() -> None:
     assert run("import structlog, proxy_fsm" + ALL_LEVELS + "print(structlog.is_configured())") == ("False\n", "")
 
 
-def test_every_event_has_the_proxys_id_and_session() -> None:
+def test_every_event_has_proxy_id_and_session() -> None:
     recorder = Recorder()
     make(recorder)("warning", "an.event", number=1)
     assert recorder.events == [
@@ -88,15 +88,15 @@ def test_every_event_has_the_proxys_id_and_session() -> None:
     ]
 
 
-def test_structlog_configured_later_does_not_change_where_events_go(caplog: pytest.LogCaptureFixture) -> None:
+def test_structlog_configured_later_does_not_redirect_events(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "proxy_fsm")
     log = make()
-    structlog.configure(processors=[lambda *_: pytest.fail("not asked for")])
+    structlog.configure(processors=[lambda *_: pytest.fail("not filtered for")])
     log("info", "an.event")
     assert caplog.messages == ["event='an.event' proxy_id='id1' session='name'"]
 
 
-def test_a_logger_of_the_standard_library_can_be_given(caplog: pytest.LogCaptureFixture) -> None:
+def test_stdlib_logger_is_accepted(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mine")
     log = make(logging.getLogger("mine"))
     log("debug", "too.fine")
@@ -106,7 +106,7 @@ def test_a_logger_of_the_standard_library_can_be_given(caplog: pytest.LogCapture
     assert record.getMessage() == "event='an.event' proxy_id='id1' session='name' text='100 %s {}' number=1"
 
 
-def test_a_level_set_later_counts(caplog: pytest.LogCaptureFixture) -> None:
+def test_logger_level_set_later_takes_effect(caplog: pytest.LogCaptureFixture) -> None:
     log = make(logging.getLogger("mine"))
     caplog.set_level(logging.ERROR, "mine")
     log("info", "an.event")
@@ -115,20 +115,20 @@ def test_a_level_set_later_counts(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 1
 
 
-def test_a_logger_of_structlog_can_be_given() -> None:
-    told: list[Any] = []
+def test_structlog_logger_is_accepted() -> None:
+    received: list[Any] = []
 
     def keep(logger: Any, method: str, event: Any) -> Any:  # noqa: ARG001 - structlog's signature
-        told.append((method, dict(event)))
+        received.append((method, dict(event)))
         raise structlog.DropEvent
 
     make(structlog.wrap_logger(None, processors=[keep]).bind(mine=1))("info", "an.event", number=2)
-    assert told == [
+    assert received == [
         ("info", {"event": "an.event", "mine": 1, "proxy_id": "id1", "session": "name", "number": 2}),
     ]
 
 
-def test_a_logger_that_fails_is_reported_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_logger_is_reported_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     make(Broken())("info", "an.event", number=1)
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("proxy_fsm", "ERROR")
@@ -137,43 +137,43 @@ def test_a_logger_that_fails_is_reported_and_harms_nobody(caplog: pytest.LogCapt
     assert str(record.exc_info[1]) == "no room for an.event and 3 fields"
 
 
-def test_an_object_that_is_no_logger_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_object_that_is_no_logger_is_reported_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     make(object())("info", "an.event")
     assert caplog.messages == ["The logger failed on the event an.event."]
 
 
-class Shy:
-    """A value that cannot be shown."""
+class FailingRepr:
+    """A value without a usable repr."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no")
 
 
-def test_a_value_that_cannot_be_shown_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_field_with_failing_repr_is_reported_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mine")
-    make(logging.getLogger("mine"))("info", "an.event", shy=Shy())
+    make(logging.getLogger("mine"))("info", "an.event", shy=FailingRepr())
     assert caplog.messages == ["The logger failed on the event an.event."]
 
 
-def test_an_event_that_nobody_wants_is_not_even_written_out(caplog: pytest.LogCaptureFixture) -> None:
-    """There is one for each line of a proxy's output."""
+def test_event_below_the_level_is_not_rendered(caplog: pytest.LogCaptureFixture) -> None:
+    """There is one for every line of a proxy's output."""
     caplog.set_level(logging.INFO, "mine")
-    make(logging.getLogger("mine"))("debug", "an.event", shy=Shy())
+    make(logging.getLogger("mine"))("debug", "an.event", shy=FailingRepr())
     assert caplog.messages == []
 
 
-def test_where_all_loggers_fail_nobody_is_harmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_failure_of_all_loggers_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    filtered = []
 
     def fail(record: logging.LogRecord) -> bool:
-        asked.append(record.getMessage())
+        filtered.append(record.getMessage())
         raise RuntimeError("this one too")
 
     fallback = logging.getLogger("proxy_fsm")
     monkeypatch.setattr(fallback, "filters", [fail])
     make(Broken())("info", "an.event")
     make()("error", "another.event")
-    assert asked == [
+    assert filtered == [
         "The logger failed on the event an.event.",
         "event='another.event' proxy_id='id1' session='name'",
         "The logger failed on the event another.event.",
@@ -181,7 +181,7 @@ def test_where_all_loggers_fail_nobody_is_harmed(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("by", ["the one being handled", "one that is given"])
-def test_a_traceback_is_written_out(caplog: pytest.LogCaptureFixture, by: str) -> None:
+def test_traceback_is_rendered(caplog: pytest.LogCaptureFixture, by: str) -> None:
     log = make(logging.getLogger("mine"))
     try:
         int("no number")

@@ -1,4 +1,4 @@
-"""The public names are the contract's, and imports run one way."""
+"""The public names are the contract's, and imports go in one direction."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ ProxyFsmError InvalidTransition InvalidSession ProxyFailed ProxyStopped BackendE
 Backend Link fast_transport
 """.split()
 
-#: Reading order is import order: a module imports only from those above it, for annotations too. Two places differ from
-#: the design's list: errors carry a State, an EndReason and a ProxyStatus, which are plain data and know no error; and
-#: backends read evidence, which knows no backend.
+#: Reading order is import order: a module imports only from earlier ones, for annotations too. Two places differ from
+#: the design's list: errors carry a State, an EndReason and a ProxyStatus, which are plain data and import no errors;
+#: and backends read evidence, which imports no backends.
 LAYERS = """
 states reasons status errors lifecycle events text private_files session ssh x11 evidence backends workers
 active_lifecycle supervisor effects journal engine scene diagram proxy aio timeline x2go sphinx testing cli
 """.split()
 
 
-def test_the_contracts_names_are_there() -> None:
+def test_names_of_the_contract_are_exported() -> None:
     assert set(CONTRACT) <= set(proxy_fsm.__all__)
 
 
-def test_all_is_sorted_and_true() -> None:
+def test_all_is_sorted_and_complete() -> None:
     assert list(proxy_fsm.__all__) == sorted(proxy_fsm.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
     assert all(hasattr(proxy_fsm, name) for name in proxy_fsm.__all__)
 
@@ -41,20 +41,20 @@ def layer(module: str) -> int:
     return LAYERS.index(module.split(".", maxsplit=1)[0])
 
 
-def test_no_module_imports_from_one_that_is_read_after_it() -> None:
+def test_modules_import_from_earlier_layers_only() -> None:
     for name, imported in import_graph(PACKAGE).items():
         if name in {"", "__main__"} or name.startswith("cli"):
-            continue  # these use the public names alone
+            continue  # these use the public names only
         for each in imported:
-            assert each, f"{name} imports public names, which are read after it"
-            assert layer(each) <= layer(name), f"{name} imports {each}, which is read after it"
+            assert each, f"{name} imports the public names, a later layer"
+            assert layer(each) <= layer(name), f"{name} imports {each}, a later layer"
 
 
-def test_no_modules_import_one_another_in_a_circle() -> None:
-    TopologicalSorter(import_graph(PACKAGE)).prepare()  # raises CycleError, which names them
+def test_imports_have_no_cycle() -> None:
+    TopologicalSorter(import_graph(PACKAGE)).prepare()  # raises CycleError, which names the modules
 
 
-def test_the_command_line_uses_the_public_api_only() -> None:
+def test_command_line_imports_public_modules_only() -> None:
     allowed = {"", "private_files", "text", "diagram", "testing", "timeline", "cli"}
     for file in (PACKAGE / "cli").glob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The lifecycle against a second copy of its tables, written by hand from the design."""
+"""Checks the lifecycle against a second copy of its tables, written by hand from the design."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CELLS = {
 }
 
 
-#: What ends each phase: state, phase, trigger, what follows, and the limit.
+#: What ends each phase: state, phase, trigger, destination, and limit.
 PHASE_TABLE = """
 tunnelling  checking     checks_passed       binding      preflight_s
 tunnelling  binding      tunnel_opened       spawning     preflight_s
@@ -80,12 +80,12 @@ Place = tuple[str, str | None]
 
 
 def expected(trigger: str, place: Place, skipped: frozenset[str] = frozenset()) -> Place | None:
-    """Return where the hand-written tables lead; None where they refuse.
+    """Return the destination by the hand-written tables; None if they refuse the trigger.
 
     Args:
         trigger: The trigger.
         place: State and phase.
-        skipped: Phases that have nothing to do.
+        skipped: Phases without work to do.
     """
     state, phase = place
     if (trigger, state) not in CELLS:
@@ -104,27 +104,27 @@ def place_of(lifecycle: Lifecycle) -> Place:
     return str(lifecycle.state), None if lifecycle.phase is None else str(lifecycle.phase)
 
 
-def ways_to(place: Place) -> tuple[Trigger | PhaseTrigger, ...]:
-    """Return the shortest way to a place."""
-    ways: dict[Place, tuple[Trigger | PhaseTrigger, ...]] = {("idle", None): ()}
+def path_to(place: Place) -> tuple[Trigger | PhaseTrigger, ...]:
+    """Return the shortest path to a place."""
+    paths: dict[Place, tuple[Trigger | PhaseTrigger, ...]] = {("idle", None): ()}
     for _ in PLACES:
-        for source, trigger in itertools.product(tuple(ways), ALL_TRIGGERS):
+        for source, trigger in itertools.product(tuple(paths), ALL_TRIGGERS):
             dest = expected(trigger, source)
-            if dest is not None and dest not in ways:
-                ways[dest] = (*ways[source], trigger)
-    return ways[place]
+            if dest is not None and dest not in paths:
+                paths[dest] = (*paths[source], trigger)
+    return paths[place]
 
 
 def at(place: Place) -> Lifecycle:
-    """Lead a fresh machine to a place by the shortest way."""
+    """Return a fresh machine that was led to a place by the shortest path."""
     lifecycle = Lifecycle()
-    for trigger in ways_to(place):
+    for trigger in path_to(place):
         assert lifecycle.fire(trigger)
     assert place_of(lifecycle) == place
     return lifecycle
 
 
-def test_states_phases_and_triggers_bear_the_names_of_the_contract_in_its_order() -> None:
+def test_names_of_states_phases_and_triggers_are_the_contracts() -> None:
     assert [str(state) for state in State] == COLUMNS
     assert [str(phase) for phase in Phase] == [phase for _, phase in PLACES if phase is not None]
     assert {str(trigger) for trigger in Trigger} == {trigger for trigger, _ in CELLS}
@@ -143,7 +143,7 @@ def test_phases_of_each_state_are_in_order() -> None:
         assert tuple(map(str, state.phases)) == tuple(phase for phase in PHASES_OF[state] if phase is not None)
 
 
-def test_published_table_of_states_is_the_hand_written_one() -> None:
+def test_transitions_match_the_hand_written_table() -> None:
     listed = {(row.trigger, row.source): row.dest for row in TRANSITIONS}
     assert len(listed) == len(TRANSITIONS)
     assert all(type(row) is Transition and type(row.source) is State for row in TRANSITIONS)
@@ -155,20 +155,20 @@ def test_published_table_of_states_is_the_hand_written_one() -> None:
     assert listed == by_hand
 
 
-def test_published_table_of_phases_is_the_hand_written_one() -> None:
+def test_phases_match_the_hand_written_table() -> None:
     assert all(type(row) is PhaseTransition for row in PHASES)
     assert all(type(row.trigger) in {Trigger, PhaseTrigger} for row in PHASES)
     assert all(isinstance(row.dest, Phase | State) for row in PHASES)
     assert [[*map(str, row[:4]), row.limit or "-"] for row in PHASES] == PHASE_ROWS
 
 
-def test_each_limit_is_a_time_out() -> None:
+def test_each_limit_is_a_field_of_timeouts() -> None:
     assert all(row.limit is None or getattr(Timeouts(), row.limit) > 0 for row in PHASES)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("trigger", ALL_TRIGGERS)
-def test_each_cell_of_the_tables(trigger: Trigger | PhaseTrigger, place: Place) -> None:
+def test_each_trigger_in_each_place_follows_the_tables(trigger: Trigger | PhaseTrigger, place: Place) -> None:
     lifecycle = at(place)
     dest = expected(trigger, place)
     if dest is None:
@@ -182,7 +182,7 @@ def test_each_cell_of_the_tables(trigger: Trigger | PhaseTrigger, place: Place) 
 
 
 class Recording(Lifecycle):
-    """Notes which of its methods were called, and where the machine was then."""
+    """Records which of its callbacks were called, and in which place the machine was."""
 
     def __init__(self, skipped: frozenset[str] = frozenset()) -> None:
         self.calls: list[tuple[str, Place]] = []
@@ -192,25 +192,25 @@ class Recording(Lifecycle):
     def has_work(self, phase: Phase) -> bool:
         return phase not in self._skipped
 
-    def _note(self, name: str) -> None:
+    def _record(self, name: str) -> None:
         self.calls.append((name, place_of(self)))
 
 
-def _noting(name: str) -> object:
-    def note(self: Recording, event: EventData) -> None:
+def _recording_callback(name: str) -> object:
+    def callback(self: Recording, event: EventData) -> None:
         assert event.model is self
-        self._note(name)
+        self._record(name)
 
-    return note
+    return callback
 
 
 for _state, _phase in PLACES:
     for _when in ("on_enter", "on_exit"):
         for _name in {f"{_when}_{_state}", f"{_when}_{_state}_{_phase}" if _phase else f"{_when}_{_state}"}:
-            setattr(Recording, _name, _noting(_name))
+            setattr(Recording, _name, _recording_callback(_name))
 
 
-def test_subclass_hears_of_states_and_of_their_phases() -> None:
+def test_callbacks_of_states_and_phases_are_called_in_order() -> None:
     machine = Recording()
     for trigger in ("start", "checks_passed", "tunnel_opened", "proxy_ready", "end_suspected", "stop"):
         machine.calls.clear()
@@ -233,7 +233,7 @@ def test_subclass_hears_of_states_and_of_their_phases() -> None:
     ]
 
 
-def test_ignored_or_refused_trigger_calls_nobody() -> None:
+def test_ignored_or_refused_trigger_calls_no_callback() -> None:
     machine = Recording()
     machine.stop()
     machine.calls.clear()
@@ -246,7 +246,7 @@ def test_ignored_or_refused_trigger_calls_nobody() -> None:
     assert machine.calls == []
 
 
-def test_trigger_fired_by_a_callback_is_handled_after_it() -> None:
+def test_trigger_fired_by_callback_is_handled_after_it() -> None:
     order: list[str] = []
 
     class Eager(Lifecycle):
@@ -261,7 +261,7 @@ def test_trigger_fired_by_a_callback_is_handled_after_it() -> None:
     assert order == ["tunnelling tunnelling", "stopping"]
 
 
-def test_callback_that_raises_leaves_the_new_state_and_drops_what_it_fired() -> None:
+def test_failing_callback_keeps_the_new_state_and_drops_its_triggers() -> None:
     class Broken(Lifecycle):
         def on_enter_tunnelling(self, _: EventData) -> None:
             self.stop()
@@ -277,9 +277,9 @@ def test_callback_that_raises_leaves_the_new_state_and_drops_what_it_fired() -> 
 
 
 @pytest.mark.parametrize("state", [state for state in State if state.phases])
-def test_state_is_entered_at_its_first_phase_that_has_something_to_do(state: State) -> None:
-    way = {"tunnelling": 0, "spawning": 1, "running": 2, "stopping": 3}[state]
-    triggers = (Trigger.START, Trigger.TUNNEL_OPENED, Trigger.PROXY_READY, Trigger.STOP)[: way + 1]
+def test_state_is_entered_at_its_first_phase_with_work(state: State) -> None:
+    index = {"tunnelling": 0, "spawning": 1, "running": 2, "stopping": 3}[state]
+    triggers = (Trigger.START, Trigger.TUNNEL_OPENED, Trigger.PROXY_READY, Trigger.STOP)[: index + 1]
     phases = state.phases
     for count in range(len(phases) + 1):
         machine = Recording(frozenset(map(str, phases[:count])))
@@ -289,7 +289,7 @@ def test_state_is_entered_at_its_first_phase_that_has_something_to_do(state: Sta
 
 
 @given(st.lists(st.sampled_from(ALL_TRIGGERS), max_size=40), st.frozensets(st.sampled_from([*map(str, Phase)])))
-def test_any_sequence_follows_the_hand_written_tables(
+def test_any_trigger_sequence_follows_the_hand_written_tables(
     triggers: list[Trigger | PhaseTrigger], skipped: frozenset[str]
 ) -> None:
     lifecycle, place = Recording(skipped), PLACES[0]
@@ -304,40 +304,40 @@ def test_any_sequence_follows_the_hand_written_tables(
         assert place_of(lifecycle) == place
 
 
-@pytest.mark.no_cover  # it repeats what others cover, and would take three times as long
-def test_every_way_through_the_machine() -> None:
-    """Whatever was ignored or refused on the way: each place is entered by each of its ways, and tried in full.
+@pytest.mark.no_cover  # other tests cover the same lines, and it would take three times as long
+def test_every_path_through_the_machine_follows_the_tables() -> None:
+    """Every trigger is fired in each place, on each path to it, whatever was ignored or refused before.
 
-    A way passes no place twice but to go in a circle once, so that all of them can be tried.
+    A path visits no place more than twice, so that the number of paths is finite.
     """
-    met: set[tuple[str, Place]] = set()
-    ways = 0
+    tried: set[tuple[str, Place]] = set()
+    paths = 0
 
-    def follow(way: tuple[Place, ...]) -> None:
-        nonlocal ways
-        here = way[-1]
+    def follow(path: tuple[Place, ...]) -> None:
+        nonlocal paths
+        here = path[-1]
         for trigger in ALL_TRIGGERS:
-            lifecycle._machine_at(here)
-            met.add((trigger, here))
+            lifecycle._move_to(here)
+            tried.add((trigger, here))
             dest = expected(trigger, here)
             with suppress(InvalidTransition):
                 lifecycle.fire(trigger)
             assert place_of(lifecycle) == (dest or here)
-            if dest is not None and dest != here and way.count(dest) < 2:
-                ways += 1
-                follow((*way, dest))
+            if dest is not None and dest != here and path.count(dest) < 2:
+                paths += 1
+                follow((*path, dest))
 
     class Movable(Lifecycle):
-        def _machine_at(self, place: Place) -> None:
+        def _move_to(self, place: Place) -> None:
             self.machine.set_state("_".join(part for part in place if part is not None), self)
 
     lifecycle = Movable()
     follow((PLACES[0],))
-    assert met == set(itertools.product(ALL_TRIGGERS, PLACES))
-    assert ways > 100
+    assert tried == set(itertools.product(ALL_TRIGGERS, PLACES))
+    assert paths > 100
 
 
-def test_each_place_is_reached_and_a_final_state_is_reached_from_each() -> None:
+def test_final_state_is_reachable_from_each_place() -> None:
     for place in PLACES:
         at(place)
         reached, fresh = {place}, {place}

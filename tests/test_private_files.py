@@ -1,4 +1,4 @@
-"""What is private is ours, no link, and open to nobody else, whatever the umask is and whatever was there before."""
+"""Private files are ours, not links, and not accessible to other users, whatever the umask and what existed before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
 
 
 def mode(path: Path) -> int:
@@ -43,7 +43,7 @@ class TestModes:
         make_private_directory(tmp_path / "new")
         assert mode(tmp_path / "new") == 0o700
 
-    def test_existing_directory_is_tightened_and_keeps_its_files(self, tmp_path: Path) -> None:
+    def test_permissions_of_existing_directory_are_tightened(self, tmp_path: Path) -> None:
         (tmp_path / "old").mkdir()
         (tmp_path / "old").chmod(0o777)
         (tmp_path / "old/file").touch()
@@ -76,13 +76,13 @@ class TestModes:
 
 class TestRefusals:
     @pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
-    def test_directory_that_is_none_is_refused(self, tmp_path: Path, kind: str) -> None:
+    def test_path_that_is_no_directory_is_refused(self, tmp_path: Path, kind: str) -> None:
         path = tmp_path / "it"
         path.touch() if kind == "file" else path.symlink_to(tmp_path if kind == "link" else "nowhere")
         with pytest.raises(NotADirectoryError, match="it is no directory, or a link to one"):
             make_private_directory(path)
 
-    @as_root
+    @needs_root
     def test_directory_of_another_user_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "theirs").mkdir(mode=0o755)
         os.chown(tmp_path / "theirs", 1, 1)
@@ -90,7 +90,7 @@ class TestRefusals:
             make_private_directory(tmp_path / "theirs")
         assert mode(tmp_path / "theirs") == 0o755
 
-    @as_root
+    @needs_root
     def test_file_of_another_user_is_refused_and_closed(self, tmp_path: Path) -> None:
         (tmp_path / "theirs").touch()
         os.chown(tmp_path / "theirs", 1, 1)
@@ -119,7 +119,7 @@ class TestRefusals:
 
 
 class TestSocketDirectory:
-    def test_path_that_is_too_long_is_passed_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_directory_with_too_long_a_path_is_skipped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         long = tmp_path / ("x" * 100)
         long.mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(long))

@@ -40,45 +40,45 @@ transport_silent peer_lost proxy_killed proxy_exited start_timeout stop_timeout 
 CLEAN = set(REASONS[:5])
 
 
-def test_reasons_bear_the_contracts_names() -> None:
+def test_reason_names_are_the_contracts() -> None:
     assert [str(reason) for reason in EndReason] == REASONS
     assert [reason.name.lower() for reason in EndReason] == REASONS
 
 
 @pytest.mark.parametrize("reason", EndReason)
-def test_each_reason_knows_whether_it_is_clean_and_its_exit_status(reason: EndReason) -> None:
+def test_exit_status_of_clean_reasons_is_zero(reason: EndReason) -> None:
     assert reason.clean is (reason in CLEAN)
     assert reason.cli_status == 0 if reason.clean else reason.cli_status >= 10
     assert reason.clean or (reason.hint is not None and reason.hint.endswith("."))
 
 
-def test_exit_statuses_of_faults_are_all_different() -> None:
+def test_exit_statuses_of_faults_are_distinct() -> None:
     statuses = [reason.cli_status for reason in EndReason if not reason.clean]
     assert len(set(statuses)) == len(statuses)
 
 
-def test_a_status_survives_json_whole() -> None:
-    told = json.loads(json.dumps(STATUS.as_dict()))
-    assert set(told) == {field.name for field in dataclasses.fields(ProxyStatus)}
-    assert told["state"] == "failed"
-    assert told["reason"] == "peer_lost"
-    assert told["since"] == NOW.isoformat()
-    assert told["tunnel"] == {
+def test_status_as_dict_keeps_all_fields_in_json() -> None:
+    as_json = json.loads(json.dumps(STATUS.as_dict()))
+    assert set(as_json) == {field.name for field in dataclasses.fields(ProxyStatus)}
+    assert as_json["state"] == "failed"
+    assert as_json["reason"] == "peer_lost"
+    assert as_json["since"] == NOW.isoformat()
+    assert as_json["tunnel"] == {
         "bytes_to_agent": 1,
         "bytes_from_agent": 2,
         "opened_at": NOW.isoformat(),
         "connections": 1,
     }
-    assert told["history"][0]["source"] == "running"
-    assert told["history"][0]["at"] == NOW.isoformat()
+    assert as_json["history"][0]["source"] == "running"
+    assert as_json["history"][0]["at"] == NOW.isoformat()
 
 
-def test_an_idle_status_survives_json_too() -> None:
+def test_idle_status_as_dict_is_json_safe() -> None:
     idle = ProxyStatus(id="i", session="s", state=State.IDLE, since=NOW, tunnel=TunnelStats(0, 0, None, 0))
-    told = json.loads(json.dumps(idle.as_dict()))
-    assert told["reason"] is None
-    assert told["link"] == str(Link.OK)
-    assert told["tunnel"]["opened_at"] is None
+    as_json = json.loads(json.dumps(idle.as_dict()))
+    assert as_json["reason"] is None
+    assert as_json["link"] == str(Link.OK)
+    assert as_json["tunnel"]["opened_at"] is None
     assert json.loads(json.dumps(dataclasses.replace(idle, tunnel=None).as_dict()))["tunnel"] is None
 
 
@@ -89,7 +89,7 @@ def test_snapshots_are_frozen() -> None:
         RECORD.sequence = 1  # type: ignore[misc]
 
 
-def test_timeouts_have_the_contracts_defaults() -> None:
+def test_timeout_defaults_are_the_contracts() -> None:
     assert dataclasses.asdict(Timeouts()) == {
         "preflight_s": 5,
         "ready_s": 30,
@@ -104,12 +104,12 @@ def test_timeouts_have_the_contracts_defaults() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1e10, float("inf"), float("nan"), "5", None, True])
-def test_timeouts_are_finite_numbers_above_zero(value: object) -> None:
+def test_timeouts_must_be_finite_numbers_above_zero(value: object) -> None:
     with pytest.raises(ValueError, match="ready_s must be a finite number"):
         Timeouts(ready_s=value)  # type: ignore[arg-type]
 
 
-def test_a_link_cannot_be_dead_before_it_was_probed() -> None:
+def test_link_dead_s_must_exceed_link_probe_s() -> None:
     with pytest.raises(ValueError, match="link_dead_s must be longer"):
         Timeouts(link_probe_s=5, link_dead_s=5)
 
@@ -152,7 +152,7 @@ HINTS = [
 
 
 @pytest.mark.parametrize(("reason", "opened", "ran", "resumed", "ending"), HINTS)
-def test_nobody_is_told_to_resume_a_session_that_is_lost(
+def test_hint_does_not_resume_a_lost_session(
     reason: EndReason, *, opened: bool, ran: bool, resumed: bool, ending: str
 ) -> None:
     hint = hint_for(reason, channel_opened=opened, was_running=ran, resumed=resumed)
@@ -161,7 +161,7 @@ def test_nobody_is_told_to_resume_a_session_that_is_lost(
 
 
 @pytest.mark.parametrize("reason", [reason for reason in EndReason if reason.hint is not None], ids=str)
-def test_whoever_has_lost_the_session_is_told_to_start_a_new_one(reason: EndReason) -> None:
+def test_hint_for_a_lost_session_is_to_start_a_new_one(reason: EndReason) -> None:
     hint = hint_for(reason, channel_opened=True, was_running=False, resumed=False)
     lost = is_retryable(reason, channel_opened=True, running_s=None, resumed=False) is False
     assert hint is not None
@@ -171,7 +171,7 @@ def test_whoever_has_lost_the_session_is_told_to_start_a_new_one(reason: EndReas
 
 
 @pytest.mark.parametrize(("reason", "opened", "running_s", "resumed", "retryable"), RETRYABLE)
-def test_retryable_depends_on_how_far_the_attempt_came(
+def test_retryable_depends_on_progress_of_the_attempt(
     reason: EndReason, *, opened: bool, running_s: float | None, resumed: bool, retryable: bool | None
 ) -> None:
     assert is_retryable(reason, channel_opened=opened, running_s=running_s, resumed=resumed) is retryable
@@ -190,7 +190,7 @@ def test_retryable_depends_on_how_far_the_attempt_came(
     ],
     ids=repr,
 )
-def test_errors_are_whole_sentences_and_survive_pickling(error: errors.ProxyFsmError) -> None:
+def test_error_messages_are_sentences_and_errors_survive_pickle(error: errors.ProxyFsmError) -> None:
     assert str(error).endswith(".")
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
     assert type(copy) is type(error)
@@ -198,10 +198,10 @@ def test_errors_are_whole_sentences_and_survive_pickling(error: errors.ProxyFsmE
     assert vars(copy) == vars(error)
 
 
-def test_a_failure_tells_reason_detail_and_hint() -> None:
+def test_proxy_failed_message_has_reason_detail_and_hint() -> None:
     assert str(errors.ProxyFailed(STATUS)) == ("The proxy of session name is failed (peer_lost): It broke. Mend it.")
     assert errors.ProxyFailed(STATUS).status is STATUS
 
 
-def test_an_unusable_session_is_a_value_error_too() -> None:
+def test_invalid_session_is_a_value_error() -> None:
     assert issubclass(errors.InvalidSession, ValueError)

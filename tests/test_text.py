@@ -1,4 +1,4 @@
-"""Text that people read holds no secret and no control character."""
+"""Text that is shown contains no secret and no control character."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class TestPrintable:
             ("\u202e\U000e0001\ud800", "\\u202e\\U000e0001\\ud800"),
         ],
     )
-    def test_control_characters_are_spelled_out(self, text: str, shown: str) -> None:
+    def test_control_characters_are_escaped(self, text: str, shown: str) -> None:
         assert printable(text) == shown
 
-    def test_characters_to_keep_stay(self) -> None:
+    def test_characters_to_keep_are_not_escaped(self) -> None:
         assert printable("a\tb\n", keep="\t") == "a\tb\\n"
 
     @given(st.text(st.characters()))
-    def test_result_is_printable_and_stays_as_it_is(self, text: str) -> None:
+    def test_printable_is_idempotent(self, text: str) -> None:
         assert printable(text).isprintable()
         assert printable(printable(text)) == printable(text)
 
@@ -48,11 +48,11 @@ class TestExcerpt:
             ("0123456789abcde", "0123456789abcde"),
         ],
     )
-    def test_foreign_text_is_fit_to_be_shown(self, text: str, shown: str) -> None:
+    def test_untrusted_text_is_made_safe_to_show(self, text: str, shown: str) -> None:
         assert excerpt(text) == shown
 
     @given(st.integers(0, 300), st.integers(1, 300))
-    def test_cut_leaves_no_part_of_a_secret(self, before: int, max_chars: int) -> None:
+    def test_truncation_leaves_no_part_of_a_secret(self, before: int, max_chars: int) -> None:
         shown = excerpt("-" * before + SECRET, max_chars)
         assert not set(shown) & set("0123456789")
         assert len(shown) <= max_chars + 1
@@ -69,27 +69,27 @@ class TestRedactor:
             ("nothing of note", "nothing of note"),
         ],
     )
-    def test_secrets_and_cookie_values_are_hidden(self, text: str, shown: str) -> None:
+    def test_secrets_and_cookie_values_are_redacted(self, text: str, shown: str) -> None:
         assert Redactor([SECRET])(text) == shown
 
-    def test_without_a_secret_only_cookie_values_are_hidden(self) -> None:
+    def test_only_cookie_values_are_redacted_without_secrets(self) -> None:
         assert Redactor()(SECRET) == SECRET
         assert Redactor([""])("cookie=x") == f"cookie={REDACTED}"
 
-    def test_cookie_values_can_be_left_to_the_caller(self) -> None:
+    def test_cookie_values_are_kept_if_asked(self) -> None:
         assert Redactor([SECRET], cookie_values=False)(f'{{"a": "cookie=x", "b": "{SECRET}"}}') == (
             f'{{"a": "cookie=x", "b": "{REDACTED}"}}'
         )
         assert Redactor(cookie_values=False)(f"cookie={SECRET}") == f"cookie={SECRET}"
 
-    def test_added_secrets_are_hidden_from_then_on(self) -> None:
+    def test_added_secret_is_redacted_from_then_on(self) -> None:
         redact = Redactor(cookie_values=False)
         redact.add("")
         assert redact("abc") == "abc"
         redact.add("B.")
         assert redact("abc ab.") == f"abc a{REDACTED}"
 
-    def test_secret_that_begins_with_another_is_hidden_whole(self) -> None:
+    def test_secret_that_begins_with_another_is_redacted_whole(self) -> None:
         assert Redactor(["abc", "abcdef"])("abcdef abc") == f"{REDACTED} {REDACTED}"
 
     def test_repr_shows_no_secret(self) -> None:
@@ -107,13 +107,13 @@ class TestSecrets:
         assert shown.count(REDACTED) >= 2
         assert SECRET not in shown.replace(f"SECRET = '{SECRET}'", "")
 
-    def test_secrets_are_a_sequence_but_no_list(self) -> None:
+    def test_secrets_are_a_sequence_but_not_a_list(self) -> None:
         secrets = Secrets(["a", "b"])
         assert list(secrets) == ["a", "b"]
         assert secrets[0:1] == ("a",)
         assert not isinstance(secrets, list | tuple)
 
-    def test_environment_is_a_mapping_but_no_dict(self) -> None:
+    def test_environment_is_a_mapping_but_not_a_dict(self) -> None:
         environment = SecretEnvironment({"A": "b"})
         assert dict(environment) == {"A": "b"}
         assert not isinstance(environment, dict)
