@@ -1,4 +1,4 @@
-"""What a server sends becomes a usable session or an `InvalidSession`, and its cookie is never shown."""
+"""A server's output is parsed into a valid session or raises `InvalidSession`, and its cookie is never shown."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ perl:warning:Fallingbacktoafallbacklocale("C.UTF-8").
 
 
 def row(**changes: str) -> str:
-    """One line of x2golistsessions; a column is changed by its number, as in ``c3="x"``."""
+    """Return a line of x2golistsessions, with columns changed by number, as in ``c3="x"``."""
     columns = list(ROW)
     for column, value in changes.items():
         columns[int(column.removeprefix("c"))] = value
@@ -66,7 +66,7 @@ def row(**changes: str) -> str:
 
 
 def refusal(call: Callable[[], object]) -> InvalidSession:
-    """The InvalidSession that a call raises, after a look that nothing of it holds the cookie."""
+    """Return the InvalidSession that a call raises, after checking that no part of it contains the cookie."""
     with pytest.raises(InvalidSession) as caught:
         call()
     assert_no_cookie(caught.value)
@@ -80,31 +80,31 @@ def assert_no_cookie(error: InvalidSession) -> None:
 
 
 class TestSessionInfo:
-    def test_takes_the_contracts_call(self) -> None:
+    def test_constructor_accepts_the_contracts_arguments(self) -> None:
         info = SessionInfo(name=NAME, cookie=COOKIE, graphics_port=4788, display=51, agent_host="127.0.0.1")
         assert (info.name, info.cookie, info.graphics_port, info.display) == (NAME, COOKIE, 4788, 51)
 
-    def test_needs_no_cookie_and_no_display(self) -> None:
+    def test_cookie_and_display_are_optional(self) -> None:
         info = SessionInfo(name="viewer", graphics_port=5900)
         assert (info.cookie, info.display, info.agent_host) == (None, None, "127.0.0.1")
 
-    def test_its_repr_hides_the_cookie(self) -> None:
+    def test_repr_hides_the_cookie(self) -> None:
         info = SessionInfo(name=NAME, cookie=COOKIE, graphics_port=4788)
         assert COOKIE not in f"{info!r} {info}"
         assert "cookie" not in repr(info)
 
-    def test_cannot_be_changed(self) -> None:
+    def test_instance_is_frozen(self) -> None:
         info = SessionInfo(name=NAME, graphics_port=4788)
         with pytest.raises(dataclasses.FrozenInstanceError):
             info.name = "other"  # type: ignore[misc]
 
-    def test_survives_pickle_copy_and_replace(self) -> None:
+    def test_instance_survives_pickle_copy_and_replace(self) -> None:
         info = SessionInfo(name=NAME, cookie=COOKIE, graphics_port=4788, display=51)
         assert pickle.loads(pickle.dumps(info)) == info  # noqa: S301 - our own bytes
         assert copy.copy(info) == copy.deepcopy(info) == info
         assert dataclasses.replace(info, graphics_port=4789).graphics_port == 4789
 
-    def test_replace_checks_again(self) -> None:
+    def test_replace_validates_again(self) -> None:
         info = SessionInfo(name=NAME, cookie=COOKIE, graphics_port=4788)
         assert refusal(lambda: dataclasses.replace(info, graphics_port=0)).field == "graphics_port"
 
@@ -112,8 +112,8 @@ class TestSessionInfo:
         "name",
         [
             NAME,
-            "alice-51-1795334442",  # before its type is known
-            "a.b_c-d@example.org-50-1795334442_stRxterm_dp24",  # a domain's user
+            "alice-51-1795334442",  # before the session's type is known
+            "a.b_c-d@example.org-50-1795334442_stRxterm_dp24",  # a domain user
             "alice-52-1795334442_stS0XSHADbobXSHADPP50.0_dp24",  # a shared desktop
             "alice-53-1795334442_stDTERMINAL_dp32_host.example.org",  # XDMCP
             "alice-54-1795334442_stRusrbinfirefox-esr_dp24",  # a command by its path
@@ -121,7 +121,7 @@ class TestSessionInfo:
             "_" * 200,
         ],
     )
-    def test_takes_what_servers_name_their_sessions(self, name: str) -> None:
+    def test_session_names_of_servers_are_accepted(self, name: str) -> None:
         assert SessionInfo(name=name, graphics_port=1).name == name
 
     @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ class TestSessionInfo:
             f"a{COOKIE.upper()}",
         ],
     )
-    def test_refuses_other_names(self, name: str) -> None:
+    def test_other_names_are_refused(self, name: str) -> None:
         error = refusal(lambda: SessionInfo(name=name, cookie=COOKIE, graphics_port=1))
         assert error.field == "name"
         assert str(error).isascii()
@@ -185,7 +185,7 @@ class TestSessionInfo:
             ("agent_host", COOKIE, "holds the session's cookie"),
         ],
     )
-    def test_names_field_and_problem(self, field: str, value: object, words: str) -> None:
+    def test_error_names_field_and_problem(self, field: str, value: object, words: str) -> None:
         fields: dict[str, Any] = {"name": NAME, "cookie": COOKIE, "graphics_port": 4788, field: value}
         error = refusal(lambda: SessionInfo(**fields))
         assert error.field == field
@@ -205,7 +205,7 @@ class TestSessionInfo:
             "4com",
         ],
     )
-    def test_takes_hosts_and_addresses(self, host: str) -> None:
+    def test_host_names_and_addresses_are_accepted(self, host: str) -> None:
         assert SessionInfo(name=NAME, graphics_port=1, agent_host=host).agent_host == host
 
     @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ class TestSessionInfo:
             "x" * 64,
         ],
     )
-    def test_refuses_other_hosts(self, host: str) -> None:
+    def test_other_hosts_are_refused(self, host: str) -> None:
         assert refusal(lambda: SessionInfo(name=NAME, graphics_port=1, agent_host=host)).field == "agent_host"
 
     @given(name=st.text(), cookie=st.none() | st.text(), port=st.integers(), host=st.text())
-    def test_what_it_takes_can_be_put_into_a_path_and_an_option(
+    def test_accepted_fields_are_safe_in_paths_and_options(
         self, name: str, cookie: str | None, port: int, host: str
     ) -> None:
         try:
@@ -250,11 +250,11 @@ class TestSessionInfo:
 
 class TestParseAgentOutput:
     @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n-1\n-1\n", "\n30004\n30005\n"])
-    def test_reads_what_x2gostartagent_prints(self, end: str) -> None:
+    def test_output_of_x2gostartagent_is_parsed(self, end: str) -> None:
         info = parse_agent_output("\n".join(AGENT_LINES) + end, agent_host="::1")
         assert info == SessionInfo(name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_host="::1")
 
-    def test_reads_lines_that_end_as_on_a_terminal(self) -> None:
+    def test_terminal_line_endings_are_accepted(self) -> None:
         assert parse_agent_output("\r\n" + "\r\n".join(AGENT_LINES) + "\r\n").display == 51
 
     @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ class TestParseAgentOutput:
             (6, "x", "sshfs_port"),
         ],
     )
-    def test_names_the_field_that_does_not_fit(self, line: int, value: str, field: str) -> None:
+    def test_error_names_the_invalid_field(self, line: int, value: str, field: str) -> None:
         lines = list(AGENT_LINES)
         lines[line] = value
         assert refusal(lambda: parse_agent_output("\n".join(lines))).field == field
@@ -299,24 +299,24 @@ class TestParseAgentOutput:
             ("x" * 1000, "x" * 120 + "…'"),
         ],
     )
-    def test_tells_what_came_instead(self, text: str, words: str) -> None:
+    def test_error_quotes_unexpected_output(self, text: str, words: str) -> None:
         error = refusal(lambda: parse_agent_output(text))
         assert error.field == "output"
         assert words in error.problem
         assert len(str(error)) < 250
 
-    def test_a_user_may_be_named_like_a_refusal(self) -> None:
+    def test_user_named_like_a_refusal_is_accepted(self) -> None:
         lines = "\n".join(AGENT_LINES).replace("alice", "LIMIT")
         assert parse_agent_output(lines).name.startswith("LIMIT-51")
 
     @given(st.text())
     @example("\n" * 7)
-    def test_any_text_gives_a_session_or_invalid_session(self, text: str) -> None:
+    def test_any_text_is_parsed_or_invalid(self, text: str) -> None:
         with contextlib.suppress(InvalidSession):
             assert isinstance(parse_agent_output(text), SessionInfo)
 
     @given(st.lists(st.sampled_from([*AGENT_LINES, COOKIE.upper(), f"x{COOKIE}", "", "\x1b"]), max_size=9))
-    def test_no_order_of_lines_shows_the_cookie(self, lines: list[str]) -> None:
+    def test_cookie_is_hidden_in_any_order_of_lines(self, lines: list[str]) -> None:
         try:
             shown = repr(parse_agent_output("\n".join(lines)))
         except InvalidSession as error:
@@ -329,12 +329,12 @@ class TestParseResumeOutput:
     SESSION = SessionInfo(name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_host="192.0.2.9")
 
     @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
-    def test_gives_the_session_its_present_port_and_keeps_the_rest(self, end: str) -> None:
+    def test_graphics_port_is_replaced_and_the_rest_kept(self, end: str) -> None:
         text = f"gr_port=30011{end or chr(10)}sound_port=30012{end or chr(10)}fs_port=30013{end}"
         assert parse_resume_output(text, self.SESSION) == dataclasses.replace(self.SESSION, graphics_port=30011)
 
-    def test_what_else_is_printed_is_not_read(self) -> None:
-        """A server with Telekinesis prints two ports more, and one without file sharing none."""
+    def test_other_lines_are_ignored(self) -> None:
+        """A server with Telekinesis prints two more ports, and one without file sharing prints none for it."""
         text = "hello\ntekictrl_port=x\ngr_port=30011\nsound_port=-1\n"
         assert parse_resume_output(text, self.SESSION).graphics_port == 30011
 
@@ -352,13 +352,13 @@ class TestParseResumeOutput:
             ("gr_port=30011\nfs_port=0", "fs_port"),
         ],
     )
-    def test_names_the_field_that_does_not_fit(self, text: str, field: str) -> None:
+    def test_error_names_the_invalid_field(self, text: str, field: str) -> None:
         assert refusal(lambda: parse_resume_output(text, self.SESSION)).field == field
 
     @given(
         st.text() | st.lists(st.sampled_from(["gr_port=1", "fs_port=2", f"gr_port={COOKIE}", COOKIE])).map("\n".join)
     )
-    def test_any_text_gives_a_session_or_invalid_session_and_no_cookie(self, text: str) -> None:
+    def test_any_text_is_parsed_or_invalid_and_hides_the_cookie(self, text: str) -> None:
         try:
             parse_resume_output(text, self.SESSION)
         except InvalidSession as error:
@@ -366,7 +366,7 @@ class TestParseResumeOutput:
 
 
 class TestParseSessionList:
-    def test_reads_a_row(self) -> None:
+    def test_row_is_parsed(self) -> None:
         assert parse_session_list(row() + "\n", agent_host="agent") == (
             ListedSession(
                 info=SessionInfo(name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_host="agent"),
@@ -381,31 +381,31 @@ class TestParseSessionList:
             ),
         )
 
-    def test_reads_the_rows_of_a_server_without_telekinesis(self) -> None:
+    def test_row_without_telekinesis_columns_is_parsed(self) -> None:
         assert len(parse_session_list("|".join(ROW[:14]))) == 1
 
-    def test_keeps_the_servers_order(self) -> None:
+    def test_order_of_the_server_is_kept(self) -> None:
         text = "\n".join(row(c4=letter) for letter in "SRFR")
         words = [str(session.status) for session in parse_session_list(text)]
         assert words == ["suspended", "running", "finished", "running"]
 
     @pytest.mark.parametrize("text", ["", "\n", " \r\n\n"])
-    def test_an_empty_list_has_no_sessions(self, text: str) -> None:
+    def test_empty_list_has_no_sessions(self, text: str) -> None:
         assert parse_session_list(text) == ()
 
-    def test_a_session_without_agent_is_left_out(self) -> None:
+    def test_session_without_agent_is_skipped(self) -> None:
         begun = row(c0="", c6="", c7="", c8="", c9="", c13="", c14="", c15="")
         assert len(parse_session_list(f"{begun}\n{row()}")) == 1
 
-    def test_perls_locale_warnings_are_left_out(self) -> None:
+    def test_perl_locale_warnings_are_skipped(self) -> None:
         assert len(parse_session_list(LOCALE_WARNING + row())) == 1
 
     @pytest.mark.parametrize("port", ["", "-1"])
-    def test_a_port_may_be_missing(self, port: str) -> None:
+    def test_missing_ports_are_none(self, port: str) -> None:
         (session,) = parse_session_list(row(c9=port, c13=port))
         assert (session.sound_port, session.sshfs_port) == (None, None)
 
-    def test_a_domains_user_has_a_backslash(self) -> None:
+    def test_domain_user_with_backslash_is_accepted(self) -> None:
         assert parse_session_list(row(c11="DOMAIN\\alice"))[0].user == "DOMAIN\\alice"
 
     @pytest.mark.parametrize(
@@ -432,28 +432,28 @@ class TestParseSessionList:
             ({"c13": "0"}, "sshfs_port"),
         ],
     )
-    def test_a_bad_row_is_named_by_field_and_line(self, changes: dict[str, str], field: str) -> None:
+    def test_error_names_field_and_line_of_an_invalid_row(self, changes: dict[str, str], field: str) -> None:
         error = refusal(lambda: parse_session_list(f"{row()}\n\n{row(**changes)}"))
         assert error.field == field
         assert error.problem.startswith("line 3: ")
 
     @pytest.mark.parametrize("text", ["nonsense", "a|b", COOKIE, "|".join(ROW[6:])])
-    def test_what_is_no_row_is_refused(self, text: str) -> None:
+    def test_line_that_is_no_row_is_refused(self, text: str) -> None:
         error = refusal(lambda: parse_session_list(text))
         assert error.field == "row"
         assert "of 14 columns" in error.problem
 
-    def test_its_repr_hides_the_cookie(self) -> None:
+    def test_repr_hides_the_cookie(self) -> None:
         sessions = parse_session_list(row())
         assert COOKIE not in f"{sessions!r} {sessions[0]}"
 
-    def test_survives_pickle(self) -> None:
+    def test_instance_survives_pickle(self) -> None:
         (session,) = parse_session_list(row())
         assert pickle.loads(pickle.dumps(session)) == session  # noqa: S301 - our own bytes
 
     @given(st.text() | st.lists(st.text(), min_size=14, max_size=16).map("|".join))
     @example("|" * 13)
-    def test_any_text_gives_sessions_or_invalid_session(self, text: str) -> None:
+    def test_any_list_is_parsed_or_invalid(self, text: str) -> None:
         with contextlib.suppress(InvalidSession):
             assert isinstance(parse_session_list(text), tuple)
 
@@ -464,7 +464,7 @@ class TestParseSessionList:
             lambda change: [*ROW[: change[0]], change[1], *ROW[change[0] + 1 :]]
         )
     )
-    def test_no_order_of_columns_shows_the_cookie(self, columns: list[str]) -> None:
+    def test_cookie_is_hidden_in_any_order_of_columns(self, columns: list[str]) -> None:
         try:
             shown = repr(parse_session_list("|".join(columns)))
         except InvalidSession as error:

@@ -1,4 +1,4 @@
-"""An X server is found or not, and lets us in or not; each is told apart, and soon."""
+"""Opening a display succeeds or raises an error of the right kind, in time."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> dict[str, str]:
-    """An environment whose DISPLAY is a socket in this test's own directory."""
+def x_environ(tmp_path: Path) -> dict[str, str]:
+    """An environment whose DISPLAY is a socket in the test's own directory."""
     return environ_in(tmp_path)
 
 
@@ -95,7 +95,7 @@ class TestDisplayName:
             ("unix:/tmp/x:4", DisplayName(4, path="/tmp/x:4")),
         ],
     )
-    def test_reads_what_display_can_be(self, text: str, name: DisplayName) -> None:
+    def test_valid_display_is_parsed(self, text: str, name: DisplayName) -> None:
         assert DisplayName.parse(text) == name
 
     @pytest.mark.parametrize(
@@ -106,27 +106,25 @@ class TestDisplayName:
             "a\n:0",
         ],
     )
-    def test_refuses_the_rest(self, text: str) -> None:
+    def test_invalid_display_is_malformed(self, text: str) -> None:
         with pytest.raises(DisplayError) as caught:
             DisplayName.parse(text)
         assert caught.value.kind == "malformed"
         assert caught.value.detail.isprintable()
 
     @given(st.text())
-    def test_any_text_is_read_or_malformed(self, text: str) -> None:
+    def test_any_text_is_parsed_or_malformed(self, text: str) -> None:
         with contextlib.suppress(DisplayError):
             name = DisplayName.parse(text)
             assert 0 <= name.number <= 99_999
 
     @pytest.mark.parametrize("text", [":0", "host:10", "[::1]:0", "/tmp/x:4"])
-    def test_prints_as_it_is_written(self, text: str) -> None:
+    def test_str_round_trips(self, text: str) -> None:
         assert str(DisplayName.parse(text)) == text
 
 
 class TestFindAuthorisation:
-    def found(
-        self, tmp_path: Path, content: bytes, display: str = ":7", peer: str | None = None
-    ) -> tuple[bytes, bytes]:
+    def find(self, tmp_path: Path, content: bytes, display: str = ":7", peer: str | None = None) -> tuple[bytes, bytes]:
         path = tmp_path / "authority"
         path.write_bytes(content)
         return find_authorisation(DisplayName.parse(display), path, peer=peer)
@@ -147,8 +145,8 @@ class TestFindAuthorisation:
             (INTERNET6, b"\x20\x01\x0d\xb8" + bytes(11) + b"\x07", b"7", "[2001:db8::7]:7"),
         ],
     )
-    def test_an_entry_fits(self, tmp_path: Path, family: int, address: bytes, number: bytes, display: str) -> None:
-        assert self.found(tmp_path, entry(family, address, number), display) == (MAGIC, COOKIE)
+    def test_entry_matches(self, tmp_path: Path, family: int, address: bytes, number: bytes, display: str) -> None:
+        assert self.find(tmp_path, entry(family, address, number), display) == (MAGIC, COOKIE)
 
     @pytest.mark.parametrize(
         ("family", "address", "number"),
@@ -160,47 +158,44 @@ class TestFindAuthorisation:
             (WILD, b"", b"8"),
         ],
     )
-    def test_an_entry_does_not_fit(self, tmp_path: Path, family: int, address: bytes, number: bytes) -> None:
-        assert self.found(tmp_path, entry(family, address, number)) == (b"", b"")
+    def test_entry_does_not_match(self, tmp_path: Path, family: int, address: bytes, number: bytes) -> None:
+        assert self.find(tmp_path, entry(family, address, number)) == (b"", b"")
 
-    def test_the_peers_address_stands_for_a_name(self, tmp_path: Path) -> None:
+    def test_peer_address_matches_for_a_host_name(self, tmp_path: Path) -> None:
         content = entry(INTERNET, bytes([192, 0, 2, 7]), b"7")
-        assert self.found(tmp_path, content, "host:7") == (b"", b"")
-        assert self.found(tmp_path, content, "host:7", peer="192.0.2.7") == (MAGIC, COOKIE)
+        assert self.find(tmp_path, content, "host:7") == (b"", b"")
+        assert self.find(tmp_path, content, "host:7", peer="192.0.2.7") == (MAGIC, COOKIE)
 
-    def test_a_magic_cookie_is_preferred(self, tmp_path: Path) -> None:
+    def test_magic_cookie_is_preferred(self, tmp_path: Path) -> None:
         other = entry(LOCAL, HOSTNAME, b"7", b"XDM-AUTHORIZATION-1", b"x")
-        assert self.found(tmp_path, other) == (b"XDM-AUTHORIZATION-1", b"x")
-        assert self.found(tmp_path, other + entry(WILD, b"", b"")) == (MAGIC, COOKIE)
+        assert self.find(tmp_path, other) == (b"XDM-AUTHORIZATION-1", b"x")
+        assert self.find(tmp_path, other + entry(WILD, b"", b"")) == (MAGIC, COOKIE)
 
-    def test_the_first_that_fits_wins(self, tmp_path: Path) -> None:
+    def test_first_matching_entry_wins(self, tmp_path: Path) -> None:
         content = entry(LOCAL, HOSTNAME, b"7", data=b"first") + entry(LOCAL, HOSTNAME, b"7", data=b"second")
-        assert self.found(tmp_path, content) == (MAGIC, b"first")
+        assert self.find(tmp_path, content) == (MAGIC, b"first")
 
-    def test_a_file_cut_short_holds_what_comes_before(self, tmp_path: Path) -> None:
+    def test_truncated_file_counts_up_to_the_cut(self, tmp_path: Path) -> None:
         first, second = entry(WILD, b"", b"8"), entry(WILD, b"", b"7")
         for length in range(len(second)):
-            assert self.found(tmp_path, first + second[:length]) == (b"", b"")
-        assert self.found(tmp_path, second + first[:-1]) == (MAGIC, COOKIE)
+            assert self.find(tmp_path, first + second[:length]) == (b"", b"")
+        assert self.find(tmp_path, second + first[:-1]) == (MAGIC, COOKIE)
 
-    def test_a_missing_or_unreadable_file_holds_nothing(self, tmp_path: Path) -> None:
+    def test_missing_or_irregular_file_counts_as_empty(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "fifo")
         for path in (None, tmp_path / "missing", tmp_path, tmp_path / "fifo", Path("a\0b")):
             assert find_authorisation(DisplayName(7), path) == (b"", b"")
 
-    def test_a_file_that_may_not_be_read_holds_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unreadable_file_counts_as_empty(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def denied(*_: object) -> None:
             raise PermissionError
 
         monkeypatch.setattr(Path, "open", denied)
-        assert self.found_unread(tmp_path) == (b"", b"")
-
-    def found_unread(self, tmp_path: Path) -> tuple[bytes, bytes]:
         (tmp_path / "authority").touch()
-        return find_authorisation(DisplayName(7), tmp_path / "authority")
+        assert find_authorisation(DisplayName(7), tmp_path / "authority") == (b"", b"")
 
     @given(content=st.binary())
-    def test_any_content_is_survived(self, tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    def test_any_content_is_parsed(self, tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
         path = tmp_path_factory.getbasetemp() / "any-authority"
         path.write_bytes(content)
         name, data = find_authorisation(DisplayName(7), path)
@@ -209,40 +204,40 @@ class TestFindAuthorisation:
 
 
 class TestOpenDisplay:
-    def test_an_accepted_connection_is_open_and_blocking(self, place: dict[str, str]) -> None:
-        with serving(place, accept) as server, open_display(place, timeout_s=WAIT_S) as sock:
+    def test_accepted_connection_is_open_and_blocking(self, x_environ: dict[str, str]) -> None:
+        with serving(x_environ, accept) as server, open_display(x_environ, timeout_s=WAIT_S) as sock:
             client = server.clients.get(timeout=WAIT_S)
             assert (client.name, client.data) == (b"", b"")
             assert sock.gettimeout() is None
             client.sock.sendall(b"event")
-            assert sock.recv(5) == b"event"  # the whole answer was read, and no more
+            assert sock.recv(5) == b"event"  # the whole answer was read, and nothing more
 
     @pytest.mark.parametrize("variable", ["XAUTHORITY", "HOME"])
-    def test_the_cookie_is_shown(self, place: dict[str, str], tmp_path: Path, variable: str) -> None:
-        del place["XAUTHORITY"]
-        place[variable] = str(tmp_path if variable == "HOME" else tmp_path / ".Xauthority")
+    def test_cookie_is_sent(self, x_environ: dict[str, str], tmp_path: Path, variable: str) -> None:
+        del x_environ["XAUTHORITY"]
+        x_environ[variable] = str(tmp_path if variable == "HOME" else tmp_path / ".Xauthority")
         (tmp_path / ".Xauthority").write_bytes(entry(LOCAL, HOSTNAME, b"7", data=b"13 bytes long"))
-        with serving(place, accept) as server, open_display(place, timeout_s=WAIT_S):
+        with serving(x_environ, accept) as server, open_display(x_environ, timeout_s=WAIT_S):
             client = server.clients.get(timeout=WAIT_S)
             assert (client.name, client.data) == (MAGIC, b"13 bytes long")
 
-    def test_an_answer_may_come_in_pieces(self, place: dict[str, str]) -> None:
+    def test_answer_in_pieces_is_accepted(self, x_environ: dict[str, str]) -> None:
         def dribble(_: FakeServer, client: Client) -> None:
             for byte in ACCEPTED:
                 client.sock.sendall(bytes([byte]))
 
-        with serving(place, dribble), open_display(place, timeout_s=WAIT_S) as sock:
+        with serving(x_environ, dribble), open_display(x_environ, timeout_s=WAIT_S) as sock:
             sock.settimeout(0)
             with pytest.raises(BlockingIOError):
                 sock.recv(1)
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "tcp/127.0.0.1"])
-    def test_a_host_is_reached_by_tcp(self, place: dict[str, str], host: str, tmp_path: Path) -> None:
+    def test_host_is_reached_by_tcp(self, x_environ: dict[str, str], host: str, tmp_path: Path) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         number = listener.getsockname()[1] - 6000
         (tmp_path / "authority").write_bytes(entry(LOCAL, HOSTNAME, str(number).encode()))
-        place["DISPLAY"] = f"{host}:{number}.0"
-        with FakeServer(listener, accept) as server, open_display(place, timeout_s=WAIT_S):
+        x_environ["DISPLAY"] = f"{host}:{number}.0"
+        with FakeServer(listener, accept) as server, open_display(x_environ, timeout_s=WAIT_S):
             assert server.clients.get(timeout=WAIT_S).data == COOKIE
 
     @pytest.mark.parametrize(
@@ -255,7 +250,7 @@ class TestOpenDisplay:
             ),
         ],
     )
-    def test_a_number_is_looked_for_in_the_usual_place(
+    def test_display_number_is_looked_up_in_the_usual_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
     ) -> None:
         monkeypatch.setattr(x11, "_SOCKET_DIRECTORY", str(tmp_path))
@@ -265,16 +260,14 @@ class TestOpenDisplay:
         ):
             assert sock.getpeername() in {f"{tmp_path}/X7", f"\0{tmp_path}/X7".encode()}
 
-    def test_elsewhere_than_on_linux_there_are_only_socket_files(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_abstract_sockets_are_tried_on_linux_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(x11, "_SOCKET_DIRECTORY", str(tmp_path))
         monkeypatch.setattr(sys, "platform", "darwin")
         listener = listener_at(tmp_path / "X7")
         with FakeServer(listener, accept), open_display({"DISPLAY": ":7"}, timeout_s=WAIT_S) as sock:
             assert sock.getpeername() == f"{tmp_path}/X7"
 
-    def test_where_there_are_no_unix_sockets_a_number_means_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_display_number_means_tcp_without_unix_sockets(self, monkeypatch: pytest.MonkeyPatch) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         number = listener.getsockname()[1] - 6000
         monkeypatch.delattr(socket, "AF_UNIX")
@@ -282,75 +275,77 @@ class TestOpenDisplay:
             assert sock.family == socket.AF_INET
 
     @pytest.mark.parametrize("environ", [{}, {"DISPLAY": ""}])
-    def test_no_display(self, environ: dict[str, str]) -> None:
+    def test_missing_display_is_unset(self, environ: dict[str, str]) -> None:
         error = display_error(environ)
         assert error.kind == "unset"
         assert "Set DISPLAY" in error.hint
         assert str(error) == f"{error.detail} {error.hint}"
 
     @pytest.mark.parametrize("text", ["nonsense", "x" * 70 + ".example:0"])
-    def test_a_display_that_cannot_be(self, text: str) -> None:
+    def test_invalid_display_is_malformed(self, text: str) -> None:
         assert display_error({"DISPLAY": text}).kind == "malformed"
 
-    def test_no_socket(self, place: dict[str, str]) -> None:
-        error = display_error(place)
+    def test_missing_socket_is_absent(self, x_environ: dict[str, str]) -> None:
+        error = display_error(x_environ)
         assert error.kind == "absent"
-        assert place["DISPLAY"] in error.detail
+        assert x_environ["DISPLAY"] in error.detail
 
-    def test_a_socket_nobody_listens_on(self, place: dict[str, str]) -> None:
-        listener_at(place["DISPLAY"]).close()
-        assert "Connection refused" in display_error(place).detail
+    def test_socket_without_listener_is_absent(self, x_environ: dict[str, str]) -> None:
+        listener_at(x_environ["DISPLAY"]).close()
+        assert "Connection refused" in display_error(x_environ).detail
 
-    def test_a_socket_path_that_is_too_long(self) -> None:
+    def test_too_long_socket_path_is_absent(self) -> None:
         assert display_error({"DISPLAY": "/" + "x" * 200}).kind == "absent"
 
-    def test_a_host_without_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_host_without_address_is_absent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [])
         assert display_error({"DISPLAY": "host:7"}).kind == "absent"
 
-    def test_a_socket_we_may_not_use(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_socket_without_permission_is_refused(
+        self, x_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def denied(*_: object) -> None:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(socket.socket, "connect", denied)
-        error = display_error(place)
+        error = display_error(x_environ)
         assert error.kind == "refused"
         assert "Permission denied" in error.detail
 
     @pytest.mark.parametrize("answer", [refused, authenticate])
-    def test_a_refusal_tells_its_reason_made_harmless(
-        self, place: dict[str, str], answer: Callable[[bytes], bytes]
+    def test_refusal_quotes_its_reason_escaped(
+        self, x_environ: dict[str, str], answer: Callable[[bytes], bytes]
     ) -> None:
-        with serving(place, sends(answer(b"\x1b[2JNo protocol\x07 specified\n"), hang_up=True)):
-            error = display_error(place)
+        with serving(x_environ, sends(answer(b"\x1b[2JNo protocol\x07 specified\n"), hang_up=True)):
+            error = display_error(x_environ)
         assert error.kind == "refused"
         assert "\\x1b[2JNo protocol\\x07 specified." in error.detail
 
-    def test_a_refusal_without_reason(self, place: dict[str, str]) -> None:
-        with serving(place, sends(refused(b""))):
-            assert "it gave no reason" in display_error(place).detail
+    def test_refusal_without_reason_says_so(self, x_environ: dict[str, str]) -> None:
+        with serving(x_environ, sends(refused(b""))):
+            assert "it gave no reason" in display_error(x_environ).detail
 
-    def test_a_refusal_that_echoes_the_cookie(self, place: dict[str, str]) -> None:
-        Path(place["XAUTHORITY"]).write_bytes(entry(WILD, b"", b""))
+    def test_cookie_in_a_refusal_is_redacted(self, x_environ: dict[str, str]) -> None:
+        Path(x_environ["XAUTHORITY"]).write_bytes(entry(WILD, b"", b""))
         reason = b"bad %s or %s or %s" % (COOKIE, COOKIE.hex().encode(), COOKIE.hex().upper().encode())
-        with serving(place, sends(refused(reason))):
-            assert "bad <hidden> or <hidden> or <hidden>." in display_error(place).detail
+        with serving(x_environ, sends(refused(reason))):
+            assert "bad <hidden> or <hidden> or <hidden>." in display_error(x_environ).detail
 
-    def test_a_long_reason_is_shortened(self, place: dict[str, str]) -> None:
-        with serving(place, sends(authenticate(b"x" * 200_000))):
-            assert len(display_error(place).detail) < 500
+    def test_long_reason_is_truncated(self, x_environ: dict[str, str]) -> None:
+        with serving(x_environ, sends(authenticate(b"x" * 200_000))):
+            assert len(display_error(x_environ).detail) < 500
 
     @pytest.mark.parametrize("answer", [b"", ACCEPTED[:1], ACCEPTED[:8], ACCEPTED[:-1]])
-    def test_a_silent_server(self, place: dict[str, str], answer: bytes) -> None:
-        with serving(place, sends(answer)):
-            error = display_error(place, timeout_s=0.2)
+    def test_server_without_an_answer_is_silent(self, x_environ: dict[str, str], answer: bytes) -> None:
+        with serving(x_environ, sends(answer)):
+            error = display_error(x_environ, timeout_s=0.2)
         assert error.kind == "silent"
         assert "within 0.2 s" in error.detail
 
-    def test_no_time_at_all(self, place: dict[str, str]) -> None:
-        assert display_error(place, timeout_s=0).kind == "silent"
+    def test_timeout_of_zero_is_silent(self, x_environ: dict[str, str]) -> None:
+        assert display_error(x_environ, timeout_s=0).kind == "silent"
 
-    def test_the_deadline_is_for_all_pieces_together(self, place: dict[str, str]) -> None:
+    def test_deadline_covers_all_pieces_of_an_answer(self, x_environ: dict[str, str]) -> None:
         stop = threading.Event()
 
         def dribble(_: FakeServer, client: Client) -> None:
@@ -361,76 +356,80 @@ class TestOpenDisplay:
                     if stop.wait(0.02):
                         return
 
-        with serving(place, dribble):
+        with serving(x_environ, dribble):
             before = time.monotonic()
-            assert display_error(place, timeout_s=0.3).kind == "silent"
+            assert display_error(x_environ, timeout_s=0.3).kind == "silent"
             assert time.monotonic() - before < 10
             stop.set()
 
-    def test_a_full_queue_counts_as_silent(self, place: dict[str, str]) -> None:
+    def test_full_accept_backlog_is_silent(self, x_environ: dict[str, str]) -> None:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-            listener.bind(place["DISPLAY"])
+            listener.bind(x_environ["DISPLAY"])
             listener.listen(0)
             for _ in range(3):
                 waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
                 waiting.settimeout(0)
                 with contextlib.suppress(BlockingIOError):
-                    waiting.connect(place["DISPLAY"])
-            assert display_error(place, timeout_s=0.2).kind == "silent"
+                    waiting.connect(x_environ["DISPLAY"])
+            assert display_error(x_environ, timeout_s=0.2).kind == "silent"
 
     @pytest.mark.parametrize("answer", [b"", ACCEPTED[:4], ACCEPTED[:-1], refused(b"no")[:-1]])
-    def test_a_server_that_always_hangs_up(self, place: dict[str, str], answer: bytes) -> None:
-        with serving(place, sends(answer, hang_up=True)) as server:
-            error = display_error(place)
+    def test_server_that_always_hangs_up_is_absent(self, x_environ: dict[str, str], answer: bytes) -> None:
+        with serving(x_environ, sends(answer, hang_up=True)) as server:
+            error = display_error(x_environ)
             assert len(server.kept) == 6
         assert error.kind == "absent"
         assert "hung up" in error.detail
 
-    def test_a_server_that_starts_anew_is_tried_again(self, place: dict[str, str]) -> None:
-        with serving(place, hang_up, hang_up, accept) as server:
-            open_display(place, timeout_s=WAIT_S).close()
+    def test_server_that_resets_is_retried(self, x_environ: dict[str, str]) -> None:
+        with serving(x_environ, hang_up, hang_up, accept) as server:
+            open_display(x_environ, timeout_s=WAIT_S).close()
             assert len(server.kept) == 3
 
-    def test_what_is_no_x_server(self, place: dict[str, str]) -> None:
-        with serving(place, sends(b"SSH-2.0-OpenSSH_9.2\r\n")):
-            error = display_error(place)
+    def test_server_of_another_protocol_is_absent(self, x_environ: dict[str, str]) -> None:
+        with serving(x_environ, sends(b"SSH-2.0-OpenSSH_9.2\r\n")):
+            error = display_error(x_environ)
         assert error.kind == "absent"
         assert "no X server" in error.detail
 
-    def test_no_descriptor_is_left(self, place: dict[str, str]) -> None:
+    def test_no_descriptor_leaks(self, x_environ: dict[str, str]) -> None:
         before = descriptors()
-        with serving(place, hang_up, sends(refused(b"no"))):
-            display_error(place)
-        display_error(place)
+        with serving(x_environ, hang_up, sends(refused(b"no"))):
+            display_error(x_environ)
+        display_error(x_environ)
         nothing_left_open(before)
 
-    def test_the_error_survives_pickle(self) -> None:
+    def test_display_error_survives_pickle(self) -> None:
         error = display_error({})
         again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
         assert (again.kind, again.detail, again.hint) == (error.kind, error.detail, error.hint)
 
 
 class TestShortage:
-    """Whoever has no descriptor left cannot tell whether there is an X server, and does not say that there is none."""
+    """A process without free descriptors cannot tell whether there is an X server, and must not say there is none."""
 
     @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
-    def test_no_socket_can_be_made(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def test_shortage_on_socket_creation_is_local(
+        self, x_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
         monkeypatch.setattr(socket, "socket", short_of(number))
-        error = display_error(place)
+        error = display_error(x_environ)
         assert error.kind == "local"
         assert os.strerror(number) in error.detail
         assert "no X server" not in error.detail
 
-    def test_it_cannot_be_connected(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_shortage_on_connect_is_local(self, x_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, "connect", short_of(errno.ENOBUFS))
-        assert display_error({**place, "DISPLAY": ":59000"}).kind == "local"
+        assert display_error({**x_environ, "DISPLAY": ":59000"}).kind == "local"
 
-    def test_the_cookie_cannot_be_read(self, place: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-        Path(place["XAUTHORITY"]).write_bytes(entry(WILD, b"", b""))
+    def test_shortage_on_reading_the_cookie_is_local(
+        self, x_environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path(x_environ["XAUTHORITY"]).write_bytes(entry(WILD, b"", b""))
         monkeypatch.setattr(Path, "open", short_of(errno.EMFILE))
-        with serving(place, sends(refused(b"no"))) as server:
-            assert display_error(place).kind == "local"
+        with serving(x_environ, sends(refused(b"no"))) as server:
+            assert display_error(x_environ).kind == "local"
             server.stop()
             monkeypatch.undo()
 
@@ -446,13 +445,13 @@ def real(tmp_path: Path) -> Iterator[RealServer]:
 
 @pytest.mark.real
 class TestRealServer:
-    def test_it_lets_us_in_with_its_cookie(self, real: RealServer) -> None:
+    def test_connection_with_its_cookie_is_accepted(self, real: RealServer) -> None:
         with open_display(real.environ, timeout_s=WAIT_S) as sock:
             sock.settimeout(0)
             with pytest.raises(BlockingIOError):
                 sock.recv(1)
 
-    def test_it_refuses_a_wrong_cookie(self, real: RealServer, tmp_path: Path) -> None:
+    def test_connection_with_a_wrong_cookie_is_refused(self, real: RealServer, tmp_path: Path) -> None:
         wrong = tmp_path / "wrong"
         wrong.write_bytes(entry(LOCAL, HOSTNAME, b"", data=bytes(16)))
         with open_display(real.environ, timeout_s=WAIT_S):
@@ -460,6 +459,6 @@ class TestRealServer:
         assert error.kind == "refused"
         assert "XAUTHORITY" in error.hint
 
-    def test_it_starts_anew_and_is_there(self, real: RealServer) -> None:
+    def test_connection_after_each_reset_is_accepted(self, real: RealServer) -> None:
         for _ in range(5):
             open_display(real.environ, timeout_s=WAIT_S).close()
