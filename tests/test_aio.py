@@ -1,4 +1,4 @@
-"""What an asyncio program awaits of a proxy, on the real engine with faked workers."""
+"""The awaitables of an asyncio program, on the real engine with faked workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT_S = 10.0
 
 
 class Subscriptions:
-    """How many subscriptions to a proxy there are."""
+    """Counts the active subscriptions to a proxy."""
 
     def __init__(self, proxy: FakedProxy, monkeypatch: pytest.MonkeyPatch) -> None:
         self.active = 0
@@ -40,51 +40,49 @@ class Subscriptions:
 
 
 def on(proxy: FakedProxy, state: State, act: Callable[[FakedProxy], object]) -> None:
-    """Have something happen when the proxy enters a state."""
+    """Call a function when the proxy enters a state."""
     proxy.subscribe(lambda record: act(proxy) if record.dest is state else None)
 
 
-def get_running(proxy: FakedProxy) -> None:
-    """Have everything go well from spawning on."""
+def complete_start(proxy: FakedProxy) -> None:
+    """Let the start succeed from spawning on."""
     proxy.process.starts()
     proxy.tunnel.connects()
     proxy.process.says_ready()
 
 
 @pytest.mark.parametrize("state", State)
-def test_the_state_that_it_is_in_is_waited_for_already(
-    faked_proxy: Callable[[State], FakedProxy], state: State
-) -> None:
+def test_wait_for_the_current_state_returns_at_once(faked_proxy: Callable[[State], FakedProxy], state: State) -> None:
     proxy = faked_proxy(state)
     assert asyncio.run(aio.wait(proxy, state, timeout=0)) is state
 
 
-def test_a_state_that_is_entered_and_left_just_after_the_first_look_counts(
+def test_wait_sees_a_state_left_right_after_the_first_check(
     faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = faked_proxy(State.SPAWNING)
 
-    def look(*states: State, timeout: float | None = None) -> State:
+    def first_check(*states: State, timeout: float | None = None) -> State:
         try:
             return FakedProxy.wait(proxy, *states, timeout=timeout)
         except TimeoutError:
-            get_running(proxy)
+            complete_start(proxy)
             proxy.process.exits(1)
             FakedProxy.wait(proxy, timeout=WAIT_S)
             raise
 
-    monkeypatch.setattr(proxy, "wait", look)
+    monkeypatch.setattr(proxy, "wait", first_check)
     assert asyncio.run(aio.wait(proxy, State.RUNNING, timeout=WAIT_S)) is State.RUNNING
 
 
-def test_a_state_that_was_left_is_waited_for_in_vain(faked_proxy: Callable[[State], FakedProxy]) -> None:
+def test_wait_for_a_past_state_times_out(faked_proxy: Callable[[State], FakedProxy]) -> None:
     proxy = faked_proxy(State.RUNNING)
     with pytest.raises(TimeoutError, match=r"^The proxy was not in spawning within 0\.05 s; it is running\.$"):
         asyncio.run(aio.wait(proxy, State.SPAWNING, timeout=0.05))
     assert proxy.ok()
 
 
-def test_no_thread_waits_and_the_loop_goes_on(
+def test_wait_blocks_neither_thread_nor_loop(
     faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = faked_proxy(State.SPAWNING)
@@ -94,8 +92,8 @@ def test_no_thread_waits_and_the_loop_goes_on(
     async def client() -> State:
         waiting = [asyncio.create_task(aio.wait(proxy, State.RUNNING, timeout=WAIT_S)) for _ in range(20)]
         await asyncio.sleep(0)
-        assert set(threading.enumerate()) <= threads  # one of an earlier test may end meanwhile
-        get_running(proxy)
+        assert set(threading.enumerate()) <= threads  # one of an earlier test may end in the meantime
+        complete_start(proxy)
         (state,) = set(await asyncio.gather(*waiting))
         return state
 
@@ -103,34 +101,31 @@ def test_no_thread_waits_and_the_loop_goes_on(
     assert subscriptions.active == 0
 
 
-def test_each_change_comes_once_in_order_and_then_the_end(
+def test_transitions_yield_each_change_once_in_order(
     faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = faked_proxy(State.SPAWNING)
     subscriptions = Subscriptions(proxy, monkeypatch)
 
     async def client() -> list[list[State]]:
-        seen = []
-        for replay in (True, False):
-            task = asyncio.create_task(collect(replay=replay))
-            seen.append(task)
+        tasks = [asyncio.create_task(collect(replay=replay)) for replay in (True, False)]
         await asyncio.sleep(0)
-        get_running(proxy)
+        complete_start(proxy)
         await aio.wait(proxy, State.RUNNING, timeout=WAIT_S)
         proxy.process.exits(1)
-        return await asyncio.wait_for(asyncio.gather(*seen), WAIT_S)
+        return await asyncio.wait_for(asyncio.gather(*tasks), WAIT_S)
 
     async def collect(*, replay: bool) -> list[State]:
         return [record.dest async for record in aio.transitions(proxy, replay=replay)]
 
-    everything, news = asyncio.run(client())
+    replayed, new = asyncio.run(client())
     rest = [State.RUNNING, State.STOPPING, State.FAILED]
-    assert everything == [State.TUNNELLING, State.SPAWNING, *rest]
-    assert news == rest
+    assert replayed == [State.TUNNELLING, State.SPAWNING, *rest]
+    assert new == rest
     assert subscriptions.active == 0
 
 
-def test_nothing_new_comes_from_a_proxy_that_has_ended(faked_proxy: Callable[[State], FakedProxy]) -> None:
+def test_transitions_of_an_ended_proxy_are_empty_without_replay(faked_proxy: Callable[[State], FakedProxy]) -> None:
     proxy = faked_proxy(State.STOPPED)
 
     async def client() -> list[State]:
@@ -139,10 +134,10 @@ def test_nothing_new_comes_from_a_proxy_that_has_ended(faked_proxy: Callable[[St
     assert asyncio.run(client()) == []
 
 
-def test_running_is_running_and_nothing_afterwards() -> None:
+def test_running_enters_when_running_and_closes_afterwards() -> None:
     proxy = FakedProxy()
     on(proxy, State.TUNNELLING, lambda proxy: proxy.tunnel.opens())
-    on(proxy, State.SPAWNING, get_running)
+    on(proxy, State.SPAWNING, complete_start)
 
     async def client() -> None:
         async with aio.running(proxy) as same:
@@ -157,23 +152,23 @@ def test_running_is_running_and_nothing_afterwards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("befalls", "error"),
+    ("cause", "error"),
     [
         (lambda proxy: proxy.tunnel.refuses(EndReason.PROXY_NOT_FOUND), ProxyFailed),
         (lambda proxy: proxy.stop(), ProxyStopped),
     ],
     ids=["a fault", "a stop"],
 )
-def test_what_did_not_get_running_raises_and_is_released(
-    befalls: Callable[[FakedProxy], object], error: type[ProxyFailed | ProxyStopped]
+def test_running_raises_and_releases_if_the_start_fails(
+    cause: Callable[[FakedProxy], object], error: type[ProxyFailed | ProxyStopped]
 ) -> None:
     proxy = FakedProxy()
-    on(proxy, State.TUNNELLING, befalls)
+    on(proxy, State.TUNNELLING, cause)
     on(proxy, State.STOPPING, lambda proxy: proxy.tunnel.preflight_ends())
 
     async def client() -> None:
         async with aio.running(proxy):
-            raise AssertionError("It never ran.")
+            raise AssertionError("The block was entered.")
 
     with pytest.raises(error) as caught:
         asyncio.run(asyncio.wait_for(client(), WAIT_S))
@@ -181,7 +176,7 @@ def test_what_did_not_get_running_raises_and_is_released(
     assert proxy.state.is_final
 
 
-def test_a_task_that_is_cancelled_leaves_nothing_behind(
+def test_cancelled_wait_unsubscribes(
     faked_proxy: Callable[[State], FakedProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = faked_proxy(State.RUNNING)
@@ -200,12 +195,12 @@ def test_a_task_that_is_cancelled_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("state", [State.SPAWNING, State.RUNNING])
-def test_a_task_that_is_cancelled_closes_its_proxy(state: State) -> None:
-    """While it starts, and inside the block."""
+def test_cancelled_running_block_closes_the_proxy(state: State) -> None:
+    """Both while it starts and inside the block."""
     proxy = FakedProxy()
     on(proxy, State.TUNNELLING, lambda proxy: proxy.tunnel.opens())
     if state is State.RUNNING:
-        on(proxy, State.SPAWNING, get_running)
+        on(proxy, State.SPAWNING, complete_start)
 
     async def client() -> None:
         async with aio.running(proxy):
@@ -223,7 +218,7 @@ def test_a_task_that_is_cancelled_closes_its_proxy(state: State) -> None:
     asyncio.run(asyncio.wait_for(program(), WAIT_S))
 
 
-def test_a_forked_child_waits_for_nothing(faked_proxy: Callable[[State], FakedProxy]) -> None:
+def test_forked_child_cannot_wait(faked_proxy: Callable[[State], FakedProxy]) -> None:
     proxy = faked_proxy(State.RUNNING)
     child = os.fork()
     if child == 0:
@@ -232,14 +227,14 @@ def test_a_forked_child_waits_for_nothing(faked_proxy: Callable[[State], FakedPr
             asyncio.run(aio.close(proxy))
             with pytest.raises(RuntimeError):
                 asyncio.run(aio.wait(proxy))
-        except BaseException:  # noqa: BLE001 - the parent is told by the status
+        except BaseException:  # noqa: BLE001 - the exit status reports it to the parent
             os._exit(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert proxy.ok()
 
 
-def test_close_has_a_time_limit_and_goes_on_after_it(faked_proxy: Callable[[State], FakedProxy]) -> None:
+def test_close_times_out_and_shutdown_continues(faked_proxy: Callable[[State], FakedProxy]) -> None:
     proxy = faked_proxy(State.RUNNING)
     proxy.process.auto_complete = False
     with pytest.raises(TimeoutError):

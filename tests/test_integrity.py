@@ -1,4 +1,4 @@
-"""Byte for byte: whatever goes in at one end comes out at the other, however it is cut, held up and ended."""
+"""Every byte that is sent at one end arrives at the other, however the stream is split, stalled and closed."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ if TYPE_CHECKING:
 
     import paramiko
 
-#: So many steps of a reader or a writer at most: a byte at a time, megabytes would take for ever.
+#: The most steps of a reader or a writer: one byte at a time, megabytes would take forever.
 _STEPS = 3_000
-#: paramiko's own limit, and one that has keys exchanged in the middle of most examples, bytes.
+#: paramiko's default limit, and one that causes a key exchange in the middle of most examples, in bytes.
 _REKEY_BYTES = (1 << 29, 1 << 18)
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one end of a connection does."""
+    """The behaviour of one end of a connection."""
 
     seed: int
     size_bytes: int
     writes_bytes: tuple[int, ...]
     reads_bytes: tuple[int, ...]
-    #: How long it waits before which of its first steps, seconds.
+    #: How long it stalls before certain steps, by step number, in seconds.
     write_stalls_s: dict[int, float]
     read_stalls_s: dict[int, float]
-    #: What part of its bytes, in percent, goes only after the other end was read to its end; None for no wish.
-    keeps_back: int | None = None
+    #: How much of its data, in percent, it holds back until the other end's EOF; None to wait for nothing.
+    held_back_percent: int | None = None
     content: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One connection: both of its ends, and how much room their sockets have (None for the system's own idea)."""
+    """One connection: both of its ends, and the buffer size of their sockets (None for the system's default)."""
 
     proxy: Side
     agent: Side
@@ -77,13 +77,13 @@ def sides(*, may_wait: bool) -> st.SearchStrategy[Side]:
     return st.builds(
         Side,
         seed=st.integers(0, 1 << 32),
-        # More than a window, so that it has to be opened again; and nothing at all.
+        # From nothing at all to more than a window, which then has to be adjusted.
         size_bytes=st.integers(0, 100) | st.integers(0, 300_000) | st.integers(0, 6 << 20),
         writes_bytes=st.lists(sizes, min_size=1, max_size=5).map(tuple),
         reads_bytes=st.lists(sizes, min_size=1, max_size=5).map(tuple),
         write_stalls_s=stalls,
         read_stalls_s=stalls,
-        keeps_back=st.integers(0, 100) if may_wait else st.none(),
+        held_back_percent=st.integers(0, 100) if may_wait else st.none(),
     )
 
 
@@ -99,53 +99,53 @@ CONVERSATIONS = st.builds(
 
 
 def steps(sizes: tuple[int, ...], total_bytes: int) -> Iterator[int]:
-    """Give the sizes again and again, larger where there would be too many steps."""
-    least = max(1, total_bytes // _STEPS)
-    return (max(least, size) for size in itertools.cycle(sizes))
+    """Repeat the sizes endlessly, enlarged if there would be too many steps."""
+    minimum = max(1, total_bytes // _STEPS)
+    return (max(minimum, size) for size in itertools.cycle(sizes))
 
 
 def write(sock: socket.socket, side: Side, reader: Task[bytes]) -> None:
-    """Send all, keep back what waits for the end of the other side, then end this direction."""
-    now_bytes = side.size_bytes * (100 - (side.keeps_back or 0)) // 100
+    """Send everything, the part held back after the other side's EOF, then half-close the connection."""
+    first_bytes = side.size_bytes * (100 - (side.held_back_percent or 0)) // 100
     sent = 0
     for number, size in enumerate(steps(side.writes_bytes, side.size_bytes)):
         time.sleep(side.write_stalls_s.get(number, 0.0))
-        if side.keeps_back is not None and sent >= now_bytes:
-            reader.result(threading.TIMEOUT_MAX)  # whether it comes on is looked at where all are
+        if side.held_back_percent is not None and sent >= first_bytes:
+            reader.result(threading.TIMEOUT_MAX)  # wait_for_eof checks the progress of all readers
         if sent >= side.size_bytes:
             break
-        until = min(sent + size, now_bytes if sent < now_bytes else side.size_bytes)
-        sock.sendall(side.content[sent:until])
-        sent = until
+        end = min(sent + size, first_bytes if sent < first_bytes else side.size_bytes)
+        sock.sendall(side.content[sent:end])
+        sent = end
     sock.shutdown(socket.SHUT_WR)
 
 
-def read(sock: socket.socket, side: Side, expected_bytes: int, got: bytearray) -> bytes:
-    """Read to the end; what has come so far can be seen meanwhile."""
+def read(sock: socket.socket, side: Side, expected_bytes: int, received: bytearray) -> bytes:
+    """Read to EOF; `received` shows the progress."""
     for number, size in enumerate(steps(side.reads_bytes, expected_bytes)):
         time.sleep(side.read_stalls_s.get(number, 0.0))
-        piece = sock.recv(size)
-        if not piece:
+        data = sock.recv(size)
+        if not data:
             break
-        got += piece
-    return bytes(got)
+        received += data
+    return bytes(received)
 
 
-def come_to_their_ends(readers: list[tuple[Task[bytes], bytearray]]) -> None:
-    """Wait until all readers have ended, for as long as anything comes."""
-    came, moved_at = -1, time.monotonic()
+def wait_for_eof(readers: list[tuple[Task[bytes], bytearray]]) -> None:
+    """Wait until all readers have reached EOF, as long as there is progress."""
+    total_bytes, progress_at = -1, time.monotonic()
     while any(reader.running for reader, _ in readers):
-        now = sum(len(got) for _, got in readers)
-        if now != came:
-            came, moved_at = now, time.monotonic()
-        assert since(moved_at) < WAIT_S, f"nothing came for {WAIT_S:g} s after {came} bytes"
+        now_bytes = sum(len(received) for _, received in readers)
+        if now_bytes != total_bytes:
+            total_bytes, progress_at = now_bytes, time.monotonic()
+        assert since(progress_at) < WAIT_S, f"nothing was received for {WAIT_S:g} s after {total_bytes} bytes"
         time.sleep(0.005)
 
 
 def converse(
     transport: paramiko.Transport, kind: str, conversations: list[Conversation], rekey_bytes: int = _REKEY_BYTES[0]
 ) -> None:
-    """Hold all conversations at once, through one tunnel, and compare all that was said."""
+    """Run all conversations at once, through one tunnel, and compare what was sent and received."""
     transport.packetizer.REKEY_BYTES = rekey_bytes
     inbox = Inbox()
     with contextlib.ExitStack() as stack:
@@ -162,19 +162,19 @@ def converse(
         readers: list[tuple[Task[bytes], bytearray]] = []
         expected: list[bytes] = []
         writers: list[Task[None]] = []
-        for talk in conversations:
-            near = stack.enter_context(connect_local(kind, address))
-            ends = (near, talk.proxy, talk.agent), (agent.accept(), talk.agent, talk.proxy)
-            for sock, side, other in ends:
-                if talk.buffer_bytes is not None:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, talk.buffer_bytes)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, talk.buffer_bytes)
-                got = bytearray()
-                reader = Task(read, sock, side, other.size_bytes, got)
-                readers.append((reader, got))
+        for each in conversations:
+            local = stack.enter_context(connect_local(kind, address))
+            endpoints = (local, each.proxy, each.agent), (agent.accept(), each.agent, each.proxy)
+            for sock, side, other in endpoints:
+                if each.buffer_bytes is not None:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, each.buffer_bytes)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, each.buffer_bytes)
+                received = bytearray()
+                reader = Task(read, sock, side, other.size_bytes, received)
+                readers.append((reader, received))
                 expected.append(other.content)
                 writers.append(Task(write, sock, side, reader))
-        come_to_their_ends(readers)
+        wait_for_eof(readers)
         for (reader, _), sent in zip(readers, expected, strict=True):
             same(reader.result(), sent)
         for writer in writers:
@@ -185,7 +185,7 @@ def converse(
         assert not inbox.all(WorkerCrashed)
         assert not inbox.all(WorkerFailed)
         counted = sorted((each.bytes_to_agent, each.bytes_from_agent) for each in inbox.all(ConnectionEnded))
-        assert counted == sorted((talk.proxy.size_bytes, talk.agent.size_bytes) for talk in conversations)
+        assert counted == sorted((each.proxy.size_bytes, each.agent.size_bytes) for each in conversations)
     assert transport.is_active()
 
 
@@ -200,7 +200,7 @@ def to_paramiko() -> Iterator[paramiko.Transport]:
 
 @pytest.fixture(scope="module", params=["OpenSSH's defaults", "RekeyLimit 1M", "RekeyLimit 1M, fast_transport"])
 def to_openssh(request: pytest.FixtureRequest) -> Iterator[paramiko.Transport]:
-    """A transport as paramiko makes it, or ours, which reads packets in its own way."""
+    """A transport as paramiko makes it, or ours, which has its own packet reader."""
     needs_sshd()
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(SshServer(extra_config="RekeyLimit 1M" if "1M" in request.param else ""))
@@ -213,52 +213,64 @@ def to_openssh(request: pytest.FixtureRequest) -> Iterator[paramiko.Transport]:
     threads_ended()
 
 
-TALKS = st.lists(CONVERSATIONS, min_size=1, max_size=3)
+CONVERSATION_LISTS = st.lists(CONVERSATIONS, min_size=1, max_size=3)
 KINDS = st.sampled_from(["unix", "tcp"])
 REKEYS = st.sampled_from(_REKEY_BYTES)
-#: Without shrinking: an example that stands still takes WAIT_S to fail, and would be tried again and again.
+#: Without shrinking: a stalled example takes WAIT_S to fail, and would be repeated many times.
 BRIEF = settings(max_examples=30, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
-@given(talks=TALKS, kind=KINDS, rekey_bytes=REKEYS)
+@given(conversations=CONVERSATION_LISTS, kind=KINDS, rekey_bytes=REKEYS)
 @BRIEF
-def test_every_byte_arrives_with_paramikos_server(
-    to_paramiko: paramiko.Transport, talks: list[Conversation], kind: str, rekey_bytes: int
+def test_every_byte_arrives_through_paramikos_server(
+    to_paramiko: paramiko.Transport, conversations: list[Conversation], kind: str, rekey_bytes: int
 ) -> None:
-    converse(to_paramiko, kind, talks, rekey_bytes)
+    converse(to_paramiko, kind, conversations, rekey_bytes)
 
 
 @pytest.mark.real
-@given(talks=TALKS, kind=KINDS, rekey_bytes=REKEYS)
+@given(conversations=CONVERSATION_LISTS, kind=KINDS, rekey_bytes=REKEYS)
 @BRIEF
-def test_every_byte_arrives_with_openssh(
-    to_openssh: paramiko.Transport, talks: list[Conversation], kind: str, rekey_bytes: int
+def test_every_byte_arrives_through_openssh(
+    to_openssh: paramiko.Transport, conversations: list[Conversation], kind: str, rekey_bytes: int
 ) -> None:
-    converse(to_openssh, kind, talks, rekey_bytes)
+    converse(to_openssh, kind, conversations, rekey_bytes)
 
 
-def plain(size_bytes: int, *, keeps_back: int | None = None) -> Side:
-    return Side(size_bytes, size_bytes, (1 << 16,), (1 << 16,), {}, {}, keeps_back)
+def plain(size_bytes: int, *, held_back_percent: int | None = None) -> Side:
+    return Side(size_bytes, size_bytes, (1 << 16,), (1 << 16,), {}, {}, held_back_percent)
 
 
 HALF_CLOSES = pytest.mark.parametrize(
-    "talk",
+    "conversation",
     [
-        pytest.param(Conversation(plain(100_000), plain(5 << 20, keeps_back=100), None), id="the proxy ends first"),
-        pytest.param(Conversation(plain(5 << 20, keeps_back=100), plain(100_000), None), id="the agent ends first"),
-        pytest.param(Conversation(plain(0), plain(5 << 20, keeps_back=50), 1 << 16), id="the proxy only listens"),
-        pytest.param(Conversation(plain(5 << 20, keeps_back=50), plain(0), 1 << 16), id="the agent only listens"),
+        pytest.param(
+            Conversation(plain(100_000), plain(5 << 20, held_back_percent=100), None), id="the proxy ends first"
+        ),
+        pytest.param(
+            Conversation(plain(5 << 20, held_back_percent=100), plain(100_000), None), id="the agent ends first"
+        ),
+        pytest.param(
+            Conversation(plain(0), plain(5 << 20, held_back_percent=50), 1 << 16), id="the proxy only listens"
+        ),
+        pytest.param(
+            Conversation(plain(5 << 20, held_back_percent=50), plain(0), 1 << 16), id="the agent only listens"
+        ),
         pytest.param(Conversation(plain(0), plain(0), None), id="nobody speaks"),
     ],
 )
 
 
 @HALF_CLOSES
-def test_half_closes_in_either_order_with_paramikos_server(to_paramiko: paramiko.Transport, talk: Conversation) -> None:
-    converse(to_paramiko, "unix", [talk])
+def test_half_closes_in_either_order_lose_nothing_through_paramikos_server(
+    to_paramiko: paramiko.Transport, conversation: Conversation
+) -> None:
+    converse(to_paramiko, "unix", [conversation])
 
 
 @pytest.mark.real
 @HALF_CLOSES
-def test_half_closes_in_either_order_with_openssh(to_openssh: paramiko.Transport, talk: Conversation) -> None:
-    converse(to_openssh, "unix", [talk])
+def test_half_closes_in_either_order_lose_nothing_through_openssh(
+    to_openssh: paramiko.Transport, conversation: Conversation
+) -> None:
+    converse(to_openssh, "unix", [conversation])

@@ -1,4 +1,4 @@
-"""The directive draws a client's machine when its documentation is built."""
+"""The Sphinx directive draws a client's machine when its documentation is built."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build(source: Path, text: str, builder: str = "html", suffix: str = "rst") -
     )
 
 
-def test_html_gets_svg_that_follows_the_reader(tmp_path: Path) -> None:
+def test_html_gets_svg_with_the_readers_theme(tmp_path: Path) -> None:
     built = build(tmp_path, ".. proxy-fsm-diagram:: client_docs:MyProxy\n   :highlight: running\n   :width: 300px\n")
     assert (built.returncode, built.stderr) == (0, "")
     page = (tmp_path / "_build/html/below/page.html").read_text()
@@ -62,7 +62,7 @@ def test_html_gets_svg_that_follows_the_reader(tmp_path: Path) -> None:
     (picture,) = (tmp_path / "_build/html/_images").iterdir()
     assert picture.suffix == ".svg"
     assert f"../_images/{picture.name}" in page
-    root = ET.fromstring(picture.read_text())  # noqa: S314 - we have written it
+    root = ET.fromstring(picture.read_text())  # noqa: S314 - our own output
     assert root.get("aria-label") == "MyProxy"
     assert "prefers-color-scheme: dark" in picture.read_text()
     assert [g.get("data-state") for g in root.iter() if "current" in g.get("class", "").split()] == ["running"]
@@ -83,7 +83,7 @@ def test_latex_gets_png(tmp_path: Path) -> None:
     ],
     ids=["reStructuredText", "Markdown"],
 )
-def test_tables_are_those_of_sphinx(tmp_path: Path, suffix: str, text: str) -> None:
+def test_tables_are_native_nodes(tmp_path: Path, suffix: str, text: str) -> None:
     built = build(tmp_path, text, suffix=suffix)
     assert (built.returncode, built.stderr) == (0, "")
     page = (tmp_path / "_build/html/below/page.html").read_text()
@@ -92,16 +92,16 @@ def test_tables_are_those_of_sphinx(tmp_path: Path, suffix: str, text: str) -> N
     assert "<strong>running</strong>" in page
 
 
-def test_phase_is_highlighted_in_the_picture(tmp_path: Path) -> None:
+def test_highlighted_phase_is_marked_in_the_picture(tmp_path: Path) -> None:
     built = build(tmp_path, ".. proxy-fsm-diagram::\n   :highlight: stopping/draining\n")
     assert (built.returncode, built.stderr) == (0, "")
     (picture,) = (tmp_path / "_build/html/_images").iterdir()
-    root = ET.fromstring(picture.read_text())  # noqa: S314 - we have written it
+    root = ET.fromstring(picture.read_text())  # noqa: S314 - our own output
     marked = [g for g in root.iter() if "current" in g.get("class", "").split()]
     assert [g.get("data-phase", g.get("data-state")) for g in marked] == ["stopping", "stopping/draining"]
 
 
-def test_phase_is_highlighted_in_the_tables(tmp_path: Path) -> None:
+def test_highlighted_phase_is_bold_in_the_tables(tmp_path: Path) -> None:
     built = build(tmp_path, ".. proxy-fsm-diagram::\n   :table:\n   :highlight: running/established\n")
     assert (built.returncode, built.stderr) == (0, "")
     page = (tmp_path / "_build/html/below/page.html").read_text()
@@ -110,17 +110,17 @@ def test_phase_is_highlighted_in_the_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", ["", "\n   :table:"])
-def test_phases_are_left_out_by_an_option(tmp_path: Path, options: str) -> None:
+def test_no_phases_option_omits_phases(tmp_path: Path, options: str) -> None:
     built = build(tmp_path, f".. proxy-fsm-diagram::\n   :no-phases:\n   :highlight: stopping/draining{options}\n")
     assert (built.returncode, built.stderr) == (0, "")
-    made = "".join(
+    output = "".join(
         file.read_text() for file in (tmp_path / "_build/html").rglob("*") if file.suffix in {".svg", ".html"}
     )
-    assert "stopping" in made
-    assert "draining" not in made.replace("_static", "")
+    assert "stopping" in output
+    assert "draining" not in output.replace("_static", "")
 
 
-def test_names_in_the_table_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_markup_in_names_is_kept_literally(tmp_path: Path) -> None:
     built = build(tmp_path, ".. proxy-fsm-diagram:: client_docs:Odd\n   :table:\n")
     assert (built.returncode, built.stderr) == (0, "")
     page = (tmp_path / "_build/html/below/page.html").read_text()
@@ -138,7 +138,7 @@ def test_names_in_the_table_are_kept_as_they_are(tmp_path: Path) -> None:
         (".. proxy-fsm-diagram::\n   :theme: pink", '"pink" unknown'),
     ],
 )
-def test_what_cannot_be_drawn_fails_the_build_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_directive_fails_the_build_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     built = build(tmp_path, text)
     assert built.returncode != 0
     assert message in built.stderr
