@@ -14,27 +14,29 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-#: Workers per core: most tests wait for other programs. And in all: each may have an X2Go server with its own user.
-_WORKERS_PER_CORE, _MOST_WORKERS = 2, 12
+#: Workers per core, since most tests wait for other programs; and in total, since each may run an X2Go server with its
+#: own user.
+_WORKERS_PER_CORE, _MAX_WORKERS = 2, 12
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """How many tests `-n auto` runs side by side."""
-    return min(_WORKERS_PER_CORE * (os.cpu_count() or 1), _MOST_WORKERS)
+    """Return how many workers `-n auto` starts."""
+    return min(_WORKERS_PER_CORE * (os.cpu_count() or 1), _MAX_WORKERS)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported and collected out of every garbage collection: many tests ask for one, 0.2 s each."""
+    """Exclude imported modules and collected tests from garbage collection: many tests run one, 0.2 s each."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _signals_end_programs() -> None:
-    """Under nohup SIGHUP is ignored, in the background of a script SIGINT and SIGQUIT, and so in all that is started.
+    """Install handlers for ignored signals, so that the programs that tests start do not inherit SIG_IGN.
 
-    Caught here they are ignored by this process still, and end a program that a test starts.
+    SIGHUP is ignored under nohup, SIGINT and SIGQUIT in a script's background. With a handler that does nothing this
+    process still ignores them, but they end a program that a test starts.
     """
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -43,19 +45,19 @@ def _signals_end_programs() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _late_alarms_are_harmless() -> None:
-    """One that a test's timer sent may come when the test's own handler is gone again: it must not end the run.
+    """Ignore a test's alarm that arrives after the test has removed its own handler: it must not end the run.
 
     A forked child that an alarm is to end calls `tests.helpers.engine.end_after`.
     """
     signal.signal(signal.SIGALRM, lambda *_: None)
 
 
-#: Of what went wrong, so much is said once more at the very end, characters.
-_REMINDER = 400
+#: How much of each failure is repeated at the very end, in characters.
+_REMINDER_CHARS = 400
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Name at the very end what failed: of a run elsewhere, often only the end of what it printed is kept."""
+    """List the failures at the very end, since often only the end of a remote run's output is kept."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None:
         return
@@ -63,4 +65,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         for report in reporter.stats.get(outcome, ()):
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = crash.message if crash else str(report.longrepr)
-            reporter.write_line(f"{outcome}: {report.nodeid}\n    {reason[:_REMINDER]}")
+            reporter.write_line(f"{outcome}: {report.nodeid}\n    {reason[:_REMINDER_CHARS]}")

@@ -1,7 +1,7 @@
-"""Interrupts a start again and again, closer and closer: ``python -m tests.interrupted_starts DIRECTORY``.
+"""Interrupts a start many times, at increasing delays: ``python -m tests.interrupted_starts DIRECTORY``.
 
-A process of its own, since an interrupt may hit whatever runs at that moment on its main thread: beneath pytest also
-hypothesis's and coverage's callbacks, which nobody but they could make safe.
+It runs in its own process, since an interrupt may hit anything on the main thread: under pytest also the callbacks of
+hypothesis and coverage, which only they could make safe.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ROUNDS = 100
 
 
 class Interrupts:
-    """Does once what Python does when Ctrl-C is pressed, but only while it is armed.
+    """Raises KeyboardInterrupt as for Ctrl-C, but only while armed.
 
-    A signal may come late: the kernel gives it to any thread, which may have to wait for a processor.
+    A signal may arrive late: the kernel delivers it to any thread, which may have to wait for a processor.
     """
 
     def __init__(self) -> None:
         self.armed = False
         signal.signal(signal.SIGALRM, self._interrupt)
 
-    def come_in(self, delay_s: float) -> None:
+    def schedule(self, delay_s: float) -> None:
         self.armed = True
         signal.setitimer(signal.ITIMER_REAL, delay_s)
 
@@ -40,25 +40,25 @@ class Interrupts:
 
 
 def interrupt_starts(make: Maker) -> int:
-    """Return how many interrupts hit a start; each of the proxies can be closed, and is then stopped."""
+    """Return how many interrupts hit a start; check that each proxy can be closed and is then stopped."""
     hit = 0
     interrupts = Interrupts()
     for number in range(ROUNDS):
         proxy = make()
         try:
-            interrupts.come_in(0.000005 * (number + 1))
+            interrupts.schedule(0.000005 * (number + 1))
             proxy.start()
             interrupts.armed = False
         except KeyboardInterrupt:
             hit += 1
-        except RuntimeError as error:  # CPython's own locks, where it hits them in the middle
+        except RuntimeError as error:  # from CPython's own locks, if it hits one of them
             if not isinstance(error.__context__, KeyboardInterrupt):
                 raise
             hit += 1
         interrupts.armed = False
         proxy.close(timeout=5)
         if proxy.state is not State.STOPPED or make.log.path()[-1] != "stopped":
-            raise AssertionError(f"round {number}: {proxy.status()}, told: {make.log.path()}")
+            raise AssertionError(f"round {number}: {proxy.status()}, published: {make.log.path()}")
     return hit
 
 
