@@ -1,4 +1,4 @@
-"""Each change of state is published to everybody, in order, once, and nobody delays another."""
+"""Each change of state is published once, in order, to logger, subscribers and waiters; none of them delays others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LIFE = (State.TUNNELLING, State.SPAWNING, State.RUNNING, State.STOPPING, State.STOPPED)
-Told = list[int]
+Sequences = list[int]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def journal(logger: Recorder) -> Journal:
 
 @pytest.fixture
 def _busy_threads() -> Iterator[None]:
-    """Threads take turns a thousand times as often."""
+    """Switch threads a thousand times as often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-6)
     yield
@@ -60,7 +60,7 @@ def make(logger: Any = None) -> Journal:
 
 @pytest.fixture(autouse=True)
 def _over() -> Iterator[None]:
-    """Each proxy ends, and its notifier with it."""
+    """End each proxy, and its notifier with it."""
     yield
     for journal in MADE:
         publish(journal, record(5))
@@ -69,7 +69,7 @@ def _over() -> Iterator[None]:
 
 
 def record(sequence: int, dest: State | None = None, reason: EndReason | None = None) -> TransitionRecord:
-    """The change of this number, by default into the state that has that place in a life without faults."""
+    """Return the record of this number, by default into the state of that number in a life without faults."""
     states = (State.IDLE, *LIFE)
     return TransitionRecord(
         proxy_id="id1",
@@ -85,15 +85,15 @@ def record(sequence: int, dest: State | None = None, reason: EndReason | None = 
     )
 
 
-def publish(journal: Journal, each: TransitionRecord, **last_words: Any) -> None:
-    journal.publish(Event.of_transition(each, **last_words), each)
+def publish(journal: Journal, each: TransitionRecord, **extra: Any) -> None:
+    journal.publish(Event.of_transition(each, **extra), each)
 
 
-def live(journal: Journal, *, start: int = 1, end: int = len(LIFE), heard: bool = True) -> None:
-    """Publish changes, and wait until all have heard of them."""
+def live(journal: Journal, *, start: int = 1, end: int = len(LIFE), flush: bool = True) -> None:
+    """Publish changes, and wait until all of them were delivered."""
     for sequence in range(start, end + 1):
         publish(journal, record(sequence))
-    if heard:
+    if flush:
         assert journal.flush(WAIT_S)
 
 
@@ -102,14 +102,14 @@ def at_once(call: Callable[[], object]) -> None:
     call()
 
 
-def collect(told: Told) -> Callable[[TransitionRecord], None]:
-    return lambda each: told.append(each.sequence)
+def collect(received: Sequences) -> Callable[[TransitionRecord], None]:
+    return lambda each: received.append(each.sequence)
 
 
 class TestOrder:
-    def test_history_then_event_then_subscribers_then_waiters(self, journal: Journal, logger: Recorder) -> None:
+    def test_publication_order_is_event_history_subscribers_waiters(self, journal: Journal, logger: Recorder) -> None:
         order: list[str] = []
-        called, go_on = threading.Event(), threading.Event()
+        called, release = threading.Event(), threading.Event()
 
         def at_event() -> None:
             order.append(f"event, with {len(journal.records)} in the history")
@@ -117,7 +117,7 @@ class TestOrder:
         def at_subscriber(_: TransitionRecord) -> None:
             order.append("subscriber")
             called.set()
-            assert go_on.wait(WAIT_S)
+            assert release.wait(WAIT_S)
 
         def wait() -> None:
             journal.wait(frozenset({State.TUNNELLING}), WAIT_S)
@@ -129,17 +129,17 @@ class TestOrder:
         eventually(lambda: journal._waiters)
         owner = Task(lambda: live(journal, end=1))
         assert called.wait(WAIT_S)
-        with pytest.raises(TimeoutError):  # nor does one that comes now learn of it before all subscribers did
+        with pytest.raises(TimeoutError):  # a new waiter does not return before all subscribers were called either
             journal.wait(frozenset({State.TUNNELLING}), 0)
         assert order == ["event, with 0 in the history", "subscriber"]
         logger.on_event = lambda: None  # the slow subscriber's
-        go_on.set()
+        release.set()
         waiter.result()
         owner.result()
         assert order[2:] == ["waiter"]
 
-    def test_event_without_a_record_reaches_the_logger_alone(self, journal: Journal, logger: Recorder) -> None:
-        seen: Told = []
+    def test_event_without_record_reaches_the_logger_only(self, journal: Journal, logger: Recorder) -> None:
+        seen: Sequences = []
         journal.subscribe(collect(seen), None, replay=True)
         journal.publish(Event("link.silent", {"silent_s": 1.5}))
         assert journal.flush(WAIT_S)
@@ -148,7 +148,7 @@ class TestOrder:
         ]
         assert (seen, journal.records) == ([], [])
 
-    def test_the_event_has_the_contracts_fields(self, journal: Journal, logger: Recorder) -> None:
+    def test_transition_event_has_the_contracts_fields(self, journal: Journal, logger: Recorder) -> None:
         publish(journal, record(4, reason=EndReason.PEER_LOST), hint="Mend it.", retryable=False)
         assert logger.events == [
             {
@@ -168,11 +168,11 @@ class TestOrder:
             }
         ]
 
-    def test_a_change_without_a_reason_has_none_in_its_event(self, journal: Journal, logger: Recorder) -> None:
+    def test_event_of_a_change_without_reason_has_none(self, journal: Journal, logger: Recorder) -> None:
         publish(journal, record(1))
         assert logger.named("proxy.transition")[0]["reason"] is None
 
-    def test_subscribers_are_told_in_the_order_in_which_they_came(self, journal: Journal) -> None:
+    def test_subscribers_are_called_in_order_of_subscription(self, journal: Journal) -> None:
         order: list[str] = []
         for name in "abc":
             journal.subscribe(lambda _, name=name: order.append(name), None, replay=False)  # type: ignore[misc]
@@ -181,41 +181,41 @@ class TestOrder:
 
 
 class TestSubscribers:
-    def test_they_are_told_all_from_their_coming_on(self, journal: Journal) -> None:
-        told: Told = []
+    def test_subscriber_receives_all_records_from_then_on(self, journal: Journal) -> None:
+        received: Sequences = []
         live(journal, end=2)
-        journal.subscribe(collect(told), None, replay=False)
+        journal.subscribe(collect(received), None, replay=False)
         live(journal, start=3)
-        assert told == [3, 4, 5]
+        assert received == [3, 4, 5]
 
-    def test_with_replay_they_are_told_what_was_before_first(self, journal: Journal) -> None:
-        told: Told = []
+    def test_replay_delivers_past_records_first(self, journal: Journal) -> None:
+        received: Sequences = []
         live(journal, end=2)
-        journal.subscribe(collect(told), None, replay=True)
+        journal.subscribe(collect(received), None, replay=True)
         assert journal.flush(WAIT_S)
-        assert told == [1, 2]
+        assert received == [1, 2]
         live(journal, start=3)
-        assert told == [1, 2, 3, 4, 5]
+        assert received == [1, 2, 3, 4, 5]
 
-    def test_replay_with_a_via_is_left_to_the_owner(self, journal: Journal) -> None:
-        told: Told = []
+    def test_replay_with_via_is_delivered_by_catch_up(self, journal: Journal) -> None:
+        received: Sequences = []
         live(journal, end=2)
-        journal.subscribe(collect(told), at_once, replay=True)
-        assert told == []
+        journal.subscribe(collect(received), at_once, replay=True)
+        assert received == []
         journal.catch_up()
-        assert told == [1, 2]
+        assert received == [1, 2]
         journal.catch_up()
         live(journal, start=3)
-        assert told == [1, 2, 3, 4, 5]
+        assert received == [1, 2, 3, 4, 5]
 
-    def test_next_change_hands_over_the_past_ones_too(self, journal: Journal) -> None:
-        told: Told = []
+    def test_next_change_delivers_the_past_ones_too(self, journal: Journal) -> None:
+        received: Sequences = []
         live(journal, end=2)
-        journal.subscribe(collect(told), at_once, replay=True)
+        journal.subscribe(collect(received), at_once, replay=True)
         live(journal, start=3, end=3)
-        assert told == [1, 2, 3]
+        assert received == [1, 2, 3]
 
-    def test_replay_with_a_via_after_the_last_change_comes_at_once(self, journal: Journal) -> None:
+    def test_replay_with_via_after_the_last_change_is_delivered_at_once(self, journal: Journal) -> None:
         live(journal)
         seen: list[tuple[int, int, bool]] = []
 
@@ -227,7 +227,7 @@ class TestSubscribers:
         journal.subscribe(callback, at_once, replay=False)
         assert len(seen) == 5
 
-    def test_replay_without_a_via_after_the_last_change_comes_on_a_new_notifier(self, journal: Journal) -> None:
+    def test_replay_without_via_after_the_last_change_uses_a_new_notifier(self, journal: Journal) -> None:
         journal.subscribe(collect([]), None, replay=False)
         live(journal)
         seen: list[tuple[int, str, bool]] = []
@@ -240,9 +240,9 @@ class TestSubscribers:
         assert seen == [(sequence, "proxy_fsm-notifier", True) for sequence in range(1, 6)]
         assert not journal.is_delivering()
 
-    def test_one_may_subscribe_within_a_call(self, journal: Journal) -> None:
-        late: Told = []
-        replayed: Told = []
+    def test_callback_may_subscribe(self, journal: Journal) -> None:
+        late: Sequences = []
+        replayed: Sequences = []
 
         def callback(each: TransitionRecord) -> None:
             if each.sequence == 2:
@@ -253,10 +253,10 @@ class TestSubscribers:
         live(journal)
         assert (late, replayed) == ([3, 4, 5], [1, 2, 3, 4, 5])
 
-    def test_one_may_subscribe_within_the_last_call(self, journal: Journal) -> None:
-        first: Told = []
-        third: Told = []
-        nested: Told = []
+    def test_callback_may_subscribe_in_the_last_call(self, journal: Journal) -> None:
+        first: Sequences = []
+        third: Sequences = []
+        nested: Sequences = []
 
         def callback(each: TransitionRecord) -> None:
             if each.dest.is_final:
@@ -270,24 +270,24 @@ class TestSubscribers:
         assert first == third == nested == [1, 2, 3, 4, 5]
 
     @pytest.mark.usefixtures("_busy_threads")
-    def test_nothing_is_lost_or_told_twice_to_those_who_come_and_go_in_a_storm(self, journal: Journal) -> None:
-        """Also to those who come while the last change is told."""
-        comers: list[tuple[bool, int, Told]] = []
-        goers: list[Told] = []
+    def test_concurrent_subscribers_receive_each_record_once(self, journal: Journal) -> None:
+        """Including those that subscribe while the last change is delivered."""
+        subscribed: list[tuple[bool, int, Sequences]] = []
+        unsubscribed: list[Sequences] = []
 
-        def come_and_go() -> None:
+        def subscribe_and_unsubscribe() -> None:
             for number in range(60):
-                staying: Told = []
-                leaving: Told = []
+                staying: Sequences = []
+                leaving: Sequences = []
                 journal.subscribe(collect(staying), None, replay=number % 2 == 0)
-                comers.append((number % 2 == 0, len(journal.records), staying))
-                goers.append(leaving)
+                subscribed.append((number % 2 == 0, len(journal.records), staying))
+                unsubscribed.append(leaving)
                 journal.subscribe(collect(leaving), None, replay=False)()
 
         publish(journal, record(1, State.RUNNING))
-        tasks = [Task(come_and_go) for _ in range(3)]
+        tasks = [Task(subscribe_and_unsubscribe) for _ in range(3)]
         for sequence in itertools.count(2):
-            over = len(comers) > 120
+            over = len(subscribed) > 120
             publish(journal, record(sequence, State.STOPPED if over else State.RUNNING))
             if over:
                 break
@@ -295,39 +295,39 @@ class TestSubscribers:
             task.result()
         assert journal.flush(WAIT_S)
         every = [each.sequence for each in journal.records]
-        assert len(comers) == 180
-        for replay, known, told in comers:
-            assert told == every[len(every) - len(told) :]
-            assert len(told) >= (len(every) if replay else len(every) - known)
-        for told in goers:
-            assert all(later == earlier + 1 for earlier, later in itertools.pairwise(told))
+        assert len(subscribed) == 180
+        for replay, known, received in subscribed:
+            assert received == every[len(every) - len(received) :]
+            assert len(received) >= (len(every) if replay else len(every) - known)
+        for received in unsubscribed:
+            assert all(later == earlier + 1 for earlier, later in itertools.pairwise(received))
 
 
 class TestUnsubscribing:
-    def test_it_is_told_no_more(self, journal: Journal) -> None:
-        told: Told = []
-        unsubscribe = journal.subscribe(collect(told), None, replay=False)
+    def test_no_record_after_unsubscribe(self, journal: Journal) -> None:
+        received: Sequences = []
+        unsubscribe = journal.subscribe(collect(received), None, replay=False)
         live(journal, end=2)
         unsubscribe()
         live(journal, start=3)
-        assert told == [1, 2]
+        assert received == [1, 2]
 
-    def test_it_may_be_done_twice(self, journal: Journal) -> None:
-        told: Told = []
-        other: Told = []
-        unsubscribe = journal.subscribe(collect(told), None, replay=False)
+    def test_second_unsubscribe_is_a_no_op(self, journal: Journal) -> None:
+        received: Sequences = []
+        other: Sequences = []
+        unsubscribe = journal.subscribe(collect(received), None, replay=False)
         journal.subscribe(collect(other), None, replay=False)
         unsubscribe()
         unsubscribe()
         live(journal)
-        assert (told, other) == ([], [1, 2, 3, 4, 5])
+        assert (received, other) == ([], [1, 2, 3, 4, 5])
 
-    def test_it_may_be_done_within_the_call(self, journal: Journal) -> None:
-        told: Told = []
-        other: Told = []
+    def test_callback_may_unsubscribe(self, journal: Journal) -> None:
+        received: Sequences = []
+        other: Sequences = []
 
         def callback(each: TransitionRecord) -> None:
-            told.append(each.sequence)
+            received.append(each.sequence)
             if each.sequence == 2:
                 unsubscribe()
                 unsubscribe_next()
@@ -335,47 +335,47 @@ class TestUnsubscribing:
         unsubscribe = journal.subscribe(callback, None, replay=False)
         unsubscribe_next = journal.subscribe(collect(other), None, replay=False)
         live(journal)
-        assert (told, other) == ([1, 2], [1])
+        assert (received, other) == ([1, 2], [1])
 
-    def test_it_holds_in_the_midst_of_a_replay(self, journal: Journal) -> None:
-        told: Told = []
+    def test_unsubscribe_ends_a_replay(self, journal: Journal) -> None:
+        received: Sequences = []
         live(journal, end=3)
 
         def callback(each: TransitionRecord) -> None:
-            told.append(each.sequence)
+            received.append(each.sequence)
             unsubscribe()
 
         unsubscribe = journal.subscribe(callback, at_once, replay=True)
         live(journal, start=4)
-        assert told == [1]
+        assert received == [1]
 
-    def test_its_loop_is_given_no_more_either(self, journal: Journal) -> None:
-        handed: list[tuple[Any, ...]] = []
+    def test_no_call_of_via_after_unsubscribe(self, journal: Journal) -> None:
+        calls: list[tuple[Any, ...]] = []
         live(journal, end=3)
 
         def via(*call: object) -> None:
-            handed.append(call)
+            calls.append(call)
             unsubscribe()
 
         unsubscribe = journal.subscribe(collect([]), via, replay=True)
         live(journal, start=4)
-        assert len(handed) == 1
+        assert len(calls) == 1
 
-    def test_a_call_that_waits_in_another_loop_is_not_made(self, journal: Journal) -> None:
-        told: Told = []
-        waiting: list[tuple[Any, ...]] = []
-        unsubscribe = journal.subscribe(collect(told), lambda *call: waiting.append(call), replay=False)
+    def test_pending_call_in_another_loop_is_dropped_after_unsubscribe(self, journal: Journal) -> None:
+        received: Sequences = []
+        pending: list[tuple[Any, ...]] = []
+        unsubscribe = journal.subscribe(collect(received), lambda *call: pending.append(call), replay=False)
         live(journal, end=2)
-        function, *arguments = waiting[0]
+        function, *arguments = pending[0]
         function(*arguments)
         unsubscribe()
-        function, *arguments = waiting[1]
+        function, *arguments = pending[1]
         function(*arguments)
-        assert told == [1]
+        assert received == [1]
 
 
-class Shy:
-    """A callback that fails, even when asked for its name."""
+class FailingRepr:
+    """A callback that fails, as does its repr."""
 
     def __call__(self, _: TransitionRecord) -> None:
         raise RuntimeError("no")
@@ -387,7 +387,7 @@ class Shy:
 class TestFailures:
     @pytest.mark.parametrize("error", [RuntimeError("a bug"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
     @pytest.mark.parametrize("where", ["callback", "via", "callback by way of via"])
-    def test_what_a_callback_or_a_loop_raises_is_logged_and_changes_nothing(
+    def test_exception_in_callback_or_via_is_logged_and_ignored(
         self, journal: Journal, logger: Recorder, error: BaseException, where: str
     ) -> None:
         def fail(*_: object) -> None:
@@ -395,16 +395,16 @@ class TestFailures:
 
         handled: list[BaseException] = []
         logger.on_event = lambda: handled.extend(filter(None, [sys.exc_info()[1]]))
-        told: Told = []
+        received: Sequences = []
         if where == "via":
             callback: Callable[[TransitionRecord], None] = collect([])
             journal.subscribe(callback, fail, replay=False)
         else:
             callback = fail
             journal.subscribe(callback, None if where == "callback" else at_once, replay=False)
-        journal.subscribe(collect(told), None, replay=False)
+        journal.subscribe(collect(received), None, replay=False)
         live(journal)
-        assert told == [1, 2, 3, 4, 5]
+        assert received == [1, 2, 3, 4, 5]
         failures = logger.named("subscriber.failed")
         assert [failure["callback"] for failure in failures] == [repr(callback)] * 5
         assert all(failure["exc_info"] is True for failure in failures)
@@ -413,15 +413,15 @@ class TestFailures:
         assert journal.wait(frozenset(), 0) is State.STOPPED
 
     def test_subscriber_with_failing_repr_is_ignored(self, journal: Journal, logger: Recorder) -> None:
-        told: Told = []
-        journal.subscribe(Shy(), None, replay=False)
-        journal.subscribe(collect(told), None, replay=False)
+        received: Sequences = []
+        journal.subscribe(FailingRepr(), None, replay=False)
+        journal.subscribe(collect(received), None, replay=False)
         live(journal)
-        assert told == [1, 2, 3, 4, 5]
-        assert {failure["callback"] for failure in logger.named("subscriber.failed")} == {"a Shy"}
+        assert received == [1, 2, 3, 4, 5]
+        assert {failure["callback"] for failure in logger.named("subscriber.failed")} == {"a FailingRepr"}
 
-    def test_after_a_failure_the_thread_counts_as_delivering_no_more(self, journal: Journal) -> None:
-        journal.subscribe(Shy(), None, replay=False)
+    def test_thread_is_not_delivering_after_a_failure(self, journal: Journal) -> None:
+        journal.subscribe(FailingRepr(), None, replay=False)
         live(journal)
         assert not journal.is_delivering()
 
@@ -441,25 +441,25 @@ class TestFailures:
 
 
 class TestVia:
-    def test_it_is_given_a_call_that_takes_the_record_to_the_callback(self, journal: Journal) -> None:
-        told: list[TransitionRecord] = []
-        handed: list[tuple[Any, ...]] = []
-        journal.subscribe(told.append, lambda *call: handed.append(call), replay=False)
+    def test_via_receives_a_call_that_delivers_the_record(self, journal: Journal) -> None:
+        received: list[TransitionRecord] = []
+        calls: list[tuple[Any, ...]] = []
+        journal.subscribe(received.append, lambda *call: calls.append(call), replay=False)
         first = record(1)
         publish(journal, first)
-        assert told == []
-        ((function, *arguments),) = handed
+        assert received == []
+        ((function, *arguments),) = calls
         function(*arguments)
-        assert told == [first]
+        assert received == [first]
 
-    def test_that_call_returns_none_whatever_the_callback_returns(self, journal: Journal) -> None:
-        """GLib calls again what returns something true."""
+    def test_call_given_to_via_returns_none(self, journal: Journal) -> None:
+        """GLib repeats a function that returns a true value."""
         results: list[object] = []
         journal.subscribe(lambda _: True, lambda function, *rest: results.append(function(*rest)), replay=False)
         live(journal, end=1)
         assert results == [None]
 
-    def test_it_may_hand_it_to_another_thread_where_nothing_is_delivering(self, journal: Journal) -> None:
+    def test_thread_that_via_uses_is_not_delivering(self, journal: Journal) -> None:
         delivering: list[bool] = []
 
         def elsewhere(function: Callable[..., None], *arguments: object) -> None:
@@ -471,49 +471,49 @@ class TestVia:
 
 
 class TestNotifier:
-    """The thread on which subscribers without a `via` are called."""
+    """The thread that calls subscribers without a `via`."""
 
-    def test_subscriber_that_blocks_delays_nobody(self, journal: Journal) -> None:
-        """Neither who publishes, nor who waits, nor who has a `via`, nor the subscribers of another proxy."""
-        go_on, other = threading.Event(), make(Recorder())
-        slow: Told = []
-        with_via: Told = []
-        others: Told = []
+    def test_blocking_subscriber_delays_nothing(self, journal: Journal) -> None:
+        """Neither the publisher, nor waiters, nor subscribers with a `via`, nor those of another proxy."""
+        release, other = threading.Event(), make(Recorder())
+        slow: Sequences = []
+        with_via: Sequences = []
+        others: Sequences = []
 
         def block(each: TransitionRecord) -> None:
-            assert go_on.wait(WAIT_S)
+            assert release.wait(WAIT_S)
             slow.append(each.sequence)
 
         journal.subscribe(block, None, replay=False)
         journal.subscribe(collect(with_via), at_once, replay=False)
         other.subscribe(collect(others), None, replay=False)
-        live(journal, heard=False)
+        live(journal, flush=False)
         live(other)
         assert journal.wait(frozenset(), 0) is State.STOPPED
         assert not journal.flush(0)
         assert (slow, with_via, others) == ([], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
-        go_on.set()
+        release.set()
         assert journal.flush(WAIT_S)
         assert slow == [1, 2, 3, 4, 5]
 
-    def test_waiter_lets_quick_subscribers_hear_first(self, journal: Journal) -> None:
-        told: Told = []
+    def test_waiter_returns_after_quick_subscribers(self, journal: Journal) -> None:
+        received: Sequences = []
 
         def callback(each: TransitionRecord) -> None:
-            time.sleep(0.01)  # so that the order is no accident
-            told.append(each.sequence)
+            time.sleep(0.01)  # so that the order does not arise by chance
+            received.append(each.sequence)
 
         journal.subscribe(callback, None, replay=False)
         waiter = Task(journal.wait, frozenset({State.SPAWNING}), WAIT_S)
         eventually(lambda: journal._waiters)
-        live(journal, end=2, heard=False)
+        live(journal, end=2, flush=False)
         waiter.result()
-        assert told == [1, 2]
+        assert received == [1, 2]
 
-    def test_waiter_waits_once_for_a_subscriber_that_blocks(self, journal: Journal) -> None:
-        go_on = threading.Event()
-        journal.subscribe(lambda _: go_on.wait(WAIT_S), None, replay=False)
-        live(journal, end=1, heard=False)
+    def test_waiter_waits_only_once_for_a_blocking_subscriber(self, journal: Journal) -> None:
+        release = threading.Event()
+        journal.subscribe(lambda _: release.wait(WAIT_S), None, replay=False)
+        live(journal, end=1, flush=False)
         eventually(lambda: journal._notifier._called_at)
         began = time.monotonic()
         for _ in range(100):
@@ -521,10 +521,10 @@ class TestNotifier:
         assert time.monotonic() - began < 10 < 100 * 0.2
         with pytest.raises(TimeoutError):
             journal.wait(frozenset({State.RUNNING}), 0)
-        go_on.set()
+        release.set()
         live(journal, start=2)
 
-    def test_one_thread_serves_all_and_ends_with_the_proxy(self, journal: Journal) -> None:
+    def test_one_notifier_serves_all_and_ends_with_the_proxy(self, journal: Journal) -> None:
         threads: set[threading.Thread] = set()
         for _ in range(3):
             journal.subscribe(lambda _: threads.add(threading.current_thread()), None, replay=False)
@@ -534,7 +534,7 @@ class TestNotifier:
         thread.join(WAIT_S)
         assert not thread.is_alive()
 
-    def test_no_thread_is_started_where_nobody_has_to_be_called(self, journal: Journal) -> None:
+    def test_no_notifier_is_started_without_need(self, journal: Journal) -> None:
         before = set(threading.enumerate())
         journal.subscribe(collect([]), None, replay=False)()
         journal.subscribe(collect([]), at_once, replay=False)
@@ -542,7 +542,7 @@ class TestNotifier:
         journal.subscribe(collect([]), None, replay=False)
         assert set(threading.enumerate()) <= before
 
-    def test_thread_ends_where_all_have_unsubscribed(self, journal: Journal) -> None:
+    def test_notifier_ends_if_all_have_unsubscribed(self, journal: Journal) -> None:
         threads: list[threading.Thread] = []
         unsubscribe = journal.subscribe(lambda _: threads.append(threading.current_thread()), None, replay=False)
         live(journal, end=1)
@@ -551,50 +551,50 @@ class TestNotifier:
         threads[0].join(WAIT_S)
         assert not threads[0].is_alive()
 
-    def test_records_are_delivered_in_place_where_no_thread_can_be_started(
+    def test_records_are_delivered_in_place_if_no_thread_can_start(
         self, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def refuse(_: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        told: Told = []
-        journal.subscribe(collect(told), None, replay=False)
+        received: Sequences = []
+        journal.subscribe(collect(received), None, replay=False)
         monkeypatch.setattr(threading.Thread, "start", refuse)
         live(journal, end=2)
-        assert told == [1, 2]
+        assert received == [1, 2]
         monkeypatch.undo()
         live(journal, start=3)
-        assert told == [1, 2, 3, 4, 5]
+        assert received == [1, 2, 3, 4, 5]
 
-    def test_end_of_the_interpreter_waits_for_subscribers_until_a_deadline(self, journal: Journal) -> None:
-        go_on = threading.Event()
-        told: Told = []
+    def test_join_notifiers_waits_until_its_deadline(self, journal: Journal) -> None:
+        release = threading.Event()
+        received: Sequences = []
 
         def block(each: TransitionRecord) -> None:
-            assert go_on.wait(WAIT_S)
-            told.append(each.sequence)
+            assert release.wait(WAIT_S)
+            received.append(each.sequence)
 
         journal.subscribe(block, None, replay=False)
-        live(journal, heard=False)
+        live(journal, flush=False)
         join_notifiers(0)
-        assert told == []
-        go_on.set()
+        assert received == []
+        release.set()
         join_notifiers(time.monotonic() + WAIT_S)
-        assert told == [1, 2, 3, 4, 5]
+        assert received == [1, 2, 3, 4, 5]
 
 
 class TestWaiting:
-    def test_it_returns_at_once_in_a_state_that_is_wanted(self, journal: Journal) -> None:
+    def test_wait_for_the_current_state_returns_at_once(self, journal: Journal) -> None:
         assert journal.wait(frozenset({State.IDLE}), 0) is State.IDLE
         live(journal, end=3)
         assert journal.wait(frozenset({State.RUNNING, State.IDLE}), 0) is State.RUNNING
 
-    def test_a_final_state_ends_every_wait(self, journal: Journal) -> None:
+    def test_final_state_ends_every_wait(self, journal: Journal) -> None:
         live(journal)
         assert journal.wait(frozenset({State.RUNNING}), None) is State.STOPPED
         assert journal.wait(frozenset(), None) is State.STOPPED
 
-    def test_a_state_that_lasts_for_a_moment_only_is_not_missed(self) -> None:
+    def test_brief_state_is_not_missed(self) -> None:
         for wanted in LIFE:
             journal = make(Recorder())
             waiter = Task(journal.wait, frozenset({wanted}), WAIT_S)
@@ -611,7 +611,7 @@ class TestWaiting:
         ],
     )
     @pytest.mark.parametrize("timeout", [0, 0.01, -1])
-    def test_what_does_not_come_in_time_is_told(
+    def test_timeout_error_names_states_and_time(
         self, journal: Journal, states: set[State], wanted: str, timeout: float
     ) -> None:
         live(journal, end=2)
@@ -620,7 +620,7 @@ class TestWaiting:
         assert str(caught.value) == f"The proxy was not in {wanted} within {timeout} s; it is spawning."
         assert journal._waiters == []
 
-    def test_the_time_counts_over_all_changes(self, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_timeout_covers_all_changes(self, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = [100.0]
         monkeypatch.setattr("proxy_fsm.journal.time", SimpleNamespace(monotonic=lambda: clock[0]))
         errors: list[TimeoutError] = []
@@ -637,7 +637,7 @@ class TestWaiting:
         waiter.result()
         assert str(errors[0]) == "The proxy was not in a final state within 1000 s; it is tunnelling."
 
-    def test_any_number_of_threads_may_wait(self, journal: Journal) -> None:
+    def test_many_threads_may_wait(self, journal: Journal) -> None:
         wanted = [LIFE[number % len(LIFE)] for number in range(60)]
         waiters = [Task(journal.wait, frozenset({state}), WAIT_S) for state in wanted]
         eventually(lambda: len(journal._waiters) == len(wanted))
@@ -646,7 +646,7 @@ class TestWaiting:
         assert journal._waiters == []
 
     @pytest.mark.usefixtures("_busy_threads")
-    def test_threads_that_come_in_the_midst_of_changes_all_come_back(self) -> None:
+    def test_wait_during_changes_always_returns(self) -> None:
         for _ in range(50):
             journal = make(Recorder())
             waiters = [Task(journal.wait, frozenset[State](), WAIT_S) for _ in range(4)]
@@ -655,18 +655,18 @@ class TestWaiting:
                 waiter.result()
 
 
-class Strike:
-    """A signal whose handler does something, once: before a line of a function is run, or soon."""
+class SignalAtLine:
+    """Raises a signal whose handler acts once: before a line of a function runs, or else after 0.05 s."""
 
     def __init__(self, action: Callable[[], object], function: Any, line: int) -> None:
-        self.has_struck = False
+        self.handled = False
         self._action = action
         self._code = function.__code__
         self._line = line
 
     def _handle(self, *_: object) -> None:
-        if not self.has_struck:
-            self.has_struck = True
+        if not self.handled:
+            self.handled = True
             self._action()
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
@@ -695,13 +695,13 @@ def lines_of(function: Any) -> list[int]:
 class TestSignalHandlers:
     @pytest.mark.parametrize("timeout", [None, WAIT_S])
     @pytest.mark.parametrize("line", lines_of(Journal.wait))
-    def test_one_may_record_while_its_thread_waits_or_is_about_to(
+    def test_signal_handler_may_publish_while_its_thread_waits(
         self, journal: Journal, line: int, timeout: float | None
     ) -> None:
-        with Strike(lambda: live(journal, heard=False), Journal.wait, line) as strike:
+        with SignalAtLine(lambda: live(journal, flush=False), Journal.wait, line) as interrupt:
             state = journal.wait(frozenset({State.RUNNING}), timeout)
-        assert strike.has_struck
-        assert state in {State.RUNNING, State.STOPPED}  # the latter where all was over when it looked first
+        assert interrupt.handled
+        assert state in {State.RUNNING, State.STOPPED}  # the latter if all was published before the first check
 
     @pytest.mark.parametrize(
         ("function", "line"),
@@ -711,13 +711,15 @@ class TestSignalHandlers:
             for line in lines_of(function)
         ],
     )
-    def test_one_may_publish_while_its_thread_subscribes(self, journal: Journal, function: Any, line: int) -> None:
-        told: Told = []
-        before: Told = []
+    def test_signal_handler_may_publish_while_its_thread_subscribes(
+        self, journal: Journal, function: Any, line: int
+    ) -> None:
+        received: Sequences = []
+        before: Sequences = []
         journal.subscribe(collect(before), None, replay=False)
-        with Strike(lambda: live(journal, heard=False), function, line) as strike:
-            journal.subscribe(collect(told), None, replay=True)
-        if not strike.has_struck:
+        with SignalAtLine(lambda: live(journal, flush=False), function, line) as interrupt:
+            journal.subscribe(collect(received), None, replay=True)
+        if not interrupt.handled:
             live(journal)
         assert journal.flush(WAIT_S)
-        assert told == before == [1, 2, 3, 4, 5]
+        assert received == before == [1, 2, 3, 4, 5]
