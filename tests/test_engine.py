@@ -1,4 +1,4 @@
-"""The engine on scripted proxies and an embedded SSH server: its rules, its threads, its limits."""
+"""The engine with scripted proxies and an embedded SSH server: its rules, its threads, its limits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 
     import paramiko
 
-WAY_UP = ["tunnelling", "spawning", "running"]
+START_PATH = ["tunnelling", "spawning", "running"]
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
 
 @pytest.fixture
 def make(transport: paramiko.Transport, agent: Agent, tmp_path: Path) -> Iterator[Maker]:
-    """A maker of proxies, and the proof that they leave nothing behind."""
+    """Makes proxies, and checks at the end that they leave nothing behind."""
     before = descriptors(), children()
     maker = Maker(transport, agent, tmp_path)
     yield maker
@@ -114,10 +114,10 @@ def make(transport: paramiko.Transport, agent: Agent, tmp_path: Path) -> Iterato
     nothing_left_open(before[0])
 
 
-# ---- a whole life ----
+# ---- a whole session ----
 
 
-def test_a_session_comes_up_and_is_stopped(make: Maker, agent: Agent) -> None:
+def test_session_runs_and_stops(make: Maker, agent: Agent) -> None:
     proxy = make(resumed=True)
     assert (proxy.state, proxy.ok()) == (State.IDLE, False)
     proxy.start()
@@ -128,22 +128,22 @@ def test_a_session_comes_up_and_is_stopped(make: Maker, agent: Agent) -> None:
     assert (proxy.state, proxy.ok()) == (State.STOPPED, False)
     status = proxy.status()
     assert status.reason is EndReason.STOP_REQUESTED
-    assert [str(record.dest) for record in status.history] == [*WAY_UP, "stopping", "stopped"]
+    assert [str(record.dest) for record in status.history] == [*START_PATH, "stopping", "stopped"]
     assert status.signal == signal.SIGTERM
     assert (status.exit_code, status.retryable, status.abandoned) == (None, True, ())
 
 
-def test_history_events_and_subscribers_agree_and_have_no_gap(make: Maker) -> None:
+def test_history_events_and_subscribers_agree(make: Maker) -> None:
     proxy = make(resumed=True)
-    told: list[TransitionRecord] = []
-    proxy.subscribe(told.append)
+    received: list[TransitionRecord] = []
+    proxy.subscribe(received.append)
     proxy.start()
     proxy.wait_running(timeout=5)
     proxy.close(timeout=5)
     notified(proxy)
     history = proxy.status().history
     events = make.log.named("proxy.transition")
-    assert list(history) == told
+    assert list(history) == received
     assert [record.sequence for record in history] == list(range(1, 6))
     assert [event["sequence"] for event in events] == list(range(1, 6))
     for record, event in zip(history, events, strict=True):
@@ -155,7 +155,7 @@ def test_history_events_and_subscribers_agree_and_have_no_gap(make: Maker) -> No
     assert (events[-1]["hint"], events[-1]["retryable"]) == (None, True)
 
 
-def test_the_other_events_of_the_contract_are_told_with_their_fields(make: Maker) -> None:
+def test_other_events_of_the_contract_have_their_fields(make: Maker) -> None:
     proxy = make([connect(), send(b"12345"), say(READY_LINE), wait_eof()])
     proxy.start()
     proxy.wait_running(timeout=5)
@@ -172,7 +172,7 @@ def test_the_other_events_of_the_contract_are_told_with_their_fields(make: Maker
     assert all({"proxy_id", "session"} <= set(event) for event in make.log.events)
 
 
-def test_publication_comes_as_event_then_subscribers_then_waiters(make: Maker) -> None:
+def test_publication_order_is_event_subscribers_waiters(make: Maker) -> None:
     order: list[str] = []
     proxy = make()
 
@@ -191,20 +191,20 @@ def test_publication_comes_as_event_then_subscribers_then_waiters(make: Maker) -
     assert order == ["event while running", "subscriber", "waiter"]
 
 
-def test_entering_a_with_block_means_running_and_leaving_means_released(make: Maker) -> None:
+def test_with_block_enters_when_running_and_closes_on_exit(make: Maker) -> None:
     with make() as proxy:
         assert proxy.ok()
     assert proxy.state is State.STOPPED
 
 
-def test_leaving_a_with_block_does_not_raise_for_a_proxy_that_failed(make: Maker) -> None:
+def test_with_block_of_a_failed_proxy_exits_without_error(make: Maker) -> None:
     with make() as proxy:
         os.kill(proxy.status().pid or 0, signal.SIGKILL)
         assert proxy.wait(timeout=5) is State.FAILED
     assert proxy.status().reason is EndReason.PROXY_KILLED
 
 
-def test_a_with_block_that_cannot_be_entered_releases_everything_first(make: Maker) -> None:
+def test_failed_entry_of_a_with_block_releases_everything(make: Maker) -> None:
     proxy = make([exit_with(3)])
     with pytest.raises(ProxyFailed) as failed, proxy:
         pytest.fail("entered")
@@ -216,7 +216,7 @@ def test_a_with_block_that_cannot_be_entered_releases_everything_first(make: Mak
 # ---- orders ----
 
 
-def test_an_engine_that_was_stopped_before_it_started_never_starts(make: Maker, agent: Agent) -> None:
+def test_start_after_stop_is_refused(make: Maker, agent: Agent) -> None:
     proxy = make()
     proxy.stop()
     assert proxy.state is State.STOPPED
@@ -230,7 +230,7 @@ def test_an_engine_that_was_stopped_before_it_started_never_starts(make: Maker, 
     assert not agent.connections
 
 
-def test_of_many_threads_that_start_it_one_succeeds(make: Maker) -> None:
+def test_concurrent_starts_succeed_once(make: Maker) -> None:
     proxy = make()
     refusals: list[InvalidTransition] = []
     barrier = threading.Barrier(8)
@@ -251,7 +251,7 @@ def test_of_many_threads_that_start_it_one_succeeds(make: Maker) -> None:
     assert proxy.state is not State.IDLE
 
 
-def test_stop_from_many_threads_in_any_state_ends_it_once(make: Maker) -> None:
+def test_concurrent_stops_stop_once(make: Maker) -> None:
     proxy = make()
     threads = [threading.Thread(target=proxy.stop, daemon=True) for _ in range(8)]
     proxy.start()
@@ -264,21 +264,21 @@ def test_stop_from_many_threads_in_any_state_ends_it_once(make: Maker) -> None:
     assert make.log.path().count("stopping") == 1
 
 
-def heard_after_s(proxy: Proxy) -> float:
+def stop_latency_s(proxy: Proxy) -> float:
     """Stop a proxy and return how long it took until it was in stopping."""
-    heard = threading.Event()
-    proxy.subscribe(lambda record: heard.set() if record.dest is State.STOPPING else None)
+    stopping = threading.Event()
+    proxy.subscribe(lambda record: stopping.set() if record.dest is State.STOPPING else None)
     began = time.monotonic()
     proxy.stop()
-    assert heard.wait(5)
+    assert stopping.wait(5)
     return time.monotonic() - began
 
 
-#: Within this `stop` is heard, seconds.
+#: How soon `stop` must be handled, in seconds.
 AT_ONCE_S = 0.01
 
 
-def test_stop_is_heard_at_once_while_the_preflight_hangs(make: Maker, tmp_path: Path, agent: Agent) -> None:
+def test_stop_is_handled_at_once_while_the_preflight_hangs(make: Maker, tmp_path: Path, agent: Agent) -> None:
     gate = threading.Event()
 
     class Hanging(ScriptedBackend):
@@ -291,7 +291,7 @@ def test_stop_is_heard_at_once_while_the_preflight_hangs(make: Maker, tmp_path: 
         gate = threading.Event()
         proxy = make(backend=Hanging(Path(tempfile.mkdtemp(dir=tmp_path))))
         proxy.start()
-        took_s = heard_after_s(proxy)
+        took_s = stop_latency_s(proxy)
         gate.set()
         assert proxy.wait(timeout=5) is State.STOPPED
         assert proxy.status().abandoned == ()
@@ -301,7 +301,7 @@ def test_stop_is_heard_at_once_while_the_preflight_hangs(make: Maker, tmp_path: 
     assert not agent.connections
 
 
-def test_stop_is_heard_at_once_while_a_channel_open_hangs(make: Maker, server: LoopbackSSHServer) -> None:
+def test_stop_is_handled_at_once_while_a_channel_open_hangs(make: Maker, server: LoopbackSSHServer) -> None:
     server.forwarding = Forwarding.HELD
 
     def measure() -> float:
@@ -309,23 +309,23 @@ def test_stop_is_heard_at_once_while_a_channel_open_hangs(make: Maker, server: L
         proxy.start()
         assert proxy.wait(State.SPAWNING, timeout=5) is State.SPAWNING
         server.wait_for(lambda: server.channels_held > 0)
-        eventually(lambda: proxy.status().waiting_for == "the channel to the agent", what="it says what is missing")
-        took_s = heard_after_s(proxy)
+        eventually(lambda: proxy.status().waiting_for == "the channel to the agent", what="waiting_for is the channel")
+        took_s = stop_latency_s(proxy)
         assert proxy.wait(timeout=5) is State.STOPPED
         server.release(Forwarding.HELD)
         return took_s
 
     assert_prompt(measure, AT_ONCE_S)
     server.release()
-    server.wait_for(lambda: server.channels_open == 0)  # what opened late closed itself
+    server.wait_for(lambda: server.channels_open == 0)  # channels that opened late are closed
 
 
-def test_stop_is_heard_at_once_while_running(make: Maker) -> None:
+def test_stop_is_handled_at_once_while_running(make: Maker) -> None:
     def measure() -> float:
         proxy = make()
         proxy.start()
         proxy.wait_running(timeout=5)
-        took_s = heard_after_s(proxy)
+        took_s = stop_latency_s(proxy)
         assert proxy.wait(timeout=5) is State.STOPPED
         return took_s
 
@@ -333,12 +333,12 @@ def test_stop_is_heard_at_once_while_running(make: Maker) -> None:
 
 
 @pytest.mark.parametrize("argument", ["session", "transport", "backend", "timeouts"])
-def test_bad_arguments_raise_where_they_are_given(make: Maker, argument: str) -> None:
+def test_bad_arguments_raise_in_the_constructor(make: Maker, argument: str) -> None:
     with pytest.raises(TypeError, match=argument):
         make(HEALTHY, **{argument: "nonsense"})
 
 
-def test_a_backend_refuses_a_session_that_lacks_what_it_needs(make: Maker) -> None:
+def test_session_without_cookie_or_display_is_refused(make: Maker) -> None:
     with pytest.raises(InvalidSession, match="cookie"):
         make(session=make.session(cookie=None))
     with pytest.raises(InvalidSession, match="display"):
@@ -348,10 +348,10 @@ def test_a_backend_refuses_a_session_that_lacks_what_it_needs(make: Maker) -> No
 # ---- waiting and subscribing ----
 
 
-def test_wait_tells_the_state_it_waited_for_or_a_final_one(make: Maker, tmp_path: Path) -> None:
+def test_wait_returns_the_awaited_or_a_final_state(make: Maker, tmp_path: Path) -> None:
     with Gate(tmp_path / "gate") as gate:
-        leaves_late = on_signal(signal.SIGTERM, [wait_file(gate.path), exit_with(0)])
-        proxy = make([leaves_late, *HEALTHY], timeouts=Timeouts(stop_grace_s=1000))
+        exits_late = on_signal(signal.SIGTERM, [wait_file(gate.path), exit_with(0)])
+        proxy = make([exits_late, *HEALTHY], timeouts=Timeouts(stop_grace_s=1000))
         with pytest.raises(TimeoutError):
             proxy.wait(State.RUNNING, timeout=0.01)
         proxy.start()
@@ -363,7 +363,7 @@ def test_wait_tells_the_state_it_waited_for_or_a_final_one(make: Maker, tmp_path
         assert proxy.wait(State.SPAWNING, timeout=5) is State.STOPPED
 
 
-def test_a_subscriber_may_stop_it_and_may_not_wait_for_it(make: Maker) -> None:
+def test_subscriber_may_stop_but_not_wait(make: Maker) -> None:
     proxy = make()
     refused: list[str] = []
 
@@ -381,35 +381,35 @@ def test_a_subscriber_may_stop_it_and_may_not_wait_for_it(make: Maker) -> None:
     assert proxy.wait(timeout=5) is State.STOPPED
     assert len(refused) == 4
     assert all("stop()" in message for message in refused)
-    assert make.log.path() == [*WAY_UP, "stopping", "stopped"]
+    assert make.log.path() == [*START_PATH, "stopping", "stopped"]
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
-def test_a_subscriber_or_a_loop_that_raises_changes_nothing(make: Maker, error: type[BaseException]) -> None:
+def test_failing_subscriber_or_via_is_ignored(make: Maker, error: type[BaseException]) -> None:
     def broken(*_: object) -> None:
         raise error
 
     proxy = make()
-    told: list[TransitionRecord] = []
+    received: list[TransitionRecord] = []
     proxy.subscribe(broken)
-    proxy.subscribe(told.append, via=broken)
-    proxy.subscribe(told.append)
+    proxy.subscribe(received.append, via=broken)
+    proxy.subscribe(received.append)
     with proxy:
         pass
     notified(proxy)
-    assert [str(record.dest) for record in told] == [*WAY_UP, "stopping", "stopped"]
+    assert [str(record.dest) for record in received] == [*START_PATH, "stopping", "stopped"]
     assert len(make.log.named("subscriber.failed")) == 10
 
 
-def test_records_reach_an_asyncio_loop_in_order_and_replay_comes_first(make: Maker) -> None:
+def test_asyncio_subscriber_receives_records_in_order_with_replay(make: Maker) -> None:
     async def main() -> list[str]:
         loop = asyncio.get_running_loop()
-        told: list[str] = []
+        received: list[str] = []
         done = asyncio.Event()
 
         def on_change(record: TransitionRecord) -> None:
             assert asyncio.get_running_loop() is loop
-            told.append(record.dest)
+            received.append(record.dest)
             if record.dest.is_final:
                 done.set()
 
@@ -419,37 +419,37 @@ def test_records_reach_an_asyncio_loop_in_order_and_replay_comes_first(make: Mak
         proxy.subscribe(on_change, via=loop.call_soon_threadsafe, replay=True)
         proxy.stop()
         await asyncio.wait_for(done.wait(), 5)
-        return told
+        return received
 
-    assert asyncio.run(main()) == [*WAY_UP, "stopping", "stopped"]
+    assert asyncio.run(main()) == [*START_PATH, "stopping", "stopped"]
 
 
-def test_replay_after_the_end_tells_everything(make: Maker) -> None:
+def test_replay_after_the_end_delivers_everything(make: Maker) -> None:
     with make() as proxy:
         pass
-    told: list[TransitionRecord] = []
-    proxy.subscribe(told.append, replay=True)
+    received: list[TransitionRecord] = []
+    proxy.subscribe(received.append, replay=True)
     notified(proxy)
-    assert tuple(told) == proxy.status().history
+    assert tuple(received) == proxy.status().history
 
 
-def test_who_unsubscribed_hears_nothing_more(make: Maker) -> None:
+def test_unsubscribed_callback_is_not_called(make: Maker) -> None:
     proxy = make()
-    told: list[TransitionRecord] = []
-    unsubscribe = proxy.subscribe(told.append)
+    received: list[TransitionRecord] = []
+    unsubscribe = proxy.subscribe(received.append)
     proxy.start()
     proxy.wait_running(timeout=5)
     notified(proxy)
     unsubscribe()
     unsubscribe()
     proxy.close(timeout=5)
-    assert [str(record.dest) for record in told] == WAY_UP
+    assert [str(record.dest) for record in received] == START_PATH
 
 
 # ---- the threading contract ----
 
 
-def test_only_the_owner_thread_tells_changes(make: Maker) -> None:
+def test_only_the_owner_thread_publishes_changes(make: Maker) -> None:
     with make():
         pass
     threads = make.log.threads["proxy.transition"]
@@ -457,12 +457,12 @@ def test_only_the_owner_thread_tells_changes(make: Maker) -> None:
     assert threading.get_ident() not in threads
 
 
-def test_a_running_proxy_has_five_threads_at_most(make: Maker) -> None:
+def test_running_proxy_has_five_threads_at_most(make: Maker) -> None:
     with make():
         assert len({thread.name for thread in own_threads()} - {"proxy_fsm-monitor"}) <= 5
 
 
-def test_stop_works_from_a_signal_handler_while_the_main_thread_waits(make: Maker) -> None:
+def test_signal_handler_may_stop_while_the_main_thread_waits(make: Maker) -> None:
     proxy = make()
     previous = signal.signal(signal.SIGUSR1, lambda *_: proxy.stop())
     try:
@@ -474,7 +474,7 @@ def test_stop_works_from_a_signal_handler_while_the_main_thread_waits(make: Make
         signal.signal(signal.SIGUSR1, previous)
 
 
-def test_stop_works_from_a_signal_handler_on_an_idle_engine_that_is_waited_for(make: Maker) -> None:
+def test_signal_handler_may_stop_an_idle_engine_while_waiting(make: Maker) -> None:
     proxy = make()
     previous = signal.signal(signal.SIGALRM, lambda *_: proxy.stop())
     try:
@@ -485,7 +485,7 @@ def test_stop_works_from_a_signal_handler_on_an_idle_engine_that_is_waited_for(m
         signal.signal(signal.SIGALRM, previous)
 
 
-def test_a_storm_of_signals_that_stop_it_while_it_starts_does_not_harm(make: Maker) -> None:
+def test_repeated_stop_signals_during_start_stop_it(make: Maker) -> None:
     for number in range(10):
         proxy = make()
         previous = signal.signal(signal.SIGALRM, lambda *_, proxy=proxy: proxy.stop())
@@ -499,7 +499,7 @@ def test_a_storm_of_signals_that_stop_it_while_it_starts_does_not_harm(make: Mak
             signal.signal(signal.SIGALRM, previous)
 
 
-def test_a_forked_child_owns_nothing_and_ends_nothing(make: Maker, agent: Agent) -> None:
+def test_forked_child_leaves_the_parents_proxy_running(make: Maker, agent: Agent) -> None:
     with make() as proxy:
         child = os.fork()
         if child == 0:
@@ -522,7 +522,7 @@ def test_a_forked_child_owns_nothing_and_ends_nothing(make: Maker, agent: Agent)
         assert proxy.ok()
 
 
-def test_a_dropped_running_proxy_is_ended_with_a_warning(make: Maker) -> None:
+def test_dropped_running_proxy_is_stopped_with_a_warning(make: Maker) -> None:
     proxy = make()
     proxy.start()
     proxy.wait_running(timeout=5)
@@ -543,7 +543,7 @@ from pathlib import Path
 from proxy_fsm.testing import LoopbackSSHServer
 from tests.helpers.engine import Maker, HEALTHY
 from tests.helpers.agent import Agent
-logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its server's end is none of our business here
+logging.getLogger("paramiko").addHandler(logging.NullHandler())  # do not report the end of its server
 server, agent = LoopbackSSHServer(), Agent(serving=True)
 server.start()
 proxy = Maker(server.connect_transport(), agent, Path(sys.argv[1]))(HEALTHY)
@@ -553,8 +553,8 @@ print(proxy.status().pid, proxy.status().listen_address, flush=True)
 """
 
 
-def test_the_interpreters_end_ends_the_proxies(tmp_path: Path) -> None:
-    """No close, no stop: the script just ends, with a proxy running."""
+def test_interpreter_exit_stops_running_proxies(tmp_path: Path) -> None:
+    """Without close or stop: the script just ends while a proxy is running."""
     ended = subprocess.run(
         [sys.executable, "-c", EXIT_SCRIPT, str(tmp_path)],
         capture_output=True,
@@ -569,14 +569,16 @@ def test_the_interpreters_end_ends_the_proxies(tmp_path: Path) -> None:
     assert not Path(address).parent.exists()
 
 
-def test_an_idle_proxy_that_is_dropped_says_nothing(make: Maker) -> None:
+def test_dropped_idle_proxy_does_not_warn(make: Maker) -> None:
     proxy = make()
     make.made.clear()
     del proxy
     gc.collect()
 
 
-def test_the_transport_stays_the_callers(make: Maker, transport: paramiko.Transport, server: LoopbackSSHServer) -> None:
+def test_transport_stays_usable_by_the_caller(
+    make: Maker, transport: paramiko.Transport, server: LoopbackSSHServer
+) -> None:
     server.commands = {"echo": lambda command: (0, command.encode(), b"")}
     for _ in range(3):
         with make():
@@ -589,13 +591,13 @@ def test_the_transport_stays_the_callers(make: Maker, transport: paramiko.Transp
     assert transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
-def test_twenty_proxies_on_one_transport_all_run_and_all_stop(make: Maker, agent: Agent) -> None:
+def test_twenty_proxies_on_one_transport_run_and_stop(make: Maker, agent: Agent) -> None:
     proxies = [make(session=make.session(name=f"alice-{number}")) for number in range(20)]
     for proxy in proxies:
         proxy.start()
     for proxy in proxies:
         proxy.wait_running(timeout=20)
-    eventually(lambda: len(agent.connections) == 20, what="each has a channel of its own")
+    eventually(lambda: len(agent.connections) == 20, what="each has its own channel")
     assert len(own_threads("proxy_fsm-monitor")) == 1
     for proxy in proxies:
         proxy.stop()
@@ -605,14 +607,14 @@ def test_twenty_proxies_on_one_transport_all_run_and_all_stop(make: Maker, agent
 # ---- faults, each with its reason ----
 
 
-def fault(proxy: Proxy, timeout: float = 8) -> EndReason | None:
-    """Start a proxy that is to fail and return why it did."""
+def start_and_fail(proxy: Proxy, timeout: float = 8) -> EndReason | None:
+    """Start a proxy that is to fail, and return the reason."""
     proxy.start()
     assert proxy.wait(timeout=timeout) is State.FAILED
     return proxy.status().reason
 
 
-def test_local_faults_never_touch_the_graphics_port(make: Maker, agent: Agent, tmp_path: Path) -> None:
+def test_local_faults_open_no_channel(make: Maker, agent: Agent, tmp_path: Path) -> None:
     not_executable, not_a_program = tmp_path / "plain", tmp_path / "garbage"
     not_executable.write_text("#!/bin/sh\n")
     not_a_program.write_bytes(b"\x01\x02\x03")
@@ -624,10 +626,10 @@ def test_local_faults_never_touch_the_graphics_port(make: Maker, agent: Agent, t
 
     (tmp_path / "x").mkdir()
     reasons = {
-        "missing": fault(make(backend=NX3Backend("/nonexistent/nxproxy"))),
-        "plain": fault(make(backend=NX3Backend(str(not_executable)))),
-        "no display": fault(make(backend=NoDisplay(tmp_path / "x"), environ={})),
-        "root": fault(make(sessions_root=tmp_path / "file" / "root")),
+        "missing": start_and_fail(make(backend=NX3Backend("/nonexistent/nxproxy"))),
+        "plain": start_and_fail(make(backend=NX3Backend(str(not_executable)))),
+        "no display": start_and_fail(make(backend=NoDisplay(tmp_path / "x"), environ={})),
+        "root": start_and_fail(make(sessions_root=tmp_path / "file" / "root")),
     }
     assert reasons == {
         "missing": EndReason.PROXY_NOT_FOUND,
@@ -640,16 +642,16 @@ def test_local_faults_never_touch_the_graphics_port(make: Maker, agent: Agent, t
         def find_executable(self) -> str:
             return str(not_a_program)
 
-    assert fault(make(backend=Garbage(tmp_path))) is EndReason.PROXY_NOT_STARTABLE
+    assert start_and_fail(make(backend=Garbage(tmp_path))) is EndReason.PROXY_NOT_STARTABLE
     assert not agent.connections
     assert all(proxy.status().retryable for proxy in make.made)
     assert "nxproxy" in (make.made[0].status().hint or "")
 
 
-def test_a_refused_port_is_told_after_agent_connect_s(make: Maker, agent: Agent) -> None:
+def test_refused_port_ends_in_agent_unreachable_after_agent_connect_s(make: Maker, agent: Agent) -> None:
     agent.stop_listening()
     proxy = make(timeouts=Timeouts(agent_connect_s=0.3))
-    assert fault(proxy) is EndReason.AGENT_UNREACHABLE
+    assert start_and_fail(proxy) is EndReason.AGENT_UNREACHABLE
     assert str(agent.port) in proxy.status().detail
     assert proxy.status().retryable is None
     stopping = proxy.status().history[2]
@@ -660,27 +662,29 @@ def test_a_refused_port_is_told_after_agent_connect_s(make: Maker, agent: Agent)
     assert 0.3 <= float(tried[1]) < 2
 
 
-def test_a_port_that_begins_to_listen_in_time_is_reached(make: Maker, server: LoopbackSSHServer) -> None:
+def test_port_that_listens_in_time_is_reached(make: Maker, server: LoopbackSSHServer) -> None:
     server.refuse_next(2)
     with make() as proxy:
         assert proxy.ok()
 
 
-def test_denied_forwarding_is_told_at_once(make: Maker, server: LoopbackSSHServer, agent: Agent) -> None:
+def test_denied_forwarding_ends_in_forwarding_denied_at_once(
+    make: Maker, server: LoopbackSSHServer, agent: Agent
+) -> None:
     server.forwarding = Forwarding.DENIED
     proxy = make()
-    assert fault(proxy) is EndReason.FORWARDING_DENIED
+    assert start_and_fail(proxy) is EndReason.FORWARDING_DENIED
     assert not agent.connections
     assert proxy.status().retryable is True
 
 
-def test_a_transport_that_had_ended_is_told(make: Maker, transport: paramiko.Transport) -> None:
+def test_closed_transport_ends_in_transport_lost(make: Maker, transport: paramiko.Transport) -> None:
     transport.close()
-    assert fault(make()) is EndReason.TRANSPORT_LOST
+    assert start_and_fail(make()) is EndReason.TRANSPORT_LOST
 
 
 @pytest.mark.parametrize("cut", ["server", "reset", "caller"])
-def test_a_lost_transport_is_told_and_all_is_released_at_once(
+def test_lost_transport_releases_everything_at_once(
     make: Maker, transport: paramiko.Transport, server: LoopbackSSHServer, cut: str
 ) -> None:
     proxy = make([*HEALTHY, pause()], resumed=True)
@@ -693,7 +697,7 @@ def test_a_lost_transport_is_told_and_all_is_released_at_once(
     assert (status.retryable, status.signal, status.abandoned) == (True, signal.SIGKILL, ())
 
 
-def test_a_silent_transport_is_told_restored_and_given_up(make: Maker, server: LoopbackSSHServer) -> None:
+def test_silent_transport_is_reported_and_restored(make: Maker, server: LoopbackSSHServer) -> None:
     proxy = make(timeouts=Timeouts(link_probe_s=0.1, link_dead_s=60))
     proxy.start()
     proxy.wait_running(timeout=5)
@@ -707,7 +711,7 @@ def test_a_silent_transport_is_told_restored_and_given_up(make: Maker, server: L
     assert make.log.named("link.restored")
 
 
-def test_a_transport_that_stays_silent_is_given_up_and_freed_later(make: Maker, server: LoopbackSSHServer) -> None:
+def test_dead_transport_ends_in_transport_silent_and_is_freed_later(make: Maker, server: LoopbackSSHServer) -> None:
     proxy = make(timeouts=Timeouts(link_probe_s=0.1, link_dead_s=3, kill_s=0.5))
     proxy.start()
     proxy.wait_running(timeout=5)
@@ -719,9 +723,9 @@ def test_a_transport_that_stays_silent_is_given_up_and_freed_later(make: Maker, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_proxy_is_told_with_its_signal(make: Maker, number: signal.Signals) -> None:
+def test_killed_proxy_ends_in_proxy_killed_with_its_signal(make: Maker, number: signal.Signals) -> None:
     proxy = make([connect(), say(READY_LINE), die_by(number)])
-    assert fault(proxy) is EndReason.PROXY_KILLED
+    assert start_and_fail(proxy) is EndReason.PROXY_KILLED
     assert number.name in proxy.status().detail
     assert proxy.status().signal == number
 
@@ -729,14 +733,14 @@ def test_a_killed_proxy_is_told_with_its_signal(make: Maker, number: signal.Sign
 # ---- deadlines ----
 
 
-def late(proxy: Proxy) -> EndReason | None:
-    """Let the deadline of a proxy that is to fail by it pass and return why it failed."""
+def time_out(proxy: Proxy) -> EndReason | None:
+    """Expire the deadline of a proxy that is to fail by it, and return the reason."""
     let_deadline_pass(proxy)
     assert proxy.wait(timeout=20) is State.FAILED
     return proxy.status().reason
 
 
-def test_a_preflight_that_hangs_ends_in_start_timeout(make: Maker, tmp_path: Path) -> None:
+def test_hanging_preflight_ends_in_start_timeout(make: Maker, tmp_path: Path) -> None:
     entered, gate = threading.Event(), threading.Event()
 
     class Hanging(ScriptedBackend):
@@ -748,35 +752,33 @@ def test_a_preflight_that_hangs_ends_in_start_timeout(make: Maker, tmp_path: Pat
     proxy = make(backend=Hanging(tmp_path), timeouts=Timeouts(preflight_s=1000, kill_s=0.2))
     proxy.start()
     assert entered.wait(20)
-    assert late(proxy) is EndReason.START_TIMEOUT
+    assert time_out(proxy) is EndReason.START_TIMEOUT
     assert "the proxy program's path" in proxy.status().detail
     assert proxy.status().abandoned
     gate.set()
 
 
-def test_a_proxy_that_never_gets_ready_ends_in_start_timeout(make: Maker, agent: Agent) -> None:
+def test_proxy_that_never_gets_ready_ends_in_start_timeout(make: Maker, agent: Agent) -> None:
     proxy = make([connect(), wait_eof()], timeouts=Timeouts(ready_s=1000))
     proxy.start()
     eventually(lambda: "sign that the session is established" in proxy.status().waiting_for, what="connected")
     eventually(lambda: len(agent.connections) == 1, what="the agent was reached once")
-    assert late(proxy) is EndReason.START_TIMEOUT
+    assert time_out(proxy) is EndReason.START_TIMEOUT
     assert "sign that the session is established" in proxy.status().detail
     assert len(agent.connections) == 1
 
 
-def test_a_proxy_that_never_connects_ends_in_start_timeout(make: Maker, agent: Agent) -> None:
+def test_proxy_that_never_connects_ends_in_start_timeout(make: Maker, agent: Agent) -> None:
     proxy = make([pause()], timeouts=Timeouts(ready_s=1000))
     proxy.start()
     eventually(lambda: proxy.status().waiting_for == "the channel to the agent", what="the proxy program runs")
-    assert late(proxy) is EndReason.START_TIMEOUT
+    assert time_out(proxy) is EndReason.START_TIMEOUT
     assert "the channel to the agent" in proxy.status().detail
     assert not agent.connections
     assert proxy.status().retryable is True
 
 
-def test_a_proxy_that_survives_sigkill_turns_a_clean_stop_into_stop_timeout(
-    make: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxy_that_survives_sigkill_ends_in_stop_timeout(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = make([ignore(), *HEALTHY, pause()], timeouts=Timeouts(stop_grace_s=0.1, kill_s=0.1))
     proxy.start()
     proxy.wait_running(timeout=5)
@@ -790,36 +792,36 @@ def test_a_proxy_that_survives_sigkill_turns_a_clean_stop_into_stop_timeout(
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_child_that_keeps_the_output_open_does_not_hold_the_end_up(make: Maker) -> None:
+def test_child_that_keeps_the_output_open_does_not_delay_the_end(make: Maker) -> None:
     proxy = make([connect(), say(READY_LINE), fork_holding_output(), exit_with(0)])
     proxy.start()
     proxy.wait(timeout=5)
     assert proxy.status().exit_code == 0
 
 
-# ---- bugs of ours, and of backends ----
+# ---- bugs in the package and in backends ----
 
 
-def test_a_backend_that_breaks_ends_in_internal_error_with_its_traceback_logged(make: Maker, tmp_path: Path) -> None:
+def test_failing_backend_ends_in_internal_error_with_traceback(make: Maker, tmp_path: Path) -> None:
     class Broken(ScriptedBackend):
         def ready(self, _: Evidence) -> bool:
             raise ZeroDivisionError("of all things")
 
     proxy = make(backend=Broken(tmp_path))
-    assert fault(proxy) is EndReason.INTERNAL_ERROR
+    assert start_and_fail(proxy) is EndReason.INTERNAL_ERROR
     assert "of all things" in proxy.status().detail
     assert "ZeroDivisionError: of all things" in make.log.named("internal.error")[0]["exception"]
 
 
-def test_a_preflight_that_breaks_ends_in_internal_error(make: Maker, tmp_path: Path) -> None:
+def test_failing_preflight_ends_in_internal_error(make: Maker, tmp_path: Path) -> None:
     class Broken(ScriptedBackend):
         def command(self, _: Any) -> list[str]:
             raise ZeroDivisionError
 
-    assert fault(make(backend=Broken(tmp_path))) is EndReason.INTERNAL_ERROR
+    assert start_and_fail(make(backend=Broken(tmp_path))) is EndReason.INTERNAL_ERROR
 
 
-def test_threads_that_cannot_be_started_end_in_internal_error(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_thread_start_ends_in_internal_error(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -828,11 +830,11 @@ def test_threads_that_cannot_be_started_end_in_internal_error(make: Maker, monke
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert fault(make()) is EndReason.INTERNAL_ERROR
+    assert start_and_fail(make()) is EndReason.INTERNAL_ERROR
 
 
 @pytest.mark.parametrize("error", [OSError, SystemExit, KeyboardInterrupt])
-def test_nothing_that_a_logger_raises_kills_the_owner(make: Maker, error: type[BaseException]) -> None:
+def test_logger_exception_does_not_kill_the_owner_thread(make: Maker, error: type[BaseException]) -> None:
     class Broken:
         def __getattr__(self, level: str) -> Any:
             raise error
@@ -842,7 +844,7 @@ def test_nothing_that_a_logger_raises_kills_the_owner(make: Maker, error: type[B
     assert proxy.state is State.STOPPED
 
 
-def test_a_monitor_that_cannot_be_started_blinds_nobody(
+def test_failed_monitor_start_does_not_affect_later_proxies(
     make: Maker, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = threading.Thread.start
@@ -855,7 +857,7 @@ def test_a_monitor_that_cannot_be_started_blinds_nobody(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         first = make()
-        assert fault(first) is EndReason.INTERNAL_ERROR
+        assert start_and_fail(first) is EndReason.INTERNAL_ERROR
         assert first.status().abandoned == ()
     second = make()
     second.start()
@@ -865,9 +867,7 @@ def test_a_monitor_that_cannot_be_started_blinds_nobody(
     assert second.status().reason is EndReason.TRANSPORT_LOST
 
 
-def test_who_subscribed_before_a_start_that_failed_has_not_stopped_it(
-    make: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_subscription_before_a_failed_start_does_not_stop_it(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -880,8 +880,8 @@ def test_who_subscribed_before_a_start_that_failed_has_not_stopped_it(
     assert proxy.state is State.IDLE
 
 
-def test_a_ctrl_c_at_any_moment_of_start_leaves_one_owner_or_none(tmp_path: Path) -> None:
-    """Interrupts come closer and closer; whatever they hit, the proxy can be closed, and is then stopped."""
+def test_ctrl_c_during_start_leaves_one_owner_or_none(tmp_path: Path) -> None:
+    """Interrupts come at increasing delays; whatever they hit, the proxy can be closed, and is then stopped."""
     command = [sys.executable, "-m", "tests.interrupted_starts", str(tmp_path)]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root)
@@ -889,19 +889,17 @@ def test_a_ctrl_c_at_any_moment_of_start_leaves_one_owner_or_none(tmp_path: Path
     assert int(done.stdout.split()[0]) > 0, done.stdout
 
 
-def test_a_flood_of_output_does_not_hold_up_a_stop(make: Maker) -> None:
+def test_flood_of_output_does_not_delay_stop(make: Maker) -> None:
     flood = Step("import sys\nline = b'x' * 60 + b'\\n'\nwhile True: os.write(2, line * 100)")
     proxy = make([connect(), ignore(), say(READY_LINE), flood], timeouts=Timeouts(stop_grace_s=0.3))
     proxy.start()
     proxy.wait_running(timeout=5)
-    assert heard_after_s(proxy) < 2
+    assert stop_latency_s(proxy) < 2
     assert proxy.wait(timeout=5) is State.STOPPED
     assert proxy.status().signal == signal.SIGKILL
 
 
-def test_a_transport_that_ends_while_it_is_stopping_shortens_the_grace(
-    make: Maker, transport: paramiko.Transport
-) -> None:
+def test_transport_loss_while_stopping_skips_the_grace_period(make: Maker, transport: paramiko.Transport) -> None:
     proxy = make([ignore(), *HEALTHY, pause()], timeouts=Timeouts(stop_grace_s=60))
     proxy.start()
     proxy.wait_running(timeout=5)
@@ -912,9 +910,9 @@ def test_a_transport_that_ends_while_it_is_stopping_shortens_the_grace(
     assert proxy.status().signal == signal.SIGKILL
 
 
-def test_a_status_in_a_forked_child_takes_no_lock(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_in_a_forked_child_takes_no_lock(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     with make() as proxy:
-        monkeypatch.delattr(Forwarder, "stats")  # which takes one
+        monkeypatch.delattr(Forwarder, "stats")  # which takes a lock
         child = os.fork()
         if child == 0:
             end_after(30)
@@ -926,22 +924,22 @@ def test_a_status_in_a_forked_child_takes_no_lock(make: Maker, monkeypatch: pyte
 # ---- secrets ----
 
 
-def test_what_a_backend_raises_is_redacted_everywhere(make: Maker, tmp_path: Path) -> None:
+def test_backend_exception_is_redacted_everywhere(make: Maker, tmp_path: Path) -> None:
     class Leaking(ScriptedBackend):
         def ready(self, _: Evidence) -> bool:
             raise ValueError(f"nx/nx,cookie={COOKIE},connect={COOKIE.upper()}")
 
     proxy = make(backend=Leaking(tmp_path))
-    assert fault(proxy) is EndReason.INTERNAL_ERROR
-    told = repr(make.log.events) + json.dumps(proxy.status().as_dict()) + repr(ProxyFailed(proxy.status()))
-    assert COOKIE not in told.lower()
-    assert "ValueError" in told
+    assert start_and_fail(proxy) is EndReason.INTERNAL_ERROR
+    output = repr(make.log.events) + json.dumps(proxy.status().as_dict()) + repr(ProxyFailed(proxy.status()))
+    assert COOKIE not in output.lower()
+    assert "ValueError" in output
 
 
-def test_what_the_proxy_prints_of_the_cookie_reaches_nobody(make: Maker, tmp_path: Path) -> None:
+def test_cookie_printed_by_the_proxy_is_redacted_everywhere(make: Maker, tmp_path: Path) -> None:
     proxy = make([print_cookie(), Step('put(2, "it is " + cookie().upper() + "!")'), say("\x1b[31mred\x07"), *HEALTHY])
     with proxy:
-        told = [
+        outputs = [
             json.dumps([{k: str(v) for k, v in event.items()} for event in make.log.events]),
             json.dumps(proxy.status().as_dict()),
             repr(proxy) + repr(proxy.status()) + repr(make.session()) + str(make.session()),
@@ -951,13 +949,13 @@ def test_what_the_proxy_prints_of_the_cookie_reaches_nobody(make: Maker, tmp_pat
         environment = Path(f"/proc/{proxy.status().pid}/environ")
         assert COOKIE in environment.read_text()
         assert environment.stat().st_mode & 0o077 == 0
-    for text in told:
+    for text in outputs:
         assert COOKIE not in text.lower()
         assert "\x1b" not in text
-    assert "<hidden>" in told[3]
+    assert "<hidden>" in outputs[3]
 
 
-def test_the_log_is_private(make: Maker, tmp_path: Path) -> None:
+def test_log_file_is_private(make: Maker, tmp_path: Path) -> None:
     with make():
         root = tmp_path / "sessions" / "S-alice-51-1_stDxterm_dp24"
         assert (root.stat().st_mode & 0o777, (root / "session.log").stat().st_mode & 0o777) == (0o700, 0o600)
@@ -966,7 +964,7 @@ def test_the_log_is_private(make: Maker, tmp_path: Path) -> None:
 # ---- status ----
 
 
-def test_a_status_is_whole_and_json_safe_at_every_moment(make: Maker) -> None:
+def test_status_is_consistent_and_json_safe_in_every_state(make: Maker) -> None:
     proxy = make()
     statuses = [proxy.status()]
     proxy.subscribe(lambda _: statuses.append(proxy.status()))
@@ -992,7 +990,7 @@ def viewer(*steps: Any, **options: Any) -> CommandBackend:
     return CommandBackend([*ScriptedProxy(steps).command, "{host}", "{port}"], **options)
 
 
-def test_a_viewer_is_ready_with_the_first_bytes_and_closed_by_its_user(make: Maker, agent: Agent) -> None:
+def test_viewer_is_ready_with_the_first_bytes(make: Maker, agent: Agent) -> None:
     proxy = make(backend=viewer(connect(), wait_eof(), exit_with(1), ready_when="first_bytes"))
     proxy.start()
     eventually(lambda: agent.connections, what="the viewer connected")
@@ -1003,7 +1001,7 @@ def test_a_viewer_is_ready_with_the_first_bytes_and_closed_by_its_user(make: Mak
     proxy.close(timeout=5)
 
 
-def test_a_viewer_that_exits_with_zero_after_it_was_ready_was_closed(make: Maker, tmp_path: Path) -> None:
+def test_ready_viewer_that_exits_with_zero_ends_in_viewer_closed(make: Maker, tmp_path: Path) -> None:
     with Gate(tmp_path / "gate") as gate:
         proxy = make(
             backend=viewer(connect(), wait_file(gate.path), exit_with(0), ready_when="connected"),
@@ -1015,11 +1013,11 @@ def test_a_viewer_that_exits_with_zero_after_it_was_ready_was_closed(make: Maker
     assert proxy.status().reason is EndReason.VIEWER_CLOSED
 
 
-def test_a_viewer_that_exits_before_it_was_ready_has_failed(make: Maker) -> None:
-    assert fault(make(backend=viewer(connect(), exit_with(0)))) is EndReason.PROXY_EXITED
+def test_viewer_that_exits_before_ready_ends_in_proxy_exited(make: Maker) -> None:
+    assert start_and_fail(make(backend=viewer(connect(), exit_with(0)))) is EndReason.PROXY_EXITED
 
 
-def test_an_agent_that_closes_ends_a_viewers_session(make: Maker, agent: Agent) -> None:
+def test_agent_eof_ends_a_viewers_session(make: Maker, agent: Agent) -> None:
     proxy = make(backend=viewer(connect(), wait_eof(), exit_with(1), ready_when="connected"))
     with proxy:
         eventually(lambda: agent.connections, what="the viewer connected")
@@ -1028,8 +1026,8 @@ def test_an_agent_that_closes_ends_a_viewers_session(make: Maker, agent: Agent) 
     assert proxy.status().reason is EndReason.SESSION_ENDED
 
 
-def test_a_viewer_with_a_connection_gone_is_not_running_for_long(make: Maker) -> None:
-    """The viewer let its connection go and stays: nothing runs any more."""
+def test_viewer_that_outlives_its_connection_is_stopped(make: Maker) -> None:
+    """The viewer has closed its connection but does not exit: the session is over."""
     steps = (connect(), say(READY_LINE), wait_eof(), Step("connection.close()"), pause())
     proxy = make(steps, timeouts=Timeouts(stop_grace_s=0.2))
     with proxy:
@@ -1039,7 +1037,7 @@ def test_a_viewer_with_a_connection_gone_is_not_running_for_long(make: Maker) ->
     assert proxy.status().reason is EndReason.SESSION_ENDED
 
 
-def test_a_custom_backend_needs_but_four_methods(make: Maker) -> None:
+def test_custom_backend_needs_only_name_and_three_methods(make: Maker) -> None:
     class Mine(Backend):
         name = "mine"
 

@@ -1,6 +1,6 @@
-"""The engine's threads, on faked workers: who owns it, what comes first, and who waits for whom.
+"""The engine's threads, on faked workers: ownership, precedence in the inbox, and waiting.
 
-What it decides is in test_supervisor.py, and how it fares with real workers in test_engine.py.
+Its decisions are tested in test_supervisor.py, and the engine with real workers in test_engine.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Effects(FakeEffects):
-    """Effects that note who calls them, and raise where a test says so."""
+    """Effects that record certain calls, and raise if a test says so."""
 
     def __init__(self, proxy: Proxy, **options: Any) -> None:
         super().__init__(proxy, post=options["post"], publish=options["publish"])
@@ -55,7 +55,7 @@ class Effects(FakeEffects):
 
 
 class Proxy(FakedProxy):
-    """A faked proxy with a logger of its own, which lets a test see its engine's public side."""
+    """A faked proxy with its own logger, which exposes its engine."""
 
     def __init__(self, **options: Any) -> None:
         self.log = Recorder()
@@ -77,7 +77,7 @@ class Proxy(FakedProxy):
         return [thread for thread in threading.enumerate() if thread.name == f"proxy_fsm-{self.id}"]
 
     def hold(self) -> threading.Event:
-        """Keep the owner thread busy until the event that this returns is set."""
+        """Keep the owner thread busy until the returned event is set."""
         busy, release = threading.Event(), threading.Event()
         self.engine.call_soon(busy.set)
         self.engine.call_soon(lambda: release.wait(WAIT_S))
@@ -94,7 +94,7 @@ class Make(Protocol):
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes proxies, in any state, and ends them."""
+    """Makes proxies in any state, and stops them at the end."""
     made: list[Proxy] = []
 
     def proxy(state: State = State.IDLE, **options: Any) -> Proxy:
@@ -108,10 +108,10 @@ def make() -> Iterator[Make]:
         each.end()
 
 
-# ---- what it is made of ----
+# ---- construction ----
 
 
-def test_fresh_engine_is_idle_and_has_an_id_of_its_own(make: Make) -> None:
+def test_fresh_engine_is_idle_with_a_unique_id(make: Make) -> None:
     before = datetime.now(UTC)
     proxy = make()
     status = proxy.status()
@@ -124,17 +124,17 @@ def test_fresh_engine_is_idle_and_has_an_id_of_its_own(make: Make) -> None:
     assert not proxy.engine.in_forked_child()
 
 
-def test_end_is_within_the_grace_the_drain_and_twice_the_kill_time(make: Make) -> None:
+def test_end_within_s_sums_grace_drain_and_kill_limits(make: Make) -> None:
     assert make(timeouts=Timeouts(stop_grace_s=7, kill_s=3, drain_s=5)).engine.end_within_s == 7 + 5 + 6
 
 
 @pytest.mark.parametrize("cookie", ["0" * 32, None])
-def test_effects_know_what_is_secret(make: Make, cookie: str | None) -> None:
+def test_effects_receive_the_cookie_as_a_secret(make: Make, cookie: str | None) -> None:
     proxy = make(session=fake_session(cookie=cookie), backend=Judge())
     assert proxy.effects.secrets == ([cookie] if cookie else [])
 
 
-def test_secret_is_redacted_in_the_status(make: Make) -> None:
+def test_secret_is_redacted_in_status(make: Make) -> None:
     proxy = make(State.TUNNELLING)
     proxy.tunnel.refuses(EndReason.LISTEN_FAILED, f"It holds {'0' * 32}.")
     proxy.settle()
@@ -158,17 +158,15 @@ def test_options_reach_the_supervisor(make: Make, *, resumed: bool, retryable: b
     assert proxy.status().retryable is retryable
 
 
-# ---- start and stop: who owns it ----
+# ---- start and stop: ownership ----
 
 
-def test_owner_is_a_daemon_that_bears_the_id(make: Make) -> None:
+def test_owner_thread_is_a_daemon_named_by_id(make: Make) -> None:
     (owner,) = make(State.TUNNELLING).owners()
     assert owner.daemon
 
 
-def test_owner_is_live_until_it_has_ended_and_waiting_for_the_end_waits_for_it(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wait_joins_the_owner_thread(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow(set[Any]):
         def discard(self, element: Any) -> None:
             threading.Event().wait(0.02)
@@ -183,7 +181,7 @@ def test_owner_is_live_until_it_has_ended_and_waiting_for_the_end_waits_for_it(
     assert not engine_module.RUNNING_ENGINES
 
 
-def test_start_returns_when_the_preflight_was_started_and_the_state_published(make: Make) -> None:
+def test_start_returns_after_preflight_start_and_publication(make: Make) -> None:
     proxy = make()
     proxy.preflight_takes_s = 0.02
     proxy.start()
@@ -192,7 +190,7 @@ def test_start_returns_when_the_preflight_was_started_and_the_state_published(ma
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.STOPPED, State.FAILED])
-def test_second_start_is_refused_and_stops_nothing(make: Make, state: State) -> None:
+def test_second_start_is_refused_and_changes_nothing(make: Make, state: State) -> None:
     proxy = make(state)
     for _ in range(2):
         with pytest.raises(InvalidTransition) as refused:
@@ -203,7 +201,7 @@ def test_second_start_is_refused_and_stops_nothing(make: Make, state: State) -> 
 
 
 @pytest.mark.parametrize("stopped", [True, False])
-def test_owner_that_cannot_start_leaves_it_idle_or_stopped_where_that_was_ordered_meanwhile(
+def test_failed_thread_start_leaves_engine_idle_or_stopped(
     make: Make, monkeypatch: pytest.MonkeyPatch, *, stopped: bool
 ) -> None:
     proxy = make()
@@ -227,8 +225,8 @@ def test_owner_that_cannot_start_leaves_it_idle_or_stopped_where_that_was_ordere
         assert len(proxy.owners()) == 1
 
 
-def test_owner_whose_start_was_interrupted_does_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread runs although the call that started it has given the engine back."""
+def test_owner_thread_without_its_claim_does_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread runs although the call that started it has released its claim."""
     proxy, late = make(), list[threading.Thread]()
 
     def interrupt(thread: threading.Thread) -> None:
@@ -248,7 +246,7 @@ def test_owner_whose_start_was_interrupted_does_nothing(make: Make, monkeypatch:
     assert proxy.state is State.TUNNELLING
 
 
-def test_owner_that_runs_when_its_start_is_interrupted_keeps_the_engine(
+def test_running_owner_thread_keeps_its_claim_if_start_is_interrupted(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy, start = make(), threading.Thread.start
@@ -270,7 +268,7 @@ def test_owner_that_runs_when_its_start_is_interrupted_keeps_the_engine(
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
 
 
-def test_stop_of_an_idle_engine_is_published_by_its_caller(make: Make) -> None:
+def test_stop_in_idle_is_published_by_its_caller(make: Make) -> None:
     proxy = make()
     proxy.stop()
     assert proxy.log.threads["proxy.transition"] == {threading.get_ident()}
@@ -298,9 +296,7 @@ def test_stop_of_an_idle_engine_that_is_interrupted_when_it_is_done_has_stopped_
         proxy.start()
 
 
-def test_stop_of_an_idle_engine_that_is_interrupted_can_be_repeated(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_stop_in_idle_can_be_repeated(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = make()
 
     def interrupt(*_: object) -> None:
@@ -314,9 +310,7 @@ def test_stop_of_an_idle_engine_that_is_interrupted_can_be_repeated(
     assert proxy.state is State.STOPPED
 
 
-def test_forked_copy_stops_nothing_and_waits_only_for_what_is_final(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forked_child_cannot_stop_or_wait_before_a_final_state(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy, child = make(State.RUNNING), os.getpid() + 1
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: child)
@@ -336,7 +330,7 @@ def test_forked_copy_stops_nothing_and_waits_only_for_what_is_final(
 # ---- the owner's steps ----
 
 
-def test_order_comes_before_what_was_observed_sooner(make: Make) -> None:
+def test_order_precedes_earlier_observations(make: Make) -> None:
     proxy = make(State.RUNNING)
     release = proxy.hold()
     proxy.tunnel.display_goes()
@@ -346,7 +340,7 @@ def test_order_comes_before_what_was_observed_sooner(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("stopped", "reason"), [(True, EndReason.STOP_REQUESTED), (False, EndReason.START_TIMEOUT)])
-def test_order_comes_before_a_deadline_and_that_before_observations(
+def test_order_precedes_deadline_and_deadline_precedes_observations(
     make: Make, reason: EndReason, *, stopped: bool
 ) -> None:
     proxy = make(timeouts=Timeouts(preflight_s=0.02))
@@ -366,7 +360,7 @@ def test_order_comes_before_a_deadline_and_that_before_observations(
     assert proxy.status().reason is reason
 
 
-def test_deadline_passes_although_nothing_comes(make: Make) -> None:
+def test_deadline_passes_without_observations(make: Make) -> None:
     proxy = make(timeouts=Timeouts(preflight_s=0.02, drain_s=0.02, kill_s=0.02))
     proxy.start()
     assert proxy.ended() == (State.FAILED, EndReason.START_TIMEOUT)
@@ -374,13 +368,13 @@ def test_deadline_passes_although_nothing_comes(make: Make) -> None:
     assert proxy.log.named("internal.error") == []
 
 
-def test_deadline_that_is_over_lets_nothing_wait_where_there_is_none(make: Make) -> None:
+def test_expire_deadline_without_a_deadline_is_a_no_op(make: Make) -> None:
     proxy = make(State.RUNNING)
     proxy.expire_deadline()
     assert proxy.ok()
 
 
-def test_call_is_made_on_the_owner_thread_after_what_is_in_the_inbox(make: Make) -> None:
+def test_call_soon_runs_on_the_owner_thread_after_the_inbox(make: Make) -> None:
     proxy, seen = make(State.RUNNING), list[tuple[int | None, Link]]()
     release = proxy.hold()
     proxy.tunnel.falls_silent()
@@ -393,8 +387,8 @@ def test_call_is_made_on_the_owner_thread_after_what_is_in_the_inbox(make: Make)
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError("of all things")])
-def test_every_line_that_was_handled_is_acknowledged(make: Make, error: Exception | None) -> None:
-    """Otherwise a program that prints is held up for ever."""
+def test_every_handled_line_is_acknowledged(make: Make, error: Exception | None) -> None:
+    """Otherwise a program that prints would block forever."""
     proxy = make(State.SPAWNING, backend=Judge())
     proxy.process.auto_complete = False
     proxy.judge.error = error
@@ -405,7 +399,7 @@ def test_every_line_that_was_handled_is_acknowledged(make: Make, error: Exceptio
     assert proxy.effects.acknowledged == 3
 
 
-def test_status_says_for_how_long_the_link_is_silent(make: Make) -> None:
+def test_status_has_the_duration_of_silence(make: Make) -> None:
     proxy = make(State.RUNNING)
     proxy.tunnel.post(LinkSilent(heard_at=time.monotonic() - 1000))
     proxy.settle()
@@ -416,7 +410,7 @@ def test_status_says_for_how_long_the_link_is_silent(make: Make) -> None:
     assert (proxy.status().link, proxy.status().silent_s) == (Link.OK, 0.0)
 
 
-def test_records_bear_the_time_at_which_they_were_made(make: Make) -> None:
+def test_records_have_the_time_they_were_made(make: Make) -> None:
     before = datetime.now(UTC)
     proxy = make(State.RUNNING)
     times = [before, *(record.at for record in proxy.status().history), datetime.now(UTC)]
@@ -428,7 +422,7 @@ def test_records_bear_the_time_at_which_they_were_made(make: Make) -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_bug_of_a_backend_ends_it_with_its_traceback(make: Make, error: type[BaseException]) -> None:
+def test_backend_bug_ends_in_internal_error_with_traceback(make: Make, error: type[BaseException]) -> None:
     proxy = running(make, Judge())
     proxy.judge.error = error("of all things")
     proxy.tunnel.post(AgentDataReceived(1))
@@ -447,7 +441,7 @@ def running(make: Make, backend: Judge) -> Proxy:
     return proxy
 
 
-def test_bug_in_the_first_step_ends_it(make: Make) -> None:
+def test_bug_in_the_first_step_ends_in_internal_error(make: Make) -> None:
     proxy = make()
     proxy.broken = OSError("no thread")
     proxy.start()
@@ -455,7 +449,7 @@ def test_bug_in_the_first_step_ends_it(make: Make) -> None:
     assert proxy.ended() == (State.FAILED, EndReason.INTERNAL_ERROR)
 
 
-def test_bug_on_the_way_out_of_a_bug_leaves_the_owner_at_work(make: Make) -> None:
+def test_second_bug_does_not_end_the_owner_thread(make: Make) -> None:
     proxy = running(make, Judge())
     proxy.broken = PermissionError("not ours")
     proxy.judge.error = ZeroDivisionError("of all things")
@@ -468,16 +462,16 @@ def test_bug_on_the_way_out_of_a_bug_leaves_the_owner_at_work(make: Make) -> Non
     assert proxy.process.signals == [signal.SIGKILL]
 
 
-def test_bug_in_a_call_ends_it_too(make: Make) -> None:
+def test_bug_in_call_soon_ends_in_internal_error(make: Make) -> None:
     proxy = make(State.RUNNING)
     proxy.engine.call_soon(lambda: 1 / 0)
     assert proxy.ended() == (State.FAILED, EndReason.INTERNAL_ERROR)
 
 
-# ---- who waits for whom ----
+# ---- waiting ----
 
 
-def refusals_of(proxy: Proxy, refused: list[str]) -> Callable[..., None]:
+def wait_recording_refusals(proxy: Proxy, refused: list[str]) -> Callable[..., None]:
     def wait(*_: object) -> None:
         with suppress(TimeoutError):
             try:
@@ -491,31 +485,31 @@ def refusals_of(proxy: Proxy, refused: list[str]) -> Callable[..., None]:
 REFUSED = "'wait' waits for the proxy, which a subscriber must not: call stop() instead."
 
 
-def test_waiting_on_the_owner_thread_is_refused(make: Make) -> None:
+def test_wait_on_the_owner_thread_is_refused(make: Make) -> None:
     proxy, refused = make(State.RUNNING), list[str]()
-    proxy.engine.call_soon(refusals_of(proxy, refused))
+    proxy.engine.call_soon(wait_recording_refusals(proxy, refused))
     proxy.settle()
     assert refused == [REFUSED]
 
 
 @pytest.mark.parametrize("via", [None, lambda function: function()])
-def test_subscriber_may_stop_and_may_not_wait(make: Make, via: Callable[..., object] | None) -> None:
+def test_subscriber_may_stop_but_not_wait(make: Make, via: Callable[..., object] | None) -> None:
     proxy, refused = make(State.RUNNING), list[str]()
-    proxy.subscribe(refusals_of(proxy, refused), via=via)
+    proxy.subscribe(wait_recording_refusals(proxy, refused), via=via)
     proxy.subscribe(lambda _: proxy.stop(), via=via, replay=True)
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
-    eventually(lambda: len(refused) == 2, what="both changes were heard")
+    eventually(lambda: len(refused) == 2, what="both changes were delivered")
     assert refused == [REFUSED] * 2
 
 
-def test_subscriber_of_an_idle_stop_may_not_wait_either(make: Make) -> None:
+def test_subscriber_of_a_stop_in_idle_may_not_wait(make: Make) -> None:
     proxy, refused = make(), list[str]()
-    proxy.subscribe(refusals_of(proxy, refused), via=lambda function: function())
+    proxy.subscribe(wait_recording_refusals(proxy, refused), via=lambda function: function())
     proxy.stop()
     assert refused == [REFUSED]
 
 
-def test_wait_takes_a_timeout_and_the_states(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_accepts_states_and_timeout(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = make(State.RUNNING)
     monkeypatch.delattr(threading.Thread, "join")  # its owner thread is waited for at its end alone
     assert proxy.wait(State.RUNNING, timeout=0) is State.RUNNING
@@ -526,30 +520,30 @@ def test_wait_takes_a_timeout_and_the_states(make: Make, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("via", [None, lambda function: function()])
 @pytest.mark.parametrize("replay", [True, False])
-def test_newcomer_hears_what_it_missed_where_it_wants_that(
+def test_late_subscriber_receives_past_records_with_replay(
     make: Make, via: Callable[..., object] | None, *, replay: bool
 ) -> None:
-    proxy, heard = make(State.RUNNING), list[TransitionRecord]()
-    proxy.subscribe(heard.append, via=via, replay=replay)
+    proxy, received = make(State.RUNNING), list[TransitionRecord]()
+    proxy.subscribe(received.append, via=via, replay=replay)
     proxy.subscribe(lambda _: pytest.fail("It was unsubscribed."), via=via)()
     proxy.settle()
-    assert tuple(heard) == (proxy.status().history if replay else ())
+    assert tuple(received) == (proxy.status().history if replay else ())
     proxy.end()
-    eventually(lambda: tuple(heard) == proxy.status().history[0 if replay else 3 :], what="all was heard")
+    eventually(lambda: tuple(received) == proxy.status().history[0 if replay else 3 :], what="all was delivered")
     assert proxy.log.named("subscriber.failed") == []
 
 
-def test_subscriber_that_sleeps_delays_nothing(make: Make) -> None:
-    """Neither the preflight, nor `stop`, SIGTERM and the end, nor another subscriber, nor another proxy."""
+def test_blocking_subscriber_delays_nothing(make: Make) -> None:
+    """Neither the preflight, nor `stop`, SIGTERM and the end, nor another subscriber, nor another proxy is delayed."""
     proxy, other = make(), make(State.RUNNING)
-    entered, wake, heard = threading.Event(), threading.Event(), list[str]()
+    entered, wake, received = threading.Event(), threading.Event(), list[str]()
 
     def sleep(_: TransitionRecord) -> None:
         entered.set()
         wake.wait(WAIT_S)
 
     proxy.subscribe(sleep)
-    proxy.subscribe(lambda record: heard.append(str(record.dest)), via=lambda function: function())
+    proxy.subscribe(lambda record: received.append(str(record.dest)), via=lambda function: function())
     try:
         proxy.start()
         assert entered.wait(WAIT_S)
@@ -562,7 +556,7 @@ def test_subscriber_that_sleeps_delays_nothing(make: Make) -> None:
         proxy.stop()
         assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
         assert proxy.process.signals == [signal.SIGTERM]
-        assert heard == ["tunnelling", "spawning", "running", "stopping", "stopped"]
+        assert received == ["tunnelling", "spawning", "running", "stopping", "stopped"]
         other.end()
         assert other.state is State.STOPPED
         assert not wake.is_set()
@@ -570,7 +564,7 @@ def test_subscriber_that_sleeps_delays_nothing(make: Make) -> None:
         wake.set()
 
 
-def test_late_observations_of_a_proxy_that_has_ended_change_nothing(make: Make) -> None:
+def test_observations_after_a_final_state_are_ignored(make: Make) -> None:
     proxy = make(State.STOPPED)
     history = proxy.status().history
     for seen in (TransportEnded("It was cut."), ProcessExited(0, None)):
