@@ -27,7 +27,7 @@ from .helpers.wait import WAIT_S, eventually
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LIFE = (State.TUNNELLING, State.SPAWNING, State.RUNNING, State.STOPPING, State.STOPPED)
+PATH = (State.TUNNELLING, State.SPAWNING, State.RUNNING, State.STOPPING, State.STOPPED)
 Sequences = list[int]
 
 
@@ -59,7 +59,7 @@ def make(logger: Any = None) -> Journal:
 
 
 @pytest.fixture(autouse=True)
-def _over() -> Iterator[None]:
+def _end_journals() -> Iterator[None]:
     """End each proxy, and its notifier with it."""
     yield
     for journal in MADE:
@@ -69,8 +69,8 @@ def _over() -> Iterator[None]:
 
 
 def record(sequence: int, dest: State | None = None, reason: EndReason | None = None) -> TransitionRecord:
-    """Return the record of this number, by default into the state of that number in a life without faults."""
-    states = (State.IDLE, *LIFE)
+    """Return the record of this number, by default into the state of that number in a run without faults."""
+    states = (State.IDLE, *PATH)
     return TransitionRecord(
         proxy_id="id1",
         session="name",
@@ -89,7 +89,7 @@ def publish(journal: Journal, each: TransitionRecord, **extra: Any) -> None:
     journal.publish(Event.of_transition(each, **extra), each)
 
 
-def live(journal: Journal, *, start: int = 1, end: int = len(LIFE), flush: bool = True) -> None:
+def publish_range(journal: Journal, *, start: int = 1, end: int = len(PATH), flush: bool = True) -> None:
     """Publish changes, and wait until all of them were delivered."""
     for sequence in range(start, end + 1):
         publish(journal, record(sequence))
@@ -127,7 +127,7 @@ class TestOrder:
         journal.subscribe(at_subscriber, at_once, replay=False)
         waiter = Task(wait)
         eventually(lambda: journal._waiters)
-        owner = Task(lambda: live(journal, end=1))
+        owner = Task(lambda: publish_range(journal, end=1))
         assert called.wait(WAIT_S)
         with pytest.raises(TimeoutError):  # a new waiter does not return before all subscribers were called either
             journal.wait(frozenset({State.TUNNELLING}), 0)
@@ -176,47 +176,47 @@ class TestOrder:
         order: list[str] = []
         for name in "abc":
             journal.subscribe(lambda _, name=name: order.append(name), None, replay=False)  # type: ignore[misc]
-        live(journal, end=2)
+        publish_range(journal, end=2)
         assert order == list("abcabc")
 
 
 class TestSubscribers:
     def test_subscriber_receives_all_records_from_then_on(self, journal: Journal) -> None:
         received: Sequences = []
-        live(journal, end=2)
+        publish_range(journal, end=2)
         journal.subscribe(collect(received), None, replay=False)
-        live(journal, start=3)
+        publish_range(journal, start=3)
         assert received == [3, 4, 5]
 
     def test_replay_delivers_past_records_first(self, journal: Journal) -> None:
         received: Sequences = []
-        live(journal, end=2)
+        publish_range(journal, end=2)
         journal.subscribe(collect(received), None, replay=True)
         assert journal.flush(WAIT_S)
         assert received == [1, 2]
-        live(journal, start=3)
+        publish_range(journal, start=3)
         assert received == [1, 2, 3, 4, 5]
 
     def test_replay_with_via_is_delivered_by_catch_up(self, journal: Journal) -> None:
         received: Sequences = []
-        live(journal, end=2)
+        publish_range(journal, end=2)
         journal.subscribe(collect(received), at_once, replay=True)
         assert received == []
         journal.catch_up()
         assert received == [1, 2]
         journal.catch_up()
-        live(journal, start=3)
+        publish_range(journal, start=3)
         assert received == [1, 2, 3, 4, 5]
 
     def test_next_change_delivers_the_past_ones_too(self, journal: Journal) -> None:
         received: Sequences = []
-        live(journal, end=2)
+        publish_range(journal, end=2)
         journal.subscribe(collect(received), at_once, replay=True)
-        live(journal, start=3, end=3)
+        publish_range(journal, start=3, end=3)
         assert received == [1, 2, 3]
 
     def test_replay_with_via_after_the_last_change_is_delivered_at_once(self, journal: Journal) -> None:
-        live(journal)
+        publish_range(journal)
         seen: list[tuple[int, int, bool]] = []
 
         def callback(each: TransitionRecord) -> None:
@@ -229,7 +229,7 @@ class TestSubscribers:
 
     def test_replay_without_via_after_the_last_change_uses_a_new_notifier(self, journal: Journal) -> None:
         journal.subscribe(collect([]), None, replay=False)
-        live(journal)
+        publish_range(journal)
         seen: list[tuple[int, str, bool]] = []
 
         def callback(each: TransitionRecord) -> None:
@@ -250,7 +250,7 @@ class TestSubscribers:
                 journal.subscribe(collect(replayed), None, replay=True)
 
         journal.subscribe(callback, at_once, replay=False)
-        live(journal)
+        publish_range(journal)
         assert (late, replayed) == ([3, 4, 5], [1, 2, 3, 4, 5])
 
     def test_callback_may_subscribe_in_the_last_call(self, journal: Journal) -> None:
@@ -265,7 +265,7 @@ class TestSubscribers:
         journal.subscribe(collect(first), None, replay=False)
         journal.subscribe(callback, None, replay=False)
         journal.subscribe(collect(third), None, replay=False)
-        live(journal)
+        publish_range(journal)
         assert journal.flush(WAIT_S)
         assert first == third == nested == [1, 2, 3, 4, 5]
 
@@ -307,9 +307,9 @@ class TestUnsubscribing:
     def test_no_record_after_unsubscribe(self, journal: Journal) -> None:
         received: Sequences = []
         unsubscribe = journal.subscribe(collect(received), None, replay=False)
-        live(journal, end=2)
+        publish_range(journal, end=2)
         unsubscribe()
-        live(journal, start=3)
+        publish_range(journal, start=3)
         assert received == [1, 2]
 
     def test_second_unsubscribe_is_a_no_op(self, journal: Journal) -> None:
@@ -319,7 +319,7 @@ class TestUnsubscribing:
         journal.subscribe(collect(other), None, replay=False)
         unsubscribe()
         unsubscribe()
-        live(journal)
+        publish_range(journal)
         assert (received, other) == ([], [1, 2, 3, 4, 5])
 
     def test_callback_may_unsubscribe(self, journal: Journal) -> None:
@@ -334,38 +334,38 @@ class TestUnsubscribing:
 
         unsubscribe = journal.subscribe(callback, None, replay=False)
         unsubscribe_next = journal.subscribe(collect(other), None, replay=False)
-        live(journal)
+        publish_range(journal)
         assert (received, other) == ([1, 2], [1])
 
     def test_unsubscribe_ends_a_replay(self, journal: Journal) -> None:
         received: Sequences = []
-        live(journal, end=3)
+        publish_range(journal, end=3)
 
         def callback(each: TransitionRecord) -> None:
             received.append(each.sequence)
             unsubscribe()
 
         unsubscribe = journal.subscribe(callback, at_once, replay=True)
-        live(journal, start=4)
+        publish_range(journal, start=4)
         assert received == [1]
 
     def test_no_call_of_via_after_unsubscribe(self, journal: Journal) -> None:
         calls: list[tuple[Any, ...]] = []
-        live(journal, end=3)
+        publish_range(journal, end=3)
 
         def via(*call: object) -> None:
             calls.append(call)
             unsubscribe()
 
         unsubscribe = journal.subscribe(collect([]), via, replay=True)
-        live(journal, start=4)
+        publish_range(journal, start=4)
         assert len(calls) == 1
 
     def test_pending_call_in_another_loop_is_dropped_after_unsubscribe(self, journal: Journal) -> None:
         received: Sequences = []
         pending: list[tuple[Any, ...]] = []
         unsubscribe = journal.subscribe(collect(received), lambda *call: pending.append(call), replay=False)
-        live(journal, end=2)
+        publish_range(journal, end=2)
         function, *arguments = pending[0]
         function(*arguments)
         unsubscribe()
@@ -403,7 +403,7 @@ class TestFailures:
             callback = fail
             journal.subscribe(callback, None if where == "callback" else at_once, replay=False)
         journal.subscribe(collect(received), None, replay=False)
-        live(journal)
+        publish_range(journal)
         assert received == [1, 2, 3, 4, 5]
         failures = logger.named("subscriber.failed")
         assert [failure["callback"] for failure in failures] == [repr(callback)] * 5
@@ -416,13 +416,13 @@ class TestFailures:
         received: Sequences = []
         journal.subscribe(FailingRepr(), None, replay=False)
         journal.subscribe(collect(received), None, replay=False)
-        live(journal)
+        publish_range(journal)
         assert received == [1, 2, 3, 4, 5]
         assert {failure["callback"] for failure in logger.named("subscriber.failed")} == {"a FailingRepr"}
 
     def test_thread_is_not_delivering_after_a_failure(self, journal: Journal) -> None:
         journal.subscribe(FailingRepr(), None, replay=False)
-        live(journal)
+        publish_range(journal)
         assert not journal.is_delivering()
 
     def test_slow_via_is_logged(self, journal: Journal, logger: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +433,7 @@ class TestFailures:
             clock[0] += 0.049 if each.sequence == 1 else 0.0515
 
         journal.subscribe(callback, at_once, replay=False)
-        live(journal, end=2)
+        publish_range(journal, end=2)
         (slow,) = logger.named("subscriber.slow")
         assert slow["callback"] == repr(callback)
         assert slow["elapsed_s"] == 0.0515
@@ -456,7 +456,7 @@ class TestVia:
         """GLib repeats a function that returns a true value."""
         results: list[object] = []
         journal.subscribe(lambda _: True, lambda function, *rest: results.append(function(*rest)), replay=False)
-        live(journal, end=1)
+        publish_range(journal, end=1)
         assert results == [None]
 
     def test_thread_that_via_uses_is_not_delivering(self, journal: Journal) -> None:
@@ -466,7 +466,7 @@ class TestVia:
             Task(function, *arguments).result()
 
         journal.subscribe(lambda _: delivering.append(journal.is_delivering()), elsewhere, replay=False)
-        live(journal, end=1)
+        publish_range(journal, end=1)
         assert delivering == [False]
 
 
@@ -487,8 +487,8 @@ class TestNotifier:
         journal.subscribe(block, None, replay=False)
         journal.subscribe(collect(with_via), at_once, replay=False)
         other.subscribe(collect(others), None, replay=False)
-        live(journal, flush=False)
-        live(other)
+        publish_range(journal, flush=False)
+        publish_range(other)
         assert journal.wait(frozenset(), 0) is State.STOPPED
         assert not journal.flush(0)
         assert (slow, with_via, others) == ([], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
@@ -506,14 +506,14 @@ class TestNotifier:
         journal.subscribe(callback, None, replay=False)
         waiter = Task(journal.wait, frozenset({State.SPAWNING}), WAIT_S)
         eventually(lambda: journal._waiters)
-        live(journal, end=2, flush=False)
+        publish_range(journal, end=2, flush=False)
         waiter.result()
         assert received == [1, 2]
 
     def test_waiter_waits_only_once_for_a_blocking_subscriber(self, journal: Journal) -> None:
         release = threading.Event()
         journal.subscribe(lambda _: release.wait(WAIT_S), None, replay=False)
-        live(journal, end=1, flush=False)
+        publish_range(journal, end=1, flush=False)
         eventually(lambda: journal._notifier._called_at)
         began = time.monotonic()
         for _ in range(100):
@@ -522,13 +522,13 @@ class TestNotifier:
         with pytest.raises(TimeoutError):
             journal.wait(frozenset({State.RUNNING}), 0)
         release.set()
-        live(journal, start=2)
+        publish_range(journal, start=2)
 
     def test_one_notifier_serves_all_and_ends_with_the_proxy(self, journal: Journal) -> None:
         threads: set[threading.Thread] = set()
         for _ in range(3):
             journal.subscribe(lambda _: threads.add(threading.current_thread()), None, replay=False)
-        live(journal)
+        publish_range(journal)
         (thread,) = threads
         assert (thread.name, thread.daemon) == ("proxy_fsm-notifier", True)
         thread.join(WAIT_S)
@@ -538,16 +538,16 @@ class TestNotifier:
         before = set(threading.enumerate())
         journal.subscribe(collect([]), None, replay=False)()
         journal.subscribe(collect([]), at_once, replay=False)
-        live(journal, end=2)
+        publish_range(journal, end=2)
         journal.subscribe(collect([]), None, replay=False)
         assert set(threading.enumerate()) <= before
 
     def test_notifier_ends_if_all_have_unsubscribed(self, journal: Journal) -> None:
         threads: list[threading.Thread] = []
         unsubscribe = journal.subscribe(lambda _: threads.append(threading.current_thread()), None, replay=False)
-        live(journal, end=1)
+        publish_range(journal, end=1)
         unsubscribe()
-        live(journal, start=2)
+        publish_range(journal, start=2)
         threads[0].join(WAIT_S)
         assert not threads[0].is_alive()
 
@@ -560,10 +560,10 @@ class TestNotifier:
         received: Sequences = []
         journal.subscribe(collect(received), None, replay=False)
         monkeypatch.setattr(threading.Thread, "start", refuse)
-        live(journal, end=2)
+        publish_range(journal, end=2)
         assert received == [1, 2]
         monkeypatch.undo()
-        live(journal, start=3)
+        publish_range(journal, start=3)
         assert received == [1, 2, 3, 4, 5]
 
     def test_join_notifiers_waits_until_its_deadline(self, journal: Journal) -> None:
@@ -575,7 +575,7 @@ class TestNotifier:
             received.append(each.sequence)
 
         journal.subscribe(block, None, replay=False)
-        live(journal, flush=False)
+        publish_range(journal, flush=False)
         join_notifiers(0)
         assert received == []
         release.set()
@@ -586,20 +586,20 @@ class TestNotifier:
 class TestWaiting:
     def test_wait_for_the_current_state_returns_at_once(self, journal: Journal) -> None:
         assert journal.wait(frozenset({State.IDLE}), 0) is State.IDLE
-        live(journal, end=3)
+        publish_range(journal, end=3)
         assert journal.wait(frozenset({State.RUNNING, State.IDLE}), 0) is State.RUNNING
 
     def test_final_state_ends_every_wait(self, journal: Journal) -> None:
-        live(journal)
+        publish_range(journal)
         assert journal.wait(frozenset({State.RUNNING}), None) is State.STOPPED
         assert journal.wait(frozenset(), None) is State.STOPPED
 
     def test_brief_state_is_not_missed(self) -> None:
-        for wanted in LIFE:
+        for wanted in PATH:
             journal = make(Recorder())
             waiter = Task(journal.wait, frozenset({wanted}), WAIT_S)
             eventually(lambda: journal._waiters)  # noqa: B023
-            live(journal)
+            publish_range(journal)
             assert waiter.result() is wanted
 
     @pytest.mark.parametrize(
@@ -614,7 +614,7 @@ class TestWaiting:
     def test_timeout_error_names_states_and_time(
         self, journal: Journal, states: set[State], wanted: str, timeout: float
     ) -> None:
-        live(journal, end=2)
+        publish_range(journal, end=2)
         with pytest.raises(TimeoutError) as caught:
             journal.wait(frozenset(states), timeout)
         assert str(caught.value) == f"The proxy was not in {wanted} within {timeout} s; it is spawning."
@@ -633,15 +633,15 @@ class TestWaiting:
         waiter = Task(wait)
         eventually(lambda: journal._waiters)
         clock[0] += 2000
-        live(journal, end=1)
+        publish_range(journal, end=1)
         waiter.result()
         assert str(errors[0]) == "The proxy was not in a final state within 1000 s; it is tunnelling."
 
     def test_many_threads_may_wait(self, journal: Journal) -> None:
-        wanted = [LIFE[number % len(LIFE)] for number in range(60)]
+        wanted = [PATH[number % len(PATH)] for number in range(60)]
         waiters = [Task(journal.wait, frozenset({state}), WAIT_S) for state in wanted]
         eventually(lambda: len(journal._waiters) == len(wanted))
-        live(journal)
+        publish_range(journal)
         assert [waiter.result() for waiter in waiters] == wanted
         assert journal._waiters == []
 
@@ -650,7 +650,7 @@ class TestWaiting:
         for _ in range(50):
             journal = make(Recorder())
             waiters = [Task(journal.wait, frozenset[State](), WAIT_S) for _ in range(4)]
-            live(journal)
+            publish_range(journal)
             for waiter in waiters:
                 waiter.result()
 
@@ -698,7 +698,7 @@ class TestSignalHandlers:
     def test_signal_handler_may_publish_while_its_thread_waits(
         self, journal: Journal, line: int, timeout: float | None
     ) -> None:
-        with SignalAtLine(lambda: live(journal, flush=False), Journal.wait, line) as interrupt:
+        with SignalAtLine(lambda: publish_range(journal, flush=False), Journal.wait, line) as interrupt:
             state = journal.wait(frozenset({State.RUNNING}), timeout)
         assert interrupt.handled
         assert state in {State.RUNNING, State.STOPPED}  # the latter if all was published before the first check
@@ -717,9 +717,9 @@ class TestSignalHandlers:
         received: Sequences = []
         before: Sequences = []
         journal.subscribe(collect(before), None, replay=False)
-        with SignalAtLine(lambda: live(journal, flush=False), function, line) as interrupt:
+        with SignalAtLine(lambda: publish_range(journal, flush=False), function, line) as interrupt:
             journal.subscribe(collect(received), None, replay=True)
         if not interrupt.handled:
-            live(journal)
+            publish_range(journal)
         assert journal.flush(WAIT_S)
         assert received == before == [1, 2, 3, 4, 5]
