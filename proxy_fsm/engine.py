@@ -136,7 +136,7 @@ class Engine:
         return self._supervisor.status.state
 
     def start(self) -> None:
-        """Start the owner thread, and wait until it has left ``idle``."""
+        """Start the owner thread, and wait until the state has left ``idle``."""
         claim, start_gate = object(), threading.Lock()
         try:
             if not self._claim(claim):
@@ -249,7 +249,7 @@ class Engine:
             RUNNING_ENGINES.discard(self)
 
     def _guarded(self, step: Callable[[], object]) -> None:
-        """Run one step. A bug, ours or a backend's, shuts the engine down in order, even if it stops already."""
+        """Run one step. A bug, ours or a backend's, shuts the engine down in order, also if it is already stopping."""
         try:
             step()
         except BaseException as error:  # noqa: BLE001 - a backend may call sys.exit

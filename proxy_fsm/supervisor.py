@@ -298,7 +298,7 @@ class Supervisor(ActiveLifecycle):
             self._verify()
 
     def _verify(self) -> None:
-        """Verify that the session has ended: the display is still there, and the server confirms it."""
+        """Verify that the session has ended: the display is still there and, if asked, the server confirms it."""
         if self._tentative is None or self._cause is not None:
             return
         if self._effects.display_in_doubt():

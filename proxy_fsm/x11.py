@@ -52,7 +52,7 @@ _FAMILY_WILD = 65_535
 
 _REFUSED, _ACCEPTED, _AUTHENTICATE = 0, 1, 2
 
-#: An X server resets when its last client disconnects, and for these 50 ms may hang up on clients that connect.
+#: An X server resets when its last client disconnects, and during these 50 ms may hang up on clients that connect.
 PAUSES_AFTER_HANG_UP_S = (0.01, 0.02, 0.04, 0.08, 0.16)
 
 _DISPLAY = re.compile(
