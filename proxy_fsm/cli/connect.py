@@ -22,11 +22,11 @@ from proxy_fsm import (
     check_preflight,
     parse_resume_output,
 )
-from proxy_fsm.cli.connecting import SSHOptions, connected
+from proxy_fsm.cli.connecting import SSHOptions, ssh_login
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.run import AttachOptions, attach
 from proxy_fsm.cli.sampling import sampled
-from proxy_fsm.cli.verb import NotReachedError, UsageError, as_words, conclude
+from proxy_fsm.cli.verb import NotReachedError, UsageError, run_verb, to_argv
 from proxy_fsm.cli.x2go_server import X2GoServer
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def connect(
                 hint = error.hint or error.reason.hint
                 output.log.error("preflight.failed", reason=str(error.reason), detail=error.detail, hint=hint)  # noqa: TRY400
                 return error.reason.cli_status
-            transport = held.enter_context(connected(host, ssh_options, output, interrupts))
-            visit = _Visit(
+            transport = held.enter_context(ssh_login(host, ssh_options, output, interrupts))
+            attempt = _SessionAttempt(
                 server=X2GoServer(transport, output, interrupts),
                 output=output,
                 interrupts=interrupts,
@@ -177,11 +177,11 @@ def connect(
                 on_shown=ready.close,
             )
             if session is not None:
-                return visit.resume(session, take_over=take_over)
+                return attempt.resume(session, take_over=take_over)
             assert command is not None  # noqa: S101 - one of them is given
-            return visit.start(command)
+            return attempt.start(command)
 
-    return conclude(output, body)
+    return run_verb(output, body)
 
 
 def _check_choice(session: str | None, command: str | None, *, take_over: bool) -> None:
@@ -215,15 +215,15 @@ def _resume_command(
 ) -> list[str]:
     """Return the command that resumes a session as this one is connected to, but for the session's name at its end."""
     words = [
-        *as_words(ssh_options),
-        *as_words(attach_options, without=frozenset({"ask_server"})),  # connect always asks
-        *as_words(session_options, without=frozenset({"kind"})),  # a session that is there has one
+        *to_argv(ssh_options),
+        *to_argv(attach_options, without=frozenset({"ask_server"})),  # connect always asks
+        *to_argv(session_options, without=frozenset({"kind"})),  # a session that is there has one
     ]
     return ["proxy-fsm", "connect", host, *words, "--session"]
 
 
 @dataclass(kw_only=True)
-class _Visit:
+class _SessionAttempt:
     """One session on one server, from its start or resumption to its end.
 
     Attributes:
@@ -360,7 +360,7 @@ class _Visit:
                     self._undo(info)
             except NotReachedError as error:
                 self.output.log.warning(
-                    "session.left",
+                    "session.released",
                     status="unknown",
                     detail=f"The server could not be asked what became of the session: {error}",
                     hint=f"See proxy-fsm sessions; where it is suspended: {self._resuming(info)}",
@@ -369,13 +369,13 @@ class _Visit:
     def _terminate(self, info: SessionInfo) -> None:
         self.server.terminate(info.name)
         detail = "The new session was never shown, so nobody could use it: it was terminated."
-        self.output.log.warning("session.left", status="terminated", detail=detail, hint=None)
+        self.output.log.warning("session.released", status="terminated", detail=detail, hint=None)
 
     def _suspend(self, info: SessionInfo) -> None:
         self.server.suspend(info.name)
         detail = "The session was resumed and not shown: it was suspended again."
         hint = f"Go on with it: {self._resuming(info)}"
-        self.output.log.warning("session.left", status="suspended", detail=detail, hint=hint)
+        self.output.log.warning("session.released", status="suspended", detail=detail, hint=hint)
 
     def _tell(self, info: SessionInfo) -> None:
         status = self._wait_settled(info.name)
@@ -388,7 +388,7 @@ class _Visit:
             ),
             SessionStatus.FINISHED: ("The session has ended.", None),
         }[status]
-        self.output.log.info("session.left", status=str(status), detail=detail, hint=hint)
+        self.output.log.info("session.released", status=str(status), detail=detail, hint=hint)
 
     def _wait_settled(self, name: str) -> SessionStatus:
         found = self._poll(name, _SETTLED_WITHIN_S, interruptible=False)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from proxy_fsm.cli.interrupts import Interrupts
     from proxy_fsm.cli.output import Output
 
-__all__ = ["SSHOptions", "connected"]
+__all__ = ["SSHOptions", "ssh_login"]
 
 _GROUP = Group("Connection", sort_key=1)
 _CONNECT_S = 15
@@ -60,7 +60,7 @@ class SSHOptions:
 
 
 @contextmanager
-def connected(target: str, options: SSHOptions, output: Output, interrupts: Interrupts) -> Iterator[paramiko.Transport]:
+def ssh_login(target: str, options: SSHOptions, output: Output, interrupts: Interrupts) -> Iterator[paramiko.Transport]:
     """Connect and log in; on the way out, disconnect.
 
     Args:

@@ -20,7 +20,7 @@ from proxy_fsm import Proxy, ProxyStatus, State, TransitionRecord, fast_transpor
 from proxy_fsm.cli import setups
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.sampling import sampled
-from proxy_fsm.cli.verb import UsageError, conclude
+from proxy_fsm.cli.verb import UsageError, run_verb
 from proxy_fsm.testing import LoopbackSSHServer
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def demo(
         log_format: ``json`` writes events on standard output, and nothing else.
     """
     out = Output(log_format, console_level=logging.ERROR)
-    return conclude(out, _Demo(out, output, seconds, with_stand_ins=stand_ins, keep=keep).run)
+    return run_verb(out, _Demo(out, output, seconds, with_stand_ins=stand_ins, keep=keep).run)
 
 
 class _Demo:
@@ -123,7 +123,7 @@ class _Demo:
         missing = setups.missing_programs()
         if missing or self._with_stand_ins:
             self._announce("stand-ins", missing)
-            with setups.stand_ins(interrupts) as setup:
+            with setups.stub_session(interrupts) as setup:
                 yield setup
             return
         with contextlib.ExitStack() as stack:
@@ -132,7 +132,7 @@ class _Demo:
             else:
                 directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy_fsm-demo-"))
             self._announce("real", missing, directory if self._keep else None)
-            yield stack.enter_context(setups.real(Path(directory), interrupts))
+            yield stack.enter_context(setups.real_session(Path(directory), interrupts))
 
     def _announce(self, kind: str, missing: dict[str, str], kept: str | None = None) -> None:
         self._output.log.info("demo.began", programs=kind, missing=missing, kept=kept)
@@ -175,7 +175,7 @@ class _Demo:
     def _run_session(self, proxy: Proxy, setup: setups.Setup, interrupts: Interrupts) -> Path | None:
         """Bring the session up, let it run for a while, and end it; returns where its screenshot is."""
         proxy.start()
-        interrupts.order(proxy.stop)
+        interrupts.on_signal(proxy.stop)
         screenshot = None
         if proxy.wait(State.RUNNING) is State.RUNNING:
             screenshot = self._watch(proxy, setup)

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from proxy_fsm import diagram as drawing
 from proxy_fsm.cli.output import LogFormat, Output
-from proxy_fsm.cli.verb import UsageError, conclude, deliver
+from proxy_fsm.cli.verb import UsageError, run_verb, write_output
 
 if TYPE_CHECKING:
     from proxy_fsm.cli.interrupts import Interrupts
@@ -57,6 +57,6 @@ def diagram(
             drawn = drawing.draw(chart, format, highlight=highlight, theme=theme, phases=not no_phases)
         except drawing.DiagramError as error:
             raise UsageError(str(error)) from error
-        return deliver(drawn, output, events)
+        return write_output(drawn, output, events)
 
-    return conclude(events, body)
+    return run_verb(events, body)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from proxy_fsm import BackendError, EndReason, KDriveBackend, NX3Backend, run_checks
 from proxy_fsm.cli.output import LogFormat, Output
-from proxy_fsm.cli.verb import ExitStatus, conclude
+from proxy_fsm.cli.verb import ExitStatus, run_verb
 from proxy_fsm.text import printable
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def doctor(*, log_format: LogFormat = LogFormat.CONSOLE) -> int:
                 _print(console, check)
         return ExitStatus.LACKING if lacking else ExitStatus.CLEAN
 
-    return conclude(output, body)
+    return run_verb(output, body)
 
 
 @dataclass(frozen=True, slots=True)

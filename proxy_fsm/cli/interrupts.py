@@ -71,7 +71,7 @@ class Interrupts:
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def order(self, order: Callable[[], object]) -> None:
+    def on_signal(self, order: Callable[[], object]) -> None:
         """Have a signal call this from now on; at once where one has come before.
 
         Args:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from proxy_fsm import Backend, CommandBackend, KDriveBackend, NX3Backend, Proxy, SessionInfo, State, Timeouts
-from proxy_fsm.cli.connecting import SSHOptions, connected
+from proxy_fsm.cli.connecting import SSHOptions, ssh_login
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.sampling import sampled
-from proxy_fsm.cli.verb import UsageError, conclude
+from proxy_fsm.cli.verb import UsageError, run_verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +129,7 @@ def run(
             output.redact.add(info.cookie)
         backend.check_session(info)
         output.log = output.log.bind(session=info.name)
-        with connected(host, ssh_options, output, interrupts) as transport:
+        with ssh_login(host, ssh_options, output, interrupts) as transport:
             proxy = Proxy(
                 info,
                 transport,
@@ -143,7 +143,7 @@ def run(
             with sampled(proxy, output):
                 return attach(proxy, interrupts)
 
-    return conclude(output, body)
+    return run_verb(output, body)
 
 
 def attach(proxy: Proxy, interrupts: Interrupts, *, once_running: Callable[[], object] | None = None) -> int:
@@ -158,7 +158,7 @@ def attach(proxy: Proxy, interrupts: Interrupts, *, once_running: Callable[[], o
         The exit status of its reason.
     """
     proxy.start()
-    interrupts.order(proxy.stop)
+    interrupts.on_signal(proxy.stop)
     if once_running is not None and proxy.wait(State.RUNNING) is State.RUNNING:
         once_running()
     while not proxy.state.is_final:

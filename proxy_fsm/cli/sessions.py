@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy_fsm import ListedSession, SessionStatus
-from proxy_fsm.cli.connecting import SSHOptions, connected
+from proxy_fsm.cli.connecting import SSHOptions, ssh_login
 from proxy_fsm.cli.output import LogFormat, Output
-from proxy_fsm.cli.verb import ExitStatus, conclude
+from proxy_fsm.cli.verb import ExitStatus, run_verb
 from proxy_fsm.cli.x2go_server import X2GoServer
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def sessions(
     output = Output(log_format)
 
     def body(interrupts: Interrupts) -> int:
-        with connected(host, ssh_options, output, interrupts) as transport:
+        with ssh_login(host, ssh_options, output, interrupts) as transport:
             listed = X2GoServer(transport, output, interrupts).sessions()
         if output.is_json:
             for session in listed:
@@ -57,7 +57,7 @@ def sessions(
             _print(output, listed)
         return ExitStatus.CLEAN
 
-    return conclude(output, body)
+    return run_verb(output, body)
 
 
 def _log(output: Output, session: ListedSession) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from proxy_fsm import BackendContext
     from proxy_fsm.cli.interrupts import Interrupts
 
-__all__ = ["DESKTOP_COLOUR", "SESSION_NAME", "Setup", "missing_programs", "real", "stand_ins"]
+__all__ = ["DESKTOP_COLOUR", "SESSION_NAME", "Setup", "missing_programs", "real_session", "stub_session"]
 
 #: What the real demo needs, and the package of Debian, Ubuntu and Fedora, or of Debian and Ubuntu, that has it.
 _PROGRAMS = {"nxagent": "nxagent", "nxproxy": "nxproxy", "Xvfb": "xvfb", "xauth": "xauth"}
@@ -95,7 +95,7 @@ class Setup:
 
 
 @contextlib.contextmanager
-def real(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
+def real_session(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
     """Start an X server and an agent; on the way out, end them.
 
     Args:
@@ -146,7 +146,7 @@ def real(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
 
 
 @contextlib.contextmanager
-def stand_ins(interrupts: Interrupts) -> Iterator[Setup]:
+def stub_session(interrupts: Interrupts) -> Iterator[Setup]:
     """Start stand-ins for the X server and the agent; on the way out, end them.
 
     Raises:

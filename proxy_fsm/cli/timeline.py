@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from proxy_fsm import timeline as drawing
 from proxy_fsm.cli.output import LogFormat, Output
-from proxy_fsm.cli.verb import UsageError, conclude, deliver
+from proxy_fsm.cli.verb import UsageError, run_verb, write_output
 from proxy_fsm.diagram import DiagramError, Theme
 
 if TYPE_CHECKING:
@@ -57,6 +57,6 @@ def timeline(
             raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
         except (drawing.TimelineError, DiagramError) as error:
             raise UsageError(str(error)) from error
-        return deliver(drawn, output, events)
+        return write_output(drawn, output, events)
 
-    return conclude(events, body)
+    return run_verb(events, body)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.cli.output import Output
 
-__all__ = ["ExitStatus", "NotReachedError", "UsageError", "as_words", "conclude", "deliver"]
+__all__ = ["ExitStatus", "NotReachedError", "UsageError", "run_verb", "to_argv", "write_output"]
 
 
 class ExitStatus(IntEnum):
@@ -63,7 +63,7 @@ class NotReachedError(Exception):
         super().__init__(detail)
 
 
-def as_words(options: Any, *, without: frozenset[str] = frozenset()) -> list[str]:
+def to_argv(options: Any, *, without: frozenset[str] = frozenset()) -> list[str]:
     """Return the words of the command line that give options again, as far as they are not the defaults.
 
     Args:
@@ -81,16 +81,16 @@ def as_words(options: Any, *, without: frozenset[str] = frozenset()) -> list[str
     return words
 
 
-def conclude(output: Output, body: Callable[[Interrupts], int]) -> int:
+def run_verb(output: Output, body: Callable[[Interrupts], int]) -> int:
     """Run a verb's body, and make an event and an exit status of whatever it ends with."""
     try:
         with Interrupts() as interrupts:
             return body(interrupts)
     except UsageError as error:
-        output.log.error("usage.wrong", detail=error.detail, hint=error.hint)  # noqa: TRY400 - no bug, so no traceback
+        output.log.error("usage.invalid", detail=error.detail, hint=error.hint)  # noqa: TRY400 - no bug, so no traceback
         return ExitStatus.USAGE
     except InvalidSession as error:
-        output.log.error("usage.wrong", detail=str(error), field=error.field, hint=None)  # noqa: TRY400
+        output.log.error("usage.invalid", detail=str(error), field=error.field, hint=None)  # noqa: TRY400
         return ExitStatus.USAGE
     except NotReachedError as error:
         output.log.error(error.event, **error.fields)  # noqa: TRY400
@@ -106,7 +106,7 @@ def conclude(output: Output, body: Callable[[Interrupts], int]) -> int:
         output.close()
 
 
-def deliver(drawn: str | bytes, path: Path | None, events: Output) -> int:
+def write_output(drawn: str | bytes, path: Path | None, events: Output) -> int:
     """Write a picture to a file, or to standard output.
 
     Returns:

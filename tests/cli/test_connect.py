@@ -78,7 +78,7 @@ def user(home: Home, x2go: FakeX2Go) -> Iterator[User]:
 
 def left(program: Running) -> tuple[str, str]:
     """Return what became of the session, and what to do."""
-    (event,) = program.named("session.left")
+    (event,) = program.named("session.released")
     assert event["session"] == NAME
     return event["status"], event["hint"] or ""
 
@@ -244,7 +244,7 @@ def test_what_is_tried_here_leaves_nothing_and_can_be_tried_again(user: User, di
     before = sorted(user.home.path.rglob("*"))
     for _ in range(2):
         program = user.run("--backend", "kdrive", "--session", NAME, "--sessions-root", str(root))
-        assert "There is no session." in failure(program, 2, "usage.wrong")
+        assert "There is no session." in failure(program, 2, "usage.invalid")
         assert sorted(user.home.path.rglob("*")) == before
 
 
@@ -370,13 +370,13 @@ class TestASuspendedSession:
 
     def test_another_one_is_not_taken_for_it(self, user: User, x2go: FakeX2Go) -> None:
         x2go.other_rows = [row("bob-51", "R")]
-        words = failure(user.run("--session", "alice"), 2, "usage.wrong")
+        words = failure(user.run("--session", "alice"), 2, "usage.invalid")
         assert f"There is: {NAME} (suspended), bob-51 (running)." in words
         assert x2go.called("x2goresume-session") == []
 
     def test_where_there_is_none_that_is_said(self, user: User, x2go: FakeX2Go) -> None:
         x2go.status = None
-        assert "There is no session." in failure(user.run("--session", NAME), 2, "usage.wrong")
+        assert "There is no session." in failure(user.run("--session", NAME), 2, "usage.invalid")
 
 
 class TestASessionThatIsShownElsewhere:
@@ -385,7 +385,7 @@ class TestASessionThatIsShownElsewhere:
         x2go.status = "R"
 
     def test_is_not_taken_over_unasked(self, user: User, x2go: FakeX2Go) -> None:
-        words = failure(user.run("--session", NAME), 2, "usage.wrong")
+        words = failure(user.run("--session", NAME), 2, "usage.invalid")
         assert "192.0.2.7" in words
         assert "x2gosuspend-session" in words
         assert "--take-over" in words
@@ -467,7 +467,7 @@ def test_what_cannot_be_done_is_wrong_usage(
     out, err = capfd.readouterr()
     assert err == ""
     assert out.count("\n") == 1
-    assert '"usage.wrong"' in out
+    assert '"usage.invalid"' in out
 
 
 def test_the_session_root_is_private(user: User) -> None:

@@ -103,7 +103,7 @@ class TestFailures:
         (home.path / "file").touch()
         program = run(home, "demo", "--output", "file/below", "--log-format", "json")
         assert program.process.returncode == 2
-        assert [event["event"] for event in program.events] == ["usage.wrong"]
+        assert [event["event"] for event in program.events] == ["usage.invalid"]
 
     def test_seconds_out_of_range_are_wrong_usage(self, home: Home) -> None:
         for seconds in ("-1", "nan", "inf"):

@@ -66,7 +66,7 @@ def test_with_json_events_go_to_standard_output_and_the_picture_elsewhere(home: 
     assert (home.path / "life.mmd").read_text() == diagram.mermaid()
     program = run(home, "diagram", "--log-format", "json")
     assert program.process.returncode == 2
-    assert [each["event"] for each in program.events] == ["usage.wrong"]
+    assert [each["event"] for each in program.events] == ["usage.invalid"]
 
 
 def test_draws_a_machine_of_the_working_directory(home: Home) -> None:

@@ -51,7 +51,7 @@ def test_it_is_an_order_where_one_is_set_however_often_it_comes() -> None:
     orders: list[int] = []
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGHUP)
-        interrupts.order(lambda: orders.append(1))
+        interrupts.on_signal(lambda: orders.append(1))
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)  # too late for an order, and harmless

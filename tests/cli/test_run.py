@@ -325,7 +325,7 @@ class TestConnecting:
         program = self.to(home, host)
         assert program.process.returncode == 2
         (event,) = program.events
-        assert event["event"] == "usage.wrong"
+        assert event["event"] == "usage.invalid"
 
     def to(self, home: Home, host: str) -> Running:
         arguments = ["run", host, "--session", "test", "--graphics-port", "1", "--log-format", "json"]
@@ -513,7 +513,7 @@ class TestWrongUsage:
         program = run(home, *good, *arguments)
         assert program.process.returncode == 2
         (event,) = program.events
-        assert event["event"] == "usage.wrong"
+        assert event["event"] == "usage.invalid"
         assert words in event["detail"]
         assert program.errors == ""
 
