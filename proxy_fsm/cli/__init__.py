@@ -19,13 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: What follows the program's name; by default this process's own.
+        arguments: Those after the program's name; by default this process's own.
 
     Returns:
         The exit status.
     """
     try:
-        from proxy_fsm.cli.app import execute  # noqa: PLC0415 - the extra may be missing, which is said below
+        from proxy_fsm.cli.app import execute  # noqa: PLC0415 - the extra may be missing, see below
 
         return execute(sys.argv[1:] if arguments is None else arguments)
     except ModuleNotFoundError as error:

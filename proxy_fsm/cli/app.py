@@ -1,4 +1,4 @@
-"""The verbs, put together."""
+"""The verbs, assembled into one app."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _exit_table() -> str:
 
 
 def make_app() -> App:
-    """Return the whole command line, each verb with its options."""
+    """Return the app with all verbs and their options."""
     app = App(
         name="proxy-fsm",
         help="Bring remote-desktop sessions to the screen: an SSH tunnel, a proxy program, the exact status of both.",
@@ -46,7 +46,7 @@ def make_app() -> App:
 
 
 def execute(arguments: Sequence[str]) -> int:
-    """Run one verb; a wrong usage is told on standard error.
+    """Run one verb; usage errors are printed on standard error.
 
     Returns:
         The exit status.

@@ -1,4 +1,4 @@
-"""Connects to a server as its user's ``ssh`` would: with fabric, and stricter than fabric with host keys."""
+"""Connects to a server as the user's ``ssh`` would: with fabric, but stricter about host keys."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _SYSTEM_KNOWN_HOSTS = ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
 @Parameter(name="*", group=_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class SSHOptions:
-    """How to reach the server; what is not said here, ``~/.ssh/config`` and the SSH agent say.
+    """How to reach the server; ``~/.ssh/config`` and the SSH agent supply the rest.
 
     Attributes:
         port: The SSH server's port.
         key: A private key to log in with, before those of ``~/.ssh/config`` and of the SSH agent.
-        known_hosts: The only file whose host keys are believed; by default those of OpenSSH.
-        accept_unknown_host: Accept a host key that is not known, this once and without saving it. One that differs
-            from the known one is always refused.
+        known_hosts: The only file whose host keys are trusted; by default OpenSSH's own files.
+        accept_unknown_host: Accept an unknown host key, this once and without saving it. A key that differs from the
+            known one is always rejected.
     """
 
     port: Annotated[int | None, Parameter(name=("--port", "-p"), validator=Number(gte=1, lte=65_535))] = None
@@ -61,29 +61,29 @@ class SSHOptions:
 
 @contextmanager
 def ssh_login(target: str, options: SSHOptions, output: Output, interrupts: Interrupts) -> Iterator[paramiko.Transport]:
-    """Connect and log in; on the way out, disconnect.
+    """Connect and log in; disconnect on the way out.
 
     Args:
         target: ``[USER@]HOST``, where the host may be an alias of ``~/.ssh/config``.
-        options: What the user said about it.
+        options: The user's connection options.
         output: Takes the events.
-        interrupts: What may end the waiting.
+        interrupts: Signals; one of them ends the wait.
 
     Yields:
         The transport, set up for speed.
 
     Raises:
         UsageError: An option or ``~/.ssh/config`` cannot be used.
-        NotReachedError: The server was not reached, is not known, or let nobody in.
-        Interrupted: A signal came meanwhile.
+        NotReachedError: The server could not be reached, its host key is not trusted, or the login was rejected.
+        Interrupted: A signal came while connecting.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     dialogue = _Dialogue(all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)))
     hops = _hops(target, options, output, dialogue)
     try:
         worker = threading.Thread(target=_open_all, args=(hops, dialogue), name="connect", daemon=True)
         worker.start()
-        dialogue.hold(interrupts)
+        dialogue.serve(interrupts)
         server = hops[-1]
         output.log.info(
             "connect.opened",
@@ -91,12 +91,12 @@ def ssh_login(target: str, options: SSHOptions, output: Output, interrupts: Inte
             port=server.port,
             user=server.user,
             via=[f"{hop.host}:{hop.port}" for hop in hops[:-1]],
-            elapsed_s=round(time.monotonic() - begun, 6),
+            elapsed_s=round(time.monotonic() - started, 6),
         )
         yield server.transport
     finally:
         for hop in reversed(hops):
-            with suppress(OSError, EOFError, paramiko.SSHException):  # it has ended already
+            with suppress(OSError, EOFError, paramiko.SSHException):  # already disconnected
                 hop.client.close()
 
 
@@ -110,7 +110,7 @@ class UnknownHostKeyError(paramiko.SSHException):
 
 
 class _Policy(paramiko.MissingHostKeyPolicy):
-    """Decides on a host of which no key is known; paramiko itself refuses a key that differs from a known one."""
+    """Decides on hosts without a known key; paramiko itself rejects a key that differs from the known one."""
 
     def __init__(self, output: Output, *, accept: bool) -> None:
         self._output = output
@@ -126,7 +126,7 @@ class _Policy(paramiko.MissingHostKeyPolicy):
 
 @dataclass
 class _Dialogue:
-    """The connecting thread asks, the main thread, where signals come, answers.
+    """The connecting thread asks; the main thread, which receives the signals, answers.
 
     Attributes:
         may_ask: Whether there is a person at a terminal.
@@ -141,12 +141,12 @@ class _Dialogue:
         self._messages.put((prompt, None))
         return self._answers.get()
 
-    def end(self, error: Exception | None) -> None:
-        """Tell how it went; on the connecting thread."""
+    def finish(self, error: Exception | None) -> None:
+        """Report the outcome; on the connecting thread."""
         self._messages.put((None, error))
 
-    def hold(self, interrupts: Interrupts) -> None:
-        """Answer until it has ended, and raise what it ended with."""
+    def serve(self, interrupts: Interrupts) -> None:
+        """Answer prompts until the connecting thread has finished, and raise its error."""
         while True:
             with interrupts.waiting():
                 prompt, error = self._messages.get()
@@ -160,11 +160,11 @@ class _Dialogue:
 
 
 def _hops(target: str, options: SSHOptions, output: Output, dialogue: _Dialogue) -> list[fabric.Connection]:
-    """Make the connections that are to be opened one after the other, the last one to the server."""
+    """Make the connections to open one after the other; the last one leads to the server."""
     if options.key is not None and not os.access(options.key, os.R_OK):
         raise UsageError(f"The key {options.key} cannot be read.")
     try:
-        # Lazy: fabric's own files are another program's configuration.
+        # Lazy: do not read fabric's own files, which configure another program.
         config = fabric.Config(ssh_config=read_ssh_config(), lazy=True)
         server = fabric.Connection(
             target,
@@ -174,7 +174,7 @@ def _hops(target: str, options: SSHOptions, output: Output, dialogue: _Dialogue)
             connect_kwargs={} if options.key is None else {"key_filename": [str(options.key)]},
         )
     except (OSError, ValueError, paramiko.SSHException) as error:
-        raise UsageError(f"{target} cannot be connected to: {error}", "Look at HOST and at ~/.ssh/config.") from error
+        raise UsageError(f"{target} cannot be connected to: {error}", "Check HOST and ~/.ssh/config.") from error
     hops = [server]
     while isinstance(hops[0].gateway, fabric.Connection):
         hops.insert(0, hops[0].gateway)
@@ -184,7 +184,7 @@ def _hops(target: str, options: SSHOptions, output: Output, dialogue: _Dialogue)
 
 
 def _no_jump(config: fabric.Config, target: str) -> bool | None:
-    """Return what fabric takes for "no gateway" where the configuration says ``ProxyJump none``, else None.
+    """Return fabric's value for "no gateway" if the configuration says ``ProxyJump none``, else None.
 
     Raises:
         ValueError: The target names no host.
@@ -196,7 +196,7 @@ def _no_jump(config: fabric.Config, target: str) -> bool | None:
 
 
 def _prepare(hop: fabric.Connection, options: SSHOptions, output: Output, dialogue: _Dialogue) -> None:
-    """Replace what fabric and paramiko have by default and must not be: any host key, a prompt on standard output."""
+    """Replace unsafe defaults of fabric and paramiko: any host key is accepted, prompts go to standard output."""
     hop.client.set_missing_host_key_policy(_Policy(output, accept=options.accept_unknown_host))
     _load_known_hosts(hop, options)
     keys = hop.connect_kwargs.get("key_filename", [])
@@ -235,7 +235,7 @@ def _transport_factory(dialogue: _Dialogue) -> Callable[..., paramiko.Transport]
 
         def second_factor(username: str, *_: object) -> list[str]:
             if not dialogue.may_ask:
-                raise paramiko.AuthenticationException("The server asks for a second factor, and nobody can be asked.")
+                raise paramiko.AuthenticationException("The server asks for a second factor, but there is no terminal.")
             return transport.auth_interactive(
                 username, lambda _title, _text, prompts: [dialogue.ask(printable(prompt)) for prompt, _ in prompts]
             )
@@ -251,10 +251,10 @@ def _open_all(hops: list[fabric.Connection], dialogue: _Dialogue) -> None:
     for hop in hops:
         try:
             _open(hop, dialogue)
-        except Exception as error:  # noqa: BLE001 - the main thread tells it
-            dialogue.end(_explained(error, hop))
+        except Exception as error:  # noqa: BLE001 - the main thread reports it
+            dialogue.finish(_as_not_reached(error, hop))
             return
-    dialogue.end(None)
+    dialogue.finish(None)
 
 
 def _open(hop: fabric.Connection, dialogue: _Dialogue) -> None:
@@ -262,7 +262,7 @@ def _open(hop: fabric.Connection, dialogue: _Dialogue) -> None:
         try:
             hop.open()
         except paramiko.SSHException as error:
-            last = attempt == _PASSWORDS or not dialogue.may_ask or not _was_refused(hop, error)
+            last = attempt == _PASSWORDS or not dialogue.may_ask or not _login_rejected(hop, error)
             password = "" if last else dialogue.ask(f"Password of {hop.user}@{hop.host} (or of its key): ")
             if not password:
                 raise
@@ -272,18 +272,18 @@ def _open(hop: fabric.Connection, dialogue: _Dialogue) -> None:
             return
 
 
-def _was_refused(hop: fabric.Connection, error: Exception) -> bool:
-    """Tell whether the server, known and spoken to, did not let the user in."""
+def _login_rejected(hop: fabric.Connection, error: Exception) -> bool:
+    """Return whether the login failed on a server whose host key was accepted."""
     if isinstance(error, UnknownHostKeyError | paramiko.BadHostKeyException):
         return False
     if isinstance(error, paramiko.AuthenticationException | paramiko.PasswordRequiredException):
         return True
     transport = hop.client.get_transport()
-    # paramiko tries a key as every kind of key, and tells of the last one only that it was none of that kind.
+    # paramiko tries a key file as every key type, and its error only says that the last type did not fit.
     return transport is not None and transport.is_active() and transport.initial_kex_done
 
 
-def _explained(error: Exception, hop: fabric.Connection) -> Exception:
+def _as_not_reached(error: Exception, hop: fabric.Connection) -> Exception:
     where = f"{hop.host}:{hop.port}"
     key: paramiko.PKey | None = None
     match error:
@@ -296,27 +296,27 @@ def _explained(error: Exception, hop: fabric.Connection) -> Exception:
             )
         case paramiko.BadHostKeyException(key=key):
             reason = "host_key_changed"
-            detail = f"The host key of {where} is not the known one: it was changed, or somebody is in between."
+            detail = f"The host key of {where} is not the known one: it was changed, or the connection is intercepted."
             hint = "Ask the server's administrator; only then remove the old key with ssh-keygen -R."
         case socket.gaierror() | UnicodeError():  # the latter: a label is empty or too long
             reason = "name_unknown"
-            detail = f"The name {hop.host} leads to no address: {_sentence(error)}"
-            hint = "Look at HOST, and at HostName in ~/.ssh/config."
+            detail = f"The name {hop.host} cannot be resolved: {_sentence(error)}"
+            hint = "Check HOST, and HostName in ~/.ssh/config."
         case paramiko.ChannelException():
             reason = "unreachable"
-            detail = f"The jump host did not open the way to {where}: {_sentence(error)}"
-            hint = "Look at ProxyJump, and whether the jump host may forward."
-        case paramiko.SSHException() if _was_refused(hop, error):
+            detail = f"The jump host did not open a channel to {where}: {_sentence(error)}"
+            hint = "Check ProxyJump, and whether the jump host allows forwarding."
+        case paramiko.SSHException() if _login_rejected(hop, error):
             reason = "not_authenticated"
-            detail = f"{where} did not let {hop.user} in: {_sentence(error)}"
+            detail = f"{where} rejected the login of {hop.user}: {_sentence(error)}"
             hint = "Name the key with -i, or load it into the SSH agent (a key with a passphrase too)."
         case OSError() | OverflowError():  # NoValidConnectionsError and time-outs too; the latter: a port above 65535
             reason = "unreachable"
-            detail = f"{where} was not reached: {_sentence(error)}"
-            hint = "Look at host and port, and at the network."
+            detail = f"{where} could not be reached: {_sentence(error)}"
+            hint = "Check host, port and network."
         case paramiko.SSHException() | EOFError():
             reason = "no_ssh"
-            detail = f"{where} and this program did not come to terms: {_sentence(error)}"
+            detail = f"The SSH handshake with {where} failed: {_sentence(error)}"
             hint = "Make sure that an SSH server listens there."
         case _:
             return error

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-_PAINTED_WITHIN_S = 15.0
-_LOOK_S = 0.1
+_PAINT_TIMEOUT_S = 15.0
+_POLL_S = 0.1
 _REFRESHES_PER_S = 10
 
 
@@ -43,16 +43,16 @@ def demo(
     keep: bool = False,
     log_format: LogFormat = LogFormat.CONSOLE,
 ) -> int:
-    """Show the whole lifecycle on this machine: an embedded SSH server, an agent and a proxy.
+    """Run the whole lifecycle on this machine: an embedded SSH server, an agent and a proxy.
 
-    It uses the real nxagent, nxproxy and Xvfb (and xauth) where all of them are installed, and stand-ins written in
-    Python where not, and says which. It takes a few seconds, ends everything that it started, and leaves its events
-    (events.jsonl), the proxy's log and, in the real case, a picture of the remote desktop (session.png).
+    It uses the real nxagent, nxproxy and Xvfb (and xauth) if all of them are installed, otherwise stand-ins written in
+    Python, and says which. It takes a few seconds, ends everything that it started, and leaves its events
+    (events.jsonl), the proxy's log and, with the real programs, a screenshot of the remote desktop (session.png).
 
     Args:
-        output: Directory for what it leaves; files of an earlier demo are replaced.
+        output: Directory for these files; those of an earlier demo are replaced.
         seconds: How long the session runs.
-        stand_ins: Use the stand-ins, whatever is installed.
+        stand_ins: Use the stand-ins even if the real programs are installed.
         keep: Keep the working directory too, with the logs of the X server and the agent, and say where it is.
         log_format: ``json`` writes events on standard output, and nothing else.
     """
@@ -146,13 +146,13 @@ class _Demo:
                 highlight=False,
             )
         else:
-            self._console.print("With stand-ins, as you wished.", highlight=False)
+            self._console.print("With stand-ins, as requested.", highlight=False)
         if kept is not None:
-            self._console.print(f"Working directory, which is kept: {kept}", highlight=False)
+            self._console.print(f"Working directory, kept: {kept}", highlight=False)
 
     @contextlib.contextmanager
     def _shown(self, proxy: Proxy) -> Iterator[None]:
-        """Show the states as they pass: a live table on a terminal, else a line each."""
+        """Show each state as it is entered: a live table on a terminal, else a line each."""
         if self._console.is_terminal and not self._output.is_json:
             with Live(
                 get_renderable=lambda: _table(proxy.status()),
@@ -162,7 +162,7 @@ class _Demo:
             ):
                 yield
             return
-        unsubscribe = proxy.subscribe(self._show_line, via=lambda call: call())  # each line before what it leads to
+        unsubscribe = proxy.subscribe(self._show_line, via=lambda call: call())  # in place, so before its effects
         try:
             yield
         finally:
@@ -173,7 +173,7 @@ class _Demo:
         self._console.print(f"{words}  {record.detail}".rstrip(), highlight=False, markup=False)
 
     def _run_session(self, proxy: Proxy, setup: setups.Setup, interrupts: Interrupts) -> Path | None:
-        """Bring the session up, let it run for a while, and end it; returns where its screenshot is."""
+        """Bring the session up, let it run for a while, and end it; return the screenshot's path."""
         proxy.start()
         interrupts.on_signal(proxy.stop)
         screenshot = None
@@ -183,14 +183,14 @@ class _Demo:
         return screenshot
 
     def _watch(self, proxy: Proxy, setup: setups.Setup) -> Path | None:
-        """Let it run for a while; returns where its screenshot is."""
+        """Let the session run for a while; return the screenshot's path."""
         try:
             setup.paint()
         except (OSError, ValueError) as error:
             self._output.log.warning("demo.not_painted", detail=f"Nothing was painted in the session: {error}")
-        deadline = time.monotonic() + _PAINTED_WITHIN_S
+        deadline = time.monotonic() + _PAINT_TIMEOUT_S
         while setup.screen is not None and not setup.is_painted() and time.monotonic() < deadline:
-            if _ends_within(proxy, _LOOK_S):
+            if _ends_within(proxy, _POLL_S):
                 return None
         if _ends_within(proxy, self._seconds):
             return None
@@ -203,9 +203,9 @@ class _Demo:
 
     def _report(self, status: ProxyStatus, screenshot: Path | None) -> int:
         assert status.reason is not None  # noqa: S101 - a final state has one
-        files = {"events": self._events, "proxy's log": self._log, "screenshot": screenshot}
-        left = {name: str(path) for name, path in files.items() if path is not None and path.exists()}
-        self._output.log.info("demo.ended", **_summary(status), files=left)
+        candidates = {"events": self._events, "proxy's log": self._log, "screenshot": screenshot}
+        files = {name: str(path) for name, path in candidates.items() if path is not None and path.exists()}
+        self._output.log.info("demo.ended", **_summary(status), files=files)
         self._console.print(_table(status))
         ending = Text(
             f"{status.state}: {status.reason}. {status.detail}", style="green" if status.reason.clean else "red"
@@ -213,7 +213,7 @@ class _Demo:
         self._console.print(ending)
         if status.hint:
             self._console.print(Text(status.hint))
-        for name, path in left.items():
+        for name, path in files.items():
             self._console.print(Text(f"{name}: {path}"), soft_wrap=True)
         page = self._folder / "run.html"
         self._console.print(

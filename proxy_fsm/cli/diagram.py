@@ -34,29 +34,29 @@ def diagram(
     """Draw the lifecycle, or a state machine of your own.
 
     Args:
-        target: ``package.module:Class``: a subclass of Proxy, Lifecycle or Backend, or what holds a
-            ``transitions.Machine`` or ``HierarchicalMachine``. It is imported, from the working directory too. By
+        target: ``package.module:Class``: a subclass of Proxy, Lifecycle or Backend, or an object that holds a
+            ``transitions.Machine`` or ``HierarchicalMachine``. It is imported, also from the working directory. By
             default the lifecycle.
-        format: What to draw it as; SVG and PNG need the extra ``diagram``.
-        highlight: A state to point at, or a phase of it: ``state/phase``.
-        theme: By default SVG and Mermaid follow whoever looks; DOT and PNG are light.
+        format: The output format; SVG and PNG need the extra ``diagram``.
+        highlight: A state to highlight, or a phase of it: ``state/phase``.
+        theme: By default SVG and Mermaid follow the viewer's theme; DOT and PNG are light.
         no_phases: Draw the states alone, without the phases inside them.
         output: The file to write; by default standard output.
-        log_format: ``json`` writes events on standard output, and nothing else; then ``--output`` is needed.
+        log_format: ``json`` writes events on standard output, and nothing else; ``--output`` is then required.
     """
     events = Output(log_format, console_level=logging.ERROR)
 
     def body(_interrupts: Interrupts) -> int:
         if output is None and (events.is_json or (format == "png" and sys.stdout.isatty())):
-            raise UsageError("Standard output is not for this picture: say with --output where it is to go.")
+            raise UsageError("This picture cannot go to standard output: name a file with --output.")
         here = os.getcwd()  # noqa: PTH109 - a string, as sys.path wants it
         if here not in sys.path and "" not in sys.path:
             sys.path.insert(0, here)
         try:
             chart = drawing.LIFECYCLE if target is None else drawing.load(target)
-            drawn = drawing.draw(chart, format, highlight=highlight, theme=theme, phases=not no_phases)
+            picture = drawing.draw(chart, format, highlight=highlight, theme=theme, phases=not no_phases)
         except drawing.DiagramError as error:
             raise UsageError(str(error)) from error
-        return write_output(drawn, output, events)
+        return write_output(picture, output, events)
 
     return run_verb(events, body)

@@ -41,13 +41,13 @@ _GET_NXPROXY = (
 _GET_XAUTH = (
     "Install xauth (on Debian and Ubuntu the package xauth, on Fedora xorg-x11-xauth; on macOS XQuartz has it)."
 )
-_GET_KDRIVE = "It is only for sessions of the kind KDrive, and comes from the X2Go project, x2go.org."
+_GET_KDRIVE = "It is needed for KDrive sessions only, and comes from the X2Go project, x2go.org."
 
 
 def doctor(*, log_format: LogFormat = LogFormat.CONSOLE) -> int:
-    """Tell what this machine lacks, and how to get it; no server is asked, and nothing is left behind.
+    """Report what this machine lacks, and how to get it; contacts no server and leaves nothing behind.
 
-    The exit status is 0 where everything is there that is needed to show an X2Go session, else 4.
+    The exit status is 0 if everything that is needed to show an X2Go session is there, else 4.
 
     Args:
         log_format: ``console`` prints a list on standard output; ``json`` one event ``doctor.check`` for each.
@@ -58,7 +58,7 @@ def doctor(*, log_format: LogFormat = LogFormat.CONSOLE) -> int:
         console = Console(quiet=output.is_json, soft_wrap=True)
         lacking = False
         for check in _checks():
-            interrupts.check()  # each takes some seconds at the most
+            interrupts.check()  # each takes a few seconds at most
             lacking |= check.needed and not check.ok
             if output.is_json:
                 _log(output, check)
@@ -71,15 +71,15 @@ def doctor(*, log_format: LogFormat = LogFormat.CONSOLE) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What it is.
-        ok: Whether it is there and as it should be.
-        detail: What was found, for a person.
-        hint: How to get it, or to make it better; None where it is fine.
+        name: What was checked.
+        ok: Whether it is present and as it should be.
+        detail: What was found, in words.
+        hint: How to get it, or to improve it; None if it is ok.
         needed: Whether no X2Go session can be shown without it.
-        there: Whether it is there, and only could be better, where it is not ok.
+        present: If it is not ok: whether it is present, and could only be better.
     """
 
     name: str
@@ -87,14 +87,14 @@ class Check:
     detail: str
     hint: str | None = None
     needed: bool = False
-    there: bool = False
+    present: bool = False
 
     @property
     def result(self) -> Literal["ok", "missing", "advice"]:
-        """``ok``, ``missing`` (`needed` tells whether that matters), or ``advice``: it is there and could be better."""
+        """``ok``, ``missing`` (`needed` says whether that matters), or ``advice``: present, but could be better."""
         if self.ok:
             return "ok"
-        return "advice" if self.there else "missing"
+        return "advice" if self.present else "missing"
 
 
 def _log(output: Output, check: Check) -> None:
@@ -110,12 +110,12 @@ def _log(output: Output, check: Check) -> None:
 
 
 def _print(console: Console, check: Check) -> None:
-    words, style = {
+    label, style = {
         "ok": ("ok", "green"),
         "missing": ("missing (needed)", "red") if check.needed else ("missing (optional)", "yellow"),
         "advice": ("advice", "yellow"),
     }[check.result]
-    console.print(Text.assemble((f"{words:<20}", style), f"{check.name}: {printable(check.detail)}"))
+    console.print(Text.assemble((f"{label:<20}", style), f"{check.name}: {printable(check.detail)}"))
     if check.hint is not None:
         console.print(Text(f"{'':<20}{printable(check.hint)}"))
 
@@ -145,12 +145,12 @@ def _nxproxy(error: BackendError | None) -> Iterator[Check]:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as problem:
-        why = problem.strerror if isinstance(problem, OSError) and problem.strerror else "it does not end"
+        why = problem.strerror if isinstance(problem, OSError) and problem.strerror else "it does not exit"
         yield Check("nxproxy", ok=False, detail=f"{path} cannot be run: {why}.", hint=_GET_NXPROXY, needed=True)
         return
     version = _VERSION.search(answer.stdout.decode("utf-8", "replace"))
-    known = f"version {version[1]}" if version else "which does not tell its version"
-    yield Check("nxproxy", ok=True, detail=f"{path}, {known}.", needed=True)
+    version_text = f"version {version[1]}" if version else "of unknown version"
+    yield Check("nxproxy", ok=True, detail=f"{path}, {version_text}.", needed=True)
 
 
 def _sessions_root(error: BackendError | None) -> Iterator[Check]:
@@ -159,20 +159,20 @@ def _sessions_root(error: BackendError | None) -> Iterator[Check]:
         yield Check(name, ok=False, detail=error.detail, hint=error.hint, needed=True)
         return
     if not root.exists():
-        yield Check(name, ok=True, detail=f"{root} is not there yet, and can be made.", needed=True)
+        yield Check(name, ok=True, detail=f"{root} does not exist yet, and can be created.", needed=True)
         return
     info = root.stat()
-    advice = partial(Check, name, ok=False, there=True)
+    advice = partial(Check, name, ok=False, present=True)
     if info.st_uid != os.geteuid():
-        detail = f"{root} belongs to another user, who can read and replace what is in it."
-        yield advice(detail=detail, hint=f"Move it away, or have root make it yours: chown $(id -un) {root}")
+        detail = f"{root} belongs to another user, who can read and replace its contents."
+        yield advice(detail=detail, hint=f"Move it away, or have root change its owner: chown $(id -un) {root}")
     elif info.st_mode & _OTHERS_WRITE:
-        yield advice(detail=f"{root} can be written to by others.", hint=f"Make it yours alone: chmod 700 {root}")
+        yield advice(detail=f"{root} can be written to by others.", hint=f"Make it private: chmod 700 {root}")
     elif info.st_mode & _OTHERS_READ:
-        detail = f"{root} can be read by others; what is in it is still private."
+        detail = f"{root} can be read by others; its contents are still private."
         yield advice(detail=detail, hint=f"chmod 700 {root}")
     else:
-        yield Check(name, ok=True, detail=f"{root} is yours alone, and writable.", needed=True)
+        yield Check(name, ok=True, detail=f"{root} is private and writable.", needed=True)
 
 
 def _display(error: BackendError | None) -> Iterator[Check]:
@@ -180,7 +180,7 @@ def _display(error: BackendError | None) -> Iterator[Check]:
         hint = f"{error.hint} (On macOS, XQuartz is an X server.)"
         yield Check("X server", ok=False, detail=error.detail, hint=hint, needed=True)
     else:
-        yield Check("X server", ok=True, detail=f"the one at {os.environ['DISPLAY']} lets us in.", needed=True)
+        yield Check("X server", ok=True, detail=f"the one at {os.environ['DISPLAY']} accepts connections.", needed=True)
 
 
 def _tunnel(error: BackendError | None) -> Iterator[Check]:
@@ -191,7 +191,7 @@ def _tunnel(error: BackendError | None) -> Iterator[Check]:
 
 
 def _xauth(error: BackendError | None) -> Iterator[Check]:
-    """Besides xauth, nxproxy needs a socket's path that can be written into its options."""
+    """Besides xauth, nxproxy needs a socket path that can be written into its options."""
     path = shutil.which("xauth")
     if path is not None:
         yield Check("xauth", ok=True, detail=f"{path}.", needed=True)
@@ -199,13 +199,13 @@ def _xauth(error: BackendError | None) -> Iterator[Check]:
         detail = "the program xauth, with which nxproxy reads the X server's cookie, was not found."
         yield Check("xauth", ok=False, detail=detail, hint=_GET_XAUTH, needed=True)
     else:
-        detail = "the program xauth was not found, and this X server lets us in without a cookie."
+        detail = "the program xauth was not found, but this X server accepts connections without a cookie."
         yield Check("xauth", ok=False, detail=detail, hint=_GET_XAUTH)
     if error is not None and error.reason is not EndReason.DISPLAY_UNAVAILABLE:
         yield Check("nxproxy's options", ok=False, detail=error.detail, hint=error.hint, needed=True)
 
 
-#: The preflight's checks, and how each is shown; the connection to a server is not there yet.
+#: The preflight's checks, and how each is reported; there is no connection to a server yet.
 _PREFLIGHT: dict[str, Callable[[BackendError | None], Iterator[Check]]] = {
     "the proxy program's path": _nxproxy,
     "the session root and its log": _sessions_root,
@@ -229,8 +229,8 @@ def _known_hosts() -> Check:
     found = [str(path) for path in files if path.is_file()]
     if found:
         return Check("known hosts", ok=True, detail=f"{', '.join(found)}.")
-    hint = "Connect once with ssh and compare the fingerprint; an unknown server is refused."
-    return Check("known hosts", ok=False, detail="no file of known hosts was found.", hint=hint)
+    hint = "Connect once with ssh and compare the fingerprint; an unknown server is rejected."
+    return Check("known hosts", ok=False, detail="no known_hosts file was found.", hint=hint)
 
 
 def _ssh_keys() -> Check:
@@ -246,14 +246,14 @@ def _ssh_keys() -> Check:
     kinds = ("rsa", "ecdsa", "ed25519")
     files = [str(path) for kind in kinds if (path := Path.home() / ".ssh" / f"id_{kind}").is_file()]
     if files:
-        return Check("SSH keys", ok=True, detail=f"no SSH agent with keys; there is {', '.join(files)}.")
+        return Check("SSH keys", ok=True, detail=f"no SSH agent with keys; found {', '.join(files)}.")
     hint = "Make one with ssh-keygen and load it with ssh-add, or log in with a password."
-    return Check("SSH keys", ok=False, detail="no SSH agent with keys, and no key of the usual name.", hint=hint)
+    return Check("SSH keys", ok=False, detail="no SSH agent with keys, and no key file of a standard name.", hint=hint)
 
 
 def _extra(extra: str, module: str) -> Check:
-    there = importlib.util.find_spec(module) is not None
+    installed = importlib.util.find_spec(module) is not None
     name = f"extra {extra}"
-    if there:
+    if installed:
         return Check(name, ok=True, detail=f"{module} is installed.")
     return Check(name, ok=False, detail=f"{module} is not installed.", hint=f'pip install "proxy_fsm[{extra}]"')

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as an order to end, never as an exception in the middle of something."""
+"""SIGINT, SIGTERM and SIGHUP as a request to end, never as an exception in the middle of an operation."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal came while this program waited for something that no proxy is there to end."""
+    """A signal came while this program was waiting, and no proxy was running that could be stopped."""
 
 
 class Interrupts:
-    """Takes these signals, on the main thread, as long as it is entered; a SIGHUP that is ignored (nohup) stays so.
+    """Handles these signals, on the main thread, while entered; an ignored SIGHUP (nohup) stays ignored.
 
-    Once one has come, they are ignored afterwards: the program is about to end.
+    If one came, they are ignored after the exit: the program is about to end.
 
     Attributes:
-        received: The name of the last signal that came; None before.
+        received: The name of the last signal; None before the first.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._order: Callable[[], object] | None = None
+        self._callback: Callable[[], object] | None = None
         self._waiting = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         self._previous = {
-            number: signal.signal(number, self._take)
+            number: signal.signal(number, self._handle)
             for number in _SIGNALS
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._order = None
+        self._callback = None
         for number, handler in self._previous.items():
-            # A second Ctrl-C must not kill a program that is ending. A handler of ours would not do: the interpreter
-            # removes it before it ends.
+            # A second Ctrl-C must not kill a program that is ending. Our own handler is not enough: the interpreter
+            # removes it before it exits.
             signal.signal(number, handler if self.received is None else signal.SIG_IGN)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within, a signal raises; put nothing into it but what waits.
+        """Within this block a signal raises; it should contain the blocking call only.
 
         Raises:
-            Interrupted: A signal comes, or has come before.
+            Interrupted: A signal comes, or came earlier.
         """
         self._waiting = True
         try:
@@ -63,28 +63,28 @@ class Interrupts:
             self._waiting = False
 
     def check(self) -> None:
-        """Let a signal that has come before raise; put it where nothing has to be undone.
+        """Raise if a signal came earlier; call this where nothing has to be undone.
 
         Raises:
-            Interrupted: One has come.
+            Interrupted: A signal came.
         """
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def on_signal(self, order: Callable[[], object]) -> None:
-        """Have a signal call this from now on; at once where one has come before.
+    def on_signal(self, callback: Callable[[], object]) -> None:
+        """Call this on every signal from now on; also now, if a signal came earlier.
 
         Args:
-            order: What may be called from a signal handler, such as ``stop`` of a proxy that was started.
+            callback: Must be safe in a signal handler, such as ``stop`` of a started proxy.
         """
-        self._order = order
+        self._callback = callback
         if self.received is not None:
-            order()
+            callback()
 
-    def _take(self, number: int, _frame: object) -> None:
+    def _handle(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
-        if self._order is not None:
-            self._order()
+        if self._callback is not None:
+            self._callback()
         if self._waiting:
             self._waiting = False
             raise Interrupted(self.received)

@@ -1,4 +1,4 @@
-"""What the command line writes: events, as lines for a person or as JSON."""
+"""Writes the command line's events, as lines for people or as JSON."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LogFormat", "Output"]
 
-#: In every event of a session that the console shows one of.
-_SAME_EVERYWHERE = ("proxy_id", "session")
+#: Fields of every event; the console, which shows one session, leaves them out.
+_CONSTANT_FIELDS = ("proxy_id", "session")
 
 
 class LogFormat(StrEnum):
@@ -31,28 +31,28 @@ class LogFormat(StrEnum):
 
 
 class Output:
-    """The logger of one verb; structlog itself is left as it is.
+    """The logger of one verb; structlog's global configuration stays untouched.
 
     Args:
-        log_format: ``json``: one object a line on standard output; ``console``: lines for a person on standard error.
+        log_format: ``json``: one object a line on standard output; ``console``: lines for people on standard error.
         verbose: Whether debug events are written too.
-        console_level: The lowest level that a person gets, of those that are written at all.
+        console_level: The lowest level on the console, of those that are written at all.
 
     Attributes:
         log: The structlog logger.
         is_json: Whether standard output is for JSON alone.
-        redact: Hides the secrets that were added to it, in every event; call it for what is written past the log.
+        redact: Hides the secrets that were added to it, in every event; call it for text that bypasses the log.
     """
 
     def __init__(self, log_format: LogFormat, *, verbose: bool = False, console_level: int = logging.DEBUG) -> None:
-        # Without this, the standard library prints a library's complaints itself, with tracebacks.
+        # Without a handler, the standard library prints paramiko's errors itself, with tracebacks.
         logging.getLogger("paramiko").addHandler(logging.NullHandler())
         self.is_json = log_format is LogFormat.JSON
         self._lock = threading.Lock()
         self.redact = Redactor(cookie_values=False)
         self._record: TextIO | None = None
         self._sinks = [
-            _Sink(sys.stdout, _JSON) if self.is_json else _Sink(sys.stderr, _for_people(sys.stderr), console_level)
+            _Sink(sys.stdout, _JSON) if self.is_json else _Sink(sys.stderr, _for_console(sys.stderr), console_level)
         ]
         self.log: Any = structlog.wrap_logger(
             structlog.ReturnLogger(),
@@ -65,7 +65,7 @@ class Output:
         )
 
     def record_to(self, path: Path) -> None:
-        """Write all events to a file too, as JSON.
+        """Also write all events to a file, as JSON.
 
         Raises:
             OSError: It cannot be written.
@@ -75,16 +75,16 @@ class Output:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether events are written as JSON, to be worked on later."""
+        """Whether events are written as JSON, for later processing."""
         return self.is_json or self._record is not None
 
     def close(self) -> None:
-        """Close the record."""
+        """Close the record file."""
         if self._record is not None:
             self._record.close()
 
     def _write(self, _logger: Any, method: str, event: MutableMapping[str, Any]) -> NoReturn:
-        with self._lock:  # so that events have one order, wherever they are written
+        with self._lock:  # so that all sinks have the events in the same order
             for sink in self._sinks:
                 if logging.getLevelNamesMapping()[event["level"].upper()] < sink.level:
                     continue
@@ -93,7 +93,7 @@ class Output:
 
 
 class _Sink:
-    """A file, and how events are rendered for it; a reader who has gone, or was never there, changes nothing."""
+    """A file, and how events are rendered for it; a missing file or a closed pipe is ignored."""
 
     def __init__(self, file: TextIO | None, processors: Sequence[Any], level: int = logging.DEBUG) -> None:
         self.level = level
@@ -113,29 +113,29 @@ class _Sink:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError:
-            # What is left in the buffer would be tried again, and complained about, when the interpreter ends.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._file.fileno())
-            os.close(nowhere)
+            # The interpreter would retry writing the rest of the buffer at exit, and report the error.
+            null_fd = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_fd, self._file.fileno())
+            os.close(null_fd)
 
 
 _JSON = (structlog.processors.format_exc_info, structlog.processors.JSONRenderer())
 
 
-def _for_people(file: TextIO | None) -> Sequence[Any]:
+def _for_console(file: TextIO | None) -> Sequence[Any]:
     renderer = structlog.dev.ConsoleRenderer(
         colors=file is not None and file.isatty() and "NO_COLOR" not in os.environ,
         sort_keys=False,
         # The default one, rich's, shows local variables: a cookie may be among them.
         exception_formatter=structlog.dev.plain_traceback,
     )
-    return [_without_noise, renderer]
+    return [_tidy_for_console, renderer]
 
 
-def _without_noise(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what says nothing, and make harmless what could steer a terminal."""
+def _tidy_for_console(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Leave out empty and constant fields, and escape terminal control characters."""
     return {
         key: printable(value) if isinstance(value, str) else value
         for key, value in event.items()
-        if key not in _SAME_EVERYWHERE and value is not None and value not in ("", [])
+        if key not in _CONSTANT_FIELDS and value is not None and value not in ("", [])
     }

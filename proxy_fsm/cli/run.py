@@ -1,4 +1,4 @@
-"""``proxy-fsm run``: attach to a session that exists."""
+"""``proxy-fsm run``: attach to an existing session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["AttachOptions", "attach", "run"]
 
 _COOKIE_LINE_BYTES = 4096
 _STANDARD_INPUT = Path("-")
-_SIGNAL_S = 1.0
+_SIGNAL_POLL_S = 1.0
 
 
 @Parameter(name="*")
@@ -36,10 +36,10 @@ class AttachOptions:
     """How to attach to a session.
 
     Attributes:
-        backend: What paints the session: nxproxy, x2gokdriveclient, or a command (any viewer), given after ``--``.
+        backend: What shows the session: nxproxy, x2gokdriveclient, or a command (any viewer), given after ``--``.
         sessions_root: Directory for the session's log; by default ``~/.x2go``.
         ready_timeout: Seconds from the proxy program's start until the session must be ready.
-        ask_server: At the end, ask the X2Go server whether the session was suspended or terminated.
+        ask_server: When it ends, ask the X2Go server whether the session was suspended or terminated.
     """
 
     backend: Literal["nx3", "kdrive", "command"] = "nx3"
@@ -51,11 +51,11 @@ class AttachOptions:
         """Make the backend.
 
         Raises:
-            UsageError: The command and the backend do not fit together.
+            UsageError: The command does not match the backend.
         """
         if self.backend != "command":
             if command:
-                raise UsageError(f"A command is for --backend command, and the backend is {self.backend}.")
+                raise UsageError(f"A command is only for --backend command, but the backend is {self.backend}.")
             return KDriveBackend() if self.backend == "kdrive" else NX3Backend()
         try:
             return CommandBackend(command)
@@ -66,7 +66,7 @@ class AttachOptions:
         """Make the engine's timeouts.
 
         Raises:
-            UsageError: The one that is given is out of range.
+            UsageError: The given one is out of range.
         """
         try:
             return Timeouts(ready_s=self.ready_timeout)
@@ -89,26 +89,26 @@ def run(
     log_format: LogFormat = LogFormat.CONSOLE,
     verbose: Annotated[bool, Parameter(name=("--verbose", "-v"))] = False,
 ) -> int:
-    """Attach to a session that exists, until it ends or SIGINT or SIGTERM comes, which end it in order.
+    """Attach to an existing session until it ends; SIGINT and SIGTERM stop the proxy cleanly.
 
     For ``--backend command``, ``{host}`` and ``{port}`` in the command are replaced by the local end's address, or
     ``{path}`` by that of a unix socket: ``proxy-fsm run me@server --session desk --graphics-port 5901 --backend
     command -- vncviewer {host}::{port}``.
 
     With ``--log-format json`` every line on standard output is one JSON object with ``event``, ``timestamp`` and
-    ``level``; otherwise events go to standard error. The exit status is 0 for a clean end, 2 for wrong usage, 3 where
-    the server was not reached, and the reason's own from 10 up (``proxy-fsm --help`` lists them).
+    ``level``; otherwise events go to standard error. The exit status is 0 for a clean end, 2 for wrong usage, 3 if the
+    server could not be reached, and from 10 up one for each reason (``proxy-fsm --help`` lists them).
 
     Args:
         host: ``[USER@]HOST``; a host or an alias of ``~/.ssh/config``, whose ProxyJump is honoured.
         command: The viewer, for ``--backend command``.
         session: The session's name.
         graphics_port: The port on which the agent listens.
-        display: The number of the session's display on the server; nx3 and kdrive need it.
+        display: The session's display number on the server; nx3 and kdrive need it.
         cookie_file: A file whose first line is the session's cookie, ``-`` for standard input; nx3 and
             kdrive need it.
         agent_host: Where the agent listens, as seen from the server.
-        resumed: Say that the session was resumed: it survives a failed attempt, which makes it retryable.
+        resumed: The session was resumed: it survives a failed attempt, which is therefore retryable.
         attach_options: How to attach.
         ssh_options: How to reach the server.
         log_format: How events are written.
@@ -146,25 +146,25 @@ def run(
     return run_verb(output, body)
 
 
-def attach(proxy: Proxy, interrupts: Interrupts, *, once_running: Callable[[], object] | None = None) -> int:
-    """Start a proxy and wait for its end, which a signal orders.
+def attach(proxy: Proxy, interrupts: Interrupts, *, on_running: Callable[[], object] | None = None) -> int:
+    """Start a proxy and wait until it ends; a signal stops it.
 
     Args:
         proxy: The proxy.
-        interrupts: Takes the signals.
-        once_running: Called when it runs; not where it ends before.
+        interrupts: Receives the signals.
+        on_running: Called once it is running; never if it ends before.
 
     Returns:
         The exit status of its reason.
     """
     proxy.start()
     interrupts.on_signal(proxy.stop)
-    if once_running is not None and proxy.wait(State.RUNNING) is State.RUNNING:
-        once_running()
+    if on_running is not None and proxy.wait(State.RUNNING) is State.RUNNING:
+        on_running()
     while not proxy.state.is_final:
-        # A signal that comes just before a thread begins to wait does not wake it (CPython): it is looked for again.
+        # A signal that comes just before a thread starts to wait does not wake it (CPython), so wait in steps.
         with suppress(TimeoutError):
-            proxy.wait(timeout=_SIGNAL_S)
+            proxy.wait(timeout=_SIGNAL_POLL_S)
     proxy.wait()
     reason = proxy.status().reason
     assert reason is not None  # noqa: S101 - a final state has one
@@ -195,7 +195,7 @@ def read_cookie(path: Path, output: Output, interrupts: Interrupts) -> str:
             "cookie.exposed",
             path=str(path),
             mode=f"{stat.S_IMODE(info.st_mode):04o}",
-            detail="Other users can read the cookie file, and so take the session over.",
+            detail="Other users can read the cookie file, and so take over the session.",
             hint=f"chmod 600 {path}",
         )
     return cookie

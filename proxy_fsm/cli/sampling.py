@@ -1,4 +1,4 @@
-"""Tells what the tunnel carries while it carries something, for a later look at the run (``proxy-fsm timeline``)."""
+"""Logs the tunnel's traffic while there is any, for later analysis of the run (``proxy-fsm timeline``)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 __all__ = ["sampled"]
 
-#: Between two looks, in seconds: while bytes flow, and at most while they do not.
-_BUSY_S, _QUIET_S = 1.0, 32.0
+#: The sampling interval while bytes flow, and its maximum while they do not.
+_BUSY_S, _IDLE_S = 1.0, 32.0
 
 
 @contextmanager
 def sampled(proxy: Proxy, output: Output) -> Iterator[None]:
-    """Within, write ``tunnel.stats`` about once a second while the tunnel carries something.
+    """Within this block, log ``tunnel.stats`` about once a second while bytes flow through the tunnel.
 
-    Each has the totals ``bytes_to_agent`` and ``bytes_from_agent``, and ``interval_s``, the time since the look before.
-    While nothing flows nothing is written, and the looks become rare: twice as long to each next one, up to 32 s. Where
-    events are read by a person alone, there are none.
+    Each has the totals ``bytes_to_agent`` and ``bytes_from_agent``, and ``interval_s``, the time since the previous
+    sample. While nothing flows nothing is logged, and the sampling interval doubles each time, up to 32 s. If events go
+    to the console only, nothing is sampled.
 
     Args:
         proxy: The proxy.
-        output: Takes the events.
+        output: Receives the events.
     """
     if not output.is_recorded:
         yield
@@ -45,19 +45,19 @@ def sampled(proxy: Proxy, output: Output) -> Iterator[None]:
 
 
 def _sample(proxy: Proxy, output: Output, ended: Event) -> None:
-    carried, looked, pause_s = (0, 0), time.monotonic(), _BUSY_S
+    totals, sampled_at, pause_s = (0, 0), time.monotonic(), _BUSY_S
     while not ended.wait(pause_s):
         stats = proxy.status().tunnel
-        now = (0, 0) if stats is None else (stats.bytes_to_agent, stats.bytes_from_agent)
-        seen = time.monotonic()
-        if now != carried:
+        new_totals = (0, 0) if stats is None else (stats.bytes_to_agent, stats.bytes_from_agent)
+        now = time.monotonic()
+        if new_totals != totals:
             output.log.info(
                 "tunnel.stats",
                 proxy_id=proxy.id,
                 session=proxy.status().session,
-                bytes_to_agent=now[0],
-                bytes_from_agent=now[1],
-                interval_s=round(seen - looked, 6),
+                bytes_to_agent=new_totals[0],
+                bytes_from_agent=new_totals[1],
+                interval_s=round(now - sampled_at, 6),
             )
-        pause_s = _BUSY_S if now != carried else min(2 * pause_s, _QUIET_S)
-        carried, looked = now, seen
+        pause_s = _BUSY_S if new_totals != totals else min(2 * pause_s, _IDLE_S)
+        totals, sampled_at = new_totals, now

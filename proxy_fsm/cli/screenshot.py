@@ -1,4 +1,4 @@
-"""A picture of an X server's screen, and a colour for it, with the standard library alone."""
+"""Takes screenshots of an X server and sets its background colour, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ class Screenshot:
 
     @classmethod
     def of_screen(cls, dump: bytes) -> Self:
-        """Read the file in which Xvfb keeps a screen (its option ``-fbdir``), or what xwd prints.
+        """Read a screen dump: Xvfb's framebuffer file (its option ``-fbdir``), or the output of xwd.
 
         Raises:
-            ValueError: It is none, or not of 32 bits a pixel, blue first, as Xvfb has it at depth 24.
+            ValueError: It is no such dump, or does not have 32 bits per pixel, blue first, as Xvfb's at depth 24.
 
         Source: X11/XWDFile.h.
         """
         if len(dump) < 4 * _HEADER_FIELDS:
-            raise ValueError("The dump of the screen is cut short.")
+            raise ValueError("The screen dump is truncated.")
         header = struct.unpack_from(f">{_HEADER_FIELDS}I", dump)
         header_bytes, _, pixmap_format, _, width, height, _, byte_order = header[:8]
         bits_per_pixel, line_bytes, _, *masks = header[11:17]
         layout = (pixmap_format, byte_order, bits_per_pixel, tuple(masks))
         if layout != (_Z_PIXMAP, _LEAST_SIGNIFICANT_FIRST, _BITS_PER_PIXEL, _MASKS):
-            raise ValueError(f"Such a dump of a screen cannot be read: {layout}.")
+            raise ValueError(f"A screen dump of this layout cannot be read: {layout}.")
         start = header_bytes + header[19] * _COLOUR_BYTES
         if len(dump) < start + height * line_bytes:
-            raise ValueError("The dump of the screen is cut short.")
+            raise ValueError("The screen dump is truncated.")
         pixels = bytearray(3 * width * height)
         for row in range(height):
             line = dump[start + row * line_bytes :][: 4 * width]
@@ -78,26 +78,26 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def paint_desktop(display: int, cookie: str, colour: tuple[int, int, int]) -> socket.socket:
-    """Give the background of an X server's screen a colour.
+    """Set the background colour of an X server's screen.
 
     Args:
-        display: The server's number; it is on this machine.
+        display: The server's display number, on this machine.
         cookie: Its MIT-MAGIC-COOKIE-1, in hexadecimal.
         colour: Red, green and blue; the screen has 24 bits, red first.
 
     Returns:
-        The connection: many an X server forgets everything when its last client leaves.
+        The connection; keep it, since many X servers reset when their last client disconnects.
 
     Raises:
-        OSError: The server is not there, or does not answer.
-        ValueError: It refuses.
+        OSError: The server is not running, or does not answer.
+        ValueError: It rejects the cookie.
 
     Source: X Window System Protocol, version 11: connection set-up, ChangeWindowAttributes, ClearArea.
     """
     client = socket.socket(socket.AF_UNIX)
     try:
         client.settimeout(_ANSWER_S)
-        client.connect(f"/tmp/.X11-unix/X{display}")  # noqa: S108 - that is where X servers are
+        client.connect(f"/tmp/.X11-unix/X{display}")  # noqa: S108 - where X servers have their sockets
         name, data = b"MIT-MAGIC-COOKIE-1", bytes.fromhex(cookie)
         client.sendall(
             struct.pack("<cxHHHHxx", b"l", 11, 0, len(name), len(data)) + name + bytes(-len(name) % 4) + data
@@ -120,7 +120,7 @@ def _read_answer(client: socket.socket) -> bytes:
     status, words = struct.unpack("<B5xH", _read(client, 8))
     answer = _read(client, 4 * words)
     if status != _ACCEPTED:
-        raise ValueError("The X server refuses the cookie.")
+        raise ValueError("The X server rejects the cookie.")
     return answer
 
 

@@ -1,4 +1,4 @@
-"""``proxy-fsm sessions``: list what runs, or is suspended, on an X2Go server."""
+"""``proxy-fsm sessions``: list the sessions on an X2Go server."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _RESUMABLE = {
     SessionStatus.SUSPENDED: "yes",
     SessionStatus.FINISHED: "no",
 }
-#: What a file or a pipe gets: no name is folded.
-_WIDE = 1000
+#: The table's width in a file or a pipe, so that no name is wrapped.
+_UNWRAPPED_WIDTH = 1000
 
 
 def sessions(
@@ -75,7 +75,7 @@ def _log(output: Output, session: ListedSession) -> None:
 
 
 def _print(output: Output, listed: Sequence[ListedSession]) -> None:
-    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _WIDE)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _UNWRAPPED_WIDTH)
     if not listed:
         console.print("There is no session.")
         return

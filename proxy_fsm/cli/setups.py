@@ -1,4 +1,4 @@
-"""What the demo runs with: the real programs where all of them are installed, stand-ins where not."""
+"""Sessions for the demo: with the real programs if all of them are installed, otherwise with stand-ins."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DESKTOP_COLOUR", "SESSION_NAME", "Setup", "missing_programs", "real_session", "stub_session"]
 
-#: What the real demo needs, and the package of Debian, Ubuntu and Fedora, or of Debian and Ubuntu, that has it.
+#: What the real demo needs, and its package in Debian, Ubuntu and Fedora, or in Debian and Ubuntu.
 _PROGRAMS = {"nxagent": "nxagent", "nxproxy": "nxproxy", "Xvfb": "xvfb", "xauth": "xauth"}
 _GREETING = 'printf "\\n  This window is painted by an X client\\n  inside the remote session.\\n"; exec sleep 3600'
-#: What may paint on the remote desktop: the first one that is installed.
+#: X clients for the remote desktop; the first installed one is started.
 _PAINTERS = (
     ("xterm", "-bg", "#fdf6e3", "-fg", "#073642", "-geometry", "64x12+40+40", "-e", "sh", "-c", _GREETING),
     ("xclock", "-geometry", "240x240+40+40"),
@@ -42,29 +42,29 @@ _PAINTERS = (
 #: Of the remote desktop, which takes three quarters of the width and height; the screen around it is black.
 DESKTOP_COLOUR = (0x2A, 0x6F, 0x97)
 _SCREEN = "1024x768x24"
-_COME_UP_S = 10.0
-_LEAVE_S = 5.0
+_STARTUP_TIMEOUT_S = 10.0
+_EXIT_TIMEOUT_S = 5.0
 _DISPLAYS = range(100, 1000)
 SESSION_NAME = "demo"
-_X_SOCKETS = Path("/tmp/.X11-unix")  # noqa: S108 - that is where X servers are
+_X_SOCKETS = Path("/tmp/.X11-unix")  # noqa: S108 - where X servers have their sockets
 
 
 def missing_programs() -> dict[str, str]:
-    """Return what the real demo lacks on this machine: program to Debian package."""
+    """Return the programs that the real demo lacks on this machine, each with its Debian package."""
     return {program: package for program, package in _PROGRAMS.items() if shutil.which(program) is None}
 
 
 @dataclass
 class Setup:
-    """A session that waits for its proxy, and where that is to paint.
+    """A session that waits for its proxy, and the screen to show it on.
 
     Attributes:
         session: The session.
-        backend: What paints it.
+        backend: What shows it.
         environ: The environment for the proxy.
         agent: The agent's process.
-        screen: The file in which the X server keeps its screen; None where there is no real one.
-        painter: The X client that paints in the session, in words; empty where there is none.
+        screen: The X server's framebuffer file; None without a real one.
+        painter: The name of the X client in the session; empty if there is none.
     """
 
     session: SessionInfo
@@ -75,35 +75,35 @@ class Setup:
     painter: str = ""
     _paint: Sequence[str] = ()
     _paint_environ: Mapping[str, str] = field(default_factory=dict)
-    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _resources: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def paint(self) -> None:
-        """Have something painted in the session, which must be running: an agent serves nobody before."""
+        """Paint something in the session, which must be running: before that the agent serves no client."""
         if self.screen is None or self.session.display is None or self.session.cookie is None:
             return
-        self._held.enter_context(paint_desktop(self.session.display, self.session.cookie, DESKTOP_COLOUR))
+        self._resources.enter_context(paint_desktop(self.session.display, self.session.cookie, DESKTOP_COLOUR))
         if self._paint:
-            self._held.enter_context(_started(self._paint, self._paint_environ))
+            self._resources.enter_context(_started(self._paint, self._paint_environ))
 
     def is_painted(self) -> bool:
-        """Tell whether the remote desktop is on the user's screen."""
+        """Return whether the remote desktop is on the user's screen."""
         return self.screen is not None and bytes(reversed(DESKTOP_COLOUR)) in self.screen.read_bytes()
 
     def screenshot(self) -> Screenshot | None:
-        """Return what the user's screen shows; None where there is no real one."""
+        """Return a screenshot of the user's screen; None without a real one."""
         return None if self.screen is None else Screenshot.of_screen(self.screen.read_bytes())
 
 
 @contextlib.contextmanager
 def real_session(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
-    """Start an X server and an agent; on the way out, end them.
+    """Start an X server and an agent; terminate them on the way out.
 
     Args:
-        directory: Where their files go; nobody else can read it.
-        interrupts: What may end the waiting.
+        directory: For their files; it must be private.
+        interrupts: Signals; one of them ends the wait.
 
     Raises:
-        NotReachedError: One of them does not come up.
+        NotReachedError: One of them does not start.
     """
     cookie, screen_cookie = token_hex(16), token_hex(16)
     number = _free_display()
@@ -112,7 +112,7 @@ def real_session(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
     with contextlib.suppress(PermissionError):  # it belongs to root, as it should
         _X_SOCKETS.chmod(0o1777)
     with contextlib.ExitStack() as stack:
-        _authorise(server_authority, 0, screen_cookie)  # an X server heeds the cookie alone
+        _authorise(server_authority, 0, screen_cookie)  # an X server checks the cookie alone
         display = stack.enter_context(_screen(directory, server_authority, interrupts))
         _authorise(user_authority, display, screen_cookie)
         _authorise(agent_authority, number, cookie)
@@ -141,16 +141,16 @@ def real_session(directory: Path, interrupts: Interrupts) -> Iterator[Setup]:
             painter=painter[0] if painter else "",
             _paint=painter,
             _paint_environ=environ | {"DISPLAY": f":{number}"},
-            _held=stack.enter_context(contextlib.ExitStack()),
+            _resources=stack.enter_context(contextlib.ExitStack()),
         )
 
 
 @contextlib.contextmanager
 def stub_session(interrupts: Interrupts) -> Iterator[Setup]:
-    """Start stand-ins for the X server and the agent; on the way out, end them.
+    """Start stand-ins for the X server and the agent; terminate them on the way out.
 
     Raises:
-        NotReachedError: One of them does not come up.
+        NotReachedError: One of them does not start.
     """
     cookie = token_hex(16)
     with contextlib.ExitStack() as stack:
@@ -171,7 +171,7 @@ def stub_session(interrupts: Interrupts) -> Iterator[Setup]:
 
 
 class _StandInBackend(NX3Backend):
-    """Runs the stand-in for nxproxy, just as nxproxy is run."""
+    """Runs the stand-in for nxproxy exactly as nxproxy is run."""
 
     def find_executable(self) -> str:
         return standins.command("proxy")[0]
@@ -182,7 +182,7 @@ class _StandInBackend(NX3Backend):
 
 @contextlib.contextmanager
 def _screen(directory: Path, authority: Path, interrupts: Interrupts) -> Iterator[int]:
-    """Start Xvfb; yields the number of its display."""
+    """Start Xvfb; yield its display number."""
     read_fd, write_fd = os.pipe()
     with contextlib.ExitStack() as stack:
         answer = stack.enter_context(os.fdopen(read_fd, "rb", buffering=0))
@@ -210,7 +210,7 @@ def _started(
     pass_fds: Sequence[int] = (),
     display: int | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program in a session of its own, so that a Ctrl-C does not reach it; on the way out, end it."""
+    """Start a program in its own session, so that Ctrl-C does not reach it; terminate it on the way out."""
     with contextlib.ExitStack() as stack:
         sink: IO[bytes] | int = subprocess.DEVNULL if log is None else stack.enter_context(log.open("wb"))
         try:
@@ -230,27 +230,27 @@ def _started(
     try:
         yield process
     finally:
-        _end(process)
+        _terminate(process)
         if display is not None:
-            _free(display, process.pid)
+            _remove_lock(display, process.pid)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _terminate(process: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LEAVE_S)
+            process.wait(_EXIT_TIMEOUT_S)
             break
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # what it left behind
+        os.killpg(process.pid, signal.SIGKILL)  # the rest of its process group
     if process.stdout is not None:
         process.stdout.close()
 
 
-def _free(display: int, pid: int) -> None:
-    """Remove what an X server that had to be killed leaves behind: with that, its number is taken for ever."""
-    lock = Path(f"/tmp/.X{display}-lock")  # noqa: S108 - that is where X servers are
+def _remove_lock(display: int, pid: int) -> None:
+    """Remove the lock and socket of a killed X server, which would block its display number for ever."""
+    lock = Path(f"/tmp/.X{display}-lock")  # noqa: S108 - where X servers have their locks
     with contextlib.suppress(OSError, ValueError):
         if int(lock.read_text(encoding="ascii")) == pid:
             (_X_SOCKETS / f"X{display}").unlink(missing_ok=True)
@@ -258,21 +258,21 @@ def _free(display: int, pid: int) -> None:
 
 
 def _first_line(stream: IO[bytes], program: str, interrupts: Interrupts) -> str:
-    """Read what a program says when it is up."""
-    deadline = time.monotonic() + _COME_UP_S
+    """Read the line that a program prints once it is up."""
+    deadline = time.monotonic() + _STARTUP_TIMEOUT_S
     line = b""
     while not line.endswith(b"\n"):
         with interrupts.waiting():
             readable, _, _ = select.select([stream], [], [], max(0.0, deadline - time.monotonic()))
         piece = os.read(stream.fileno(), 256) if readable else b""
         if not piece:
-            raise NotReachedError("demo.failed", f"{program} did not come up.", "Look at its log: pass --keep.")
+            raise NotReachedError("demo.failed", f"{program} did not start.", "Pass --keep and read its log.")
         line += piece
     return line.decode("ascii", "replace").strip()
 
 
 def _authorise(path: Path, display: int, cookie: str) -> None:
-    """Write an Xauthority file; the cookie goes through a pipe, since everybody can read arguments."""
+    """Write an Xauthority file; the cookie goes through a pipe, since every user can read arguments."""
     request = f"add :{display} MIT-MAGIC-COOKIE-1 {cookie}\n".encode("ascii")
     try:
         write_private(path, "")
@@ -287,7 +287,7 @@ def _free_port() -> int:
 
 
 def _free_display() -> int:
-    """Find a display number that no X server has; a random one, so that two demos find different ones."""
+    """Find a free display number; a random one, so that two demos find different ones."""
     for number in random.sample(_DISPLAYS, len(_DISPLAYS)):
         if not (_X_SOCKETS / f"X{number}").exists() and not Path(f"/tmp/.X{number}-lock").exists():  # noqa: S108
             return number

@@ -1,4 +1,4 @@
-"""Reads OpenSSH's client configuration, with its ``Include`` lines, which paramiko passes over."""
+"""Reads OpenSSH's client configuration, including ``Include`` lines, which paramiko ignores."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _EVERYWHERE = "Host *"
 def read_ssh_config() -> paramiko.SSHConfig:
     """Read the user's file and the system's; either may be missing.
 
-    What is included inside a ``Host`` or ``Match`` block and has such lines of its own counts there for every host
-    that these name.
+    If a file that is included inside a ``Host`` or ``Match`` block has such lines of its own, they apply to every host
+    that they name.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: A file is no text.
-        paramiko.ConfigParseError: A line cannot be understood.
+        ValueError: A file is not text.
+        paramiko.ConfigParseError: A line cannot be parsed.
 
     Source: ssh_config(5): the first value wins, and the user's file comes first.
     """
@@ -58,7 +58,7 @@ def _lines(path: Path, folder: Path, depth: int) -> Iterator[str]:
 
 
 def _included(pattern: str, folder: Path, depth: int) -> Iterator[str]:
-    wanted = folder / Path(pattern).expanduser()
-    for path in sorted(Path(wanted.anchor).glob(str(wanted.relative_to(wanted.anchor)))):
+    full_pattern = folder / Path(pattern).expanduser()
+    for path in sorted(Path(full_pattern.anchor).glob(str(full_pattern.relative_to(full_pattern.anchor)))):
         if path.is_file():
             yield from _lines(path, folder, depth + 1)

@@ -30,15 +30,15 @@ def timeline(
     theme: Theme | None = None,
     log_format: LogFormat = LogFormat.CONSOLE,
 ) -> int:
-    """Draw what happened in a run: states over time, events, bytes a second both ways, and how it ended.
+    """Draw what happened in a run: states over time, events, throughput in both directions, and how it ended.
 
     Args:
         file: What ``run`` or ``demo`` wrote on standard output with ``--log-format json``, or a demo's events.jsonl.
             Several proxies in it are drawn one below the other.
-        output: Where the picture goes; its ending says what it is: ``.svg``, ``.png`` (needs the extra ``timeline``),
+        output: The picture's file; its suffix sets the format: ``.svg``, ``.png`` (needs the extra ``timeline``),
             ``.html``: a page that replays the run, or ``.mmd``: a sequence diagram in Mermaid's language.
-        sequence: Draw who told whom what, of the first proxy, instead; the page has no such picture.
-        theme: For SVG and PNG; by default SVG follows whoever looks, and PNG is light.
+        sequence: Draw the first proxy's sequence diagram instead: which party sent what to which; not for ``.html``.
+        theme: For SVG and PNG; by default SVG follows the viewer's theme, and PNG is light.
         log_format: ``json`` writes events on standard output, and nothing else.
     """
     events = Output(log_format, console_level=logging.ERROR)
@@ -46,9 +46,9 @@ def timeline(
     def body(_interrupts: Interrupts) -> int:
         picture = _FORMATS.get(output.suffix.lower())
         if picture is None:
-            raise UsageError(f"{output} ends in none of {', '.join(_FORMATS)}, which say what to draw.")
+            raise UsageError(f"{output} ends in none of {', '.join(_FORMATS)}, which set the format.")
         if output.exists() and file.exists() and output.samefile(file):
-            raise UsageError(f"{output} is the record itself, and would be lost: name another file for the picture.")
+            raise UsageError(f"{output} is the record itself and would be overwritten: name another file.")
         try:
             with file.open("rb") as lines:
                 run = drawing.read(lines, str(file))

@@ -1,4 +1,4 @@
-"""What all verbs have in common: how they end, and that none of them ends with a traceback."""
+"""What all verbs share: how they exit, and that none of them exits with a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ExitStatus", "NotReachedError", "UsageError", "run_verb", "to_argv",
 
 
 class ExitStatus(IntEnum):
-    """Exit statuses beside those of the reasons (`proxy_fsm.EndReason.cli_status`), which begin at 10."""
+    """Exit statuses other than those of the reasons (`proxy_fsm.EndReason.cli_status`), which start at 10."""
 
     meaning: str
 
@@ -41,7 +41,7 @@ class ExitStatus(IntEnum):
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message is a sentence that says why."""
+    """The user's request cannot be carried out; the message is a sentence that says why."""
 
     def __init__(self, detail: str, hint: str | None = None) -> None:
         self.detail = detail
@@ -50,10 +50,10 @@ class UsageError(Exception):
 
 
 class NotReachedError(Exception):
-    """The way to the session ended before there was a proxy.
+    """An attempt to reach the session failed before a proxy was started.
 
     Attributes:
-        event: The name of the event that tells it.
+        event: The name of the event that reports it.
         fields: Its fields: ``detail``, ``hint``, and what else is known.
     """
 
@@ -64,25 +64,25 @@ class NotReachedError(Exception):
 
 
 def to_argv(options: Any, *, without: frozenset[str] = frozenset()) -> list[str]:
-    """Return the words of the command line that give options again, as far as they are not the defaults.
+    """Return the command-line arguments that reproduce options; defaults are omitted.
 
     Args:
-        options: A dataclass, each field of which is an option by its name.
-        without: Fields that are left out.
+        options: A dataclass whose fields are the options, by name.
+        without: Fields to omit.
     """
-    words = []
+    arguments = []
     for field in fields(options):
         value = getattr(options, field.name)
         if field.name in without or value == field.default:
             continue
-        words.append(f"--{field.name.replace('_', '-')}")
+        arguments.append(f"--{field.name.replace('_', '-')}")
         if value is not True:
-            words.append(str(value))
-    return words
+            arguments.append(str(value))
+    return arguments
 
 
 def run_verb(output: Output, body: Callable[[Interrupts], int]) -> int:
-    """Run a verb's body, and make an event and an exit status of whatever it ends with."""
+    """Run a verb's body, and turn whatever it raises into an event and an exit status."""
     try:
         with Interrupts() as interrupts:
             return body(interrupts)
@@ -106,16 +106,16 @@ def run_verb(output: Output, body: Callable[[Interrupts], int]) -> int:
         output.close()
 
 
-def write_output(drawn: str | bytes, path: Path | None, events: Output) -> int:
-    """Write a picture to a file, or to standard output.
+def write_output(picture: str | bytes, path: Path | None, events: Output) -> int:
+    """Write a picture to a file or to standard output.
 
     Returns:
         The exit status.
 
     Raises:
-        UsageError: It cannot go there.
+        UsageError: It cannot be written.
     """
-    data = drawn.encode() if isinstance(drawn, str) else drawn
+    data = picture.encode() if isinstance(picture, str) else picture
     try:
         if path is None:
             sys.stdout.buffer.write(data)

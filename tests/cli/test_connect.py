@@ -105,7 +105,7 @@ class TestANewSession:
             assert program.finish() == 0
             assert program.errors == ""
         again = shlex.join(["proxy-fsm", "connect", *user.access, "--session", NAME])
-        assert left(program) == ("suspended", f"Go on with it: {again}")
+        assert left(program) == ("suspended", f"Resume it: {again}")
         assert x2go.ran == [
             ["50", "4711", NAME, "30002", "xtermX2GO_SPACE_CHAR-geometryX2GO_SPACE_CHAR80x24", "none", "D"]
         ]
@@ -270,7 +270,7 @@ class TestAServer:
         words = failure(user.run(*FRESH))
         assert words.startswith("not_started: ")
         assert "started no session" not in words
-        assert f"{NAME}, which nobody could use, was terminated" in words
+        assert f"{NAME} was unusable, so it was terminated" in words
         assert x2go.called("x2goterminate-session") == [[NAME]]
 
     def test_that_does_not_terminate_that_session_either_is_told_of(self, user: User, x2go: FakeX2Go) -> None:
@@ -284,7 +284,7 @@ class TestAServer:
         output = f"50\n{COOKIE}\n4711\n{NAME}\n30001\n30002\n30003\n"
         x2go.answer("x2gostartagent", 1, output=output, errors="no database today\n")
         words = failure(user.run(*FRESH))
-        assert words.startswith("not_started: x2gostartagent ended with status 1")
+        assert words.startswith("not_started: x2gostartagent exited with status 1")
         assert "no database today" in words
         assert x2go.called("x2goterminate-session") == [[NAME]]
 
@@ -292,7 +292,7 @@ class TestAServer:
         x2go.answer("x2gostartagent", output="Welcome\nto\nour\nserver\n")
         words = failure(user.run(*FRESH))
         assert "started no session" not in words
-        assert "may have started one all the same: see proxy-fsm sessions" in words
+        assert "may have started one anyway: see proxy-fsm sessions" in words
         assert x2go.called("x2goterminate-session") == []
 
     @pytest.mark.parametrize("name", ["-rf", "a b", "../x", "x;reboot"])
@@ -348,7 +348,7 @@ class TestASuspendedSession:
         user.environ["X2GOKDRIVECLIENT_BINARY"] = user.with_broken_nxproxy()
         program = user.run("--session", NAME, *said, "--kind", "rootless", "--ask-server", "-v")
         words = ["connect", *user.access, *said, "--session", NAME]
-        assert left(program) == ("suspended", f"Go on with it: {shlex.join(['proxy-fsm', *words])}")
+        assert left(program) == ("suspended", f"Resume it: {shlex.join(['proxy-fsm', *words])}")
         verb, bound, _ = make_app().parse_args(words, exit_on_error=False)
         assert verb is connect
         assert bound.arguments["attach_options"].backend == "kdrive"
@@ -371,7 +371,7 @@ class TestASuspendedSession:
     def test_another_one_is_not_taken_for_it(self, user: User, x2go: FakeX2Go) -> None:
         x2go.other_rows = [row("bob-51", "R")]
         words = failure(user.run("--session", "alice"), 2, "usage.invalid")
-        assert f"There is: {NAME} (suspended), bob-51 (running)." in words
+        assert f"It lists: {NAME} (suspended), bob-51 (running)." in words
         assert x2go.called("x2goresume-session") == []
 
     def test_where_there_is_none_that_is_said(self, user: User, x2go: FakeX2Go) -> None:

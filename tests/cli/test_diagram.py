@@ -56,7 +56,7 @@ def test_png_goes_to_a_pipe_and_never_to_a_terminal(home: Home) -> None:
         os.close(ours)
         os.close(theirs)
     assert refused.returncode == 2
-    assert b"say with --output where it is to go" in refused.stderr
+    assert b"name a file with --output" in refused.stderr
 
 
 def test_with_json_events_go_to_standard_output_and_the_picture_elsewhere(home: Home) -> None:

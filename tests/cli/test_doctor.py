@@ -133,7 +133,7 @@ def test_nxproxy_that_cannot_be_run(home: Home, environ: dict[str, str]) -> None
 def test_nxproxy_that_says_nothing_is_there_all_the_same(home: Home, environ: dict[str, str]) -> None:
     (programs(home) / "nxproxy").unlink()
     (programs(home) / "nxproxy").symlink_to("/bin/true")
-    assert "does not tell its version" in check(doctor(home, environ), "nxproxy")["detail"]
+    assert "of unknown version" in check(doctor(home, environ), "nxproxy")["detail"]
 
 
 @pytest.mark.parametrize("display", ["", "nonsense", "localhost:59999"])
