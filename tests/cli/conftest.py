@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
-    """A home in which nothing may be left running."""
+    """A home; at the end, no process from it may still be running."""
     home = Home(tmp_path)
     yield home
-    assert home.left() == []
+    assert home.command_lines() == []
 
 
 @pytest.fixture

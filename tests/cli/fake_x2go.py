@@ -1,4 +1,4 @@
-"""The commands of an X2Go server, as far as the command line asks for them; its agent is a stand-in."""
+"""The X2Go server commands that the command line uses; the agent is a stand-in."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def row(name: str = NAME, status: str = "S", port: int = 30001, client: str = "1
 
 
 class FakeX2Go:
-    """A server with one session at most.
+    """A server with at most one session.
 
     Attributes:
         ssh: The SSH server, whose commands can be replaced.
-        calls: The commands that came, word by word.
-        status: The session's letter while its agent runs; None before there is one.
-        other_rows: What is listed besides.
+        calls: The commands received, as argument lists.
+        status: The session's status letter; None before there is a session.
+        other_rows: Further rows of the session list.
         programs: What ``command -v`` finds.
     """
 
@@ -48,7 +48,7 @@ class FakeX2Go:
             "sh": self._shell,
         }
         self.ssh = LoopbackSSHServer(
-            commands={name: self._noting(function) for name, function in self.commands.items()}
+            commands={name: self._recorded(function) for name, function in self.commands.items()}
         )
 
     def __enter__(self) -> Self:
@@ -62,12 +62,12 @@ class FakeX2Go:
             agent.communicate()
 
     def answer(self, command: str, exit_code: int = 0, output: str = "", errors: str = "") -> None:
-        """Have a command answer this from now on."""
-        function = self._noting(lambda _words: (exit_code, output.encode(), errors.encode()))
+        """Set a command's answer from now on."""
+        function = self._recorded(lambda _words: (exit_code, output.encode(), errors.encode()))
         self.ssh.commands = {**self.ssh.commands, command: function}
 
     def without(self, *commands: str) -> None:
-        """Take commands away."""
+        """Remove commands."""
         self.ssh.commands = {name: each for name, each in self.ssh.commands.items() if name not in commands}
 
     def called(self, command: str) -> list[list[str]]:
@@ -76,7 +76,7 @@ class FakeX2Go:
 
     @property
     def ran(self) -> list[list[str]]:
-        """What x2goruncommand was called with."""
+        """The arguments of each x2goruncommand call."""
         scripts = [shlex.split(words[2]) for words in self.calls if words[0] == "sh"]
         return [words[2:-4] for words in scripts if words[:2] == ["setsid", "x2goruncommand"]]
 
@@ -90,15 +90,15 @@ class FakeX2Go:
         self.port = int(agent.stdout.readline().split()[1])
         self.status = "R"
 
-    def _noting(
+    def _recorded(
         self, function: Callable[[list[str]], tuple[int, bytes, bytes]]
     ) -> Callable[[str], tuple[int, bytes, bytes]]:
-        def note(line: str) -> tuple[int, bytes, bytes]:
+        def record(line: str) -> tuple[int, bytes, bytes]:
             words = shlex.split(line)
             self.calls.append(words)
             return function(words)
 
-        return note
+        return record
 
     def _list(self, _words: list[str]) -> tuple[int, bytes, bytes]:
         if self.status == "R" and self.agents and self.agents[-1].poll() is not None:

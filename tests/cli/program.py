@@ -1,4 +1,4 @@
-"""The command line as a program of its own, in a home of its own."""
+"""Runs the command line as a separate program in its own home."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from proxy_fsm.testing import LoopbackSSHServer
 
-#: Connects, and reads until the other side has had enough.
+#: Connects, and reads until the peer closes the connection.
 VIEWER = "import socket,sys; s=socket.create_connection((sys.argv[1], int(sys.argv[2])))\nwhile s.recv(4096): pass"
 VIEWER_COMMAND = (sys.executable, "-I", "-S", "-c", VIEWER, "{host}", "{port}")
 
 
 @dataclass
 class Home:
-    """A home directory, and the environment of somebody who lives there and has nothing else."""
+    """A home directory, and a minimal environment for it."""
 
     path: Path
     marker: str = field(default_factory=lambda: token_hex(8))
@@ -41,7 +41,7 @@ class Home:
 
     @property
     def environ(self) -> dict[str, str]:
-        """`marker` is in it, by which `left` finds whatever was started."""
+        """Contains `marker`, by which `processes` finds every process that was started."""
         return {
             "HOME": str(self.path),
             "PATH": "/usr/bin:/bin",
@@ -52,7 +52,7 @@ class Home:
             "PROXY_FSM_TEST_MARKER": self.marker,
         }
 
-    def know(self, server: LoopbackSSHServer, file: str = "known_hosts") -> Path:
+    def add_known_host(self, server: LoopbackSSHServer, file: str = "known_hosts") -> Path:
         """Add a server to the known hosts."""
         key = server.host_key
         path = self.ssh / file
@@ -60,14 +60,14 @@ class Home:
             known.write(f"[{server.host}]:{server.port} {key.get_name()} {key.get_base64()}\n")
         return path
 
-    def keep_key(self, server: LoopbackSSHServer, name: str = "key") -> Path:
-        """Write down the key that a server lets in."""
+    def write_key(self, server: LoopbackSSHServer, name: str = "key") -> Path:
+        """Write the private key that a server accepts."""
         path = self.ssh / name
         server.client_key.write_private_key_file(str(path))
         return path
 
     def processes(self) -> dict[int, str]:
-        """Return the processes that were started here and still run: number to command line."""
+        """Return the command lines of the processes that were started here and still run, by pid."""
         found = {}
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -76,26 +76,26 @@ class Home:
                     found[int(directory.name)] = line
         return found
 
-    def left(self) -> list[str]:
-        """Return their command lines alone."""
+    def command_lines(self) -> list[str]:
+        """Return the command lines of `processes` only."""
         return list(self.processes().values())
 
 
 @dataclass
 class Running:
-    """A command that runs, and the events that it has written."""
+    """A running command, and the events read from it so far."""
 
     process: subprocess.Popen[str]
     events: list[dict[str, Any]] = field(default_factory=list)
     raw: str = ""
 
-    def until(self, wanted: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-        """Read events until one is as wanted; each line of standard output must be one."""
+    def until(self, matches: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        """Read events until one matches; each line of standard output must be an event."""
         while line := self._stdout.readline():
-            event = self._take(line)
-            if wanted(event):
+            event = self._parse(line)
+            if matches(event):
                 return event
-        raise AssertionError(f"it ended without such an event: {self.events}")
+        raise AssertionError(f"no such event before it exited: {self.events}")
 
     def until_state(self, state: str) -> dict[str, Any]:
         return self.until(lambda event: event.get("dest") == state)
@@ -103,7 +103,7 @@ class Running:
     def finish(self) -> int:
         """Read the rest, and return the exit status."""
         for line in self._stdout:
-            self._take(line)
+            self._parse(line)
         return self.process.wait(PROGRAM_S)
 
     def named(self, name: str) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ class Running:
         assert self.process.stdout is not None
         return self.process.stdout
 
-    def _take(self, line: str) -> dict[str, Any]:
+    def _parse(self, line: str) -> dict[str, Any]:
         self.raw += line
         event = json.loads(line)
         assert isinstance(event, dict)
@@ -139,7 +139,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 @contextmanager
 def started(home: Home, *arguments: str | Path, **environ: str) -> Iterator[Running]:
-    """Start the program with pipes."""
+    """Start the program, connected by pipes."""
     with subprocess.Popen(
         command(*arguments),
         env=home.environ | environ,
@@ -157,7 +157,7 @@ def started(home: Home, *arguments: str | Path, **environ: str) -> Iterator[Runn
 
 
 def run(home: Home, *arguments: str | Path, stdin: str = "", **environ: str) -> Running:
-    """Run the program to its end; its events are read where it was asked for JSON."""
+    """Run the program until it exits; read its events if they are JSON."""
     process = subprocess.run(
         command(*arguments),
         env=home.environ | environ,
@@ -169,7 +169,7 @@ def run(home: Home, *arguments: str | Path, stdin: str = "", **environ: str) -> 
         check=False,
         start_new_session=True,
     )
-    running = Running(_Ended(process))  # type: ignore[arg-type]  # what is asked of it is there
+    running = Running(_Ended(process))  # type: ignore[arg-type]  # it has what `Running` uses
     if "json" in arguments:
         running.finish()
     return running
@@ -185,10 +185,10 @@ class _Ended:
         return self.returncode
 
 
-def viewing(
+def run_arguments(
     home: Home, server: LoopbackSSHServer, graphics_port: int, *more: str | Path, viewer: Sequence[str] = VIEWER_COMMAND
 ) -> list[str | Path]:
-    """Return the arguments that show an agent's port with a viewer."""
+    """Return the arguments of ``run`` that show an agent's port with a viewer."""
     return [
         *("run", f"{server.username}@{server.host}", "--port", str(server.port), "--log-format", "json"),
         *("--session", "test", "--graphics-port", str(graphics_port), "--sessions-root", home.path / "sessions"),

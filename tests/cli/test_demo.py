@@ -1,4 +1,4 @@
-"""``proxy-fsm demo``: with stand-ins everywhere, and with the real programs where they are."""
+"""``proxy-fsm demo``: with stand-ins everywhere, and with the real programs where installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAPER = (0xFD, 0xF6, 0xE3)  # xterm's background in the demo
 LIFE = ["tunnelling", "spawning", "running", "stopping", "stopped"]
 
 
-def nothing_on(path: Path) -> str:
+def empty_directory(path: Path) -> str:
     path.mkdir()
     return str(path)
 
@@ -44,16 +44,18 @@ def check_success(program: Running, programs: str) -> None:
 
 
 class TestWithStandIns:
-    def test_needs_nothing_but_python(self, home: Home) -> None:
-        """No program at all is on PATH, and what is missing is said."""
-        program = run(home, "demo", "--seconds", "0.2", "--log-format", "json", PATH=nothing_on(home.path / "empty"))
+    def test_demo_needs_only_python(self, home: Home) -> None:
+        """PATH is empty, and the missing programs are reported."""
+        program = run(
+            home, "demo", "--seconds", "0.2", "--log-format", "json", PATH=empty_directory(home.path / "empty")
+        )
         check_success(program, "stand-ins")
         missing = {"nxagent": "nxagent", "nxproxy": "nxproxy", "Xvfb": "xvfb", "xauth": "xauth"}
         assert program.events[0]["missing"] == missing
         assert (home.path / "demo-output" / "events.jsonl").read_text() == program.raw
         assert not (home.path / "demo-output" / "session.png").exists()
 
-    def test_tells_a_person_what_happens_and_what_to_install(self, home: Home) -> None:
+    def test_console_shows_progress_and_packages_to_install(self, home: Home) -> None:
         only_some = home.path / "some"
         only_some.mkdir()
         for name in ("nxproxy", "Xvfb"):
@@ -70,18 +72,18 @@ class TestWithStandIns:
         assert (home.path / "out/sessions/S-demo/session.log").read_text()
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_ends_it_all(self, home: Home, number: signal.Signals) -> None:
-        """The home's own check is that nothing is left."""
+    def test_signal_ends_demo_and_its_programs(self, home: Home, number: signal.Signals) -> None:
+        """The fixture ``home`` checks that no process is left."""
         with started(home, "demo", "--stand-ins", "--seconds", "1000", "--log-format", "json") as program:
             program.until_state("running")
-            assert len(home.left()) == 4
+            assert len(home.command_lines()) == 4
             for _ in range(2):
                 os.killpg(program.process.pid, number)
             assert program.finish() == 0
             assert program.events[-1]["event"] == "demo.ended"
             assert program.errors == ""
 
-    def test_a_second_demo_replaces_the_first_one_s_files(self, home: Home) -> None:
+    def test_second_demo_replaces_files_of_the_first(self, home: Home) -> None:
         run(home, "demo", "--stand-ins", "--seconds", "0", "--log-format", "json")
         program = run(home, "demo", "--stand-ins", "--seconds", "0", "--log-format", "json")
         check_success(program, "stand-ins")
@@ -90,7 +92,7 @@ class TestWithStandIns:
 
 
 class TestFailures:
-    def test_a_session_that_breaks_has_its_reason_s_status(self, home: Home) -> None:
+    def test_broken_session_exits_with_status_of_its_reason(self, home: Home) -> None:
         with started(home, "demo", "--stand-ins", "--seconds", "1000", "--log-format", "json") as program:
             program.until_state("running")
             (agent,) = (pid for pid, line in home.processes().items() if " agent" in line)
@@ -99,17 +101,17 @@ class TestFailures:
             assert (program.events[-1]["event"], program.events[-1]["reason"]) == ("demo.ended", "peer_lost")
             assert program.errors == ""
 
-    def test_an_output_that_cannot_be_written_is_wrong_usage(self, home: Home) -> None:
+    def test_unwritable_output_is_usage_error(self, home: Home) -> None:
         (home.path / "file").touch()
         program = run(home, "demo", "--output", "file/below", "--log-format", "json")
         assert program.process.returncode == 2
         assert [event["event"] for event in program.events] == ["usage.invalid"]
 
-    def test_seconds_out_of_range_are_wrong_usage(self, home: Home) -> None:
+    def test_seconds_out_of_range_are_usage_error(self, home: Home) -> None:
         for seconds in ("-1", "nan", "inf"):
             assert run(home, "demo", f"--seconds={seconds}").process.returncode == 2
 
-    def test_an_x_server_that_does_not_come_up_is_told_and_nothing_is_left(self, home: Home) -> None:
+    def test_x_server_start_failure_is_reported_and_cleaned_up(self, home: Home) -> None:
         broken = home.path / "broken"
         broken.mkdir()
         for name in setups.missing_programs() or ("nxagent", "nxproxy", "Xvfb", "xauth"):
@@ -120,7 +122,7 @@ class TestFailures:
         assert "Xvfb" in program.events[-1]["detail"]
         assert program.errors == ""
 
-    def test_a_failure_is_told_on_the_console_too(self, home: Home) -> None:
+    def test_failure_is_reported_on_console(self, home: Home) -> None:
         broken = home.path / "broken"
         broken.mkdir()
         for name in ("nxagent", "nxproxy", "Xvfb", "xauth"):
@@ -132,13 +134,13 @@ class TestFailures:
 
 
 @pytest.mark.real
-class TestWithTheRealPrograms:
+class TestWithRealPrograms:
     @pytest.fixture(autouse=True)
     def real_programs(self) -> None:
         if missing := setups.missing_programs():
             skip_or_fail(missing)
 
-    def test_the_remote_desktop_is_on_the_screenshot(self, home: Home) -> None:
+    def test_screenshot_shows_remote_desktop(self, home: Home) -> None:
         program = run(home, "demo", "--log-format", "json")
         check_success(program, "real")
         with Image.open(home.path / "demo-output" / "session.png") as picture:
@@ -153,7 +155,7 @@ class TestWithTheRealPrograms:
             )
         assert desktop > 0.9 * 768 * 576
 
-    def test_a_signal_ends_it_all(self, home: Home) -> None:
+    def test_signal_ends_demo_and_its_programs(self, home: Home) -> None:
         with started(home, "demo", "--seconds", "1000", "--log-format", "json") as program:
             program.until_state("running")
             program.process.send_signal(signal.SIGINT)
@@ -161,14 +163,14 @@ class TestWithTheRealPrograms:
             assert program.events[-1]["reason"] == "stop_requested"
             assert program.errors == ""
 
-    def test_no_cookie_is_in_any_command_line_or_event(self, home: Home) -> None:
+    def test_cookie_is_in_no_command_line_or_event(self, home: Home) -> None:
         with started(
             home, "demo", "--seconds", "1000", "--keep", "--log-format", "json", TMPDIR=str(home.path)
         ) as program:
             program.until_state("running")
             (options,) = home.path.glob("proxy_fsm-demo-*/options")
             cookie = options.read_text().partition("cookie=")[2][:32]
-            seen = home.left()
+            seen = home.command_lines()
             program.process.terminate()
             assert program.finish() == 0
         assert len(seen) >= 4

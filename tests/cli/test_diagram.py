@@ -1,4 +1,4 @@
-"""``proxy-fsm diagram``: all formats, a client's own machine, and sentences where it cannot be drawn."""
+"""``proxy-fsm diagram``: all formats, a client's own machine, and messages for what cannot be drawn."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def shown(program: Running) -> str:
 
 
 @pytest.mark.parametrize("picture", [name for name in diagram.FORMATS if name != "png"])
-def test_writes_what_the_library_draws(home: Home, picture: diagram.Format) -> None:
+def test_output_is_the_library_drawing(home: Home, picture: diagram.Format) -> None:
     program = run(home, "diagram", f"--format={picture}", "--highlight", "running", "--theme", "dark")
     assert program.errors == ""
     assert program.process.returncode == 0
     assert shown(program) == diagram.draw(format=picture, highlight="running", theme="dark")
 
 
-def test_is_mermaid_of_the_lifecycle_by_default(home: Home) -> None:
+def test_default_output_is_mermaid_of_the_lifecycle(home: Home) -> None:
     assert shown(run(home, "diagram")) == diagram.mermaid()
 
 
-def test_points_at_a_phase(home: Home) -> None:
+def test_highlight_option_marks_a_phase(home: Home) -> None:
     program = run(home, "diagram", "--highlight", "stopping/draining")
     assert shown(program) == diagram.mermaid(highlight="stopping/draining")
 
 
-def test_leaves_phases_out_by_an_option(home: Home) -> None:
+def test_no_phases_option_omits_phases(home: Home) -> None:
     assert shown(run(home, "diagram", "--no-phases")) == diagram.draw(phases=False)
 
 
-def test_png_goes_to_a_pipe_and_never_to_a_terminal(home: Home) -> None:
+def test_png_is_written_to_pipe_but_never_to_terminal(home: Home) -> None:
     arguments: dict[str, Any] = {"env": home.environ, "timeout": PROGRAM_S, "stderr": subprocess.PIPE}
     piped = subprocess.run(command("diagram", "-f", "png"), stdout=subprocess.PIPE, check=False, **arguments)
     assert piped.returncode == 0
-    assert b"Traceback" not in piped.stderr  # matplotlib may tell there that it looks for fonts
+    assert b"Traceback" not in piped.stderr  # matplotlib may log there that it searches for fonts
     assert piped.stdout == diagram.draw(format="png")
     ours, theirs = os.openpty()
     try:
@@ -59,7 +59,7 @@ def test_png_goes_to_a_pipe_and_never_to_a_terminal(home: Home) -> None:
     assert b"name a file with --output" in refused.stderr
 
 
-def test_with_json_events_go_to_standard_output_and_the_picture_elsewhere(home: Home) -> None:
+def test_json_log_needs_output_file_for_the_picture(home: Home) -> None:
     program = run(home, "diagram", "--log-format", "json", "-o", "life.mmd")
     assert program.process.returncode == 0
     assert [(each["event"], each["path"]) for each in program.events] == [("picture.drawn", "life.mmd")]
@@ -69,7 +69,7 @@ def test_with_json_events_go_to_standard_output_and_the_picture_elsewhere(home: 
     assert [each["event"] for each in program.events] == ["usage.invalid"]
 
 
-def test_draws_a_machine_of_the_working_directory(home: Home) -> None:
+def test_machine_in_working_directory_is_drawn(home: Home) -> None:
     package = home.path / "client"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -96,7 +96,7 @@ def test_draws_a_machine_of_the_working_directory(home: Home) -> None:
         (["-o", "no/where.mmd"], "no/where.mmd cannot be written to: No such file"),
     ],
 )
-def test_what_cannot_be_drawn_is_wrong_usage_in_a_sentence(home: Home, arguments: list[str], message: str) -> None:
+def test_undrawable_target_is_usage_error(home: Home, arguments: list[str], message: str) -> None:
     (home.path / "broken.py").write_text("class")
     program = run(home, "diagram", *arguments)
     assert program.process.returncode == 2

@@ -1,4 +1,4 @@
-"""``proxy-fsm doctor``: what is there, what is missing, and how to get it."""
+"""``proxy-fsm doctor``: what is present, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def x_server(cookie: str = "") -> Iterator[str]:
 
 @pytest.fixture
 def environ(home: Home) -> Iterator[dict[str, str]]:
-    """A machine with all that is needed, and nothing else; what is needed is in a directory of its own."""
+    """A machine with the needed programs and nothing else, in their own directory."""
     directory = programs(home)
     install(directory / "nxproxy", standins.command("proxy"))
     (directory / "xauth").symlink_to("/bin/true")
@@ -70,7 +70,7 @@ def check(program: Running, name: str) -> dict[str, Any]:
 
 
 def missing(program: Running, name: str) -> str:
-    """Return the words on what is missing, and needed."""
+    """Return detail and hint of a missing, needed item."""
     event = check(program, name)
     assert (event["result"], event["needed"]) == ("missing", True)
     assert program.process.returncode == LACKING
@@ -78,13 +78,13 @@ def missing(program: Running, name: str) -> str:
 
 
 def missing_optional(program: Running, name: str) -> str:
-    """Return the words on what is missing, and not needed."""
+    """Return detail and hint of a missing, optional item."""
     event = check(program, name)
     assert (event["result"], event["needed"]) == ("missing", False)
     return f"{event['detail']} {event['hint']}"
 
 
-def test_a_machine_with_all_that_is_needed_is_fine(home: Home, environ: dict[str, str]) -> None:
+def test_complete_machine_is_ok(home: Home, environ: dict[str, str]) -> None:
     program = doctor(home, environ)
     assert program.process.returncode == 0
     for name in ("nxproxy", "~/.x2go", "X server", "tunnel", "xauth"):
@@ -93,13 +93,13 @@ def test_a_machine_with_all_that_is_needed_is_fine(home: Home, environ: dict[str
     missing_optional(program, "x2gokdriveclient")
 
 
-def test_it_leaves_nothing_behind(home: Home, environ: dict[str, str]) -> None:
+def test_doctor_leaves_no_files(home: Home, environ: dict[str, str]) -> None:
     before = sorted(home.path.rglob("*"))
     doctor(home, environ)
     assert sorted(home.path.rglob("*")) == before
 
 
-def test_people_get_a_list_on_standard_output(home: Home, environ: dict[str, str]) -> None:
+def test_console_prints_list_on_standard_output(home: Home, environ: dict[str, str]) -> None:
     del environ["DISPLAY"]
     program = run(home, "doctor", **environ)
     assert program.process.returncode == LACKING
@@ -112,41 +112,41 @@ def test_people_get_a_list_on_standard_output(home: Home, environ: dict[str, str
     assert any(line.startswith("ok ") and "nxproxy" in line for line in lines)
 
 
-def test_nxproxy_that_is_not_there(home: Home, environ: dict[str, str]) -> None:
+def test_missing_nxproxy_is_reported_with_package(home: Home, environ: dict[str, str]) -> None:
     (programs(home) / "nxproxy").unlink()
     assert "the package nxproxy" in missing(doctor(home, environ), "nxproxy")
 
 
-def test_nxproxy_where_nxproxy_binary_says(home: Home, environ: dict[str, str]) -> None:
+def test_nxproxy_binary_variable_is_honoured(home: Home, environ: dict[str, str]) -> None:
     moved = (programs(home) / "nxproxy").rename(home.path / "elsewhere")
     assert str(moved) in check(doctor(home, environ | {"NXPROXY_BINARY": str(moved)}), "nxproxy")["detail"]
     moved.chmod(0o600)
     assert "executable" in missing(doctor(home, environ | {"NXPROXY_BINARY": str(moved)}), "nxproxy")
 
 
-def test_nxproxy_that_cannot_be_run(home: Home, environ: dict[str, str]) -> None:
-    """Such as one of another machine's kind."""
+def test_unrunnable_nxproxy_is_reported(home: Home, environ: dict[str, str]) -> None:
+    """Such as one built for another architecture."""
     (programs(home) / "nxproxy").write_text("#!/nowhere/interpreter\n")
     assert "cannot be run" in missing(doctor(home, environ), "nxproxy")
 
 
-def test_nxproxy_that_says_nothing_is_there_all_the_same(home: Home, environ: dict[str, str]) -> None:
+def test_nxproxy_without_version_is_ok(home: Home, environ: dict[str, str]) -> None:
     (programs(home) / "nxproxy").unlink()
     (programs(home) / "nxproxy").symlink_to("/bin/true")
     assert "of unknown version" in check(doctor(home, environ), "nxproxy")["detail"]
 
 
 @pytest.mark.parametrize("display", ["", "nonsense", "localhost:59999"])
-def test_an_x_server_that_cannot_be_used(home: Home, environ: dict[str, str], display: str) -> None:
+def test_unusable_x_server_is_reported(home: Home, environ: dict[str, str], display: str) -> None:
     missing(doctor(home, environ | {"DISPLAY": display}), "X server")
 
 
-def test_an_x_server_that_refuses(home: Home, environ: dict[str, str]) -> None:
+def test_x_server_rejecting_connections_is_reported(home: Home, environ: dict[str, str]) -> None:
     with x_server(COOKIE) as display:
         assert "XAUTHORITY" in missing(doctor(home, environ | {"DISPLAY": display}), "X server")
 
 
-def test_xauth_is_needed_where_the_x_server_wants_a_cookie(home: Home, environ: dict[str, str]) -> None:
+def test_xauth_is_needed_if_x_server_requires_cookie(home: Home, environ: dict[str, str]) -> None:
     (programs(home) / "xauth").unlink()
     program = doctor(home, environ)
     missing_optional(program, "xauth")
@@ -157,7 +157,7 @@ def test_xauth_is_needed_where_the_x_server_wants_a_cookie(home: Home, environ: 
         assert "nxproxy's options" not in {event["check"] for event in program.events}
 
 
-def test_a_sessions_root_that_is_private(home: Home, environ: dict[str, str]) -> None:
+def test_sessions_root_should_be_private(home: Home, environ: dict[str, str]) -> None:
     root = home.path / ".x2go"
     root.mkdir(mode=0o700)
     assert check(doctor(home, environ), "~/.x2go")["result"] == "ok"
@@ -169,8 +169,8 @@ def test_a_sessions_root_that_is_private(home: Home, environ: dict[str, str]) ->
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to another user")
-def test_a_sessions_root_of_another_user(home: Home, environ: dict[str, str]) -> None:
-    """Which chmod does not cure."""
+def test_sessions_root_of_another_user_gets_advice(home: Home, environ: dict[str, str]) -> None:
+    """Chmod cannot fix that."""
     (home.path / ".x2go").mkdir(mode=0o777)
     os.chown(home.path / ".x2go", 1, 1)
     event = check(doctor(home, environ), "~/.x2go")
@@ -178,14 +178,16 @@ def test_a_sessions_root_of_another_user(home: Home, environ: dict[str, str]) ->
     assert "belongs to another user" in event["detail"]
 
 
-def test_a_place_for_sockets_that_nxproxy_cannot_be_told(home: Home, environ: dict[str, str]) -> None:
+def test_socket_directory_unfit_for_option_string_is_reported(home: Home, environ: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory(prefix="a,b-", dir="/tmp") as place:
         program = doctor(home, environ | {"XDG_RUNTIME_DIR": place})
     assert "cannot be written into an NX option string" in missing(program, "nxproxy's options")
     assert check(program, "tunnel")["result"] == check(program, "xauth")["result"] == "ok"
 
 
-def test_no_place_for_sockets(home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_socket_directory_is_reported(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(kind: str, directory: Path) -> object:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), f"{kind} {directory}")
 
@@ -199,7 +201,7 @@ def test_no_place_for_sockets(home: Home, monkeypatch: pytest.MonkeyPatch, capsy
     assert "writable and not full" in lines[at + 1]
 
 
-def test_x2gokdriveclient_where_its_variable_says(home: Home, environ: dict[str, str]) -> None:
+def test_x2gokdriveclient_binary_variable_is_honoured(home: Home, environ: dict[str, str]) -> None:
     program = install(home.path / "kdrive", standins.command("proxy"))
     variable = {"X2GOKDRIVECLIENT_BINARY": str(program)}
     assert str(program) in check(doctor(home, environ | variable), "x2gokdriveclient")["detail"]
@@ -207,8 +209,8 @@ def test_x2gokdriveclient_where_its_variable_says(home: Home, environ: dict[str,
     assert "executable" in missing_optional(doctor(home, environ | variable), "x2gokdriveclient")
 
 
-def test_a_signal_ends_it(home: Home, environ: dict[str, str]) -> None:
-    """Between two checks; here, at one that takes its time."""
+def test_signal_ends_doctor(home: Home, environ: dict[str, str]) -> None:
+    """Between two checks; here, after a slow one."""
     with Gate(home.path / "gate") as gate, Gate(home.path / "begun") as begun:
         (programs(home) / "nxproxy").unlink()
         script = f"#!/bin/sh\necho x > {begun.path}\nread x < {gate.path}\n"
@@ -224,12 +226,12 @@ def test_a_signal_ends_it(home: Home, environ: dict[str, str]) -> None:
     assert list(home.path.glob(".proxy_fsm-*")) == []
 
 
-def test_a_sessions_root_that_is_no_directory(home: Home, environ: dict[str, str]) -> None:
+def test_sessions_root_that_is_a_file_is_reported(home: Home, environ: dict[str, str]) -> None:
     (home.path / ".x2go").touch()
     assert "directory" in missing(doctor(home, environ), "~/.x2go")
 
 
-def test_keys_and_known_hosts_are_told_of(home: Home, environ: dict[str, str]) -> None:
+def test_keys_and_known_hosts_are_reported(home: Home, environ: dict[str, str]) -> None:
     missing_optional(doctor(home, environ), "SSH keys")
     for name in ("id_ed25519", "known_hosts"):
         (home.ssh / name).touch()
@@ -238,7 +240,7 @@ def test_keys_and_known_hosts_are_told_of(home: Home, environ: dict[str, str]) -
     assert str(home.ssh / "known_hosts") in check(program, "known hosts")["detail"]
 
 
-def test_the_exit_status_is_in_the_help(home: Home) -> None:
+def test_help_lists_exit_status(home: Home) -> None:
     program = run(home, "--help")
     assert program.process.stdout is not None
     assert "4: this machine lacks something that is needed" in program.process.stdout.read()

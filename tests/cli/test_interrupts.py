@@ -1,4 +1,4 @@
-"""A signal is an order where something can take it, and an exception only where this program waits."""
+"""A signal calls a callback if one is set, and raises only where the program waits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from proxy_fsm.cli.interrupts import Interrupted, Interrupts
 
 
 @pytest.fixture(autouse=True)
-def handlers_as_before() -> object:
+def restore_handlers() -> object:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_it_raises_in_what_waits() -> None:
-    """A signal that comes just before the read does not end it (CPython), so it finds something there after that."""
+def test_signal_raises_in_waiting_block() -> None:
+    """A signal just before the read does not end it (CPython), so a byte follows that does."""
     read_fd, write_fd = os.pipe()
 
     def send() -> None:
@@ -39,7 +39,7 @@ def test_it_raises_in_what_waits() -> None:
     os.close(write_fd)
 
 
-def test_one_that_came_before_raises_as_soon_as_something_waits() -> None:
+def test_earlier_signal_raises_on_entry_of_waiting_block() -> None:
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGINT)
         assert interrupts.received == "SIGINT"
@@ -47,15 +47,15 @@ def test_one_that_came_before_raises_as_soon_as_something_waits() -> None:
             raise AssertionError("it waited")
 
 
-def test_it_is_an_order_where_one_is_set_however_often_it_comes() -> None:
-    orders: list[int] = []
+def test_callback_is_called_on_every_signal() -> None:
+    calls: list[int] = []
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGHUP)
-        interrupts.on_signal(lambda: orders.append(1))
+        interrupts.on_signal(lambda: calls.append(1))
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)  # too late for an order, and harmless
-    assert orders == [1, 1, 1]
+    signal.raise_signal(signal.SIGTERM)  # too late for the callback, and harmless
+    assert calls == [1, 1, 1]
 
 
 LAST_MOMENT = """
@@ -66,25 +66,25 @@ class Late:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
         kill(pid, number)
 
-late = Late()  # deleted with its module, after the interpreter has taken all handlers away
+late = Late()  # deleted with its module, after the interpreter has removed all handlers
 with Interrupts() as interrupts:
     signal.raise_signal(signal.SIGTERM)
 assert interrupts.received == "SIGTERM"
 """
 
 
-def test_second_signal_while_the_interpreter_ends_is_harmless() -> None:
+def test_second_signal_during_interpreter_exit_is_harmless() -> None:
     assert subprocess.run([sys.executable, "-c", LAST_MOMENT], check=False).returncode == 0
 
 
-def test_handlers_come_back_where_no_signal_came() -> None:
+def test_handlers_are_restored_if_no_signal_came() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interrupts():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_under_nohup_a_hangup_stays_ignored() -> None:
+def test_sighup_stays_ignored_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""Events are written so that neither a secret nor a terminal's control codes get through."""
+"""Events are written without secrets and without terminal control codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECRET = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.mark.parametrize("log_format", LogFormat)
-def test_a_secret_is_hidden_wherever_it_turns_up(log_format: LogFormat, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secret_is_hidden_in_every_field(log_format: LogFormat, capsys: pytest.CaptureFixture[str]) -> None:
     output = Output(log_format)
     output.redact.add(SECRET)
     try:
@@ -32,7 +32,7 @@ def test_a_secret_is_hidden_wherever_it_turns_up(log_format: LogFormat, capsys: 
     assert shown.count("<hidden>") >= 4
 
 
-def test_an_exception_is_one_text_field(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exception_is_one_text_field(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         int("oh no\n\x1b[2J")
     except ValueError:
@@ -43,7 +43,7 @@ def test_an_exception_is_one_text_field(capsys: pytest.CaptureFixture[str]) -> N
     assert "oh no" in event["exception"]
 
 
-def test_a_terminal_gets_no_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_codes_are_escaped_on_console(capsys: pytest.CaptureFixture[str]) -> None:
     Output(LogFormat.CONSOLE).log.info("banner", detail="a\x1b[2Jb\r\x9bc")
     shown = capsys.readouterr()
     assert "\\x1b[2J" in shown.err
@@ -51,9 +51,7 @@ def test_a_terminal_gets_no_control_codes(capsys: pytest.CaptureFixture[str]) ->
     assert shown.out == ""
 
 
-def test_debug_events_come_on_demand_and_a_record_gets_what_the_console_does_not(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_record_has_events_below_console_level(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for verbose in (True, False):
         output = Output(LogFormat.CONSOLE, verbose=verbose, console_level=40)
         output.record_to(tmp_path / "events.jsonl")
@@ -67,7 +65,7 @@ def test_debug_events_come_on_demand_and_a_record_gets_what_the_console_does_not
         assert "one-info" not in shown
 
 
-def test_events_of_several_threads_have_one_order_wherever_they_are_written(
+def test_events_of_several_threads_have_the_same_order_in_all_sinks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     output = Output(LogFormat.JSON)
@@ -90,27 +88,27 @@ def test_events_of_several_threads_have_one_order_wherever_they_are_written(
     assert capsys.readouterr().out == recorded
 
 
-def test_without_a_standard_stream_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_standard_streams_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     for log_format in LogFormat:
         Output(log_format).log.info("unheard")
 
 
-def test_structlog_is_left_as_it_is() -> None:
+def test_structlog_stays_unconfigured() -> None:
     Output(LogFormat.JSON)
     assert not structlog.is_configured()
 
 
-def test_colours_are_for_terminals_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_need_terminal_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    for wanted in (True, False):
+    for coloured in (True, False):
         terminal = Terminal()
         monkeypatch.setattr(sys, "stderr", terminal)
-        if not wanted:
+        if not coloured:
             monkeypatch.setenv("NO_COLOR", "")
         Output(LogFormat.CONSOLE).log.info("hello")
-        assert ("\x1b" in terminal.getvalue()) is wanted
+        assert ("\x1b" in terminal.getvalue()) is coloured

@@ -1,4 +1,4 @@
-"""A screen's dump becomes a PNG that others can read."""
+"""A screen dump becomes a PNG that other programs can read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, HEIGHT, PADDING = 3, 2, 4
 
 
 def dump(bits_per_pixel: int = 32) -> bytes:
-    """Make a dump of six pixels, each with its place in it, and lines that are longer than their pixels."""
+    """Make a dump of six pixels, each encoding its position, with padded lines."""
     header = [0] * 25
     header[0], header[1], header[2], header[3] = 104, 7, 2, 24
     header[4], header[5], header[11], header[12] = WIDTH, HEIGHT, bits_per_pixel, 4 * WIDTH + PADDING
@@ -27,7 +27,7 @@ def dump(bits_per_pixel: int = 32) -> bytes:
     return struct.pack(">25I", *header) + b"Xvfb" + bytes(2 * 12) + lines
 
 
-def test_a_dump_becomes_a_picture(tmp_path: Path) -> None:
+def test_dump_becomes_png(tmp_path: Path) -> None:
     Screenshot.of_screen(dump()).save(tmp_path / "screen.png")
     with Image.open(tmp_path / "screen.png") as image:
         image.verify()
@@ -39,11 +39,11 @@ def test_a_dump_becomes_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unreadable", [b"", dump()[:90], dump()[:-1], dump(24), bytes(4096)])
-def test_what_is_no_such_dump_is_refused(unreadable: bytes) -> None:
+def test_invalid_dump_is_rejected(unreadable: bytes) -> None:
     with pytest.raises(ValueError, match="dump"):
         Screenshot.of_screen(unreadable)
 
 
-def test_an_x_server_that_is_not_there_cannot_be_painted() -> None:
+def test_painting_a_missing_x_server_fails() -> None:
     with pytest.raises(OSError, match="No such file"):
         paint_desktop(99_999, "00", (1, 2, 3))

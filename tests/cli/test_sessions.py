@@ -1,4 +1,4 @@
-"""``proxy-fsm sessions``: what there is on a server, for people and for programs."""
+"""``proxy-fsm sessions``: a server's sessions, for people and for programs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def x2go() -> Iterator[FakeX2Go]:
 
 def listed(home: Home, x2go: FakeX2Go, log_format: str = "json") -> Running:
     server = x2go.ssh
-    access: list[str | Path] = ["--key", home.keep_key(server), "--known-hosts", home.know(server, "hosts")]
+    access: list[str | Path] = ["--key", home.write_key(server), "--known-hosts", home.add_known_host(server, "hosts")]
     where = [f"{server.username}@{server.host}", "--port", str(server.port)]
     return run(home, "sessions", *where, *access, "--log-format", log_format)
 
 
-def test_each_session_is_an_event(home: Home, x2go: FakeX2Go) -> None:
+def test_each_session_is_one_event(home: Home, x2go: FakeX2Go) -> None:
     x2go.other_rows = [row(), row("bob-51", "R"), row("eve-52", "F")]
     program = listed(home, x2go)
     assert program.process.returncode == 0
@@ -48,8 +48,8 @@ def test_each_session_is_an_event(home: Home, x2go: FakeX2Go) -> None:
     assert COOKIE not in program.raw
 
 
-def test_people_get_a_table_on_standard_output(home: Home, x2go: FakeX2Go) -> None:
-    """In which a name is not folded, and what the server sends is no markup."""
+def test_console_prints_table_on_standard_output(home: Home, x2go: FakeX2Go) -> None:
+    """Names are not wrapped, and the server's text is not interpreted as markup."""
     long = "x" * 200
     x2go.other_rows = [row(client="[red]here"), row(long, "R")]
     program = listed(home, x2go, "console")
@@ -59,8 +59,8 @@ def test_people_get_a_table_on_standard_output(home: Home, x2go: FakeX2Go) -> No
     assert COOKIE not in table + program.errors
 
 
-def test_a_cookie_that_the_server_puts_elsewhere_is_hidden(home: Home, x2go: FakeX2Go) -> None:
-    """Within one row this is refused; here it is another session's."""
+def test_cookie_in_another_field_is_hidden(home: Home, x2go: FakeX2Go) -> None:
+    """Within one row this is rejected; here it is in another session's row."""
     x2go.other_rows = [row(), row("bob-51", client=f"x{COOKIE.upper()}y", cookie="f" * 32)]
     program = listed(home, x2go)
     assert program.named("session.listed")[1]["client"] == "x<hidden>y"
@@ -68,7 +68,7 @@ def test_a_cookie_that_the_server_puts_elsewhere_is_hidden(home: Home, x2go: Fak
     assert COOKIE.upper() not in table
 
 
-def test_no_session_is_fine(home: Home, x2go: FakeX2Go) -> None:
+def test_empty_list_is_ok(home: Home, x2go: FakeX2Go) -> None:
     assert listed(home, x2go).named("session.listed") == []
     program = listed(home, x2go, "console")
     assert program.process.returncode == 0
@@ -83,14 +83,14 @@ def failure(program: Running) -> tuple[str, str]:
     return event["reason"], f"{event['detail']} {event['hint']}"
 
 
-def test_a_server_without_x2go_is_told_with_its_package(home: Home, x2go: FakeX2Go) -> None:
+def test_server_without_x2go_is_reported_with_package(home: Home, x2go: FakeX2Go) -> None:
     x2go.without("x2golistsessions")
     reason, words = failure(listed(home, x2go))
     assert reason == "x2goserver_missing"
     assert "package x2goserver" in words
 
 
-def test_a_command_that_fails_is_told_in_its_own_words_without_a_cookie(home: Home, x2go: FakeX2Go) -> None:
+def test_failed_command_is_reported_with_its_error_but_without_cookie(home: Home, x2go: FakeX2Go) -> None:
     x2go.answer("x2golistsessions", 5, errors=f"oh\nno database\x1b[2J {COOKIE}\n\n")
     reason, words = failure(listed(home, x2go))
     assert reason == "command_failed"
@@ -98,17 +98,17 @@ def test_a_command_that_fails_is_told_in_its_own_words_without_a_cookie(home: Ho
     assert "no database\\x1b[2J <hidden>" in words
 
 
-def test_a_list_that_cannot_be_read_is_told(home: Home, x2go: FakeX2Go) -> None:
+def test_unreadable_list_is_reported(home: Home, x2go: FakeX2Go) -> None:
     x2go.answer("x2golistsessions", output=row().replace("|S|", "|X|"))
     assert failure(listed(home, x2go))[0] == "answer_unreadable"
 
 
-def test_a_server_that_floods_is_left(home: Home, x2go: FakeX2Go) -> None:
+def test_oversized_answer_is_an_error(home: Home, x2go: FakeX2Go) -> None:
     x2go.answer("x2golistsessions", output="\n" * (1 << 21))
     assert failure(listed(home, x2go))[0] == "connection_lost"
 
 
-def test_a_server_that_goes_is_told(home: Home, x2go: FakeX2Go) -> None:
+def test_lost_connection_is_reported(home: Home, x2go: FakeX2Go) -> None:
     def drop(_line: str) -> tuple[int, bytes, bytes]:
         x2go.ssh.drop()
         return 0, b"", b""

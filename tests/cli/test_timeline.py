@@ -1,4 +1,4 @@
-"""``proxy-fsm timeline``: draws what ``demo`` and ``run`` leave, and tells where a record is broken."""
+"""``proxy-fsm timeline``: draws the records of ``demo`` and ``run``, and reports where a record is broken."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECORDED = Path(__file__).parents[2] / "diagrams" / "runs" / "fault.jsonl"
 
 
 @pytest.mark.parametrize("ending", ["svg", "html", "mmd", "png"])
-def test_writes_what_the_ending_says(home: Home, ending: str) -> None:
+def test_output_format_follows_suffix(home: Home, ending: str) -> None:
     shutil.copy(RECORDED, home.path / "run.jsonl")
     program = run(home, "timeline", "run.jsonl", "-o", f"run.{ending}", "--log-format", "json")
     assert program.process.returncode == 0
@@ -34,7 +34,7 @@ def test_writes_what_the_ending_says(home: Home, ending: str) -> None:
             assert drawn.startswith(b"\x89PNG")
 
 
-def test_draws_what_a_demo_leaves(home: Home) -> None:
+def test_record_of_a_demo_is_drawn(home: Home) -> None:
     with started(home, "demo", "--stand-ins", "--seconds", "30", "--log-format", "json") as demo:
         demo.until(lambda _: "running" in demo.states and demo.named("tunnel.stats"))
         demo.process.terminate()
@@ -47,7 +47,7 @@ def test_draws_what_a_demo_leaves(home: Home) -> None:
     assert 'class="flow-from"' in drawn
 
 
-def test_a_record_is_not_drawn_over(home: Home) -> None:
+def test_record_is_not_overwritten(home: Home) -> None:
     shutil.copy(RECORDED, home.path / "run.svg")
     (home.path / "link.svg").symlink_to("run.svg")
     for output in ("run.svg", "./run.svg", "link.svg"):
@@ -58,17 +58,17 @@ def test_a_record_is_not_drawn_over(home: Home) -> None:
 
 
 @pytest.mark.parametrize("ending", ["svg", "mmd", "png"])
-def test_draws_the_sequence(home: Home, ending: str) -> None:
+def test_sequence_option_draws_sequence_diagram(home: Home, ending: str) -> None:
     shutil.copy(RECORDED, home.path / "run.jsonl")
     program = run(home, "timeline", "run.jsonl", "-o", f"who.{ending}", "--sequence", "--theme", "dark")
-    assert program.process.returncode == (2 if ending == "mmd" else 0)  # which takes no theme
+    assert program.process.returncode == (2 if ending == "mmd" else 0)  # Mermaid takes no theme
     program = run(home, "timeline", "run.jsonl", "-o", f"who.{ending}", "--sequence")
     assert (program.process.returncode, program.errors) == (0, "")
     drawn = (home.path / f"who.{ending}").read_bytes()
     assert drawn.startswith(b"\x89PNG") or b"open channel" in drawn
 
 
-def test_a_theme_for_what_takes_none_is_wrong_usage(home: Home) -> None:
+def test_theme_for_html_is_usage_error(home: Home) -> None:
     shutil.copy(RECORDED, home.path / "run.jsonl")
     program = run(home, "timeline", "run.jsonl", "-o", "x.html", "--theme", "dark")
     assert program.process.returncode == 2
@@ -87,9 +87,7 @@ def test_a_theme_for_what_takes_none_is_wrong_usage(home: Home) -> None:
         (None, "x.svg", "run.jsonl cannot be read: No such file"),
     ],
 )
-def test_what_cannot_be_drawn_is_wrong_usage_in_a_sentence(
-    home: Home, content: bytes | None, output: str, message: str
-) -> None:
+def test_undrawable_record_is_usage_error(home: Home, content: bytes | None, output: str, message: str) -> None:
     if content is not None:
         (home.path / "run.jsonl").write_bytes(content)
     program = run(home, "timeline", "run.jsonl", "-o", output)

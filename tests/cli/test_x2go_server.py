@@ -1,4 +1,4 @@
-"""What the command line asks of an X2Go server that does not answer."""
+"""Commands on an X2Go server that does not answer."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ TIMEOUT_S = 0.2
 
 @pytest.mark.parametrize("interruptible", [True, False])
 @pytest.mark.parametrize("unanswered", ["_parse_channel_open", "_handle_channel_request"])
-def test_that_never_answers_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, unanswered: str, *, interruptible: bool
-) -> None:
-    """Neither the wish for a channel nor, where it opened one, the command, for which paramiko waits without limit.
+def test_unanswered_command_times_out(monkeypatch: pytest.MonkeyPatch, unanswered: str, *, interruptible: bool) -> None:
+    """The server answers neither the channel open nor the exec request, for which paramiko waits without limit.
 
-    The connection lives, and is not said to be lost; the thread that waits ends too.
+    The connection stays up and is not reported as lost; the waiting thread ends too.
     """
     monkeypatch.setattr(f"proxy_fsm.testing.ssh_server._Connection.{unanswered}", lambda *_: None)
     with LoopbackSSHServer() as ssh, contextlib.closing(ssh.connect()) as client:
@@ -57,8 +55,8 @@ def test_that_never_answers_is_given_up(
         assert transport.is_active()
 
 
-def test_a_channel_that_opens_too_late_is_closed_and_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever gave up has not seen it; and of a command that the server does not run paramiko waits for ever."""
+def test_channel_opened_after_timeout_is_closed_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller gave up without it; and for a command that the server does not run paramiko waits for ever."""
     monkeypatch.setattr("proxy_fsm.testing.ssh_server._Connection._handle_channel_request", lambda *_: None)
     with LoopbackSSHServer() as ssh, contextlib.closing(ssh.connect()) as client:
         transport = client.get_transport()
