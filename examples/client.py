@@ -1,6 +1,6 @@
 """A client in one file: logs in to an X2Go server, starts a desktop there and shows it.
 
-``python examples/client.py HOST`` tells each change of state, ends the session's proxy in order on Ctrl-C or SIGTERM
+``python examples/client.py HOST`` prints each change of state, stops the session's proxy cleanly on Ctrl-C or SIGTERM
 (the session is then suspended on the server), and exits with the status of the reason.
 """
 
@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def show(proxy: Proxy) -> int:
-    """Run a proxy to its end, telling how it goes."""
+    """Run a proxy until it ends, printing its progress."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: proxy.stop())
     proxy.subscribe(lambda record: print(record.source, "→", record.dest), replay=True)
@@ -43,7 +43,7 @@ def show(proxy: Proxy) -> int:
         with proxy:
             proxy.wait()
     except (ProxyFailed, ProxyStopped):
-        pass  # it did not come up; its status says why
+        pass  # it did not start; its status says why
     status = proxy.status()
     print(f"{status.reason}: {status.detail}")
     if status.hint:

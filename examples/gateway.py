@@ -1,7 +1,7 @@
 """A service in one file: holds several sessions of an X2Go server at once, over one SSH connection, with asyncio.
 
-``python examples/gateway.py HOST COUNT`` starts so many desktops, prints a line of JSON at each change of state, and
-ends all of them in order on Ctrl-C or SIGTERM. No thread waits for any of them.
+``python examples/gateway.py HOST COUNT`` starts COUNT desktops, prints a line of JSON at each change of state, and
+stops all of them cleanly on Ctrl-C or SIGTERM. No thread waits for any of them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def log_in(host: str) -> paramiko.SSHClient:
 
 
 def start_session(client: paramiko.SSHClient) -> SessionInfo:
-    """Have the server start a desktop; this blocks."""
+    """Start a desktop on the server; this blocks."""
     _, out, err = client.exec_command(START)
     return parse_agent_output(out.read().decode() or err.read().decode())
 
 
 async def hold(proxy: Proxy) -> None:
-    """Run one proxy to its end, telling how it goes."""
+    """Run one proxy until it ends, printing its progress."""
     proxy.start()
     try:
         async for record in aio.transitions(proxy):
@@ -47,7 +47,7 @@ async def hold(proxy: Proxy) -> None:
 
 
 async def serve(host: str, count: int) -> None:
-    """Hold so many sessions until all have ended."""
+    """Hold ``count`` sessions until all have ended."""
     with await asyncio.to_thread(log_in, host) as client:
         sessions = [await asyncio.to_thread(start_session, client) for _ in range(count)]
         proxies = [Proxy(session, client.get_transport()) for session in sessions]
@@ -60,7 +60,7 @@ async def serve(host: str, count: int) -> None:
 
 
 def stop_all(proxies: Sequence[Proxy]) -> None:
-    """Order all to end; each returns at once."""
+    """Stop all of them; each call returns at once."""
     for proxy in proxies:
         proxy.stop()
 

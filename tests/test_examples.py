@@ -1,4 +1,4 @@
-"""The programs in examples/ run as they stand, and end as they say."""
+"""The programs in examples/ run unchanged, and end as documented."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).parents[1]
 EXAMPLES = sorted((PROJECT / "examples").glob("*.py"))
-LIFE = ["tunnelling", "spawning", "running", "stopping", "stopped"]
+STATES = ["tunnelling", "spawning", "running", "stopping", "stopped"]
 
 
 @contextmanager
 def started(name: str, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
-    """Run an example with stand-ins for all that it connects to; it ends with the block."""
+    """Run an example with stand-ins for all that it connects to; kill it at the end of the block."""
     command = [sys.executable, "-W", "error", "-m", "tests.docs_scene", str(PROJECT / "examples" / name), *arguments]
     program = subprocess.Popen(
         command,
@@ -41,49 +41,49 @@ def started(name: str, *arguments: str, **environ: str) -> Iterator[subprocess.P
         program.communicate()
 
 
-def test_the_client_shows_a_session_to_its_end() -> None:
+def test_client_shows_session_until_it_ends() -> None:
     with started("client.py", "server.example") as program:
-        told, errors = program.communicate(timeout=PROGRAM_S)
+        output, errors = program.communicate(timeout=PROGRAM_S)
     assert (program.returncode, errors) == (0, "")
-    lines = told.splitlines()
-    assert [line.partition(" → ")[2] for line in lines[:5]] == LIFE
+    lines = output.splitlines()
+    assert [line.partition(" → ")[2] for line in lines[:5]] == STATES
     assert lines[5].startswith("session_ended: ")
 
 
-def test_the_client_ends_in_order_on_a_signal() -> None:
+def test_client_stops_cleanly_on_signal() -> None:
     with started("client.py", "server.example", DOCS_SCENE_STANDS_S="1000") as program:
         assert program.stdout is not None
         while "running" not in program.stdout.readline():
             assert program.poll() is None
         program.send_signal(signal.SIGTERM)
-        told, errors = program.communicate(timeout=PROGRAM_S)
+        output, errors = program.communicate(timeout=PROGRAM_S)
     assert (program.returncode, errors) == (0, "")
-    assert told.splitlines()[-1].startswith("stop_requested: ")
+    assert output.splitlines()[-1].startswith("stop_requested: ")
 
 
-def test_the_client_says_when_there_is_no_session() -> None:
-    with started("client.py", "127.0.0.1") as program:  # whose port 22 is nobody's, or knows us not
-        told, errors = program.communicate(timeout=PROGRAM_S)
+def test_client_reports_missing_session() -> None:
+    with started("client.py", "127.0.0.1") as program:  # nothing listens on port 22, or the login fails
+        output, errors = program.communicate(timeout=PROGRAM_S)
     assert program.returncode == 1
-    assert told == ""
+    assert output == ""
     assert errors.startswith("127.0.0.1 gave no session: ")
     assert "Traceback" not in errors
 
 
-def test_the_gateway_holds_several_sessions() -> None:
+def test_gateway_holds_several_sessions() -> None:
     with started("gateway.py", "server.example", "3") as program:
-        told, errors = program.communicate(timeout=PROGRAM_S)
+        output, errors = program.communicate(timeout=PROGRAM_S)
     assert (program.returncode, errors) == (0, "")
-    changes = [json.loads(line) for line in told.splitlines()]
+    changes = [json.loads(line) for line in output.splitlines()]
     names = {each["session"] for each in changes}
     assert len(names) == 3
     for name in names:
-        assert [each["state"] for each in changes if each["session"] == name] == LIFE
+        assert [each["state"] for each in changes if each["session"] == name] == STATES
     assert {each["reason"] for each in changes if each["state"] == "stopped"} == {"session_ended"}
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
-def test_each_says_what_it_takes(file: Path) -> None:
+def test_example_help_describes_arguments(file: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(file), "--help"], capture_output=True, text=True, timeout=PROGRAM_S, check=True
     )
