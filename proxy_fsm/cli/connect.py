@@ -156,15 +156,15 @@ def connect(
         _check_choice(session, command, take_over=take_over)
         session_options.check()
         backend, timeouts = _x2go_backend(attach_options, command), attach_options.timeouts()
-        with contextlib.ExitStack() as held:
-            ready = held.enter_context(contextlib.ExitStack())
+        with contextlib.ExitStack() as stack:
+            preflight = stack.enter_context(contextlib.ExitStack())
             try:
-                ready.enter_context(check_preflight(backend, sessions_root=attach_options.sessions_root))
+                preflight.enter_context(check_preflight(backend, sessions_root=attach_options.sessions_root))
             except BackendError as error:
                 hint = error.hint or error.reason.hint
                 output.log.error("preflight.failed", reason=str(error.reason), detail=error.detail, hint=hint)  # noqa: TRY400
                 return error.reason.cli_status
-            transport = held.enter_context(ssh_login(host, ssh_options, output, interrupts))
+            transport = stack.enter_context(ssh_login(host, ssh_options, output, interrupts))
             attempt = _SessionAttempt(
                 server=X2GoServer(transport, output, interrupts),
                 output=output,
@@ -174,7 +174,7 @@ def connect(
                 timeouts=timeouts,
                 sessions_root=attach_options.sessions_root,
                 resume_command=_resume_command(host, ssh_options, attach_options, session_options),
-                on_shown=ready.close,
+                on_shown=preflight.close,
             )
             if session is not None:
                 return attempt.resume(session, take_over=take_over)

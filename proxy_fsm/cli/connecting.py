@@ -66,7 +66,7 @@ def ssh_login(target: str, options: SSHOptions, output: Output, interrupts: Inte
     Args:
         target: ``[USER@]HOST``, where the host may be an alias of ``~/.ssh/config``.
         options: The user's connection options.
-        output: Takes the events.
+        output: Receives the events.
         interrupts: Signals; one of them ends the wait.
 
     Yields:
