@@ -1,7 +1,7 @@
 """python-x2go's `X2GoProxy` on top of the engine: the class that its proxy backends derive from.
 
-Written from the API's documentation and from what python-x2go 0.6.1.3 does with the class; docs/x2go-api.md tells
-for every public name what it does here, what is different, and why.
+Written from the API's documentation and from what python-x2go 0.6.1.3 does with the class; docs/x2go-api.md says for
+every public name what it does here, what is different, and why.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ if TYPE_CHECKING:
 
 __all__ = ["X2GoProxy"]
 
-#: The server refused the channel: that is what python-x2go's session wants to be told.
+#: The server refused the channel: python-x2go's session is notified of these.
 _TUNNEL_REFUSED = {EndReason.AGENT_UNREACHABLE, EndReason.FORWARDING_DENIED}
 
 
 class X2GoProxy(threading.Thread):
     """A proxy with the API of ``x2go.backends.proxy.base.X2GoProxy``.
 
-    Subclasses say what to run, by class or instance attributes (`PROXY_CMD`, `PROXY_ARGS`, `PROXY_ENV`, and for
-    programs that take an NX option string `PROXY_MODE`, `PROXY_OPTIONS`, `PROXY_DISPLAY`), and by the hooks
+    Subclasses define what to run with class or instance attributes (`PROXY_CMD`, `PROXY_ARGS`, `PROXY_ENV`, and for
+    programs that take an NX option string `PROXY_MODE`, `PROXY_OPTIONS`, `PROXY_DISPLAY`), and with the hooks
     ``_update_local_proxy_socket``, `process_proxy_options` and ``_generate_cmdline``, which are called in this order in
-    the engine's preflight, on a thread of its own, before anything remote is touched.
+    the engine's preflight, on its own thread, before anything remote is touched.
 
     Args:
-        session_info: The session: ``name``, ``cookie``, ``graphics_port``, ``display`` and ``local_container``
-            are read, when it starts, and ``status``: S is a session that is being resumed, which survives a failed
+        session_info: The session: ``name``, ``cookie``, ``graphics_port``, ``display``, ``local_container`` and
+            ``status`` are read when it starts; status S is a session that is being resumed, which survives a failed
             attempt. With None nothing is ever started.
         ssh_transport: A connected transport; None as above.
-        session_log: Name of the log file in the session's directory; holds what the program prints.
-        session_errors: Name of another, which holds the same for programs that take an NX option string.
-        sessions_rootdir: Where the sessions' directories are; by default ``~/.x2go``.
-        proxy_options: Options for the program; what the class does not know is logged as ignored.
-        session_instance: Whose ``set_session_name`` and ``HOOK_forwarding_tunnel_setup_failed`` are called where
-            the server refuses the tunnel.
+        session_log: Name of the log file in the session's directory, for the program's output.
+        session_errors: Name of a second file with the same lines, for programs that take an NX option string.
+        sessions_rootdir: Parent of the sessions' directories; by default ``~/.x2go``.
+        proxy_options: Options for the program; those that the class does not know are logged as ignored.
+        session_instance: Its ``set_session_name`` and ``HOOK_forwarding_tunnel_setup_failed`` are called if the
+            server refuses the tunnel.
         logger: python-x2go's logger, or any callable that takes a message and ``loglevel``; None for our own log.
-        loglevel: What our own log gets, a mask of python-x2go's levels.
+        loglevel: The levels for our own log, as a mask of python-x2go's levels.
 
     Attributes:
         proxy: The program, like a `subprocess.Popen`: from its start until `stop_thread`; None otherwise.
@@ -72,10 +72,10 @@ class X2GoProxy(threading.Thread):
         session_log_stderr: The same; open while it runs.
 
     Raises:
-        RuntimeError: gevent has patched the standard library after this package was imported.
+        RuntimeError: gevent patched the standard library after this package was imported.
     """
 
-    # Each object gets lists and a dict of its own.
+    # Each object gets its own lists and dict.
     PROXY_CMD: str = ""
     PROXY_ARGS: list[str] = []  # noqa: RUF012 - as above
     PROXY_ENV: dict[str, str] = {}  # noqa: RUF012 - as above
@@ -83,7 +83,7 @@ class X2GoProxy(threading.Thread):
     PROXY_OPTIONS: list[str] = []  # noqa: RUF012 - as above
     PROXY_DISPLAY: Any = None
 
-    #: What it is called in messages.
+    #: Its name in messages.
     subsystem: str = "X2Go Proxy"
 
     session_info: Any = None
@@ -92,7 +92,7 @@ class X2GoProxy(threading.Thread):
     fw_tunnel: TunnelHandle | None = None
     proxy: ProcessHandle | None = None
 
-    #: The kind of program; None: told by its name, or by `subsystem`.
+    #: The kind of program; None: derived from its name, or from `subsystem`.
     _backend_class: ClassVar[type[HookedNX3 | HookedKDrive | HookedViewer] | None] = None
 
     def __init__(  # noqa: PLR0917 - the API's
@@ -107,7 +107,7 @@ class X2GoProxy(threading.Thread):
         logger: Callable[..., object] | None = None,
         loglevel: int = DEFAULT,
     ) -> None:
-        _refuse_late_patching()
+        _reject_late_patching()
         super().__init__()
         self.daemon = True
         self.session_info = session_info
@@ -120,15 +120,15 @@ class X2GoProxy(threading.Thread):
         self.session_instance = session_instance
         self.PROXY_ARGS, self.PROXY_OPTIONS = list(self.PROXY_ARGS), list(self.PROXY_OPTIONS)
         self.PROXY_ENV = {**_without_nx(os.environ), **self.PROXY_ENV}
-        self._own_environ = self.PROXY_ENV  # while it is the same dict, what is missing in it was taken out
+        self._own_environ = self.PROXY_ENV  # while it is this dict, missing variables were removed
         self._environ_at_start: Mapping[str, str] = {}
 
-        self._making = threading.Lock()
+        self._engine_lock = threading.Lock()
         self._fsm_proxy: Proxy | None = None
-        self._stop_ordered = False
-        self._began = False
+        self._engine_stop_requested = False
+        self._run_called = False
         self._outcome_known = threading.Event()  # set when start_proxy may return
-        self._preparing: int | None = None  # the thread that calls the hooks, while it does
+        self._hook_thread_id: int | None = None  # the thread that calls the hooks, while it does
         self.logger = X2GoLog(
             logger,
             loglevel=loglevel,
@@ -140,13 +140,13 @@ class X2GoProxy(threading.Thread):
         self._files = SessionFiles(lambda problem: self.logger(problem, loglevel=ERROR))
 
     def __del__(self) -> None:
-        """End it, as `stop_thread` does; python-x2go calls this by name."""
-        if hasattr(self, "_files"):  # else it never became anything
+        """Stop it, as `stop_thread` does; python-x2go calls this by name."""
+        if hasattr(self, "_files"):  # else the constructor failed
             self.stop_thread()
 
     @property
     def engine(self) -> Proxy | None:
-        """The `Proxy` behind it: its exact status, its records; made when first asked for, or started.
+        """The `Proxy` behind it: its exact status, its records; made on first access, or on start.
 
         None without a session or a transport.
 
@@ -156,20 +156,20 @@ class X2GoProxy(threading.Thread):
             TypeError: The transport is not a `paramiko.Transport`.
             ValueError: ``graphics_port`` or ``display`` is not a number.
         """
-        with self._making:
+        with self._engine_lock:
             if self._fsm_proxy is None and self.session_info is not None and self.ssh_transport is not None:
                 self._fsm_proxy = self._make_proxy(self.session_info, self.ssh_transport)
-                if self._stop_ordered:
+                if self._engine_stop_requested:
                     self._fsm_proxy.stop()
             return self._fsm_proxy
 
     # ---- what programs call ----
 
     def start_proxy(self) -> tuple[ProcessHandle | None, bool]:
-        """Start it, and wait until it is known whether the session stands.
+        """Start it, and wait until the session is running or has ended.
 
         Returns:
-            The process, None where none was started, or where it was stopped meanwhile; and whether it is `ok`.
+            The process, or None if none was started, or if it was stopped meanwhile; and whether it is `ok`.
 
         Raises:
             RuntimeError: It was started before.
@@ -180,11 +180,11 @@ class X2GoProxy(threading.Thread):
         return self.proxy, self.ok()
 
     def ok(self) -> bool:
-        """Tell whether the session stands and can be used, now; in every state, at once."""
+        """Return whether the session is running and usable, now; in every state, without blocking."""
         return self._fsm_proxy is not None and self._fsm_proxy.ok()
 
     def run(self) -> None:
-        """Run it until it ends, however that comes; nothing where it was stopped, or run, before."""
+        """Run it until it ends, for whatever reason; a no-op if it was stopped, or run, before."""
         engine = None
         try:
             engine = self.engine
@@ -197,34 +197,34 @@ class X2GoProxy(threading.Thread):
             self._run_engine(engine)
 
     def stop_thread(self) -> None:
-        """End it, and wait until nothing is held; from any thread, in any state, any number of times.
+        """Stop it, and wait until everything is released; from any thread, in any state, any number of times.
 
-        On a thread that this end waits for itself (a subscriber of the engine, a hook of the session or of a
-        subclass) it is ordered only.
+        On a thread that the shutdown itself waits for (a subscriber of the engine, a hook of the session or of a
+        subclass) it is only requested.
         """
-        with self._making:
-            self._stop_ordered = True
+        with self._engine_lock:
+            self._engine_stop_requested = True
             engine = self._fsm_proxy
         if engine is None:
             return
         engine.stop()
-        if self._preparing == threading.get_ident():
+        if self._hook_thread_id == threading.get_ident():
             return
         try:
             engine.wait()
-        except RuntimeError:  # on a subscriber's thread, which the end waits for; or in a forked child
+        except RuntimeError:  # on a subscriber's thread, which the shutdown waits for; or in a forked child
             return
         self._close()
 
     # ---- what subclasses override ----
 
     def process_proxy_options(self) -> None:
-        """Take options out of ``proxy_options`` and into the command line; then call this, which logs the others."""
+        """Move options from ``proxy_options`` to the command line; then call this, which logs the others."""
         if self.proxy_options:
             self.logger(f"These proxy options are ignored: {self.proxy_options}", loglevel=INFO)
 
     def _update_local_proxy_socket(self, port: int) -> None:
-        """Take notice of the local port that the program has to connect to."""
+        """Set the local port that the program has to connect to."""
         self.PROXY_OPTIONS = [f"port={port}" if option.startswith("port=") else option for option in self.PROXY_OPTIONS]
 
     def _generate_cmdline(self) -> list[str]:
@@ -237,47 +237,47 @@ class X2GoProxy(threading.Thread):
             command.append(",".join(self.PROXY_OPTIONS) + display)
         return command
 
-    # ---- what the backend asks, by `Hooks` ----
+    # ---- what the backend calls, by `Hooks` ----
 
     def _prepare_command(self, context: BackendContext) -> list[str]:
         """Open the logs, call the hooks, and return the command line.
 
         Raises:
-            BackendError: A file cannot be opened, or a hook has failed.
+            BackendError: A file cannot be opened, or a hook failed.
         """
         self._open_logs(context)
-        self._preparing = threading.get_ident()
+        self._hook_thread_id = threading.get_ident()
         try:
             self._update_local_proxy_socket(context.port or 0)
             self._call_process_proxy_options()
-            # python-x2go's own base returns an empty string: a subclass that does so too means the usual one.
+            # python-x2go's own base returns an empty string: in a subclass too that means the default.
             line: Any = self._generate_cmdline() or X2GoProxy._generate_cmdline(self)
         except Exception as error:
             raise BackendError(
                 EndReason.PROXY_NOT_STARTABLE,
-                f"The class {type(self).__qualname__} failed to make its command line: {error!r}.",
-                "Look at its methods _update_local_proxy_socket and _generate_cmdline.",
+                f"The class {type(self).__qualname__} failed to build its command line: {error!r}.",
+                "Check its methods _update_local_proxy_socket and _generate_cmdline.",
             ) from error
         finally:
-            self._preparing = None
+            self._hook_thread_id = None
         words = [line] if isinstance(line, str) else [str(word) for word in line]
         return [word.replace("{port}", str(context.port)) for word in words]
 
     def _changed_environment(self) -> dict[str, str | None]:
-        """Return how `PROXY_ENV` differs from what the engine was made with; None for what was taken out.
+        """Return how `PROXY_ENV` differs from what the engine was made with; None for a removed variable.
 
-        The rest stays as the engine hands it on: it has left out the ``NX_*`` of an outer session, and made
-        ``XAUTHORITY`` absolute.
+        The rest stays as the engine passes it on: without the ``NX_*`` of an outer session, and with an absolute
+        ``XAUTHORITY``.
         """
         before, now = self._environ_at_start, self.PROXY_ENV
-        gone = before.keys() - now.keys() if now is self._own_environ else set()
+        removed = before.keys() - now.keys() if now is self._own_environ else set()
         changed = {name: value for name, value in now.items() if name.startswith("NX_") or before.get(name) != value}
-        return {**changed, **dict.fromkeys(gone)}
+        return {**changed, **dict.fromkeys(removed)}
 
     # ---- inside ----
 
     def _make_proxy(self, info: Any, transport: paramiko.Transport) -> Proxy:
-        if self.PROXY_ENV is not self._own_environ:  # the subclass has put one in its place: it is added
+        if self.PROXY_ENV is not self._own_environ:  # a subclass replaced the dict: its variables are added
             self.PROXY_ENV = {**_without_nx(os.environ), **self.PROXY_ENV}
         self._own_environ = self.PROXY_ENV
         self._environ_at_start = dict(self.PROXY_ENV)
@@ -310,31 +310,31 @@ class X2GoProxy(threading.Thread):
         return kind(Hooks(lambda: self.PROXY_CMD, self._prepare_command, self._changed_environment))
 
     def _make_process(self, command: Sequence[str], **options: Any) -> ProxyProcess:
-        """Make the engine's process: it writes into `session_log`, and is seen as `proxy`."""
-        assert self._fsm_proxy is not None  # noqa: S101 - it calls this
+        """Make the engine's process; it writes to `session_log`, and is exposed as `proxy`."""
+        assert self._fsm_proxy is not None  # noqa: S101 - the engine calls this
         assert self.session_log_stdout is not None  # noqa: S101 - opened in the preflight
-        handle = ProcessHandle(self._fsm_proxy, list(command), self._spawned)
+        handle = ProcessHandle(self._fsm_proxy, list(command), self._on_spawned)
         post: Callable[[Observation], None] = options.pop("post")
         options["log"] = self.session_log_stdout.fileno()
-        process = ProxyProcess(command, post=handle.watching(post, self._files.write_errors), **options)
+        process = ProxyProcess(command, post=handle.observing(post, self._files.write_errors), **options)
         handle.attach(process)
         return process
 
-    def _spawned(self, handle: ProcessHandle) -> None:
-        with self._making:
-            if not self._stop_ordered:
+    def _on_spawned(self, handle: ProcessHandle) -> None:
+        with self._engine_lock:
+            if not self._engine_stop_requested:
                 self.proxy = handle
 
     def _run_engine(self, engine: Proxy) -> None:
-        """Start the engine, and stay until it has ended and all is told."""
-        with self._making:
-            if self._began:
+        """Start the engine, and wait until it has ended and the end is reported."""
+        with self._engine_lock:
+            if self._run_called:
                 return
-            self._began = True
-            if not self._stop_ordered:
+            self._run_called = True
+            if not self._engine_stop_requested:
                 self.fw_tunnel = TunnelHandle(engine)
         try:
-            with suppress(InvalidTransition):  # it was stopped before, or the program has started it
+            with suppress(InvalidTransition):  # it was stopped before, or the program started it
                 engine.start()
             if engine.wait(State.RUNNING) is State.RUNNING:
                 self.logger(f"The {self.subsystem} is up.", loglevel=INFO)
@@ -343,17 +343,17 @@ class X2GoProxy(threading.Thread):
         finally:
             self._close()
             try:
-                self._tell_end(engine)
+                self._report_end(engine)
             finally:
                 self._outcome_known.set()
 
     def _close(self) -> None:
-        """Let go of what is held while it runs; any number of times."""
+        """Release what is held while it runs; any number of times."""
         self._files.close()
-        if self._stop_ordered:
+        if self._engine_stop_requested:
             self.proxy = self.fw_tunnel = None
 
-    def _tell_end(self, engine: Proxy) -> None:
+    def _report_end(self, engine: Proxy) -> None:
         status = engine.status()
         level = ERROR if status.state is State.FAILED else NOTICE
         hint = "" if status.hint is None else f" {status.hint}"
@@ -366,14 +366,14 @@ class X2GoProxy(threading.Thread):
             session.HOOK_forwarding_tunnel_setup_failed(
                 chain_host="127.0.0.1", chain_port=int(self.session_info.graphics_port), subsystem=self.subsystem
             )
-        except Exception as error:  # noqa: BLE001 - the program's own code: it is told, and the end stays the end
-            self.logger(f"HOOK_forwarding_tunnel_setup_failed has failed: {error!r}", loglevel=ERROR)
+        except Exception as error:  # noqa: BLE001 - the program's own code: log it, and keep the reason
+            self.logger(f"HOOK_forwarding_tunnel_setup_failed failed: {error!r}", loglevel=ERROR)
 
     def _call_process_proxy_options(self) -> None:
         try:
             self.process_proxy_options()
-        except Exception as error:  # noqa: BLE001 - by the API nothing that it raises stops the start
-            self.logger(f"process_proxy_options has failed, and is passed over: {error!r}", loglevel=ERROR)
+        except Exception as error:  # noqa: BLE001 - by the API no exception of it prevents the start
+            self.logger(f"process_proxy_options failed, which is ignored: {error!r}", loglevel=ERROR)
 
     def _open_logs(self, context: BackendContext) -> None:
         container = Path(getattr(self.session_info, "local_container", None) or context.session_root)
@@ -387,7 +387,7 @@ class X2GoProxy(threading.Thread):
 
 
 class _ObservedProxy(Proxy):
-    """The proxy behind an `X2GoProxy`, which makes its process."""
+    """The proxy behind an `X2GoProxy`, which makes the process for it."""
 
     def __init__(self, make_process: Callable[..., ProxyProcess], *args: Any, **options: Any) -> None:
         self._make_process = make_process
@@ -398,19 +398,19 @@ class _ObservedProxy(Proxy):
 
 
 def _without_nx(environ: Mapping[str, str]) -> dict[str, str]:
-    """Leave out what an outer NX session has set."""
+    """Return the environment without the variables of an outer NX session."""
     return {name: value for name, value in environ.items() if not name.startswith("NX_")}
 
 
-def _refuse_late_patching() -> None:
-    """Refuse to block gevent's hub: a queue that was imported before gevent patched it would.
+def _reject_late_patching() -> None:
+    """Reject gevent's patching after the import: queues imported before it would block gevent's hub.
 
     Raises:
-        RuntimeError: gevent has patched the standard library after this package was imported.
+        RuntimeError: gevent patched the standard library after this package was imported.
     """
     monkey: Any = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("queue") and not is_patched():
         raise RuntimeError(
-            "gevent has patched the standard library after proxy_fsm was imported: import x2go (or call "
+            "gevent patched the standard library after proxy_fsm was imported: import x2go (or call "
             "gevent.monkey.patch_all()) before anything of proxy_fsm."
         )

@@ -1,4 +1,4 @@
-"""What python-x2go's programs hold on to: the process, and the tunnel."""
+"""The process and the tunnel, as python-x2go's programs expect them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["ProcessHandle", "TunnelHandle"]
 
 
 class ProcessHandle:
-    """The proxy program as a `subprocess.Popen` shows one; the engine alone waits for it and reaps it.
+    """The proxy program, with the API of `subprocess.Popen`; only the engine waits for it and reaps it.
 
     Attributes:
         args: Program and arguments.
-        pid: Its process id, kept after its end.
-        returncode: None while it runs, then its exit code, or a signal's number below 0; 0 where somebody else has
-            taken it, as in ``subprocess``.
+        pid: Its process id, kept after it has exited.
+        returncode: None while it runs, then its exit code, or minus the number of the signal that killed it; 0 if it
+            was reaped by other code, as in ``subprocess``.
     """
 
     stdin = stdout = stderr = None
@@ -42,16 +42,16 @@ class ProcessHandle:
         self._exited = threading.Event()
 
     def attach(self, process: ProxyProcess) -> None:
-        """Name what the signals go to."""
+        """Set the process that signals are sent to."""
         self._process = process
 
-    def watching(
+    def observing(
         self, post: Callable[[Observation], None], on_line: Callable[[str], object]
     ) -> Callable[[Observation], None]:
-        """Return what takes the process's observations in and passes them on."""
+        """Return a callback that handles the process's observations and passes them on."""
 
-        def take(seen: Observation) -> None:
-            match seen:
+        def handle(observation: Observation) -> None:
+            match observation:
                 case ProcessSpawned(pid=pid):
                     self.pid = pid
                     self._on_spawned(self)
@@ -60,42 +60,42 @@ class ProcessHandle:
                     self._exited.set()
                 case _:
                     pass
-            post(seen)
-            if isinstance(seen, OutputLine):  # whatever comes of it, the engine has heard it
-                on_line(seen.text)
+            post(observation)
+            if isinstance(observation, OutputLine):  # after the engine has it, so that a failure here does not matter
+                on_line(observation.text)
 
-        return take
+        return handle
 
     def poll(self) -> int | None:
         """Return ``returncode``."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until it has ended.
+        """Wait until it has exited.
 
         Args:
-            timeout: In seconds; None waits without end.
+            timeout: In seconds; None waits without limit.
 
         Raises:
-            subprocess.TimeoutExpired: It had not within that time.
+            subprocess.TimeoutExpired: It did not exit in time.
         """
         if not self._exited.wait(timeout):
-            assert timeout is not None  # noqa: S101 - without one it waits until the end
+            assert timeout is not None  # noqa: S101 - without one it waits until the exit
             raise subprocess.TimeoutExpired(self.args, timeout)
         assert self.returncode is not None  # noqa: S101 - set before
         return self.returncode
 
     def terminate(self) -> None:
-        """Have the engine stop, which ends the program in order; a no-op once it has ended."""
+        """Stop the engine, which ends the program cleanly; a no-op once it has exited."""
         self._engine.stop()
 
     def kill(self) -> None:
-        """Have the engine stop, and the program killed at once; a no-op once it has ended."""
+        """Stop the engine, and kill the program at once; a no-op once it has exited."""
         self._engine.stop()
         self.send_signal(signal.SIGKILL)
 
     def send_signal(self, sig: int) -> None:
-        """Send it a signal; a no-op once it has ended."""
+        """Send it a signal; a no-op once it has exited."""
         if self._process is not None:
             self._process.signal(signal.Signals(sig))
 
@@ -104,19 +104,19 @@ class ProcessHandle:
 
 
 class TunnelHandle:
-    """The tunnel as python-x2go shows one."""
+    """The tunnel, with the API of python-x2go's."""
 
     def __init__(self, engine: Proxy) -> None:
         self._engine = engine
 
     @property
     def is_active(self) -> bool:
-        """Whether the proxy program has connected, and its channel stood, and it has not all ended."""
+        """Whether the proxy program has connected and a channel was opened for it, and the session has not ended."""
         status = self._engine.status()
         return not status.state.is_final and status.tunnel is not None and status.tunnel.connections > 0
 
     @property
     def failed(self) -> bool:
-        """Whether it came to an end by a fault before a channel stood."""
+        """Whether it failed before a channel was open."""
         status = self._engine.status()
         return status.state is State.FAILED and (status.tunnel is None or status.tunnel.connections == 0)

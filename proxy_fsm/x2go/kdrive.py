@@ -1,7 +1,7 @@
 """python-x2go's KDrive backend on top of the engine: ``x2go.backends.proxy.kdrive.X2GoProxy``.
 
-**Not tried against the real x2gokdriveclient**: no package repository that we know of offers it (November 2026). See
-`proxy_fsm.backends.kdrive` for what is known of it and what is assumed.
+**Not tested against the real x2gokdriveclient**: no package repository that we know of offers it (November 2026). See
+`proxy_fsm.backends.kdrive` for what is known about it and what is assumed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ __all__ = ["X2GoProxy"]
 
 
 class X2GoProxy(OptionStringProxy):
-    """Runs ``x2gokdriveclient -S``; the session's cookie goes by a file that its owner alone can read.
+    """Runs ``x2gokdriveclient -S``; the session's cookie is passed in a file that only its owner can read.
 
-    The file is removed when the program has ended. ``proxy_options`` as in `proxy_fsm.x2go.nx3.X2GoProxy`.
+    The file is removed when the program has exited. ``proxy_options`` as in `proxy_fsm.x2go.nx3.X2GoProxy`.
 
     Args:
         args: As in `proxy_fsm.x2go.base.X2GoProxy`.

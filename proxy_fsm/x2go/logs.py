@@ -1,4 +1,4 @@
-"""Between python-x2go's loggers, which are callables, and ours, which take events."""
+"""Adapters between python-x2go's loggers, which are callables, and ours, which take events."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _THEIR_LEVELS = {"error": ERROR, "warning": WARN, "info": INFO, "debug": DEBUG}
 
 
 class X2GoLog:
-    """What `X2GoProxy.logger` is: called as python-x2go's loggers are, it hides secrets, and it never raises.
+    """The `X2GoProxy.logger`: called like python-x2go's loggers, it redacts secrets and never raises.
 
     Args:
         logger: python-x2go's logger, or any callable that takes a message and ``loglevel``; None for our own log.
-        loglevel: What our own log gets, as a mask; python-x2go's logger has a mask of its own.
+        loglevel: The levels for our own log, as a mask; python-x2go's logger has its own mask.
         tag: The part of the program that logs; set on a copy of a logger that has tags.
-        redact: Hides secrets.
+        redact: Redacts secrets.
         describe: Returns the fields ``proxy_id`` and ``session`` of our own events.
     """
 
@@ -71,17 +71,17 @@ class X2GoLog:
     message = __call__
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else python-x2go's logger has."""
+        """Any other attribute of python-x2go's logger."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._logger, name)
 
 
 class EventsToX2Go:
-    """A logger for the engine: its events, each as one line, to python-x2go's logger.
+    """A logger for the engine that writes each event as one line to python-x2go's logger.
 
     Args:
-        log: Where they go.
+        log: The logger that they are written to.
     """
 
     def __init__(self, log: X2GoLog) -> None:
@@ -91,10 +91,10 @@ class EventsToX2Go:
         if level not in {*_THEIR_LEVELS, "exception"}:
             raise AttributeError(level)
 
-        def tell(event: str, *, exc_info: bool = False, **fields: Any) -> None:
+        def log_event(event: str, *, exc_info: bool = False, **fields: Any) -> None:
             text = " ".join([event, *(f"{name}={value!r}" for name, value in fields.items() if value is not None)])
             if exc_info:
                 text += f" {traceback.format_exc()}"
             self._log(text, loglevel=_THEIR_LEVELS.get(level, ERROR))
 
-        return tell
+        return log_event

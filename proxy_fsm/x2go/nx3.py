@@ -12,9 +12,9 @@ __all__ = ["X2GoProxy"]
 
 
 class X2GoProxy(OptionStringProxy):
-    """Runs ``nxproxy -S``; the session's cookie goes by the environment, where its owner alone can read it.
+    """Runs ``nxproxy -S``; the session's cookie is passed in the environment, which only its owner can read.
 
-    ``proxy_options`` that can stand in an NX option string, and are not set from the session, are taken into it.
+    ``proxy_options`` that fit into an NX option string, and are not set from the session, are added to it.
 
     Args:
         args: As in `proxy_fsm.x2go.base.X2GoProxy`.
@@ -27,8 +27,8 @@ class X2GoProxy(OptionStringProxy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.PROXY_ENV["NX_CLIENT"] = "/bin/true"  # else a dialog opens after some time, and nxproxy waits for it
+        self.PROXY_ENV["NX_CLIENT"] = "/bin/true"  # else nxproxy opens a dialog after some time, and waits for it
 
     def _options_of(self, info: Any) -> dict[str, Any]:
-        """Nxproxy names the directory of its statistics by ``id``, else by the display, which two servers may share."""
+        """Nxproxy names its statistics directory after ``id``, else after the display, which two servers may share."""
         return {**super()._options_of(info), "id": getattr(info, "name", None)}

@@ -1,4 +1,4 @@
-"""What python-x2go's NX and KDrive backends have in common: an option string for the program."""
+"""Shared by python-x2go's NX and KDrive backends: an option string for the program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["OptionStringProxy"]
 class OptionStringProxy(base.X2GoProxy):
     """A proxy whose program takes ``nx/nx,key=value,…:DISPLAY`` after ``-S``.
 
-    ``proxy_options`` that can stand in an option string, and are not set from the session, are taken into it.
+    ``proxy_options`` that fit into an option string, and are not set from the session, are added to it.
 
     Args:
         args: As in `proxy_fsm.x2go.base.X2GoProxy`.
@@ -24,7 +24,7 @@ class OptionStringProxy(base.X2GoProxy):
     """
 
     PROXY_MODE = "-S"
-    #: The program, and where it is.
+    #: The program, and how to find it.
     _program: ClassVar[Program]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -32,16 +32,16 @@ class OptionStringProxy(base.X2GoProxy):
         self.PROXY_CMD = self.PROXY_CMD or self._program.look_up()
         self.PROXY_ENV["NX_ROOT"] = self.sessions_rootdir
         info = self.session_info
-        if info is not None:  # what it lacks, the engine tells when it starts
+        if info is not None:  # the engine reports what it lacks when it starts
             options = {**self._options_of(info), **OptionStringBackend.DEFAULT_OPTIONS}
             self.PROXY_OPTIONS = ["nx/nx", *(f"{name}={value}" for name, value in options.items())]
             self.PROXY_DISPLAY = getattr(info, "display", None)
 
     def process_proxy_options(self) -> None:
-        """Take what fits into the option string; log the others as ignored."""
-        taken, self.proxy_options = split_options(self.proxy_options)
-        kept = [option for option in self.PROXY_OPTIONS if option.partition("=")[0] not in taken]
-        self.PROXY_OPTIONS = [*kept, *(f"{name}={value}" for name, value in taken.items())]
+        """Move the options that fit into the option string; log the others as ignored."""
+        accepted, self.proxy_options = split_options(self.proxy_options)
+        kept = [option for option in self.PROXY_OPTIONS if option.partition("=")[0] not in accepted]
+        self.PROXY_OPTIONS = [*kept, *(f"{name}={value}" for name, value in accepted.items())]
         super().process_proxy_options()
 
     def _options_of(self, info: Any) -> dict[str, Any]:

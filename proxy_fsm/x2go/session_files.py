@@ -1,4 +1,4 @@
-"""The files in a session's directory that an `X2GoProxy` holds open while it runs."""
+"""The files in a session's directory that an `X2GoProxy` keeps open while it runs."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionFiles"]
 
-#: How much of one run goes into the file of errors.
+#: The limit for one run's lines in the errors file.
 _MAX_ERRORS_BYTES = 16 << 20
 
 
 class SessionFiles:
-    """The log, open twice as python-x2go has it, and the file of errors; all private, in UTF-8 whatever the locale is.
+    """The log, opened twice as in python-x2go, and the errors file; private, in UTF-8 regardless of the locale.
 
     Args:
-        on_failure: Is told in a sentence where no more errors can be written.
+        on_failure: Called with a sentence once no more errors can be written.
     """
 
     def __init__(self, on_failure: Callable[[str], object]) -> None:
         self._on_failure = on_failure
         self._lock = threading.Lock()
-        self._held: ExitStack | None = ExitStack()
+        self._open_files: ExitStack | None = ExitStack()
         self._errors: IO[str] | None = None
         self._errors_path: Path | None = None
         self._errors_room_bytes = _MAX_ERRORS_BYTES
 
     def open(self, log: Path, errors: Path | None) -> tuple[IO[str], IO[str]]:
-        """Open the files; once, and not where `close` was called before.
+        """Open the files; once, and not after `close`.
 
         Args:
             log: The log.
-            errors: The file of errors; None for none.
+            errors: The errors file; None for none.
 
         Returns:
             The log, for standard output and for standard error.
 
         Raises:
-            BackendError: One cannot be opened, or the proxy has ended meanwhile; then nothing stays open.
+            BackendError: One cannot be opened, or the proxy has ended already; then no file stays open.
         """
         try:
             with ExitStack() as opened:
                 log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 files = [opened.enter_context(_appended(path)) for path in (log, log, errors) if path is not None]
                 with self._lock:
-                    if self._held is None:
+                    if self._open_files is None:
                         raise BackendError(EndReason.LISTEN_FAILED, "The proxy had ended before its log was opened.")
-                    self._held.push(opened.pop_all())
+                    self._open_files.push(opened.pop_all())
                     self._errors, self._errors_path = None if errors is None else files[2], errors
                 return files[0], files[1]
         except OSError as error:
@@ -67,7 +67,7 @@ class SessionFiles:
             ) from error
 
     def write_errors(self, line: str) -> None:
-        """Write a line into the file of errors, where there is one and it is open."""
+        """Write a line to the errors file, if there is one and it is open."""
         failure = None
         with self._lock:
             if self._errors is None:
@@ -87,13 +87,13 @@ class SessionFiles:
             self._on_failure(failure)
 
     def close(self) -> None:
-        """Close them all; what is opened after this is closed at once."""
-        with self._lock:  # held meanwhile: whoever closes them too finds them closed
-            held, self._held = self._held, None
+        """Close all files; a file that is opened later is closed at once."""
+        with self._lock:  # held while closing, so that a concurrent close returns with the files closed
+            open_files, self._open_files = self._open_files, None
             self._errors = None
-            if held is not None:
-                with suppress(OSError):  # what could not be written was told when it was
-                    held.close()
+            if open_files is not None:
+                with suppress(OSError):  # the failed write was reported already
+                    open_files.close()
 
 
 def _appended(path: Path) -> IO[str]:

@@ -454,7 +454,7 @@ class TestTheProcess:
         def fail(_line: str) -> None:
             raise LookupError("no file today")
 
-        watching = ProcessHandle(cast("Any", None), [], lambda _: None).watching(heard.append, fail)
+        watching = ProcessHandle(cast("Any", None), [], lambda _: None).observing(heard.append, fail)
         line = OutputLine("hello")
         with pytest.raises(LookupError):
             watching(line)
