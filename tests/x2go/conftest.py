@@ -1,4 +1,4 @@
-"""A session to run proxies on: an SSH server, an agent, and a display, all of them stand-ins."""
+"""Fixtures for running proxies: an SSH server, an agent, and a display, all of them stand-ins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAME = "alice-51-1795334442_stDxterm_dp24"
 
 @dataclass
 class Info:
-    """What python-x2go knows of a session."""
+    """What python-x2go knows about a session."""
 
     graphics_port: Any
     local_container: str
@@ -42,19 +42,19 @@ class Info:
 
 @dataclass
 class Session:
-    """What python-x2go's session is to its proxy."""
+    """python-x2go's session as its proxy sees it; records the calls."""
 
-    told: list[Any] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
 
     def set_session_name(self, name: str) -> None:
-        self.told.append(name)
+        self.calls.append(name)
 
     def HOOK_forwarding_tunnel_setup_failed(self, **fields: Any) -> None:  # noqa: N802 - python-x2go's name
-        self.told.append(fields)
+        self.calls.append(fields)
 
 
 class Log:
-    """A logger as python-x2go's are."""
+    """A logger like python-x2go's."""
 
     tag = "theirs"
 
@@ -76,7 +76,7 @@ class Log:
 
 @dataclass
 class Scene:
-    """All that a proxy needs; the proxies that were made here are ended with it."""
+    """All that a proxy needs; it stops the proxies that it made on exit."""
 
     server: LoopbackSSHServer
     client: paramiko.SSHClient
@@ -98,11 +98,11 @@ class Scene:
         return self.client.get_transport()
 
     def program(self, steps: Sequence[Step] = HEALTHY, name: str = "viewer") -> str:
-        """Write a program that does these steps, and return its path."""
+        """Install a program that performs these steps, and return its path."""
         return str(ScriptedProxy(steps).install(self.home / name))
 
     def make(self, kind: type[X2GoProxy], **changes: Any) -> Any:
-        """Make a proxy; Any, since tests look at what it is not declared to be."""
+        """Make a proxy; typed Any, since tests access undeclared attributes."""
         options = {
             "session_info": self.info,
             "ssh_transport": self.transport,
@@ -125,7 +125,7 @@ class Scene:
 
 @pytest.fixture(scope="session")
 def x_display() -> Iterator[str]:
-    """An X server that lets everybody in."""
+    """An X server that accepts every client."""
     command = standins.command("display")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as process:
         assert process.stdout is not None

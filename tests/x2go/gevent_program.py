@@ -1,7 +1,7 @@
-"""A program under gevent, which ``import x2go`` makes every program of python-x2go: it runs proxies, and looks on.
+"""Runs proxies under gevent, as ``import x2go`` makes every program of python-x2go do, and measures them.
 
-Called with the place of an SSH server, a user, a password, the agent's port, a proxy program, a directory and the
-directory of this checkout; prints what it saw, as JSON.
+Called with the host and port of an SSH server, a user, a password, the agent's port, a proxy program, a directory and
+the directory of this checkout; prints its measurements as JSON.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from proxy_fsm.x2go.base import X2GoProxy  # noqa: E402
 from tests.helpers.holdings import descriptors, own_threads  # noqa: E402
 
 IDLE_S = 2.0
-#: How long what the last rounds held may take to be gone.
+#: How long the resources of the last rounds may take to be released.
 RELEASED_S = 10.0
 
 
 class Viewer(X2GoProxy):
     PROXY_CMD = PROGRAM
-    PROXY_ARGS = ["127.0.0.1", "{port}"]  # noqa: RUF012 - as subclasses do it
+    PROXY_ARGS = ["127.0.0.1", "{port}"]  # noqa: RUF012 - as in other subclasses
     subsystem = "viewer"
 
 
@@ -47,7 +47,7 @@ class Info:
 
 
 class Hub:
-    """Sees how long no other greenlet gets its turn."""
+    """Measures how long the hub is blocked for other greenlets."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0
@@ -79,8 +79,8 @@ def holdings() -> dict[str, Any]:
     }
 
 
-def more(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Tell whether anything is held now that was not before."""
+def holds_more(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Return whether anything is held now that was not held before."""
     return bool(
         set(now["descriptors"]) - set(before["descriptors"])
         or now["threads"]
@@ -89,31 +89,31 @@ def more(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def one_round(transport: paramiko.Transport, *, idle: bool) -> dict[str, Any]:
-    """Start, stay, stop; each lasts long enough to show a hub that is blocked."""
+    """Start, stay idle, stop; each lasts long enough to show a blocked hub."""
     hub = Hub()
     proxy = Viewer(Info, transport, sessions_rootdir=ROOT, logger=lambda *_, **__: None)
     process, ok = proxy.start_proxy()
     assert process is not None
-    seen: dict[str, Any] = {"ok": ok, "start_hub_s": hub.stop()}
+    results: dict[str, Any] = {"ok": ok, "start_hub_s": hub.stop()}
     if idle:
         before = cpu_s()
         gevent.sleep(IDLE_S)
-        seen["idle_cpu"] = (cpu_s() - before) / IDLE_S
+        results["idle_cpu"] = (cpu_s() - before) / IDLE_S
     hub = Hub()
     waiter = gevent.spawn(process.wait)
     began = time.monotonic()
     proxy.stop_thread()
-    seen["stop_s"] = time.monotonic() - began
-    seen["stop_hub_s"] = hub.stop()
+    results["stop_s"] = time.monotonic() - began
+    results["stop_hub_s"] = hub.stop()
     assert proxy.engine is not None
-    seen["reason"] = str(proxy.engine.status().reason)
-    seen["waited"] = waiter.get(timeout=5)
+    results["reason"] = str(proxy.engine.status().reason)
+    results["waited"] = waiter.get(timeout=5)
     proxy.join(5)
-    return seen
+    return results
 
 
 def faults(transport: paramiko.Transport) -> dict[str, str]:
-    """End proxies by faults, the last one by the end of the transport."""
+    """End proxies by faults, the last one by closing the transport."""
     reasons = {}
     for fault in ("missing", "killed", "transport"):
         proxy = Viewer(Info, transport, sessions_rootdir=ROOT, logger=lambda *_, **__: None)
@@ -140,12 +140,12 @@ def main() -> None:
     assert transport is not None
     rounds = [one_round(transport, idle=True)]
     before = holdings()
-    # The first round may still be letting go of its program's: that must not excuse one that the others leave.
-    # What else is ours has a name that does not come again.
+    # The first round may still be releasing its pidfd: that must not excuse one that a later round leaks.
+    # All other descriptors of ours have unique names.
     before["descriptors"] = [name for name in before["descriptors"] if "[pidfd]" not in name]
     rounds += [one_round(transport, idle=False) for _ in range(2)]
     deadline = time.monotonic() + RELEASED_S
-    while more(after := holdings(), before) and time.monotonic() < deadline:
+    while holds_more(after := holdings(), before) and time.monotonic() < deadline:
         gevent.sleep(0.05)
     print(json.dumps({"rounds": rounds, "before": before, "after": after, "faults": faults(transport)}))  # noqa: T201
 

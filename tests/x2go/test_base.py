@@ -1,4 +1,4 @@
-"""The base class: other people's subclasses, and what python-x2go's programs do with it."""
+"""The base class: third-party subclasses, and how python-x2go's programs use it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SOON_S = 5.0
 
 
 def viewer(scene: Scene, *steps: Any, **attributes: Any) -> type[X2GoProxy]:
-    """Make a subclass that sets nothing but what its program is."""
+    """Make a subclass that only sets its program."""
     program = scene.program(steps or (record_call(scene.home / "call"), connect(), wait_eof()))
     return type("Viewer", (X2GoProxy,), {"PROXY_CMD": program, "PROXY_ARGS": ["127.0.0.1", "{port}"], **attributes})
 
@@ -57,8 +57,8 @@ def within(limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any
     return result
 
 
-class TestASubclassThatSetsItsProgram:
-    def test_by_class_attributes_runs(self, scene: Scene) -> None:
+class TestSubclass:
+    def test_program_set_by_class_attributes_runs(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene, PROXY_ENV={"FRUIT": "pear"}))
         process, ok = proxy.start_proxy()
         assert ok is True
@@ -71,7 +71,7 @@ class TestASubclassThatSetsItsProgram:
         assert called["environ"]["FRUIT"] == "pear"
         assert called["environ"]["PATH"] == os.environ["PATH"]
 
-    def test_by_attributes_of_the_object_runs(self, scene: Scene) -> None:
+    def test_program_set_by_instance_attributes_runs(self, scene: Scene) -> None:
         class Viewer(X2GoProxy):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
@@ -84,13 +84,13 @@ class TestASubclassThatSetsItsProgram:
         assert process.poll() is None
         assert call(scene)["environ"]["FRUIT"] == "plum"
 
-    def test_has_lists_of_its_own(self, scene: Scene) -> None:
+    def test_each_object_has_its_own_lists(self, scene: Scene) -> None:
         kind = viewer(scene)
         scene.make(kind).PROXY_ARGS.append("--more")
         assert kind.PROXY_ARGS == ["127.0.0.1", "{port}"]
         assert scene.make(kind).PROXY_ARGS == kind.PROXY_ARGS
 
-    def test_an_environment_in_its_place_is_added_and_what_is_taken_out_is_gone(
+    def test_replaced_environment_is_added_and_removed_variables_are_unset(
         self, scene: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("UNWANTED", "1")
@@ -111,8 +111,8 @@ class TestASubclassThatSetsItsProgram:
         assert environ["NX_CLIENT"] == "own"
         assert "NX_DISPLAY" not in environ
 
-    def test_a_hook_takes_a_variable_out(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The environment that was inherited is none of its business any more."""
+    def test_hook_can_remove_a_variable(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The inherited environment does not bring it back."""
         monkeypatch.setenv("UNWANTED", "1")
 
         class Viewer(viewer(scene)):  # type: ignore[misc]
@@ -123,7 +123,7 @@ class TestASubclassThatSetsItsProgram:
         assert "UNWANTED" not in call(scene)["environ"]
         assert call(scene)["environ"]["PATH"] == os.environ["PATH"]
 
-    def test_a_dict_that_a_hook_puts_in_its_place_is_added(self, scene: Scene) -> None:
+    def test_environment_replaced_by_hook_is_added(self, scene: Scene) -> None:
         class Viewer(viewer(scene)):  # type: ignore[misc]
             def process_proxy_options(self) -> None:
                 self.PROXY_ENV = {"FRUIT": "fig"}
@@ -132,16 +132,16 @@ class TestASubclassThatSetsItsProgram:
         environ = call(scene)["environ"]
         assert (environ["FRUIT"], environ["PATH"]) == ("fig", os.environ["PATH"])
 
-    def test_may_have_methods_of_names_that_are_the_backends_too(self, scene: Scene) -> None:
-        """Somebody else's class has any name that python-x2go's base class has not."""
+    def test_subclass_may_reuse_method_names_of_the_backend(self, scene: Scene) -> None:
+        """A third-party class may use any name that python-x2go's base class does not have."""
 
         def fail(*_: Any) -> None:
-            raise LookupError("not meant for us")
+            raise LookupError("not for us")
 
         names = ("prepare", "environment", "program", "command", "preflight", "ready", "diagnose", "close", "files")
         assert scene.make(viewer(scene, **dict.fromkeys(names, fail))).start_proxy()[1]
 
-    def test_may_set_its_attributes_before_the_base_class_is_made(self, scene: Scene) -> None:
+    def test_attributes_may_be_set_before_base_init(self, scene: Scene) -> None:
         class Viewer(X2GoProxy):
             subsystem = "Fruit Viewer"
 
@@ -157,31 +157,29 @@ class TestASubclassThatSetsItsProgram:
         assert proxy.subsystem == "Fruit Viewer"
         assert "The Fruit Viewer is up." in scene.log.text
 
-    def test_mode_options_and_display_make_an_x2go_programs_command_line(self, scene: Scene) -> None:
+    def test_command_line_contains_mode_options_and_display(self, scene: Scene) -> None:
         kind = viewer(scene, PROXY_MODE="-S", PROXY_OPTIONS=["nx/nx", "port=0", "link=lan"], PROXY_DISPLAY=7)
         proxy = scene.make(kind)
         assert proxy._generate_cmdline()[-2:] == ["-S", "nx/nx,port=0,link=lan:7"]
         proxy._update_local_proxy_socket(4001)
         assert proxy._generate_cmdline()[-1] == "nx/nx,port=4001,link=lan:7"
 
-    def test_serves_any_number_of_connections(self, scene: Scene) -> None:
-        keep = Step("kept = [*globals().get('kept', []), connection]")
-        proxy = scene.make(viewer(scene, connect(), keep, connect(), keep, connect(), wait_eof()))
+    def test_viewer_may_open_any_number_of_connections(self, scene: Scene) -> None:
+        store = Step("kept = [*globals().get('kept', []), connection]")
+        proxy = scene.make(viewer(scene, connect(), store, connect(), store, connect(), wait_eof()))
         assert proxy.start_proxy()[1]
         eventually(lambda: proxy.engine.status().tunnel.connections == 3, what="three connections")
 
-    def test_without_a_program_says_so(self, scene: Scene) -> None:
+    def test_missing_program_is_reported(self, scene: Scene) -> None:
         proxy = scene.make(X2GoProxy)
         assert proxy.start_proxy() == (None, False)
         assert proxy.engine.status().reason is EndReason.PROXY_NOT_FOUND
         assert "PROXY_CMD is not set" in scene.log.text
 
 
-class TestTheCookie:
+class TestCookie:
     @pytest.mark.parametrize("cookie", [COOKIE, COOKIE.upper()])
-    def test_in_an_option_string_goes_by_the_environment_whatever_the_program_is_called(
-        self, scene: Scene, cookie: str
-    ) -> None:
+    def test_cookie_in_option_string_is_moved_to_environment_for_any_program(self, scene: Scene, cookie: str) -> None:
         options = ["nx/nx", "connect=127.0.0.1", "port=0", f"cookie={cookie}", "errors=elsewhere"]
         kind = viewer(scene, PROXY_ARGS=["--quiet"], PROXY_MODE="-S", PROXY_OPTIONS=options, PROXY_DISPLAY=51)
         steps = (record_call(scene.home / "call"), connect(), wait_eof())
@@ -197,7 +195,7 @@ class TestTheCookie:
 
     @pytest.mark.parametrize("words", [["--cookie", COOKIE], [f"--at=x,{COOKIE.upper()}"], ["-C", f"nx/nx,{COOKIE}"]])
     @pytest.mark.parametrize("name", ["viewer", "nxproxy"])
-    def test_in_another_argument_is_refused(
+    def test_cookie_in_another_argument_is_rejected(
         self, scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch, words: list[str], name: str
     ) -> None:
         monkeypatch.setenv("DISPLAY", x_display)
@@ -210,12 +208,12 @@ class TestTheCookie:
         assert not (scene.home / "call").exists()
 
 
-class TestAnOptionString:
+class TestOptionString:
     @pytest.mark.parametrize("name", ["viewer", "nxproxy"])
     @pytest.mark.parametrize(
         "options", [[], ["connect=192.0.2.7"], ["connect=127.0.0.1", "Listen=4000"], ["connect=127.0.0.1", "accept=x"]]
     )
-    def test_by_which_nxproxy_would_listen_for_everybody_is_refused(
+    def test_option_string_that_makes_nxproxy_listen_is_rejected(
         self, scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch, options: list[str], name: str
     ) -> None:
         monkeypatch.setenv("DISPLAY", x_display)
@@ -230,7 +228,7 @@ class TestAnOptionString:
 
     @pytest.mark.parametrize("errors", ["/home/a:b/x.err", "x.err", "/home/a:1/x:51"])
     @pytest.mark.parametrize("last", [False, True])
-    def test_keeps_nothing_of_its_option_errors(self, scene: Scene, errors: str, *, last: bool) -> None:
+    def test_errors_option_is_removed_completely(self, scene: Scene, errors: str, *, last: bool) -> None:
         options = ["nx/nx", f"cookie={COOKIE}", "connect=127.0.0.1", "port=0"]
         options.insert(len(options) if last else 2, f"errors={errors}")
         proxy = scene.make(viewer(scene, PROXY_MODE="-S", PROXY_OPTIONS=options, PROXY_DISPLAY=51))
@@ -241,7 +239,7 @@ class TestAnOptionString:
 
 
 class TestHooks:
-    def test_are_called_in_order_before_the_program_starts(self, scene: Scene) -> None:
+    def test_hooks_are_called_in_order_before_program_starts(self, scene: Scene) -> None:
         calls: list[Any] = []
 
         class Viewer(viewer(scene)):  # type: ignore[misc]
@@ -265,7 +263,7 @@ class TestHooks:
         assert (INFO, "These proxy options are ignored: {'vegetable': 'leek'}") in scene.log.lines
         assert given == {"fruit": "pear", "vegetable": "leek"}
 
-    def test_nothing_that_options_raise_stops_the_start(self, scene: Scene) -> None:
+    def test_error_in_process_proxy_options_does_not_prevent_start(self, scene: Scene) -> None:
         class Viewer(viewer(scene)):  # type: ignore[misc]
             def process_proxy_options(self) -> None:
                 raise LookupError("no such option")
@@ -274,7 +272,7 @@ class TestHooks:
         assert [line for level, line in scene.log.lines if level == ERROR and "no such option" in line]
 
     @pytest.mark.parametrize("hook", ["_update_local_proxy_socket", "_generate_cmdline"])
-    def test_a_command_line_that_fails_is_told(self, scene: Scene, hook: str) -> None:
+    def test_failing_command_line_hook_is_reported(self, scene: Scene, hook: str) -> None:
         def fail(*_: Any) -> None:
             raise LookupError("not today")
 
@@ -284,10 +282,10 @@ class TestHooks:
         assert "not today" in proxy.engine.status().detail
 
     @pytest.mark.parametrize("nothing", ["", None, []])
-    def test_an_empty_command_line_means_the_usual_one(self, scene: Scene, nothing: Any) -> None:
+    def test_empty_command_line_means_the_default(self, scene: Scene, nothing: Any) -> None:
         assert scene.make(viewer(scene, _generate_cmdline=lambda _: nothing)).start_proxy()[1]
 
-    def test_a_command_line_that_is_one_string_is_a_program(self, scene: Scene) -> None:
+    def test_command_line_of_one_string_is_a_program(self, scene: Scene) -> None:
         program = scene.program((exit_with(3),), "other")
         proxy = scene.make(viewer(scene, _generate_cmdline=lambda _: program))
         process, ok = proxy.start_proxy()
@@ -295,7 +293,7 @@ class TestHooks:
         assert process.returncode == 3
         assert proxy.engine.status().reason is EndReason.PROXY_EXITED
 
-    def test_of_the_session_are_called_where_the_tunnel_is_refused(self, scene: Scene) -> None:
+    def test_session_hooks_are_called_if_tunnel_is_refused(self, scene: Scene) -> None:
         scene.server.forwarding = Forwarding.DENIED
         session = Session()
         proxy = scene.make(viewer(scene), session_instance=session)
@@ -303,42 +301,42 @@ class TestHooks:
         process, ok = within(SOON_S, proxy.start_proxy)
         assert not ok
         assert process.wait(SOON_S) is not None
-        told = {"chain_host": "127.0.0.1", "chain_port": scene.agent.port, "subsystem": "Some Proxy"}
-        assert session.told == [NAME, told]
+        fields = {"chain_host": "127.0.0.1", "chain_port": scene.agent.port, "subsystem": "Some Proxy"}
+        assert session.calls == [NAME, fields]
         assert proxy.fw_tunnel.failed
         assert not proxy.fw_tunnel.is_active
 
-    def test_of_the_session_are_called_where_nothing_listens(self, scene: Scene) -> None:
+    def test_session_hooks_are_called_if_agent_does_not_listen(self, scene: Scene) -> None:
         scene.agent.stop_listening()
         session = Session()
         proxy = scene.make(viewer(scene), session_instance=session)
         process, ok = proxy.start_proxy()
         assert (process is not None, ok) == (True, False)
-        assert len(session.told) == 2
+        assert len(session.calls) == 2
         assert proxy.engine.status().reason is EndReason.AGENT_UNREACHABLE
 
-    def test_of_the_session_may_fail_or_end_the_proxy(self, scene: Scene) -> None:
+    def test_session_hooks_may_fail_or_stop_the_proxy(self, scene: Scene) -> None:
         scene.server.forwarding = Forwarding.DENIED
 
-        class Rude(Session):
+        class FailingSession(Session):
             def HOOK_forwarding_tunnel_setup_failed(self, **_: Any) -> None:  # noqa: N802
                 proxy.stop_thread()
                 raise LookupError("what a hook raises")
 
-        proxy = scene.make(viewer(scene), session_instance=Rude())
+        proxy = scene.make(viewer(scene), session_instance=FailingSession())
         assert within(SOON_S, proxy.start_proxy) == (None, False)
         assert "what a hook raises" in scene.log.text
 
-    def test_of_the_session_are_not_called_for_another_fault(self, scene: Scene) -> None:
+    def test_session_hooks_are_not_called_for_other_faults(self, scene: Scene) -> None:
         session = Session()
         proxy = scene.make(viewer(scene, PROXY_CMD="/nowhere/viewer"), session_instance=session)
         assert within(SOON_S, proxy.start_proxy) == (None, False)
         assert proxy.engine.status().reason is EndReason.PROXY_NOT_FOUND
-        assert session.told == []
+        assert session.calls == []
 
 
 class TestAttributes:
-    def test_hold_what_they_should_before_while_and_after(self, scene: Scene) -> None:
+    def test_attributes_before_during_and_after_a_session(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         assert (proxy.proxy, proxy.fw_tunnel, proxy.session_log_stdout) == (None, None, None)
         assert proxy.ok() is False
@@ -361,7 +359,7 @@ class TestAttributes:
         proxy.join(SOON_S)
         assert not proxy.is_alive()
 
-    def test_tell_of_an_end_that_came_by_itself(self, scene: Scene) -> None:
+    def test_attributes_after_session_ended_by_agent(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         process, ok = proxy.start_proxy()
         assert ok
@@ -375,7 +373,7 @@ class TestAttributes:
         assert proxy.session_log_stdout.closed
         assert proxy.engine.status().reason is EndReason.VIEWER_CLOSED
 
-    def test_logs_are_in_the_sessions_directory_and_private(self, scene: Scene) -> None:
+    def test_logs_are_private_and_in_session_directory(self, scene: Scene) -> None:
         info = scene.info
         info.local_container = str(scene.home / "else" / "where")
         kind = viewer(scene, say("one line"), print_cookie(), connect(), wait_eof(), PROXY_OPTIONS=["nx/nx"])
@@ -393,8 +391,8 @@ class TestAttributes:
             assert file.stat().st_mode & 0o777 == 0o600
         assert Path(info.local_container).stat().st_mode & 0o777 == 0o700
 
-    def test_what_the_locale_cannot_write_does_no_harm(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A file has the locale's encoding where none is asked for: here, one that has no ellipsis."""
+    def test_logs_are_utf_8_regardless_of_locale(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file opened without an encoding uses the locale's: here, one that has no ellipsis."""
         plain = os.fdopen
         monkeypatch.setattr(os, "fdopen", lambda *args, **options: plain(*args, **{"encoding": "latin-1", **options}))
         steps = (say("… 漢字"), connect(), wait_eof())
@@ -405,19 +403,19 @@ class TestAttributes:
         assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
         assert (scene.container / "session.err").read_text(encoding="utf-8") == "… 漢字\n"
 
-    def test_a_log_that_cannot_be_opened_is_told(self, scene: Scene) -> None:
+    def test_unopenable_log_is_reported(self, scene: Scene) -> None:
         (scene.container / "session.log").mkdir(parents=True)
         proxy = scene.make(viewer(scene))
         assert within(SOON_S, proxy.start_proxy) == (None, False)
         assert proxy.engine.status().reason is EndReason.LISTEN_FAILED
 
-    def test_the_default_root_is_below_home(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_default_root_is_below_home(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(scene.home))
         assert viewer(scene)().sessions_rootdir == str(scene.home / ".x2go")
 
 
-class TestTheProcess:
-    def test_is_waited_for_while_the_engine_reaps_it(self, scene: Scene) -> None:
+class TestProcessHandle:
+    def test_process_can_be_waited_for_while_engine_reaps_it(self, scene: Scene) -> None:
         others = children()
         process, _ = scene.make(viewer(scene)).start_proxy()
         codes: list[int] = []
@@ -433,12 +431,12 @@ class TestTheProcess:
         assert process.wait() == process.poll() == process.returncode == -signal.SIGKILL
         assert children() <= others
 
-    def test_that_ends_by_itself_has_its_exit_code(self, scene: Scene) -> None:
+    def test_process_that_exits_by_itself_has_its_exit_code(self, scene: Scene) -> None:
         process, ok = scene.make(viewer(scene, exit_with(7))).start_proxy()
         assert (process.wait(SOON_S), ok) == (7, False)
 
     @pytest.mark.parametrize("order", ["terminate", "kill"])
-    def test_is_ended_in_order_by_its_methods(self, scene: Scene, order: str) -> None:
+    def test_terminate_and_kill_stop_the_engine(self, scene: Scene, order: str) -> None:
         proxy = scene.make(viewer(scene))
         process, _ = proxy.start_proxy()
         getattr(process, order)()
@@ -447,25 +445,25 @@ class TestTheProcess:
         assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
         getattr(process, order)()  # a no-op now
 
-    def test_is_heard_by_the_engine_before_its_line_is_kept(self) -> None:
-        """What goes wrong with a file is nothing to the session."""
-        heard: list[Any] = []
+    def test_engine_gets_output_line_before_errors_file(self) -> None:
+        """A failure of the file does not affect the session."""
+        posted: list[Any] = []
 
         def fail(_line: str) -> None:
             raise LookupError("no file today")
 
-        watching = ProcessHandle(cast("Any", None), [], lambda _: None).observing(heard.append, fail)
+        observe = ProcessHandle(cast("Any", None), [], lambda _: None).observing(posted.append, fail)
         line = OutputLine("hello")
         with pytest.raises(LookupError):
-            watching(line)
-        assert heard == [line]
+            observe(line)
+        assert posted == [line]
 
-    def test_is_killed_at_once_where_it_does_not_listen(self, scene: Scene) -> None:
+    def test_kill_ends_process_that_ignores_sigterm_at_once(self, scene: Scene) -> None:
         process, _ = scene.make(viewer(scene, ignore(), connect(), wait_eof())).start_proxy()
         process.kill()
         assert process.wait(SOON_S / 2) == -signal.SIGKILL
 
-    def test_gets_any_signal(self, scene: Scene) -> None:
+    def test_send_signal_delivers_any_signal(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         process, _ = proxy.start_proxy()
         process.send_signal(signal.SIGHUP)
@@ -476,14 +474,14 @@ class TestTheProcess:
 
 
 class TestStartAndStop:
-    def test_a_program_that_is_missing_is_known_at_once(self, scene: Scene) -> None:
-        """python-x2go takes 16 s for it."""
+    def test_missing_program_fails_at_once(self, scene: Scene) -> None:
+        """python-x2go needs 16 s for that."""
         proxy = scene.make(viewer(scene, PROXY_CMD="/nowhere/viewer"))
         assert within(2.0, proxy.start_proxy) == (None, False)
         assert proxy.fw_tunnel.failed
         assert [line for level, line in scene.log.lines if level == ERROR and "proxy_not_found" in line]
 
-    def test_it_can_be_started_as_a_thread(self, scene: Scene) -> None:
+    def test_proxy_can_be_started_as_a_thread(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         proxy.start()
         eventually(proxy.ok, what="ok")
@@ -492,28 +490,28 @@ class TestStartAndStop:
         proxy.stop_thread()
         proxy.join(SOON_S)
 
-    def test_it_can_be_run_by_a_thread_of_the_programs_own(self, scene: Scene) -> None:
+    def test_proxy_can_be_run_by_another_thread(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         thread = threading.Thread(target=proxy.run)
         thread.start()
         eventually(proxy.ok, what="ok")
-        proxy.run()  # it runs already
+        proxy.run()  # it is already running
         assert proxy.ok()
         proxy.stop_thread()
         thread.join(SOON_S)
         assert not thread.is_alive()
-        proxy.run()  # once is all
+        proxy.run()  # it runs only once
         assert not proxy.ok()
 
     @pytest.mark.parametrize("missing", ["session_info", "ssh_transport"])
-    def test_without_a_session_or_a_transport_nothing_is_done(self, scene: Scene, missing: str) -> None:
+    def test_proxy_without_session_or_transport_does_nothing(self, scene: Scene, missing: str) -> None:
         proxy = scene.make(viewer(scene), **{missing: None})
         assert proxy.run() is None
         assert proxy.engine is None
         assert within(SOON_S, proxy.start_proxy) == (None, False)
         proxy.stop_thread()
 
-    def test_a_session_that_cannot_be_is_told(self, scene: Scene) -> None:
+    def test_invalid_session_is_reported(self, scene: Scene) -> None:
         info = scene.info
         info.graphics_port = ""
         proxy = scene.make(viewer(scene), session_info=info)
@@ -524,7 +522,7 @@ class TestStartAndStop:
             _ = scene.make(viewer(scene), session_info=info).engine
 
     @pytest.mark.parametrize("change", [{"graphics_port": float("inf")}, {"cookie": 7}, {"graphics_port": None}])
-    def test_whatever_a_session_has_it_is_told(self, scene: Scene, change: dict[str, Any]) -> None:
+    def test_session_with_wrong_types_is_reported(self, scene: Scene, change: dict[str, Any]) -> None:
         info = scene.info
         for name, value in change.items():
             setattr(info, name, value)
@@ -533,15 +531,15 @@ class TestStartAndStop:
         assert [line for level, line in scene.log.lines if level == ERROR and "cannot be started" in line]
 
     @pytest.mark.parametrize("lacking", ["name", "graphics_port"])
-    def test_a_session_that_lacks_something_is_told(self, scene: Scene, lacking: str) -> None:
+    def test_incomplete_session_is_reported(self, scene: Scene, lacking: str) -> None:
         fields = {name: value for name, value in vars(scene.info).items() if name != lacking}
         proxy = scene.make(viewer(scene), session_info=SimpleNamespace(**fields))
         assert within(SOON_S, proxy.start_proxy) == (None, False)
         assert [line for level, line in scene.log.lines if level == ERROR and lacking in line]
 
     @pytest.mark.parametrize("hook", ["_update_local_proxy_socket", "process_proxy_options", "_generate_cmdline"])
-    def test_a_hook_may_stop_it(self, scene: Scene, hook: str) -> None:
-        """The end waits for the hook, so that the hook must not wait for the end."""
+    def test_hook_may_stop_the_proxy(self, scene: Scene, hook: str) -> None:
+        """The shutdown waits for the hook, so the hook must not wait for the shutdown."""
         took_s: list[float] = []
 
         def stop(proxy: X2GoProxy, *_: Any) -> None:
@@ -555,7 +553,7 @@ class TestStartAndStop:
         within(SOON_S, proxy.stop_thread)
         assert took_s[0] < 1.5
 
-    def test_a_stop_before_the_start_is_kept(self, scene: Scene) -> None:
+    def test_stop_before_start_is_remembered(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         proxy.stop_thread()
         assert within(SOON_S, proxy.start_proxy) == (None, False)
@@ -563,7 +561,7 @@ class TestStartAndStop:
         assert proxy.fw_tunnel is None
         assert not (scene.home / "call").exists()
 
-    def test_it_is_stopped_from_all_sides(self, scene: Scene) -> None:
+    def test_proxy_can_be_stopped_by_many_threads(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         proxy.start_proxy()
         stoppers = [threading.Thread(target=proxy.stop_thread) for _ in range(10)]
@@ -577,16 +575,16 @@ class TestStartAndStop:
         assert proxy.engine.state is State.STOPPED
         assert proxy.proxy is None
 
-    def test_it_is_stopped_in_the_middle_of_its_start(self, scene: Scene) -> None:
+    def test_proxy_can_be_stopped_while_starting(self, scene: Scene) -> None:
         scene.server.forwarding = Forwarding.HELD
         proxy = scene.make(viewer(scene))
         proxy.start()
-        eventually(lambda: scene.server.channels_held, what="a channel that is held")
+        eventually(lambda: scene.server.channels_held, what="a held channel")
         within(SOON_S, proxy.stop_thread)
         assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
         scene.server.release()
 
-    def test_a_subscriber_of_the_engine_may_stop_it(self, scene: Scene) -> None:
+    def test_engine_subscriber_may_stop_the_proxy(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         path = []
 
@@ -600,13 +598,13 @@ class TestStartAndStop:
         within(SOON_S, proxy.stop_thread)
         assert path == ["tunnelling", "spawning", "running", "stopping", "stopped"]
 
-    def test_a_program_may_start_the_engine_itself(self, scene: Scene) -> None:
+    def test_engine_may_be_started_by_the_program(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         proxy.engine.start()
         proxy.engine.wait_running(SOON_S)
         assert proxy.start_proxy()[1]
 
-    def test_what_only_the_engine_has_started_is_closed_too(self, scene: Scene) -> None:
+    def test_logs_are_closed_if_only_the_engine_was_started(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         proxy.engine.start()
         proxy.engine.wait_running(SOON_S)
@@ -615,7 +613,7 @@ class TestStartAndStop:
         assert proxy.session_log_stdout.closed
         assert (proxy.proxy, proxy.fw_tunnel) == (None, None)
 
-    def test_nothing_is_left_of_many(self, scene: Scene) -> None:
+    def test_many_proxies_leak_nothing(self, scene: Scene) -> None:
         kind = viewer(scene)
         scene.make(kind).start_proxy()
         scene.made.pop().stop_thread()
@@ -631,7 +629,7 @@ class TestStartAndStop:
         assert children() <= others
         nothing_left_open(before)
 
-    def test_a_lost_connection_ends_it_with_its_reason(self, scene: Scene) -> None:
+    def test_lost_connection_ends_proxy_with_its_reason(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene))
         assert proxy.start_proxy()[1]
         scene.server.drop()
@@ -642,7 +640,7 @@ class TestStartAndStop:
 
 
 class TestLoggers:
-    def test_the_programs_own_gets_all_with_a_tag_and_without_the_cookie(self, scene: Scene) -> None:
+    def test_given_logger_gets_all_messages_tagged_without_cookie(self, scene: Scene) -> None:
         proxy = scene.make(viewer(scene, say("hello"), connect(), wait_eof()))
         proxy.logger(f"the cookie is {COOKIE}", loglevel=DEBUG)
         assert proxy.start_proxy()[1]
@@ -656,14 +654,14 @@ class TestLoggers:
         proxy.logger.message("tagged", loglevel=INFO, tag="another")
         assert "another" in scene.log.tags
 
-    def test_a_plain_function_does(self, scene: Scene) -> None:
+    def test_plain_function_is_accepted_as_logger(self, scene: Scene) -> None:
         lines = []
         proxy = scene.make(viewer(scene), logger=lambda text, loglevel: lines.append((loglevel, text)))
         assert proxy.start_proxy()[1]
         assert lines
 
     @pytest.mark.parametrize("error", [LookupError, SystemExit])
-    def test_one_that_fails_changes_nothing(
+    def test_failing_logger_is_ignored(
         self, scene: Scene, caplog: pytest.LogCaptureFixture, error: type[BaseException]
     ) -> None:
         def fail(*_: Any, **__: Any) -> None:
@@ -672,7 +670,7 @@ class TestLoggers:
         assert scene.make(viewer(scene), logger=fail).start_proxy()[1]
         assert "no log today" in caplog.text
 
-    def test_without_one_ours_is_used_by_its_mask(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    def test_our_log_is_used_with_mask_by_default(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.DEBUG, "proxy_fsm")
         proxy = scene.make(viewer(scene), logger=None)
         proxy.logger("shown", loglevel=ERROR)
@@ -689,8 +687,8 @@ class TestLoggers:
         assert not hasattr(proxy.logger, "get_loglevel")
 
 
-def test_what_is_imported_before_gevent_patches_is_refused() -> None:
-    """Its queues would block the hub for ever."""
+def test_import_before_gevent_patches_is_rejected() -> None:
+    """Unpatched queues would block the hub for ever."""
     code = (
         "from proxy_fsm.x2go.base import X2GoProxy\n"
         "import gevent.monkey; gevent.monkey.patch_all()\n"

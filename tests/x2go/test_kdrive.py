@@ -1,4 +1,4 @@
-"""The KDrive class, on stand-ins: the real x2gokdriveclient could not be had."""
+"""The KDrive class, on stand-ins: the real x2gokdriveclient was not available."""
 
 from __future__ import annotations
 
@@ -24,29 +24,35 @@ mode = os.stat(path).st_mode & 0o777
 text = open(path).read()
 options = dict(word.split("=", 1) for word in text.rpartition(":")[0].split(",") if "=" in word)
 """)
-#: Connects where they say, and shows the agent the cookie.
+#: Connects to the address in the options, and sends the cookie to the agent.
 CONNECT_AND_SEND = Step("""\
 connection = join((options["connect"], int(options["port"])))
 connection.sendall(options["cookie"].encode())
 """)
 
 
-def keep(path: Path) -> Step:
-    """Keep what was seen of the options' file; before the agent hears of the program, and so the test."""
+def record_options(path: Path) -> Step:
+    """Record the options file; before the program contacts the agent, on which the test waits."""
     return Step(f"import json; open({str(path)!r}, 'w').write(json.dumps([path, oct(mode), text]))")
 
 
 @pytest.fixture
 def kd(scene: Scene, x_display: str, monkeypatch: pytest.MonkeyPatch) -> Scene:
     """A scene with a display and a stand-in for x2gokdriveclient."""
-    steps = (record_call(scene.home / "call"), READ_OPTIONS, keep(scene.home / "options"), CONNECT_AND_SEND, wait_eof())
+    steps = (
+        record_call(scene.home / "call"),
+        READ_OPTIONS,
+        record_options(scene.home / "options"),
+        CONNECT_AND_SEND,
+        wait_eof(),
+    )
     monkeypatch.setenv("X2GOKDRIVECLIENT_BINARY", scene.program(steps, "x2gokdriveclient"))
     monkeypatch.setenv("DISPLAY", x_display)
     return scene
 
 
 def started(scene: Scene, **changes: Any) -> Any:
-    """Start a proxy and have the agent say something, as it does once the cookie is right."""
+    """Start a proxy and have the agent send something, as it does once it has accepted the cookie."""
     proxy = scene.make(kdrive.X2GoProxy, **changes)
     proxy.start()
     eventually(lambda: bytes(scene.agent.received) == COOKIE.encode(), what="the cookie at the agent")
@@ -56,7 +62,7 @@ def started(scene: Scene, **changes: Any) -> Any:
     return proxy
 
 
-def test_the_options_file_is_private_and_goes_with_the_proxy(kd: Scene) -> None:
+def test_options_file_is_private_and_removed_with_the_proxy(kd: Scene) -> None:
     proxy = started(kd, proxy_options={"link": "lan"})
     called = json.loads((kd.home / "call").read_text())
     assert called["argv"][1] == "-S"
@@ -72,14 +78,14 @@ def test_the_options_file_is_private_and_goes_with_the_proxy(kd: Scene) -> None:
     assert not Path(path).parent.exists()
 
 
-def test_a_session_that_the_agent_ends_has_ended(kd: Scene) -> None:
+def test_session_closed_by_agent_has_reason_session_ended(kd: Scene) -> None:
     proxy = started(kd)
     kd.agent.disconnect()
     proxy.join(10)
     assert proxy.engine.status().reason is EndReason.SESSION_ENDED
 
 
-def test_a_viewer_that_its_user_closes_was_closed(kd: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_viewer_closed_by_user_has_reason_viewer_closed(kd: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     with Gate(kd.home / "gate") as gate:
         steps = (READ_OPTIONS, CONNECT_AND_SEND, wait_file(gate.path), exit_with(0))
         monkeypatch.setenv("X2GOKDRIVECLIENT_BINARY", kd.program(steps, "closing"))
@@ -89,12 +95,12 @@ def test_a_viewer_that_its_user_closes_was_closed(kd: Scene, monkeypatch: pytest
     assert proxy.engine.status().reason is EndReason.VIEWER_CLOSED
 
 
-def test_is_no_kind_of_nx3(kd: Scene) -> None:
+def test_kdrive_class_is_no_subclass_of_nx3(kd: Scene) -> None:
     """As in python-x2go."""
     assert not isinstance(kd.make(kdrive.X2GoProxy), nx3.X2GoProxy)
 
 
-def test_has_the_apis_attributes(kd: Scene) -> None:
+def test_kdrive_class_has_python_x2go_attributes(kd: Scene) -> None:
     proxy = kd.make(kdrive.X2GoProxy)
     assert proxy.subsystem == "X2Go KDrive Client"
     assert Path(proxy.PROXY_CMD).name == "x2gokdriveclient"

@@ -1,4 +1,4 @@
-"""The NX class, and python-x2go's own one on our base."""
+"""The NX class, and python-x2go's own NX class on our base."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def call(scene: Scene) -> dict[str, Any]:
     return found
 
 
-class TestOurs:
-    def test_gives_the_cookie_by_the_environment_alone(self, nx: Scene) -> None:
+class TestOurClass:
+    def test_cookie_is_passed_only_in_environment(self, nx: Scene) -> None:
         proxy = nx.make(nx3.X2GoProxy)
         process, ok = proxy.start_proxy()
         assert ok
@@ -57,7 +57,7 @@ class TestOurs:
         assert called["environ"]["NX_ROOT"] == str(nx.home / "sessions")
         assert called["environ"]["NX_CLIENT"] == "/bin/true"
 
-    def test_has_the_apis_attributes(self, nx: Scene) -> None:
+    def test_nx3_class_has_python_x2go_attributes(self, nx: Scene) -> None:
         proxy = nx.make(nx3.X2GoProxy)
         assert Path(proxy.PROXY_CMD) == nx.home / "nxproxy"
         assert proxy.PROXY_MODE == "-S"
@@ -67,7 +67,7 @@ class TestOurs:
         assert proxy.subsystem == "NX Proxy"
         assert nx3.X2GoProxy().PROXY_OPTIONS == []
 
-    def test_is_not_ok_before_the_session_stands(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_proxy_is_not_ok_before_session_is_established(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NXPROXY_BINARY", nx.program((connect(), wait_eof()), "slow"))
         proxy = nx.make(nx3.X2GoProxy)
         proxy.start()
@@ -75,7 +75,7 @@ class TestOurs:
         assert not proxy.ok()
         assert proxy.engine.state is State.SPAWNING
 
-    def test_takes_the_options_that_nxproxy_can_read(self, nx: Scene) -> None:
+    def test_options_that_nxproxy_can_read_are_passed(self, nx: Scene) -> None:
         options = {"link": "lan", "clipboard": "both", "cookie": "stolen", "what": None}
         proxy = nx.make(nx3.X2GoProxy, proxy_options=options)
         assert proxy.start_proxy()[1]
@@ -83,7 +83,7 @@ class TestOurs:
         assert string.endswith(",retry=5,composite=1,link=lan,clipboard=both:51")
         assert "{'cookie': 'stolen', 'what': None}" in nx.log.text
 
-    def test_writes_what_nxproxy_says_into_both_logs(self, nx: Scene) -> None:
+    def test_nxproxy_output_is_written_to_both_logs(self, nx: Scene) -> None:
         proxy = nx.make(nx3.X2GoProxy)
         assert proxy.start_proxy()[1]
         proxy.stop_thread()
@@ -92,7 +92,7 @@ class TestOurs:
             assert text == f"Info: starting\n{READY_LINE}\n"
             assert (nx.container / name).stat().st_mode & 0o777 == 0o600
 
-    def test_needs_an_x_server_before_anything_remote_is_touched(
+    def test_missing_x_server_fails_before_anything_remote_is_touched(
         self, nx: Scene, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("DISPLAY")
@@ -101,7 +101,7 @@ class TestOurs:
         assert proxy.engine.status().reason is EndReason.DISPLAY_UNAVAILABLE
         assert nx.agent.connections == []
 
-    def test_that_is_not_there_is_told_with_its_package(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_nxproxy_is_reported_with_package(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NXPROXY_BINARY", "/nowhere/nxproxy")
         proxy = nx.make(nx3.X2GoProxy)
         assert proxy.start_proxy() == (None, False)
@@ -109,21 +109,21 @@ class TestOurs:
         assert "the package nxproxy" in proxy.engine.status().hint
 
     @pytest.mark.parametrize("lacking", ["name", "cookie", "display", "graphics_port"])
-    def test_a_session_that_lacks_something_is_told_when_it_starts(self, nx: Scene, lacking: str) -> None:
+    def test_incomplete_session_is_reported_on_start(self, nx: Scene, lacking: str) -> None:
         fields = {name: value for name, value in vars(nx.info).items() if name != lacking}
         proxy = nx.make(nx3.X2GoProxy, session_info=SimpleNamespace(**fields))
         assert proxy.start_proxy() == (None, False)
         assert lacking in nx.log.text
         assert nx.agent.connections == []
 
-    def test_a_string_that_nxproxy_would_cut_is_refused(self, nx: Scene) -> None:
+    def test_option_string_too_long_for_nxproxy_is_rejected(self, nx: Scene) -> None:
         options = {f"option{number}": "x" * 200 for number in range(5)}
         proxy = nx.make(nx3.X2GoProxy, proxy_options=options)
         assert proxy.start_proxy() == (None, False)
         assert proxy.engine.status().reason is EndReason.PROXY_NOT_STARTABLE
 
-    def test_a_resumed_session_can_be_tried_again(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An agent that was resumed survives an attempt that fails; a fresh one does not."""
+    def test_only_resumed_session_is_retryable(self, nx: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A resumed agent survives a failed attempt; a new one does not."""
         monkeypatch.setenv("NXPROXY_BINARY", nx.program((connect(), wait_eof()), "brief"))
         for status, retryable in (("S", True), ("R", False)):
             info = nx.info
@@ -139,7 +139,7 @@ class TestOurs:
 
 @pytest.fixture
 def foreign(nx: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Load python-x2go's own module of a name, its base class replaced by ours; nothing else of it is run."""
+    """Load one of python-x2go's own modules with our base class; nothing else of python-x2go runs."""
     if not PYTHON_X2GO.is_dir():
         skip_or_fail(["python3-x2go"])
     for name in ("x2go", "x2go.log", "x2go.defaults", "x2go.backends", "x2go.backends.proxy"):
@@ -165,8 +165,8 @@ def foreign(nx: Scene, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del nx
 
 
-class TestPythonX2GosOwnSource:
-    def test_works_unchanged_on_our_base(self, nx: Scene, foreign: Any) -> None:
+class TestPythonX2GoSource:
+    def test_python_x2go_nx3_runs_unchanged_on_our_base(self, nx: Scene, foreign: Any) -> None:
         kind = foreign("nx3")
         assert issubclass(kind, base.X2GoProxy)
         proxy = nx.make(kind)
@@ -179,23 +179,23 @@ class TestPythonX2GosOwnSource:
         port = proxy.engine.status().listen_address.rpartition(":")[2]
         string = called["environ"]["NX_DISPLAY"]
         assert string.startswith("nx/nx,retry=5,composite=1,connect=127.0.0.1,clipboard=1,cookie=")
-        assert string.endswith(f",port={port}:51")  # errors= is left out: the engine has to hear nxproxy
+        assert string.endswith(f",port={port}:51")  # errors= is removed: the engine needs nxproxy's output
         assert called["argv"][1:] == ["-S"]
         assert called["environ"]["NX_CLIENT"] == "/bin/true"
-        assert COOKIE not in nx.log.text  # its own debug messages have it
+        assert COOKIE not in nx.log.text  # though its own debug messages contain it
         assert "NX3 proxy is up and running." in nx.log.text
         proxy.stop_thread()
         assert (nx.container / "session.err").read_text().endswith(f"{READY_LINE}\n")
         assert proxy.engine.status().reason is EndReason.STOP_REQUESTED
 
-    def test_says_that_it_failed_as_it_does(self, nx: Scene, foreign: Any) -> None:
+    def test_python_x2go_nx3_reports_failure_as_usual(self, nx: Scene, foreign: Any) -> None:
         proxy = nx.make(foreign("nx3"))
         proxy.PROXY_CMD = nx.program((exit_with(1),), "broken")
         _, ok = proxy.start_proxy()
         assert not ok
         assert "Bringing up NX3 proxy failed." in nx.log.text
 
-    def test_of_kdrive_works_too(self, nx: Scene, foreign: Any) -> None:
+    def test_python_x2go_kdrive_runs_unchanged_on_our_base(self, nx: Scene, foreign: Any) -> None:
         proxy = nx.make(foreign("kdrive"))
         steps = (record_call(nx.home / "call"), READ_OPTIONS, CONNECT_AND_SEND, wait_eof())
         proxy.PROXY_CMD = nx.program(steps, "x2gokdriveclient")

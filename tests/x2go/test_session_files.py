@@ -1,4 +1,4 @@
-"""The files that a proxy holds open while it runs."""
+"""The files that a proxy keeps open while it runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def told() -> list[str]:
+def failures() -> list[str]:
     return []
 
 
 @pytest.fixture
-def files(told: list[str]) -> SessionFiles:
-    return SessionFiles(told.append)
+def files(failures: list[str]) -> SessionFiles:
+    return SessionFiles(failures.append)
 
 
-def test_what_is_opened_too_late_is_closed_at_once(files: SessionFiles, tmp_path: Path) -> None:
-    """A preflight may still be at work when its proxy has ended."""
+def test_file_opened_after_close_is_closed_at_once(files: SessionFiles, tmp_path: Path) -> None:
+    """A preflight may still be running when its proxy has ended."""
     before = descriptors()
     files.close()
     with pytest.raises(BackendError, match="had ended"):
@@ -36,7 +36,7 @@ def test_what_is_opened_too_late_is_closed_at_once(files: SessionFiles, tmp_path
     files.close()
 
 
-def test_nothing_stays_open_where_one_cannot_be_opened(files: SessionFiles, tmp_path: Path) -> None:
+def test_failed_open_leaves_no_file_open(files: SessionFiles, tmp_path: Path) -> None:
     before = descriptors()
     (tmp_path / "errors").mkdir()
     with pytest.raises(BackendError, match="cannot be opened"):
@@ -44,24 +44,26 @@ def test_nothing_stays_open_where_one_cannot_be_opened(files: SessionFiles, tmp_
     nothing_left_open(before)
 
 
-def test_lines_before_and_after_are_nobodys(files: SessionFiles, tmp_path: Path, told: list[str]) -> None:
+def test_lines_before_open_and_after_close_are_dropped(
+    files: SessionFiles, tmp_path: Path, failures: list[str]
+) -> None:
     files.write_errors("before")
     files.open(tmp_path / "log", tmp_path / "errors")
     files.write_errors("while")
     files.close()
     files.write_errors("after")
     assert (tmp_path / "errors").read_text(encoding="utf-8") == "while\n"
-    assert told == []
+    assert failures == []
 
 
-def test_where_no_errors_are_wanted_there_is_no_file(files: SessionFiles, tmp_path: Path) -> None:
+def test_errors_file_is_optional(files: SessionFiles, tmp_path: Path) -> None:
     files.open(tmp_path / "log", None)
     files.write_errors("hello")
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     files.close()
 
 
-def test_a_program_that_floods_is_cut_and_that_is_said(
+def test_errors_file_is_truncated_with_a_note(
     files: SessionFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_files, "_MAX_ERRORS_BYTES", 10)
@@ -74,7 +76,7 @@ def test_a_program_that_floods_is_cut_and_that_is_said(
     assert text == "eight…\n… the rest is left out: this run printed more than 10 bytes\n"
 
 
-def test_a_disk_that_is_full_is_told_once(files: SessionFiles, tmp_path: Path, told: list[str]) -> None:
+def test_full_disk_is_reported_once(files: SessionFiles, tmp_path: Path, failures: list[str]) -> None:
     files.open(tmp_path / "log", tmp_path / "errors")
     assert files._errors is not None
     full = os.open("/dev/full", os.O_WRONLY)
@@ -83,4 +85,4 @@ def test_a_disk_that_is_full_is_told_once(files: SessionFiles, tmp_path: Path, t
     files.write_errors("one")
     files.write_errors("two")
     files.close()
-    assert told == [f"{tmp_path / 'errors'} cannot be written any more: No space left on device."]
+    assert failures == [f"{tmp_path / 'errors'} cannot be written any more: No space left on device."]
