@@ -48,7 +48,7 @@ def complete_start(proxy: FakedProxy) -> None:
     """Let the start succeed from spawning on."""
     proxy.process.starts()
     proxy.tunnel.connects()
-    proxy.process.says_ready()
+    proxy.process.prints_ready()
 
 
 @pytest.mark.parametrize("state", State)
@@ -154,7 +154,7 @@ def test_running_enters_when_running_and_closes_afterwards() -> None:
 @pytest.mark.parametrize(
     ("cause", "error"),
     [
-        (lambda proxy: proxy.tunnel.refuses(EndReason.PROXY_NOT_FOUND), ProxyFailed),
+        (lambda proxy: proxy.tunnel.fails(EndReason.PROXY_NOT_FOUND), ProxyFailed),
         (lambda proxy: proxy.stop(), ProxyStopped),
     ],
     ids=["a fault", "a stop"],

@@ -136,7 +136,7 @@ def test_effects_receive_the_cookie_as_a_secret(make: Make, cookie: str | None) 
 
 def test_secret_is_redacted_in_status(make: Make) -> None:
     proxy = make(State.TUNNELLING)
-    proxy.tunnel.refuses(EndReason.LISTEN_FAILED, f"It holds {'0' * 32}.")
+    proxy.tunnel.fails(EndReason.LISTEN_FAILED, f"It holds {'0' * 32}.")
     proxy.settle()
     assert proxy.status().detail == "It holds <hidden>."
 
@@ -333,7 +333,7 @@ def test_forked_child_cannot_stop_or_wait_before_a_final_state(make: Make, monke
 def test_order_precedes_earlier_observations(make: Make) -> None:
     proxy = make(State.RUNNING)
     release = proxy.hold()
-    proxy.tunnel.display_goes()
+    proxy.tunnel.display_lost()
     proxy.stop()
     release.set()
     assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
@@ -349,7 +349,7 @@ def test_order_precedes_deadline_and_deadline_precedes_observations(
     start.start()
     assert proxy.preflight_begun.wait(WAIT_S)
     over_at = time.monotonic() + 0.02
-    proxy.tunnel.display_goes()
+    proxy.tunnel.display_lost()
     if stopped:
         proxy.stop()
     eventually(lambda: time.monotonic() > over_at, what="the deadline is over")
@@ -377,7 +377,7 @@ def test_expire_deadline_without_a_deadline_is_a_no_op(make: Make) -> None:
 def test_call_soon_runs_on_the_owner_thread_after_the_inbox(make: Make) -> None:
     proxy, seen = make(State.RUNNING), list[tuple[int | None, Link]]()
     release = proxy.hold()
-    proxy.tunnel.falls_silent()
+    proxy.tunnel.link_silent()
     proxy.engine.call_soon(lambda: seen.append((threading.get_ident(), proxy.status().link)))
     assert not proxy.engine.is_caught_up()
     release.set()
@@ -393,8 +393,8 @@ def test_every_handled_line_is_acknowledged(make: Make, error: Exception | None)
     proxy.process.auto_complete = False
     proxy.judge.error = error
     for _ in range(3):
-        proxy.process.says("a line")
-    proxy.tunnel.agent_speaks()
+        proxy.process.prints("a line")
+    proxy.tunnel.agent_sends()
     proxy.settle()
     assert proxy.effects.acknowledged == 3
 
@@ -436,7 +436,7 @@ def running(make: Make, backend: Judge) -> Proxy:
     proxy = make(State.SPAWNING, backend=backend)
     proxy.process.starts()
     proxy.tunnel.connects()
-    proxy.process.says("ready")
+    proxy.process.prints("ready")
     proxy.wait_running(timeout=WAIT_S)
     return proxy
 
@@ -551,7 +551,7 @@ def test_blocking_subscriber_delays_nothing(make: Make) -> None:
         proxy.tunnel.opens()
         proxy.process.starts()
         proxy.tunnel.connects()
-        proxy.process.says_ready()
+        proxy.process.prints_ready()
         proxy.wait_running(timeout=WAIT_S)
         proxy.stop()
         assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)

@@ -7,9 +7,9 @@
     proxy.tunnel.opens()
     proxy.process.starts()
     proxy.tunnel.connects()
-    proxy.process.says_ready()
+    proxy.process.prints_ready()
     proxy.wait_running(timeout=1)
-    proxy.process.is_killed(signal.SIGSEGV)
+    proxy.process.killed_by(signal.SIGSEGV)
     assert proxy.wait(timeout=1) is State.FAILED
 
 or, where only the state matters: ``FakedProxy.in_state(State.RUNNING)``. No socket is bound, no program runs, no
@@ -126,11 +126,11 @@ class FakeTunnel:
         """The preflight's thread is gone."""
         self.post(PreflightFinished())
 
-    def refuses(self, reason: EndReason = EndReason.AGENT_UNREACHABLE, detail: str = "It was refused.") -> None:
+    def fails(self, reason: EndReason = EndReason.AGENT_UNREACHABLE, detail: str = "It was refused.") -> None:
         """The preflight, or the opening of a channel, ends with a reason."""
         self.post(WorkerFailed(BackendError(reason, detail)))
 
-    def breaks(self) -> None:
+    def crashes(self) -> None:
         """A worker's thread ends with an error that nobody expected."""
         self.post(WorkerCrashed("tunnel", ZeroDivisionError("a fake one")))
 
@@ -138,11 +138,11 @@ class FakeTunnel:
         """The proxy connected, and its channel stands."""
         self.post(ChannelOpened(1))
 
-    def agent_speaks(self) -> None:
+    def agent_sends(self) -> None:
         """The agent's first bytes came."""
         self.post(AgentDataReceived(1))
 
-    def agent_closes(self) -> None:
+    def agent_sends_eof(self) -> None:
         """The agent ended its direction."""
         self.post(AgentEof(1))
 
@@ -160,23 +160,23 @@ class FakeTunnel:
         self.transport.end()
         self.post(TransportEnded("The SSH connection ended."))
 
-    def falls_silent(self) -> None:
+    def link_silent(self) -> None:
         """Nothing has come from the SSH server for a while."""
         self.post(LinkSilent(time.monotonic() - 1))
 
-    def is_heard_again(self) -> None:
+    def link_restored(self) -> None:
         """Something came from the SSH server."""
         self.post(LinkRestored(1.0))
 
-    def stays_silent(self) -> None:
+    def link_dead(self) -> None:
         """Nothing has come from the SSH server for too long."""
         self.post(LinkDead(45.0))
 
-    def display_goes(self) -> None:
+    def display_lost(self) -> None:
         """The X server is gone."""
         self.post(DisplayLost("There is no X server."))
 
-    def display_returns(self) -> None:
+    def display_restored(self) -> None:
         """The X server took a new connection."""
         self.post(DisplayRestored())
 
@@ -189,17 +189,17 @@ class FakeProcess:
     """What is seen of the proxy program, said by a test.
 
     Attributes:
-        auto_complete: Whether a signal ends it at once; else `exits` and `is_killed` say when.
+        auto_complete: Whether a signal ends it at once; else `exits` and `killed_by` say when.
         start_requested: Whether the engine has started it.
         signals: The signals it got, in order.
-        gone: Whether it has ended.
+        exited: Whether it has ended.
     """
 
     def __init__(self) -> None:
         self.auto_complete = True
         self.start_requested = False
         self.signals: list[signal.Signals] = []
-        self.gone = False
+        self.exited = False
         self.post: Callable[[Observation], None] = lambda _: None
 
     def starts(self, pid: int = 4711) -> None:
@@ -209,30 +209,30 @@ class FakeProcess:
     def receive(self, number: signal.Signals) -> None:
         """Get a signal."""
         self.signals.append(number)
-        if self.auto_complete and not self.gone:
-            self.is_killed(number)
+        if self.auto_complete and not self.exited:
+            self.killed_by(number)
 
-    def cannot_start(self, reason: EndReason = EndReason.PROXY_NOT_STARTABLE) -> None:
+    def fails_to_start(self, reason: EndReason = EndReason.PROXY_NOT_STARTABLE) -> None:
         """It could not be started."""
-        self.gone = True
+        self.exited = True
         self.post(SpawnFailed(BackendError(reason, "It cannot be started.")))
 
-    def says(self, line: str) -> None:
+    def prints(self, line: str) -> None:
         """It printed a line."""
         self.post(OutputLine(line))
 
-    def says_ready(self) -> None:
+    def prints_ready(self) -> None:
         """It printed nxproxy's ready sign."""
-        self.says(READY_LINE)
+        self.prints(READY_LINE)
 
     def exits(self, code: int = 0) -> None:
         """It ended by itself."""
-        self.gone = True
+        self.exited = True
         self.post(ProcessExited(code, None))
 
-    def is_killed(self, number: int) -> None:
+    def killed_by(self, number: int) -> None:
         """A signal ended it."""
-        self.gone = True
+        self.exited = True
         self.post(ProcessExited(None, int(number)))
 
 
@@ -276,11 +276,11 @@ class FakedProxy(Proxy):
         if state is State.RUNNING:
             self.process.starts()
             self.tunnel.connects()
-            self.process.says_ready()
+            self.process.prints_ready()
         if state is State.STOPPING:
             self.tunnel.auto_complete = False
         if state is State.FAILED:
-            self.tunnel.refuses(EndReason.PROXY_NOT_FOUND)
+            self.tunnel.fails(EndReason.PROXY_NOT_FOUND)
         if state in {State.STOPPING, State.STOPPED}:
             self.stop()
         if state in {State.STOPPING, State.STOPPED, State.FAILED}:
@@ -292,8 +292,8 @@ class FakedProxy(Proxy):
         """Stop it, with everything doing what it is told, and wait for its final state."""
         self.tunnel.auto_complete = self.process.auto_complete = True
         self.stop()
-        if self.process.signals and not self.process.gone:
-            self.process.is_killed(self.process.signals[-1])
+        if self.process.signals and not self.process.exited:
+            self.process.killed_by(self.process.signals[-1])
         self.tunnel.preflight_ends()
         if self.tunnel.close_requested and not self.tunnel.released:
             self.tunnel.closes()

@@ -50,9 +50,9 @@ _WITH_PROGRAM = frozenset({State.SPAWNING, State.RUNNING})
 #: What ends a proxy wherever it is, and the reason that this has.
 _ENDS = {
     "transport_ends": EndReason.TRANSPORT_LOST,
-    "stays_silent": EndReason.TRANSPORT_SILENT,
-    "display_goes": EndReason.DISPLAY_LOST,
-    "breaks": EndReason.INTERNAL_ERROR,
+    "link_dead": EndReason.TRANSPORT_SILENT,
+    "display_lost": EndReason.DISPLAY_LOST,
+    "crashes": EndReason.INTERNAL_ERROR,
 }
 
 
@@ -174,12 +174,12 @@ class ProxyMachine(RuleBasedStateMachine):
                 "opens",
                 "preflight_ends",
                 "connects",
-                "agent_speaks",
-                "agent_closes",
+                "agent_sends",
+                "agent_sends_eof",
                 "disconnects",
-                "falls_silent",
-                "is_heard_again",
-                "display_returns",
+                "link_silent",
+                "link_restored",
+                "display_restored",
             ]
         ),
         times=st.integers(1, 2),
@@ -194,7 +194,7 @@ class ProxyMachine(RuleBasedStateMachine):
     def tunnel_refuses(self, reason: EndReason) -> None:
         """Refuse with any reason."""
         with self.ending(reason, states=frozenset({State.TUNNELLING, State.SPAWNING})):
-            self.proxy.tunnel.refuses(reason)
+            self.proxy.tunnel.fails(reason)
 
     @rule(status=st.sampled_from([None, *SessionStatus]))
     def server_answers(self, status: SessionStatus | None) -> None:
@@ -203,7 +203,7 @@ class ProxyMachine(RuleBasedStateMachine):
         self.proxy.settle()
 
     @rule(
-        what=st.sampled_from(["starts", "says_ready"]),
+        what=st.sampled_from(["starts", "prints_ready"]),
         times=st.integers(1, 2),
     )
     def process_says(self, what: str, times: int) -> None:
@@ -212,7 +212,7 @@ class ProxyMachine(RuleBasedStateMachine):
             getattr(self.proxy.process, what)()
         self.proxy.settle()
 
-    @rule(what=st.sampled_from(["cannot_start", "exits"]), times=st.integers(1, 2))
+    @rule(what=st.sampled_from(["fails_to_start", "exits"]), times=st.integers(1, 2))
     def process_goes(self, what: str, times: int) -> None:
         """Have it end, or never begin; where its session was ending, the server is asked first."""
         with self.ending(states=frozenset() if self._closing else _WITH_PROGRAM):
@@ -223,7 +223,7 @@ class ProxyMachine(RuleBasedStateMachine):
     def session_closes(self) -> None:
         """End as nxproxy does when its session is suspended or terminated."""
         self._closing = True
-        self.proxy.process.says(_CLOSING_LINE)
+        self.proxy.process.prints(_CLOSING_LINE)
         self.proxy.process.exits()
         self.proxy.settle()
 
@@ -231,7 +231,7 @@ class ProxyMachine(RuleBasedStateMachine):
     def process_is_killed(self, number: signal.Signals) -> None:
         """Kill the proxy program."""
         with self.ending(states=frozenset() if self._closing else _WITH_PROGRAM):
-            self.proxy.process.is_killed(number)
+            self.proxy.process.killed_by(number)
 
     @rule(
         line=st.sampled_from(
@@ -247,7 +247,7 @@ class ProxyMachine(RuleBasedStateMachine):
     def process_prints(self, line: str) -> None:
         """Print a line that nxproxy knows, at any moment."""
         self._closing |= line == _CLOSING_LINE
-        self.proxy.process.says(line)
+        self.proxy.process.prints(line)
         self.proxy.settle()
 
     @rule(tunnel=st.booleans(), process=st.booleans())
@@ -283,7 +283,7 @@ class ProxyMachine(RuleBasedStateMachine):
             assert proxy.tunnel.detached
             assert proxy.tunnel.close_requested
             left = any("process" in each for each in status.abandoned)
-            assert proxy.process.gone or not proxy.process.start_requested or left
+            assert proxy.process.exited or not proxy.process.start_requested or left
             assert proxy.tunnel.released or status.abandoned
 
     def _check_cause(self, reason: EndReason | None, state: State) -> None:

@@ -51,9 +51,9 @@ def test_a_whole_life_is_told_step_by_step() -> None:
     proxy.tunnel.opens()
     proxy.process.starts(pid=4711)
     proxy.tunnel.connects()
-    proxy.process.says_ready()
+    proxy.process.prints_ready()
     proxy.wait_running(timeout=5)
-    proxy.process.is_killed(signal.SIGSEGV)
+    proxy.process.killed_by(signal.SIGSEGV)
     assert proxy.wait(timeout=5) is State.FAILED
     status = proxy.status()
     assert (status.reason, status.pid, status.signal) == (EndReason.PROXY_KILLED, 4711, signal.SIGSEGV)
@@ -65,7 +65,7 @@ def test_a_client_shows_every_fault_that_it_may_meet() -> None:
             continue
         window, proxy = Window(), FakedProxy.in_state(State.SPAWNING)
         proxy.subscribe(window.on_change, replay=True)
-        proxy.tunnel.refuses(reason)
+        proxy.tunnel.fails(reason)
         with pytest.raises(ProxyFailed):
             proxy.wait_running(timeout=5)
         proxy.settle()
@@ -98,7 +98,7 @@ def test_a_backend_of_ones_own_is_judged_by_its_lines() -> None:
             return (EndReason.PEER_LOST, "It says so.") if "peer gone" in lines else None
 
     proxy = FakedProxy.in_state(State.RUNNING, backend=Mine("/fake/mine"), timeouts=Timeouts(kill_s=0.1))
-    proxy.process.says("peer gone")
+    proxy.process.prints("peer gone")
     assert proxy.wait(timeout=5) is State.FAILED
     assert proxy.status().detail == "It says so."
 
