@@ -1,6 +1,6 @@
 """Fixtures for the tests of programs that embed a proxy; registered with pytest by the package.
 
-It is a module beside the package, and imports that only where a fixture is used: it costs nothing where none is.
+The module lies beside the package and imports it only when a fixture is used: unused, it costs nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def loopback_ssh_server() -> Iterator[LoopbackSSHServer]:
-    """An SSH server on 127.0.0.1 with faults to order; see `LoopbackSSHServer`."""
+    """An SSH server on 127.0.0.1 with injectable faults; see `LoopbackSSHServer`."""
     from proxy_fsm.testing.ssh_server import LoopbackSSHServer  # noqa: PLC0415 - see above
 
     with LoopbackSSHServer() as server:

@@ -1,7 +1,7 @@
-"""What programs that embed proxies test themselves with.
+"""Test tools for programs that embed proxies.
 
-Faked proxies, an SSH server with faults, scripted programs and stand-ins; the modules ``machine`` and ``strategies``
-need hypothesis.
+Faked proxies, an SSH server with injectable faults, scripted programs and stand-ins; the modules ``machine`` and
+``strategies`` need hypothesis.
 """
 
 from proxy_fsm.testing.fakes import FakedProxy, FakeProcess, FakeTransport, FakeTunnel

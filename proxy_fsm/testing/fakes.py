@@ -1,4 +1,4 @@
-"""A real engine whose tunnel and proxy program do what a test says, and nothing else.
+"""A real engine whose tunnel and proxy program do only what a test scripts.
 
 ::
 
@@ -13,7 +13,7 @@
     assert proxy.wait(timeout=1) is State.FAILED
 
 or, where only the state matters: ``FakedProxy.in_state(State.RUNNING)``. No socket is bound, no program runs, no
-byte is sent. What is said may come late, twice, or never: the engine has to bear that.
+byte is sent. Events may come late, twice, or never: the engine must cope.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _SETTLE_S = 5.0
 
 
 class FakeTransport(paramiko.Transport):
-    """A transport that is connected to nothing; alive until `end`."""
+    """A transport that is connected to nothing; active until `end` is called."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -86,25 +86,25 @@ class FakeTransport(paramiko.Transport):
         self._alive = True
 
     def is_active(self) -> bool:
-        """Tell whether `end` was not called."""
+        """Return whether `end` has not been called yet."""
         return self._alive
 
     def end(self) -> None:
-        """Be gone from now on."""
+        """Become inactive."""
         self._alive = False
 
 
 class FakeTunnel:
-    """What the preflight, the forwarder and the monitor see, said by a test.
+    """The observations of preflight, forwarder and monitor, posted by a test.
 
     Attributes:
-        auto_complete: Whether it is closed as soon as the engine wants it to be; else `closes` says when.
-        close_requested: Whether the engine wants it closed.
-        released: Whether it is.
-        aborted: Whether the engine wants it closed at once, whatever is still on its way.
-        detached: Whether the engine has left the transport's monitor.
+        auto_complete: Whether it closes as soon as the engine requests that; otherwise the test calls `closes`.
+        close_requested: Whether the engine has requested its closing.
+        released: Whether it is closed.
+        aborted: Whether the engine has requested its immediate closing, discarding data still in flight.
+        detached: Whether the engine has detached from the transport's monitor.
         transport: The transport.
-        post: Takes any observation, also one for which there is no method here.
+        post: Posts any observation, including those without a method here.
     """
 
     def __init__(self, transport: FakeTransport) -> None:
@@ -117,82 +117,82 @@ class FakeTunnel:
         self.post: Callable[[Observation], None] = lambda _: None
 
     def opens(self) -> None:
-        """Everything local is good, and the local end is bound."""
+        """All local checks pass, and the local end is bound."""
         self.post(ChecksPassed())
         self.post(PreflightPassed("/fake/proxy.sock", LAUNCH))
         self.preflight_ends()
 
     def preflight_ends(self) -> None:
-        """The preflight's thread is gone."""
+        """The preflight's thread has ended."""
         self.post(PreflightFinished())
 
     def fails(self, reason: EndReason = EndReason.AGENT_UNREACHABLE, detail: str = "It was refused.") -> None:
-        """The preflight, or the opening of a channel, ends with a reason."""
+        """The preflight, or the opening of a channel, fails with a reason."""
         self.post(WorkerFailed(BackendError(reason, detail)))
 
     def crashes(self) -> None:
-        """A worker's thread ends with an error that nobody expected."""
+        """A worker's thread ends with an unexpected exception."""
         self.post(WorkerCrashed("tunnel", ZeroDivisionError("a fake one")))
 
     def connects(self) -> None:
-        """The proxy connected, and its channel stands."""
+        """The proxy has connected, and its channel is open."""
         self.post(ChannelOpened(1))
 
     def agent_sends(self) -> None:
-        """The agent's first bytes came."""
+        """The agent's first bytes have arrived."""
         self.post(AgentDataReceived(1))
 
     def agent_sends_eof(self) -> None:
-        """The agent ended its direction."""
+        """The agent has half-closed the connection."""
         self.post(AgentEof(1))
 
     def disconnects(self) -> None:
-        """The connection is gone, both ways."""
+        """The connection is closed in both directions."""
         self.post(ConnectionEnded(1, 0, 0, 0.0))
 
     def closes(self) -> None:
-        """Everything of it is gone."""
+        """The tunnel has closed completely."""
         self.released = True
         self.post(TunnelClosed())
 
     def transport_ends(self) -> None:
-        """The SSH connection is gone."""
+        """The SSH connection has ended."""
         self.transport.end()
         self.post(TransportEnded("The SSH connection ended."))
 
     def link_silent(self) -> None:
-        """Nothing has come from the SSH server for a while."""
+        """Nothing has been received from the SSH server for a while."""
         self.post(LinkSilent(time.monotonic() - 1))
 
     def link_restored(self) -> None:
-        """Something came from the SSH server."""
+        """Data from the SSH server arrives again."""
         self.post(LinkRestored(1.0))
 
     def link_dead(self) -> None:
-        """Nothing has come from the SSH server for too long."""
+        """Nothing has been received from the SSH server for too long."""
         self.post(LinkDead(45.0))
 
     def display_lost(self) -> None:
-        """The X server is gone."""
+        """The X server has died or disconnected."""
         self.post(DisplayLost("There is no X server."))
 
     def display_restored(self) -> None:
-        """The X server took a new connection."""
+        """The X server has accepted a new connection."""
         self.post(DisplayRestored())
 
     def server_answers(self, status: SessionStatus | None) -> None:
-        """The X2Go server said how the session stands."""
+        """The X2Go server has returned the session's status."""
         self.post(SessionStatusReceived(status))
 
 
 class FakeProcess:
-    """What is seen of the proxy program, said by a test.
+    """The observations of the proxy program, posted by a test.
 
     Attributes:
-        auto_complete: Whether a signal ends it at once; else `exits` and `killed_by` say when.
+        auto_complete: Whether a signal ends it at once; otherwise the test calls `exits` or `killed_by`.
         start_requested: Whether the engine has started it.
-        signals: The signals it got, in order.
-        exited: Whether it has ended.
+        signals: The signals it has received, in order.
+        exited: Whether it has exited, or failed to start.
     """
 
     def __init__(self) -> None:
@@ -203,11 +203,11 @@ class FakeProcess:
         self.post: Callable[[Observation], None] = lambda _: None
 
     def starts(self, pid: int = 4711) -> None:
-        """It runs."""
+        """It is running."""
         self.post(ProcessSpawned(pid, "/fake/nxproxy"))
 
     def receive(self, number: signal.Signals) -> None:
-        """Get a signal."""
+        """Receive a signal from the engine."""
         self.signals.append(number)
         if self.auto_complete and not self.exited:
             self.killed_by(number)
@@ -218,20 +218,20 @@ class FakeProcess:
         self.post(SpawnFailed(BackendError(reason, "It cannot be started.")))
 
     def prints(self, line: str) -> None:
-        """It printed a line."""
+        """It has printed a line."""
         self.post(OutputLine(line))
 
     def prints_ready(self) -> None:
-        """It printed nxproxy's ready sign."""
+        """It has printed nxproxy's ready line."""
         self.prints(READY_LINE)
 
     def exits(self, code: int = 0) -> None:
-        """It ended by itself."""
+        """It has exited by itself."""
         self.exited = True
         self.post(ProcessExited(code, None))
 
     def killed_by(self, number: int) -> None:
-        """A signal ended it."""
+        """It has been killed by a signal."""
         self.exited = True
         self.post(ProcessExited(None, int(number)))
 
@@ -239,11 +239,11 @@ class FakeProcess:
 class FakedProxy(Proxy):
     """A `Proxy` with the real engine, whose workers are a `FakeTunnel` and a `FakeProcess`.
 
-    Takes what `Proxy` takes; session and transport are made where none is given.
+    Accepts the arguments of `Proxy`; session and transport are optional.
 
     Attributes:
-        tunnel: Says what tunnel, transport and display do.
-        process: Says what the proxy program does.
+        tunnel: Controls tunnel, transport and display.
+        process: Controls the proxy program.
     """
 
     def __init__(self, session: SessionInfo | None = None, **options: Any) -> None:
@@ -256,18 +256,18 @@ class FakedProxy(Proxy):
 
     @classmethod
     def in_state(cls, state: State, **options: Any) -> FakedProxy:
-        """Return a proxy that has been led to a state by the shortest way.
+        """Return a proxy that has been driven to a state by the shortest path.
 
         Args:
             state: The state.
-            options: As for the class.
+            options: Those of the class.
         """
         proxy = cls(**options)
         proxy.lead_to(state)
         return proxy
 
     def lead_to(self, state: State) -> None:
-        """Lead an idle proxy to a state by the shortest way; whatever entering it starts has been started."""
+        """Drive an idle proxy to a state by the shortest path; the effects of entering it have been started."""
         if state is State.IDLE:
             return
         self.start()
@@ -289,7 +289,7 @@ class FakedProxy(Proxy):
         self.settle()
 
     def end(self) -> None:
-        """Stop it, with everything doing what it is told, and wait for its final state."""
+        """Stop it, with tunnel and process completing automatically, and wait for its final state."""
         self.tunnel.auto_complete = self.process.auto_complete = True
         self.stop()
         if self.process.signals and not self.process.exited:
@@ -300,10 +300,10 @@ class FakedProxy(Proxy):
         self.wait(timeout=_SETTLE_S)
 
     def settle(self) -> None:
-        """Wait until all that was said before is handled, what it led to as well, and each subscriber has heard of it.
+        """Wait until all earlier events, and those they caused, have been handled and delivered to every subscriber.
 
         Raises:
-            TimeoutError: It was not within 5 s.
+            TimeoutError: This did not happen within 5 s.
         """
         deadline = time.monotonic() + _SETTLE_S
         caught_up: SimpleQueue[bool] = SimpleQueue()
@@ -312,18 +312,18 @@ class FakedProxy(Proxy):
             self._engine.call_soon(lambda: caught_up.put(self._engine.is_caught_up()))
 
         ask()
-        while self.state is not State.IDLE and not self.state.is_final:  # nobody looks into the inbox before and after
+        while self.state is not State.IDLE and not self.state.is_final:  # the inbox is not read before or after
             with suppress(Empty):
                 if caught_up.get(timeout=0.01):
                     break
-                ask()  # it has made its workers say something
+                ask()  # handling has made the workers post something
             if time.monotonic() > deadline:
-                raise TimeoutError("The engine handles nothing.")
+                raise TimeoutError("The engine did not handle all of its inbox.")
         if not self._engine.journal.is_delivering() and not self._engine.journal.flush(deadline - time.monotonic()):
-            raise TimeoutError("A subscriber does not return.")
+            raise TimeoutError("A subscriber did not return.")
 
     def expire_deadline(self) -> None:
-        """Let the deadline that is running, if any, be over now."""
+        """Make the running deadline, if any, expire now."""
         self._engine.call_soon(self._engine.expire_deadline)
         self.settle()
 
@@ -332,13 +332,13 @@ class FakedProxy(Proxy):
 
 
 def fake_session(**changes: Any) -> SessionInfo:
-    """Return a session that nobody serves, with some of its fields changed."""
+    """Return a session that no server has, with some of its fields changed."""
     fields = {"name": "fake-51-1_stDxterm_dp24", "cookie": "0" * 32, "graphics_port": 4788, "display": 51}
     return SessionInfo(**{**fields, **changes})
 
 
 class FakeEffects:
-    """Carries out nothing: it notes on the fakes what is wanted, and the test says what comes of it."""
+    """Effects without action: requests are recorded on the fakes, and the test decides the outcome."""
 
     def __init__(
         self,
@@ -388,7 +388,7 @@ class FakeEffects:
         pass
 
     def preflight_step(self) -> str:
-        return "what the test says"
+        return "the test's next step"
 
     def transport_end(self) -> str | None:
         return None if self._transport.is_active() else "The SSH connection ended."

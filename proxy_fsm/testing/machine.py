@@ -1,6 +1,6 @@
-"""A hypothesis state machine over the real engine: orders and observations in any sequence, and what must hold.
+"""A hypothesis state machine over the real engine: calls and observations in any sequence, with their invariants.
 
-Subclass it to add rules and invariants of your own, or override `make_proxy` to watch your client's subscriber::
+Subclass it to add rules and invariants of your own, or override `make_proxy` to test your client's subscriber::
 
     class MyMachine(ProxyMachine):
         def make_proxy(self, **options: Any) -> FakedProxy:
@@ -47,8 +47,8 @@ _CLOSING_LINE = "Session: Terminating session at 'now'."
 _ACTIVE = frozenset({State.TUNNELLING, State.SPAWNING, State.RUNNING})
 _WITH_PROGRAM = frozenset({State.SPAWNING, State.RUNNING})
 
-#: What ends a proxy wherever it is, and the reason that this has.
-_ENDS = {
+#: Events that end a proxy in any state, with the resulting reason.
+_FATAL_EVENTS = {
     "transport_ends": EndReason.TRANSPORT_LOST,
     "link_dead": EndReason.TRANSPORT_SILENT,
     "display_lost": EndReason.DISPLAY_LOST,
@@ -57,45 +57,45 @@ _ENDS = {
 
 
 class _Events:
-    """A logger that keeps the transitions."""
+    """A logger that records the transitions."""
 
     def __init__(self) -> None:
         self.transitions: list[dict[str, Any]] = []
-        self.broken: list[dict[str, Any]] = []
+        self.internal_errors: list[dict[str, Any]] = []
 
     def __getattr__(self, level: str) -> Any:
         def log(event: str, **fields: Any) -> None:
             if event == "proxy.transition":
                 self.transitions.append(fields)
             if event == "internal.error" and "worker" not in fields:
-                self.broken.append(fields)
+                self.internal_errors.append(fields)
 
         return log
 
 
 class ProxyMachine(RuleBasedStateMachine):
-    """Drives a `FakedProxy` through anything: late, doubled and missing observations, orders, deadlines.
+    """Drives a `FakedProxy` through any sequence: late, repeated and missing observations, calls, deadlines.
 
     Attributes:
         proxy: The proxy.
-        events: The logger that it was given.
+        events: The proxy's logger.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.events = _Events()
         self.proxy = self.make_proxy(timeouts=_TIMEOUTS, logger=self.events, ask_server=True)
-        self._told: list[TransitionRecord] = []
+        self._published: list[TransitionRecord] = []
         self._reasons: list[EndReason] = []
-        self._closing = False  # the program has said that the session ends: why is then still being found out
-        self.proxy.subscribe(self._told.append)
+        self._closing = False  # the program has announced the session's end: its reason is still being determined
+        self.proxy.subscribe(self._published.append)
 
     def make_proxy(self, **options: Any) -> FakedProxy:
-        """Return the proxy to drive; whoever overrides this passes on the options, on which the checks rely."""
+        """Return the proxy to drive; an override must pass on the options, since the checks rely on them."""
         return FakedProxy(**options)
 
     def teardown(self) -> None:
-        """`stop` reaches a final state in time, whatever happened before and whoever does not answer."""
+        """`stop` reaches a final state in time, whatever happened before and whatever does not respond."""
         proxy = self.proxy
         if proxy.state is State.IDLE:
             return
@@ -107,24 +107,24 @@ class ProxyMachine(RuleBasedStateMachine):
 
     @initialize(state=st.sampled_from([*State, State.SPAWNING, State.RUNNING, State.RUNNING]))
     def begin(self, state: State) -> None:
-        """Begin in any state, so that each is met often."""
+        """Begin in any state, so that each is tested often."""
         self.proxy.lead_to(state)
 
     @rule()
     def start(self) -> None:
-        """Order a start."""
-        may = self.proxy.state is State.IDLE
+        """Call `start`."""
+        allowed = self.proxy.state is State.IDLE
         try:
             self.proxy.start()
         except InvalidTransition:
-            assert not may
+            assert not allowed
         else:
-            assert may
+            assert allowed
         self.proxy.settle()
 
     @contextmanager
     def ending(self, *reasons: EndReason, states: frozenset[State] = _ACTIVE) -> Iterator[None]:
-        """Do something that has to end a proxy which is in one of these states, for one of these reasons."""
+        """Run a block that must end a proxy in one of these states, for one of these reasons."""
         before = self.proxy.state
         yield
         self.proxy.settle()
@@ -134,42 +134,42 @@ class ProxyMachine(RuleBasedStateMachine):
 
     @rule(threads=st.integers(1, 3))
     def stop(self, threads: int) -> None:
-        """Order a stop, from several threads at once."""
+        """Call `stop`, from several threads at once."""
         with self.ending(EndReason.STOP_REQUESTED):
-            _at_once([self.proxy.stop] * threads)
+            _run_concurrently([self.proxy.stop] * threads)
 
     @rule(starts=st.integers(1, 3), stops=st.integers(0, 2))
     def start_and_stop(self, starts: int, stops: int) -> None:
-        """Order starts and stops, each on a thread of its own, all at once: one start succeeds at the most."""
-        began: list[None] = []
-        may = self.proxy.state is State.IDLE
+        """Call `start` and `stop`, each on its own thread, all at once: at most one start succeeds."""
+        started: list[None] = []
+        allowed = self.proxy.state is State.IDLE
 
         def start() -> None:
             with suppress(InvalidTransition):
                 self.proxy.start()
-                began.append(None)
+                started.append(None)
 
-        _at_once([*[start] * starts, *[self.proxy.stop] * stops])
+        _run_concurrently([*[start] * starts, *[self.proxy.stop] * stops])
         self.proxy.settle()
-        assert len(began) <= may
-        assert not may or began or stops
+        assert len(started) <= allowed
+        assert not allowed or started or stops
         assert not stops or self.proxy.state is State.STOPPING or self.proxy.state.is_final
 
     @rule()
     def deadline(self) -> None:
-        """Let the running deadline be over."""
+        """Make the running deadline expire."""
         with self.ending(states=frozenset({State.TUNNELLING, State.SPAWNING})):
             self.proxy.expire_deadline()
 
-    @rule(what=st.sampled_from(sorted(_ENDS)), times=st.integers(1, 2))
-    def something_ends_it(self, what: str, times: int) -> None:
-        """Say something that no proxy survives, once or twice."""
-        with self.ending(_ENDS[what]):
+    @rule(event=st.sampled_from(sorted(_FATAL_EVENTS)), times=st.integers(1, 2))
+    def fatal_event(self, event: str, times: int) -> None:
+        """Post an event that no proxy survives, once or twice."""
+        with self.ending(_FATAL_EVENTS[event]):
             for _ in range(times):
-                getattr(self.proxy.tunnel, what)()
+                getattr(self.proxy.tunnel, event)()
 
     @rule(
-        what=st.sampled_from(
+        event=st.sampled_from(
             [
                 "opens",
                 "preflight_ends",
@@ -184,40 +184,40 @@ class ProxyMachine(RuleBasedStateMachine):
         ),
         times=st.integers(1, 2),
     )
-    def tunnel_says(self, what: str, times: int) -> None:
-        """Say something of tunnel, transport or display, once or twice."""
+    def tunnel_event(self, event: str, times: int) -> None:
+        """Post an event of tunnel, transport or display, once or twice."""
         for _ in range(times):
-            getattr(self.proxy.tunnel, what)()
+            getattr(self.proxy.tunnel, event)()
         self.proxy.settle()
 
     @rule(reason=st.sampled_from(_FAULTS))
-    def tunnel_refuses(self, reason: EndReason) -> None:
-        """Refuse with any reason."""
+    def tunnel_fails(self, reason: EndReason) -> None:
+        """Fail with any reason."""
         with self.ending(reason, states=frozenset({State.TUNNELLING, State.SPAWNING})):
             self.proxy.tunnel.fails(reason)
 
     @rule(status=st.sampled_from([None, *SessionStatus]))
     def server_answers(self, status: SessionStatus | None) -> None:
-        """Answer a question, whether it was asked or not."""
+        """Answer a status query, whether one was sent or not."""
         self.proxy.tunnel.server_answers(status)
         self.proxy.settle()
 
     @rule(
-        what=st.sampled_from(["starts", "prints_ready"]),
+        event=st.sampled_from(["starts", "prints_ready"]),
         times=st.integers(1, 2),
     )
-    def process_says(self, what: str, times: int) -> None:
-        """Say something of the proxy program, once or twice."""
+    def process_event(self, event: str, times: int) -> None:
+        """Post an event of the proxy program, once or twice."""
         for _ in range(times):
-            getattr(self.proxy.process, what)()
+            getattr(self.proxy.process, event)()
         self.proxy.settle()
 
-    @rule(what=st.sampled_from(["fails_to_start", "exits"]), times=st.integers(1, 2))
-    def process_goes(self, what: str, times: int) -> None:
-        """Have it end, or never begin; where its session was ending, the server is asked first."""
+    @rule(event=st.sampled_from(["fails_to_start", "exits"]), times=st.integers(1, 2))
+    def process_ends(self, event: str, times: int) -> None:
+        """Make it exit, or fail to start; if its session was ending, the server is queried first."""
         with self.ending(states=frozenset() if self._closing else _WITH_PROGRAM):
             for _ in range(times):
-                getattr(self.proxy.process, what)()
+                getattr(self.proxy.process, event)()
 
     @rule()
     def session_closes(self) -> None:
@@ -228,7 +228,7 @@ class ProxyMachine(RuleBasedStateMachine):
         self.proxy.settle()
 
     @rule(number=st.sampled_from([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM]))
-    def process_is_killed(self, number: signal.Signals) -> None:
+    def process_killed(self, number: signal.Signals) -> None:
         """Kill the proxy program."""
         with self.ending(states=frozenset() if self._closing else _WITH_PROGRAM):
             self.proxy.process.killed_by(number)
@@ -245,28 +245,28 @@ class ProxyMachine(RuleBasedStateMachine):
         )
     )
     def process_prints(self, line: str) -> None:
-        """Print a line that nxproxy knows, at any moment."""
+        """Print one of nxproxy's lines, at any moment."""
         self._closing |= line == _CLOSING_LINE
         self.proxy.process.prints(line)
         self.proxy.settle()
 
     @rule(tunnel=st.booleans(), process=st.booleans())
-    def obey(self, tunnel: bool, process: bool) -> None:  # noqa: FBT001 - hypothesis passes by name
-        """Let tunnel and program do what they are told from now on, or not."""
+    def set_auto_complete(self, tunnel: bool, process: bool) -> None:  # noqa: FBT001 - hypothesis passes by name
+        """Choose whether tunnel and program complete requests automatically from now on."""
         self.proxy.tunnel.auto_complete, self.proxy.process.auto_complete = tunnel, process
 
     @rule()
     def tunnel_closes(self) -> None:
-        """Be closed, asked or not."""
+        """Close the tunnel, whether that was requested or not."""
         self.proxy.tunnel.closes()
         self.proxy.settle()
 
     @invariant()
     def check(self) -> None:
-        """What must hold at every moment."""
+        """Check what must hold at every moment."""
         proxy, status = self.proxy, self.proxy.status()
         moves = {(row.trigger, row.source, row.dest) for row in TRANSITIONS if row.dest is not None}
-        assert not self.events.broken
+        assert not self.events.internal_errors
         assert all((r.trigger, r.source, r.dest) in moves for r in status.history)
         path = [State.IDLE, *(r.dest for r in status.history)]
         assert [r.source for r in status.history] == path[:-1]
@@ -274,16 +274,16 @@ class ProxyMachine(RuleBasedStateMachine):
         assert status.phase in (status.state.phases or {None})
         assert (status.phase_since is None) is (status.phase is None)
         assert proxy.ok() is (status.state is State.RUNNING)
-        assert list(status.history) == self._told
-        assert [record.sequence for record in self._told] == list(range(1, len(self._told) + 1))
-        told = [(event["trigger"], event["source"], event["dest"]) for event in self.events.transitions]
-        assert told == [(str(r.trigger), str(r.source), str(r.dest)) for r in self._told]
+        assert list(status.history) == self._published
+        assert [record.sequence for record in self._published] == list(range(1, len(self._published) + 1))
+        logged = [(event["trigger"], event["source"], event["dest"]) for event in self.events.transitions]
+        assert logged == [(str(r.trigger), str(r.source), str(r.dest)) for r in self._published]
         self._check_cause(status.reason, status.state)
         if status.state.is_final and status.history[0].dest is State.TUNNELLING:
             assert proxy.tunnel.detached
             assert proxy.tunnel.close_requested
-            left = any("process" in each for each in status.abandoned)
-            assert proxy.process.exited or not proxy.process.start_requested or left
+            abandoned = any("process" in each for each in status.abandoned)
+            assert proxy.process.exited or not proxy.process.start_requested or abandoned
             assert proxy.tunnel.released or status.abandoned
 
     def _check_cause(self, reason: EndReason | None, state: State) -> None:
@@ -299,7 +299,7 @@ class ProxyMachine(RuleBasedStateMachine):
             assert reason.clean is (state is State.STOPPED)
 
 
-def _at_once(functions: list[Any]) -> None:
+def _run_concurrently(functions: list[Any]) -> None:
     callers = [threading.Thread(target=function) for function in functions]
     for caller in callers:
         caller.start()

@@ -1,4 +1,4 @@
-"""Proxy programs whose every move a test writes down.
+"""Proxy programs whose every step is scripted by a test.
 
 ::
 
@@ -6,9 +6,9 @@
     script.command          # an argument vector, for a CommandBackend: [*script.command, "{host}::{port}"]
     script.install(path)    # an executable file, to be found as nxproxy
 
-A program is a few lines of Python in an interpreter without site-packages, up within some 15 ms. It does one
-step after the other, ends with status 0 after the last one, and is not left waiting: `Gate` lets a test say when
-it may go on, without sleeping on either side. Its source holds no braces, so that it survives ``str.format``.
+A program is a few lines of Python in an interpreter without site-packages, started within some 15 ms. It runs one
+step after the other and exits with status 0 after the last. A `Gate` lets the test decide when it continues, without
+sleeping on either side. Its source contains no braces, so that it survives ``str.format``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Step:
 
 
 class ScriptedProxy:
-    """A program that does the given steps.
+    """A program that runs the given steps.
 
     Attributes:
         source: The program, as Python source.
@@ -106,7 +106,7 @@ class ScriptedProxy:
 
     @property
     def command(self) -> list[str]:
-        """The argument vector that runs it; what a backend adds to it the program takes for its address."""
+        """The argument vector that runs it; arguments appended by a backend are taken as the address."""
         return [sys.executable, "-I", "-S", "-c", self.source]
 
     def install(self, path: Path) -> Path:
@@ -122,10 +122,10 @@ class ScriptedProxy:
 
 
 class Gate:
-    """Something that a scripted program waits for with `wait_file`, and that a test opens.
+    """A gate that a scripted program waits at with `wait_file`, and that a test opens.
 
     Attributes:
-        path: The FIFO by which they meet.
+        path: The FIFO that connects the two.
     """
 
     def __init__(self, path: Path) -> None:
@@ -136,7 +136,7 @@ class Gate:
         """
         self.path = path
         os.mkfifo(path, 0o600)
-        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # both ways: then it keeps what is written
+        self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # opened both ways, the FIFO keeps what is written
 
     def __enter__(self) -> Self:
         return self
@@ -153,7 +153,7 @@ class Gate:
 
 
 def install(path: Path, command: Sequence[str]) -> Path:
-    """Write an executable file that runs a command line, with the arguments that it is given added.
+    """Write an executable file that runs a command line, with its own arguments appended.
 
     Args:
         path: The file to write.
@@ -171,8 +171,8 @@ def say(text: str, stream: Literal["stdout", "stderr"] = "stderr") -> Step:
     """Print a line, at once.
 
     Args:
-        text: The line, without its end.
-        stream: Where to.
+        text: The line, without its line ending.
+        stream: Where to print it.
     """
     return Step(f"put({_FD[stream]}, {_literal(text)})")
 
@@ -181,7 +181,7 @@ def print_cookie(stream: Literal["stdout", "stderr"] = "stderr") -> Step:
     """Print the cookie of ``NX_DISPLAY``, as a peer can make nxproxy do.
 
     Args:
-        stream: Where to.
+        stream: Where to print it.
     """
     return Step(f'put({_FD[stream]}, "cookie=" + cookie())')
 
@@ -190,7 +190,7 @@ def record_call(path: Path) -> Step:
     """Write how the program was called, as JSON: ``argv``, ``cwd``, ``environ``, ``sid``, ``core_limit``.
 
     Args:
-        path: The file to write; it appears complete.
+        path: The file to write; it appears atomically.
     """
     partial = path.with_name(f"{path.name}.partial")
     return Step(
@@ -203,11 +203,11 @@ def record_call(path: Path) -> Step:
 
 
 def connect(address: str | tuple[str, int] | None = None) -> Step:
-    """Connect to the agent, as it were.
+    """Connect to the agent, or to what stands in for it.
 
     Args:
-        address: A path or a host and port. By default what the program's arguments say (``HOST PORT``,
-            ``HOST:PORT``, ``HOST::PORT`` or a path), and without any what ``NX_DISPLAY`` says.
+        address: A path or a host and port. By default that of the program's arguments (``HOST PORT``,
+            ``HOST:PORT``, ``HOST::PORT`` or a path), or, without any, that of ``NX_DISPLAY``.
     """
     return Step(f"connection = join({_literal(address)})")
 
@@ -222,21 +222,21 @@ def send(data: bytes) -> Step:
 
 
 def wait_bytes(count: int) -> Step:
-    """Wait until so many bytes came over the connection.
+    """Wait until a number of bytes has arrived over the connection.
 
     Args:
-        count: How many; they are read and forgotten.
+        count: How many; they are read and discarded.
     """
     return Step(f"connection.recv({count}, 256)  # MSG_WAITALL")
 
 
 def half_close() -> Step:
-    """Send an end of file over the connection, and keep reading."""
+    """Send EOF over the connection, and keep reading."""
     return Step("connection.shutdown(1)  # SHUT_WR")
 
 
 def wait_eof() -> Step:
-    """Read and forget everything until the connection ends."""
+    """Read and discard everything until EOF."""
     return Step("while connection.recv(65536): pass")
 
 
@@ -253,18 +253,18 @@ def ignore(*signals: signal.Signals) -> Step:
     """Ignore signals from here on.
 
     Args:
-        signals: Which; SIGTERM, when none is given.
+        signals: Which; by default SIGTERM.
     """
     numbers = signals or (signal.SIGTERM,)
     return Step("\n".join(f"signal.signal({number:d}, signal.SIG_IGN)" for number in numbers))
 
 
 def on_signal(number: signal.Signals, steps: Sequence[Step]) -> Step:
-    """Do other steps when a signal comes, in the midst of whatever goes on then.
+    """Run other steps when a signal arrives, interrupting the current one.
 
     Args:
         number: The signal.
-        steps: What to do; afterwards it goes on where it was, unless they end it.
+        steps: What to do; afterwards the program continues where it was, unless they end it.
     """
     name = f"handle_{number:d}"
     body = "".join(f"    {line}\n" for step in steps for line in step.source.splitlines())
@@ -272,20 +272,20 @@ def on_signal(number: signal.Signals, steps: Sequence[Step]) -> Step:
 
 
 def fork_holding_output() -> Step:
-    """Start a child that keeps standard output and error open, says ``child PID`` there, and does nothing.
+    """Start an idle child that keeps standard output and error open, and print ``child PID``.
 
-    It ends by itself after a minute; a test that is through with it kills it.
+    It exits by itself after a minute; a test kills it when done with it.
     """
     return Step(f'child = os.fork()\nif child == 0: hold({_HOLDING_S})\nput(2, "child " + str(child))')
 
 
 def pause() -> Step:
-    """Do nothing until killed by a signal, or ended by `on_signal`."""
+    """Wait until killed by a signal, or ended by `on_signal`."""
     return Step("while True: signal.pause()")
 
 
 def exit_with(status: int) -> Step:
-    """End at once.
+    """Exit at once.
 
     Args:
         status: The exit status.
@@ -294,7 +294,7 @@ def exit_with(status: int) -> Step:
 
 
 def die_by(number: signal.Signals) -> Step:
-    """End by a signal.
+    """Die by a signal.
 
     Args:
         number: The signal; SIGSEGV for a crash.

@@ -1,18 +1,18 @@
 """An SSH server on 127.0.0.1, inside this process: for demos, and for tests of programs that use proxies.
 
 It speaks real SSH (a paramiko server transport for each connection), forwards ``direct-tcpip`` channels to
-loopback ports and answers ``exec`` requests from a table of functions. Faults are ordered at run time::
+loopback ports and answers ``exec`` requests from a table of functions. Faults are injected at run time::
 
     with LoopbackSSHServer() as server, server.connect() as client:
         server.forwarding = Forwarding.DENIED   # prohibit forwarding
-        server.forwarding = Forwarding.HELD     # let opens wait, until server.release()
+        server.forwarding = Forwarding.HELD     # hold channel opens, until server.release()
         server.refuse_next(1)                   # as if nothing listened on the port
-        server.freeze()                         # as a stopped sshd, until server.thaw()
-        server.drop(reset=True)                 # as a killed sshd
+        server.freeze()                         # like a stopped sshd, until server.thaw()
+        server.drop(reset=True)                 # like a killed sshd
 
-How the faults are made: what is frozen and cut is the socket that paramiko is given (``_Link``), so that no
-byte is copied for it and no thread stands in between. What is held is the message that asks for a channel,
-put aside before paramiko sees it, so that all other messages go on.
+How the faults are made: freezing and cutting act on the socket that paramiko is given (``_Link``), which needs
+neither a copy of the data nor a thread in between. Holding puts the CHANNEL_OPEN message aside before paramiko
+sees it, so that all other messages pass.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ if TYPE_CHECKING:
 __all__ = ["CommandHandler", "Forwarding", "LoopbackSSHServer"]
 
 CommandHandler: TypeAlias = Callable[[str], tuple[int, bytes, bytes]]
-"""Takes the whole command line, returns exit status, standard output and standard error."""
+"""Takes the whole command line; returns exit status, standard output and standard error."""
 
 _CHUNK_BYTES = 64 * 1024
 _DIAL_S = 2.0
 _LOG_NAME = "proxy_fsm.testing.ssh_server"
 _CONNECTION_ENDED = (OSError, EOFError, paramiko.SSHException)
-"""What paramiko raises, by chance one or the other, when a connection ends under a call."""
+"""What paramiko raises when a connection ends during a call; which of them is a race."""
 
 # Faults are this server's purpose: without this, logging's last resort would print each of them.
 logging.getLogger(_LOG_NAME).addHandler(logging.NullHandler())
 
 
 class Forwarding(enum.StrEnum):
-    """How the server answers a wish for a ``direct-tcpip`` channel."""
+    """How the server answers requests for ``direct-tcpip`` channels."""
 
     ALLOWED = enum.auto()
-    """Connects to the port that is asked for, when it is a loopback one."""
+    """Connects to the requested port if its address is a loopback one."""
     DENIED = enum.auto()
     """Refuses as administratively prohibited, as ``AllowTcpForwarding no`` does."""
     HELD = enum.auto()
@@ -72,21 +72,21 @@ class Forwarding(enum.StrEnum):
 
 
 class LoopbackSSHServer:
-    """An SSH server on a free port of 127.0.0.1, that lets in one user with one generated key or a password.
+    """An SSH server on a free port of 127.0.0.1 that accepts one user, with one generated key or a password.
 
     Attributes:
         host: Always ``127.0.0.1``.
         port: The port, from `start` on.
-        host_key: The server's key, made anew for each object.
-        client_key: The private key that is let in.
-        username: The user who is let in.
-        password: The password that is let in.
+        host_key: The server's key, generated for each object.
+        client_key: The private key that is accepted.
+        username: The user who is accepted.
+        password: The password that is accepted.
         commands: What ``exec`` requests can call: first word of the command line to function. An unknown word
             gives exit status 127.
-        forwarding: How wishes for ``direct-tcpip`` channels are answered from now on.
+        forwarding: How further requests for ``direct-tcpip`` channels are answered.
         channels_opened: How many ``direct-tcpip`` channels were opened so far.
         sessions_opened: How many ``session`` channels were opened so far.
-        probes: How many channels of a kind that it does not know were refused so far, as a proxy's probes are.
+        probes: How many channels of an unknown type were refused so far, as a proxy's probes are.
     """
 
     host = "127.0.0.1"
@@ -98,12 +98,12 @@ class LoopbackSSHServer:
         password: str | None = None,
         commands: Mapping[str, CommandHandler] | None = None,
     ) -> None:
-        """Make the keys; nothing listens yet.
+        """Generate the keys; nothing listens yet.
 
         Args:
-            username: Who is let in; a random name by default.
-            password: The password that is let in; a random one by default.
-            commands: See the attribute. A function runs in a thread of its own; `stop` waits for its return.
+            username: The accepted user; a random name by default.
+            password: The accepted password; a random one by default.
+            commands: See the attribute. Each function runs on its own thread; `stop` waits for its return.
         """
         self.port = 0
         self.host_key = paramiko.ECDSAKey.generate()
@@ -133,16 +133,16 @@ class LoopbackSSHServer:
         """Listen and serve; `port` is known when this returns.
 
         Raises:
-            RuntimeError: When it is started already.
+            RuntimeError: It is already started.
         """
         if self._listener is not None:
-            raise RuntimeError("This server is started already: stop it first, or make another one.")
+            raise RuntimeError("This server is already started: stop it first, or make another one.")
         self._listener = socket.create_server((self.host, 0), backlog=128)
         self.port = self._listener.getsockname()[1]
         self._shared.spawn(self._accept, self._listener)
 
     def stop(self) -> None:
-        """End everything that was started: no thread and no socket is left. Idempotent."""
+        """Stop everything that was started: no thread and no socket is left. Idempotent."""
         if self._listener is None:
             return
         with contextlib.suppress(OSError):
@@ -154,7 +154,7 @@ class LoopbackSSHServer:
         for connection in connections:
             connection.cut()
             connection.join()
-            connection.cut()  # a forward that was dialled meanwhile
+            connection.cut()  # a forward whose target was connected meanwhile
         self._shared.join_threads()
         listener.close()
 
@@ -187,7 +187,7 @@ class LoopbackSSHServer:
         """Return a client's transport that is connected and logged in; the host key is pinned.
 
         Returns:
-            The transport, as paramiko makes it (without ``TCP_NODELAY``). It is the caller's to close.
+            The transport with paramiko's defaults (no ``TCP_NODELAY``). It is the caller's to close.
         """
         transport = paramiko.Transport((self.host, self.port))
         try:
@@ -199,47 +199,47 @@ class LoopbackSSHServer:
 
     @property
     def channels_open(self) -> int:
-        """How many ``direct-tcpip`` channels are open, or still deliver what they carried."""
+        """How many ``direct-tcpip`` channels are open, or still deliver their last data."""
         with self._shared.changed:
             return sum(connection.channels for connection in self._connections)
 
     @property
     def channels_held(self) -> int:
-        """How many opens wait for `release`."""
+        """How many channel opens wait for `release`."""
         with self._shared.changed:
             return len(self._shared.held)
 
     @property
     def connections(self) -> int:
-        """How many SSH connections are alive."""
+        """How many SSH connections are open."""
         with self._shared.changed:
             return sum(not connection.has_ended for connection in self._connections)
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-        """Wait until a condition on this server's counters holds; it is looked at whenever one has changed.
+        """Wait until a condition on this server's counters holds; it is checked whenever one has changed.
 
         Args:
             condition: For instance ``lambda: server.channels_open == 0``.
             timeout_s: How long to wait, seconds.
 
         Raises:
-            TimeoutError: When it does not hold in time.
+            TimeoutError: It did not hold in time.
         """
         with self._shared.changed:
             if not self._shared.changed.wait_for(condition, timeout_s):
-                raise TimeoutError(f"The server did not come into the wanted condition in {timeout_s} s.")
+                raise TimeoutError(f"The server did not meet the condition within {timeout_s} s.")
 
     def refuse_next(self, count: int) -> None:
         """Answer the next ``direct-tcpip`` opens with "connect failed", as when nothing listens on the port.
 
         Args:
-            count: How many; 0 takes back an earlier order.
+            count: How many; 0 cancels an earlier call.
         """
         with self._shared.changed:
             self._shared.refusals = count
 
     def release(self, forwarding: Forwarding = Forwarding.ALLOWED) -> None:
-        """Answer all held opens, in the order in which they came, and those to come.
+        """Answer all held opens, in the order of their arrival, and all further ones.
 
         Args:
             forwarding: The answer.
@@ -251,10 +251,10 @@ class LoopbackSSHServer:
             connection.answer(message)
 
     def drop(self, *, reset: bool = False) -> None:
-        """Cut all SSH connections and what they forward, at once and without a word of SSH; go on listening.
+        """Cut all SSH connections and what they forward, at once and without SSH_MSG_DISCONNECT; keep listening.
 
         Args:
-            reset: Whether clients see a reset (TCP RST) instead of an end of file.
+            reset: Whether clients see a reset (TCP RST) instead of EOF.
         """
         with self._shared.changed:
             connections = list(self._connections)
@@ -262,14 +262,14 @@ class LoopbackSSHServer:
             connection.cut(reset=reset)
 
     def freeze(self) -> None:
-        """Neither read nor write on any SSH connection, as a stopped sshd: they stand, nothing is answered.
+        """Neither read from nor write to any SSH connection, like a stopped sshd: they stay open but unanswered.
 
-        What was forwarded already is delivered; new connections are accepted and get no banner.
+        Data already forwarded is delivered; new connections are accepted and get no banner.
         """
         self._set_frozen(frozen=True)
 
     def thaw(self) -> None:
-        """Go on where `freeze` stopped; nothing is lost."""
+        """Continue where `freeze` stopped; nothing is lost."""
         self._set_frozen(frozen=False)
 
     def _set_frozen(self, *, frozen: bool) -> None:
@@ -295,12 +295,12 @@ class LoopbackSSHServer:
 
 
 class _Shared:
-    """What the server and its connections have in common.
+    """State shared by the server and its connections.
 
     Attributes:
-        changed: Guards everything that counts; notified at each change.
-        held: The opens that wait for an answer.
-        refusals: How many opens to come are refused.
+        changed: Guards all counters; notified at each change.
+        held: The channel opens that wait for an answer.
+        refusals: How many of the next opens are refused.
     """
 
     def __init__(self) -> None:
@@ -310,7 +310,7 @@ class _Shared:
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def take_refusal(self) -> bool:
-        """Return whether an open is to be refused, and count that one."""
+        """Return whether this open is to be refused, and count it."""
         with self.changed:
             if self.refusals == 0:
                 return False
@@ -318,7 +318,7 @@ class _Shared:
             return True
 
     def spawn(self, target: Callable[..., None], *args: object) -> None:
-        """Run a function in a thread for which `join_threads` waits."""
+        """Run a function on a thread that `join_threads` waits for."""
         name = f"loopback-sshd-{target.__name__}"
         thread = threading.Thread(target=target, args=args, name=name, daemon=True)
         with self.changed:
@@ -333,10 +333,10 @@ class _Shared:
 
 
 class _Link(socket.socket):
-    """A client's connection, that can be frozen and cut while paramiko works on it.
+    """A client's connection that can be frozen and cut while paramiko uses it.
 
-    Frozen, it holds back every byte from paramiko and of paramiko, so that the kernel's buffers fill, as they
-    do when a process is stopped.
+    Frozen, it holds back every byte to and from paramiko, so that the kernel's buffers fill, as they do when a
+    process is stopped.
     """
 
     def __init__(self, accepted: socket.socket, *, frozen: bool) -> None:
@@ -349,7 +349,7 @@ class _Link(socket.socket):
     def set_frozen(self, *, frozen: bool) -> None:
         if frozen:
             self._flows.clear()
-        if not frozen or self._is_cut:  # looked at after clearing: a cut in another thread is not missed
+        if not frozen or self._is_cut:  # checked after clearing, so that a cut on another thread is not missed
             self._flows.set()
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
@@ -367,12 +367,12 @@ class _Link(socket.socket):
         return super().send(data, flags)
 
     def cut(self, *, reset: bool) -> None:
-        """Let paramiko see the end now; it then closes this socket itself, in its own thread."""
+        """Make paramiko see EOF now; it then closes this socket itself, on its own thread."""
         self._is_cut = True
-        with contextlib.suppress(OSError):  # it has ended already
+        with contextlib.suppress(OSError):  # it has already ended
             if reset:
                 self.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            # A reset follows from closing; an end of file sent before would hide it.
+            # Closing sends the reset; an earlier EOF would hide it.
             self.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
         self._flows.set()
 
@@ -380,13 +380,13 @@ class _Link(socket.socket):
 class _Connection(paramiko.Transport):
     """The server's end of one SSH connection.
 
-    Overrides three internals of paramiko (5.1): how an open is taken in (to hold it), where an opened channel
-    goes (paramiko's queue needs a thread that waits, and may forget to wake it), and how a channel's request
-    is handled (a command must not end before its request was answered).
+    Overrides three internals of paramiko (5.1): how an open is parsed (to hold it), where an opened channel goes
+    (paramiko's queue needs a waiting thread, and may fail to wake it), and how a channel request is handled (a
+    command must not end before its request is answered).
 
     Attributes:
         link: The socket.
-        forwards: What it forwards now.
+        forwards: Its active forwards.
         has_ended: Whether the connection has ended, and its socket is closed.
     """
 
@@ -408,14 +408,14 @@ class _Connection(paramiko.Transport):
 
     @property
     def channels(self) -> int:
-        """How many channels it forwards, or is about to."""
+        """How many channels it forwards, or is about to forward."""
         return len(self.forwards) + len(self._interface.dialled)
 
     def serve(self) -> None:
         self.start_server(event=threading.Event(), server=self._interface)  # with an event it does not block
 
     def run(self) -> None:
-        """Serve until the connection ends, then leave nothing open."""
+        """Serve until the connection ends, then close everything."""
         super().run()
         with self._shared.changed:
             self.has_ended = True
@@ -427,7 +427,7 @@ class _Connection(paramiko.Transport):
         self._interface.close()
 
     def cut(self, *, reset: bool = False) -> None:
-        """End the connection and all that it forwards."""
+        """Cut the connection and all of its forwards."""
         self.link.cut(reset=reset)
         with self._shared.changed:
             forwards = list(self.forwards)
@@ -492,11 +492,11 @@ class _Connection(paramiko.Transport):
 
 
 class _Interface(paramiko.ServerInterface):
-    """What paramiko asks of a server, for one connection.
+    """The server interface that paramiko requires, for one connection.
 
     Attributes:
-        dialled: The sockets of channels that are about to be opened, by the channel's number.
-        commands: The commands that are about to be run, by the channel's number.
+        dialled: The connected sockets of channels that are about to be opened, by channel id.
+        commands: The commands that are about to be run, by channel id.
     """
 
     def __init__(self, server: LoopbackSSHServer, shared: _Shared) -> None:
@@ -506,7 +506,7 @@ class _Interface(paramiko.ServerInterface):
         self.commands: dict[int, str] = {}
 
     def close(self) -> None:
-        """Let go of what was dialled for channels that were never opened."""
+        """Close the sockets that were connected for channels that were never opened."""
         with self._shared.changed:
             while self.dialled:
                 self.dialled.popitem()[1].close()
@@ -542,7 +542,7 @@ class _Interface(paramiko.ServerInterface):
         origin: tuple[str, int],  # noqa: ARG002
         destination: tuple[str, int],
     ) -> int:
-        """Connect at once: the answer says whether the port listens, which loopback tells immediately."""
+        """Connect at once: the answer depends on whether the port listens, and on loopback that is instant."""
         if self._server.forwarding is Forwarding.DENIED or not _is_loopback(destination[0]):
             return OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
         if self._shared.take_refusal():
@@ -553,7 +553,7 @@ class _Interface(paramiko.ServerInterface):
             return OPEN_FAILED_CONNECT_FAILED
         target.settimeout(None)
         target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with self._shared.changed:  # counted here, so that it is done when the client's call returns
+        with self._shared.changed:  # counted here, so that the count is right when the client's call returns
             self.dialled[chanid] = target
             self._server.channels_opened += 1
             self._shared.changed.notify_all()
@@ -563,28 +563,28 @@ class _Interface(paramiko.ServerInterface):
 class _Forward:
     """One ``direct-tcpip`` channel and the socket that it leads to.
 
-    Each direction ends by itself and passes its end on (half-close); when both have ended, or the channel was
-    closed, both ends are closed. Back-pressure is that of the blocking calls.
+    Each direction ends by itself and propagates its EOF (half-close); when both have ended, or the channel was
+    closed, both ends are closed. The blocking calls provide the back-pressure.
     """
 
     def __init__(self, channel: paramiko.Channel, target: socket.socket) -> None:
-        self.channel = channel  # paramiko closes a channel to which nobody refers
+        self.channel = channel  # paramiko closes a channel without references
         self._target = target
         self._delivered = threading.Event()
 
     def carry(self) -> None:
-        """Carry both directions until both have ended."""
+        """Relay both directions until both have ended."""
         to_client = threading.Thread(target=self._carry_to_client, name="loopback-sshd-_carry_to_client", daemon=True)
         to_client.start()
         self._carry_to_target()
         self._delivered.set()
-        self.channel.recv_exit_status()  # none will come: it is paramiko's way to wait for the channel's end
+        self.channel.recv_exit_status()  # none will arrive: this is how paramiko waits for the channel's end
         self.cut()
         to_client.join()
         self._target.close()
 
     def cut(self) -> None:
-        """End both directions of the socket; what waits for it goes on."""
+        """Shut down both directions of the socket; calls blocked on it return."""
         with contextlib.suppress(OSError):
             self._target.shutdown(socket.SHUT_RDWR)
 

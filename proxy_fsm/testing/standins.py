@@ -4,23 +4,23 @@ Each is a program, started as ``python -m proxy_fsm.testing.standins ROLE`` or, 
 is then not imported, by the command line that `command` returns:
 
 ``agent [PORT]``
-    Listens on a loopback port (a free one by default) and prints ``PORT n``. Serves one connection, as an
-    nxagent does in its first attempt: when that is let go or shows a wrong cookie, the agent is gone. Prints
-    ``RUNNING``, and at the end ``ENDED``, ``LOST`` or ``REFUSED``; the exit status is 0 for ``ENDED`` alone.
+    Listens on a loopback port (a free one by default) and prints ``PORT n``. Serves one connection, like an
+    nxagent in its first attempt: when that is dropped or presents a wrong cookie, the agent exits. Prints
+    ``RUNNING``, and at the end ``ENDED``, ``LOST`` or ``REFUSED``; the exit status is 0 only for ``ENDED``.
     SIGTERM ends the session in order.
 ``proxy -S``
-    Does what ``nxproxy -S`` does with the string in ``NX_DISPLAY``, and says it in nxproxy's words on standard
+    Does what ``nxproxy -S`` does with the string in ``NX_DISPLAY``, and prints nxproxy's messages to standard
     error; the exit status is always 0. It paints nothing and needs no display.
 ``display [NUMBER]``
     Accepts X11 connections on the TCP port of a display (a free one from 100 by default), prints ``DISPLAY
     name``, and does nothing with them. It refuses a wrong cookie.
 
-The agent and the display find their cookie in the environment variable `COOKIE_VARIABLE`. Without one, the
-agent refuses everybody and the display nobody.
+The agent and the display read their cookie from the environment variable `COOKIE_VARIABLE`. Without one, the
+agent refuses every connection and the display accepts any.
 
 Agent and proxy exchange lines: ``HELLO cookie``, ``WELCOME``, then ``DRAW`` from the agent, ``INPUT`` from
 the proxy and its ``ECHO``, and ``BYE`` from both for an orderly end. Standard library only, and little of it:
-a proxy shall be up in milliseconds.
+a proxy must start within milliseconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import time
 # hmac.compare_digest is this function; importing hmac for it would add a fifth to the start-up time.
 from _operator import _compare_digest as compare_digest
 
-TYPE_CHECKING = False  # importing typing for it costs more than all else here
+TYPE_CHECKING = False  # importing typing for it costs more than everything else here
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Literal
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 __all__ = ["COOKIE_VARIABLE", "command", "main"]
 
 COOKIE_VARIABLE = "STANDIN_COOKIE"
-"""The environment variable in which the agent and the display find their cookie."""
+"""The environment variable from which the agent and the display read their cookie."""
 
 _UNIX = "unix:"
 _BEAT_S = 0.04
-_GOODBYE_S = 10.0
+_BYE_S = 10.0
 _LINE_BYTES = 64 * 1024
 _DRAWING = b"DRAW " + b"0123456789abcdef" * 64
 _INPUT = b"INPUT pointer 1 1"
@@ -61,7 +61,7 @@ _X11_PORT = 6000
 _X11_FIRST, _X11_LAST = 100, 1000
 _X11_SETUP_BYTES = 12
 _X11_SCREENLESS_BYTES = 32
-_SETTLED = b"(settled)"
+_SETUP_DONE = b"(setup done)"
 
 
 def command(role: str, *arguments: str) -> list[str]:
@@ -94,12 +94,12 @@ def main(arguments: list[str]) -> int:
             return _display(range(_X11_FIRST, _X11_LAST))
         case ["display", number]:
             return _display(range(int(number), int(number) + 1))
-    _say("Usage: standins agent [PORT] | proxy -S | display [NUMBER]")
+    _log("Usage: standins agent [PORT] | proxy -S | display [NUMBER]")
     return 2
 
 
 class _Signals:
-    """SIGTERM, SIGINT and SIGHUP as bytes in a pipe, to be waited for together with sockets."""
+    """SIGTERM, SIGINT and SIGHUP as bytes in a pipe, so that they can be selected together with sockets."""
 
     def __init__(self) -> None:
         self._read_fd, write_fd = os.pipe()
@@ -111,69 +111,69 @@ class _Signals:
     def fileno(self) -> int:
         return self._read_fd
 
-    def take(self) -> int:
-        """Return the number of the signal that came."""
+    def read(self) -> int:
+        """Return the number of the signal that arrived."""
         return os.read(self._read_fd, 1)[0]
 
 
 class _Conversation:
-    """Lines to and from a peer, with signals and a steady beat between them.
+    """Lines to and from a peer, interleaved with signals and a steady beat.
 
     Attributes:
-        signal: The last signal that came, 0 for none.
+        signal: The last signal that arrived, 0 for none.
     """
 
     def __init__(self, connection: socket.socket, signals: _Signals) -> None:
         self.signal = 0
         self._connection = connection
         self._signals = signals
-        self._happenings = self._watch()
+        self._events = self._watch()
 
-    def say(self, line: bytes) -> None:
-        """Send a line; a peer that has gone is noticed when reading."""
+    def send(self, line: bytes) -> None:
+        """Send a line; a closed connection is noticed when reading."""
         with contextlib.suppress(OSError):
             self._connection.sendall(line + b"\n")
 
-    def hear(self) -> bytes:
-        """Return the peer's next line; empty when it has gone or a signal came."""
-        for happening in self._happenings:
-            if happening is _SIGNAL:
+    def receive(self) -> bytes:
+        """Return the peer's next line; empty after EOF or a signal."""
+        for event in self._events:
+            if event is _SIGNAL:
                 return b""
-            if happening is not _BEAT:
-                return happening
+            if event is not _BEAT:
+                return event
         return b""
 
-    def hold(self, beat: bytes) -> bool:
-        """Converse until one side says goodbye.
+    def run(self, beat: bytes) -> bool:
+        """Exchange lines until one side sends BYE.
 
         Args:
             beat: The line to send at each beat.
 
         Returns:
-            Whether somebody did; False when the connection just broke.
+            Whether one did; False when the connection broke instead.
         """
-        for happening in self._happenings:
-            if happening == _BYE:
-                self._say_goodbye()
+        for event in self._events:
+            if event == _BYE:
+                self._send_bye()
                 return True
-            if happening is _SIGNAL:
-                self._say_goodbye()
+            if event is _SIGNAL:
+                self._send_bye()
                 self._await_end()
                 return True
-            if happening is _BEAT:
-                self.say(beat)
-            elif happening.startswith(b"INPUT"):
-                self.say(b"ECHO " + happening)
+            if event is _BEAT:
+                self.send(beat)
+            elif event.startswith(b"INPUT"):
+                self.send(b"ECHO " + event)
         return False
 
-    def _say_goodbye(self) -> None:
-        self.say(_BYE)
+    def _send_bye(self) -> None:
+        self.send(_BYE)
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)
 
     def _await_end(self) -> None:
-        deadline = time.monotonic() + _GOODBYE_S
-        for _ in self._happenings:
+        deadline = time.monotonic() + _BYE_S
+        for _ in self._events:
             if time.monotonic() > deadline:
                 return
 
@@ -188,7 +188,7 @@ class _Conversation:
                 next_beat = time.monotonic() + _BEAT_S
                 yield _BEAT
             if self._signals in readable:
-                self.signal = self._signals.take()
+                self.signal = self._signals.read()
                 yield _SIGNAL
             if self._connection in readable:
                 data = _receive(self._connection)
@@ -212,27 +212,27 @@ def _agent(port: int) -> int:
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         conversation = _Conversation(connection, signals)
-        if not cookie or not compare_digest(conversation.hear(), b"HELLO " + cookie):
+        if not cookie or not compare_digest(conversation.receive(), b"HELLO " + cookie):
             _print("REFUSED")
             return 1
-        conversation.say(b"WELCOME")
+        conversation.send(b"WELCOME")
         _print("RUNNING")
-        ended = conversation.hold(_DRAWING)
+        ended = conversation.run(_DRAWING)
     _print("ENDED" if ended else "LOST")
     return 0 if ended else 1
 
 
 def _proxy(display: str) -> int:
     signals = _Signals()
-    _say("\nNXPROXY - Version 3.5.99.26 (stand-in)\n")
-    _say(f"Info: Proxy running in server mode with pid '{os.getpid()}'.")
+    _log("\nNXPROXY - Version 3.5.99.26 (stand-in)\n")
+    _log(f"Info: Proxy running in server mode with pid '{os.getpid()}'.")
     _session("Starting session")
     options = _parse(display)
     host = options.get("connect", "")
     connection = _connect(host, options.get("port", ""))
     if connection is not None:
         with connection:
-            _say(f"Info: Connected to remote proxy on FD#{connection.fileno()}.")
+            _log(f"Info: Connected to remote proxy on FD#{connection.fileno()}.")
             _serve(_Conversation(connection, signals), options.get("cookie", ""))
     if host.startswith(_UNIX):  # nxproxy removes the path to which it connected
         with contextlib.suppress(OSError):
@@ -247,39 +247,39 @@ def _connect(host: str, port: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_INET if path == host else socket.AF_UNIX)
     try:
         if path == host:
-            _say(f"Info: Connecting to remote host '{where}'.")
+            _log(f"Info: Connecting to remote host '{where}'.")
             connection.connect((host, int(port)))
         else:
             connection.connect(path)
     except OSError as error:
-        _complain(f"Connection to '{where}' failed. Error is {error.errno} '{error.strerror}'.")
+        _log_error(f"Connection to '{where}' failed. Error is {error.errno} '{error.strerror}'.")
         connection.close()
         return None
     return connection
 
 
 def _serve(conversation: _Conversation, cookie: str) -> None:
-    conversation.say(f"HELLO {cookie}".encode())
-    if conversation.hear() != b"WELCOME":
+    conversation.send(f"HELLO {cookie}".encode())
+    if conversation.receive() != b"WELCOME":
         if conversation.signal:
-            _say(f"Info: Aborting the procedure due to signal '{conversation.signal}'.")
+            _log(f"Info: Aborting the procedure due to signal '{conversation.signal}'.")
             return
-        _complain("The remote NX proxy closed the connection.")
-        _complain("Failure negotiating the session in stage '7'.")
-        _complain("Wrong version or invalid session authentication cookie.")
+        _log_error("The remote NX proxy closed the connection.")
+        _log_error("Failure negotiating the session in stage '7'.")
+        _log_error("Wrong version or invalid session authentication cookie.")
         _session("Terminating session")
         return
-    _say("Info: Connection with remote proxy completed.")
+    _log("Info: Connection with remote proxy completed.")
     _session("Session started")
-    _say("Info: Established X server connection.")
-    if not conversation.hold(_INPUT):
-        _say("Error: Failure reading from the peer proxy.")
-        _say("Loop: PANIC! No shutdown of proxy link performed by remote proxy.")
-        _say("Error: Connection with remote peer broken.")
-        _say("Error: Please check the state of your network and retry.")
+    _log("Info: Established X server connection.")
+    if not conversation.run(_INPUT):
+        _log("Error: Failure reading from the peer proxy.")
+        _log("Loop: PANIC! No shutdown of proxy link performed by remote proxy.")
+        _log("Error: Connection with remote peer broken.")
+        _log("Error: Please check the state of your network and retry.")
     _session("Terminating session")
     if conversation.signal:
-        _say("Info: Waiting the cleanup timeout to complete.")
+        _log("Info: Waiting the cleanup timeout to complete.")
 
 
 def _parse(display: str) -> dict[str, str]:
@@ -303,12 +303,12 @@ def _display(numbers: range) -> int:
             elif not (data := _receive(client)):
                 del clients[client]
                 client.close()
-            elif (request := clients[client]) is not _SETTLED:
+            elif (request := clients[client]) is not _SETUP_DONE:
                 clients[client] = _set_up(client, request + data, cookie)
 
 
 def _set_up(client: socket.socket, request: bytes, cookie: bytes) -> bytes:
-    """Answer an X11 connection set-up as soon as it is complete; returns what is known of it."""
+    """Answer an X11 connection setup as soon as it is complete; return what has been received of it."""
     order: Literal["little", "big"] = "little" if request[:1] == b"l" else "big"
     if len(request) < _X11_SETUP_BYTES:
         return request
@@ -325,7 +325,7 @@ def _set_up(client: socket.socket, request: bytes, cookie: bytes) -> bytes:
         client.sendall(head + body)
         if not accepted:
             client.shutdown(socket.SHUT_WR)
-    return _SETTLED
+    return _SETUP_DONE
 
 
 def _listen_on_display(numbers: range) -> socket.socket:
@@ -334,7 +334,7 @@ def _listen_on_display(numbers: range) -> socket.socket:
             listener = socket.create_server(("127.0.0.1", _X11_PORT + number))
             _print(f"DISPLAY 127.0.0.1:{number}")
             return listener
-    _say(f"No display from {numbers.start} to {numbers.stop - 1} is free.")
+    _log(f"No display from {numbers.start} to {numbers.stop - 1} is free.")
     sys.exit(1)
 
 
@@ -345,15 +345,15 @@ def _receive(connection: socket.socket) -> bytes:
         return b""
 
 
-def _complain(message: str) -> None:
-    _say(f"Loop: PANIC! {message}\nError: {message}")
+def _log_error(message: str) -> None:
+    _log(f"Loop: PANIC! {message}\nError: {message}")
 
 
 def _session(what: str) -> None:
-    _say(f"Session: {what} at '{time.ctime()}'.")
+    _log(f"Session: {what} at '{time.ctime()}'.")
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: what a client may have to deal with.
+"""Hypothesis strategies for everything that a client may have to handle.
 
 Needs the extra ``testing``.
 """
@@ -22,17 +22,17 @@ _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def triggers() -> st.SearchStrategy[Trigger]:
-    """Any trigger, whether the table takes it or not."""
+    """Any trigger, whether the table accepts it or not."""
     return st.sampled_from(Trigger)
 
 
 @st.composite
 def transition_sequences(draw: st.DrawFn, *, complete: bool | None = None) -> tuple[Transition, ...]:
-    """Every way through the lifecycle that the table allows, from ``idle``: each row begins where the last one led.
+    """Every path through the lifecycle that the table allows, from ``idle``: each row starts where the last one ended.
 
     Args:
-        draw: Given by hypothesis.
-        complete: True for ways that reach a final state, False for those that do not; by default both.
+        draw: Passed by hypothesis.
+        complete: True for paths that reach a final state, False for those that do not; by default both.
     """
     rows: list[Transition] = []
     state = State.IDLE
@@ -47,10 +47,10 @@ def transition_sequences(draw: st.DrawFn, *, complete: bool | None = None) -> tu
 
 @st.composite
 def histories(draw: st.DrawFn, *, complete: bool | None = None) -> tuple[TransitionRecord, ...]:
-    """What a proxy's subscribers may be told: no gap, the reason from ``stopping`` on, and the end that it leads to.
+    """Records that subscribers may receive: gapless, the reason from ``stopping`` on, and the final state it implies.
 
     Args:
-        draw: Given by hypothesis.
+        draw: Passed by hypothesis.
         complete: As in `transition_sequences`.
     """
     rows = draw(transition_sequences(complete=complete))
@@ -84,7 +84,7 @@ def histories(draw: st.DrawFn, *, complete: bool | None = None) -> tuple[Transit
 
 @st.composite
 def statuses(draw: st.DrawFn) -> ProxyStatus:
-    """Any status that a proxy may have, consistent in itself."""
+    """Any self-consistent status that a proxy may have."""
     history = draw(histories())
     last = history[-1] if history else None
     state, reason = (last.dest, last.reason) if last is not None else (State.IDLE, None)
