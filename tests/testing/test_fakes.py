@@ -1,4 +1,4 @@
-"""Fakes, strategies and fixtures: what a client's own tests stand on."""
+"""Fakes, strategies and fixtures: the base of a client's own tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """A client in miniature: it shows what it was told last."""
+    """A minimal client: it shows the last published state."""
 
     def __init__(self) -> None:
         self.shown = "idle"
@@ -34,7 +34,7 @@ class Window:
 
 
 @pytest.mark.parametrize("state", State)
-def test_an_engine_is_put_into_any_state_and_ended_from_there(
+def test_engine_is_driven_to_any_state_and_ended_from_there(
     state: State, faked_proxy: Callable[[State], FakedProxy]
 ) -> None:
     proxy = faked_proxy(state)
@@ -45,7 +45,7 @@ def test_an_engine_is_put_into_any_state_and_ended_from_there(
     assert proxy.status().abandoned == ()
 
 
-def test_a_whole_life_is_told_step_by_step() -> None:
+def test_whole_life_is_scripted_event_by_event() -> None:
     proxy = FakedProxy()
     proxy.start()
     proxy.tunnel.opens()
@@ -59,7 +59,7 @@ def test_a_whole_life_is_told_step_by_step() -> None:
     assert (status.reason, status.pid, status.signal) == (EndReason.PROXY_KILLED, 4711, signal.SIGSEGV)
 
 
-def test_a_client_shows_every_fault_that_it_may_meet() -> None:
+def test_client_shows_every_fault() -> None:
     for reason in EndReason:
         if reason.clean or reason is EndReason.INTERNAL_ERROR:
             continue
@@ -72,14 +72,14 @@ def test_a_client_shows_every_fault_that_it_may_meet() -> None:
         assert window.shown == f"failed ({reason})"
 
 
-def test_a_deadline_passes_when_the_test_says_so() -> None:
+def test_deadline_expires_on_request() -> None:
     proxy = FakedProxy.in_state(State.SPAWNING)
     proxy.expire_deadline()
     assert proxy.wait(timeout=5) is State.FAILED
     assert proxy.status().reason is EndReason.START_TIMEOUT
 
 
-def test_what_does_not_obey_is_killed_and_then_abandoned() -> None:
+def test_unresponsive_process_and_tunnel_are_killed_and_then_abandoned() -> None:
     proxy = FakedProxy.in_state(State.RUNNING)
     proxy.process.auto_complete = proxy.tunnel.auto_complete = False
     proxy.stop()
@@ -91,7 +91,7 @@ def test_what_does_not_obey_is_killed_and_then_abandoned() -> None:
     assert proxy.status().abandoned == ("process 4711", "channel 1 of the tunnel")
 
 
-def test_a_backend_of_ones_own_is_judged_by_its_lines() -> None:
+def test_custom_backend_diagnoses_its_lines() -> None:
     class Mine(NX3Backend):
         def diagnose(self, evidence: object) -> tuple[EndReason, str] | None:
             lines = [line.text for line in evidence.lines]  # type: ignore[attr-defined]
@@ -104,7 +104,7 @@ def test_a_backend_of_ones_own_is_judged_by_its_lines() -> None:
 
 
 @given(transition_sequences())
-def test_each_sequence_is_a_walk_that_the_lifecycle_takes(rows: tuple[Transition, ...]) -> None:
+def test_transition_sequences_are_accepted_by_the_lifecycle(rows: tuple[Transition, ...]) -> None:
     lifecycle = Lifecycle()
     for row in rows:
         assert lifecycle.state is row.source
@@ -142,15 +142,15 @@ def test_strategies_can_be_drawn_from_in_a_test(data: st.DataObject) -> None:
     assert isinstance(data.draw(transition_sequences()), tuple)
 
 
-def test_the_fixtures_give_a_connected_transport(loopback_transport: paramiko.Transport) -> None:
+def test_loopback_transport_fixture_is_authenticated(loopback_transport: paramiko.Transport) -> None:
     assert loopback_transport.is_authenticated()
 
 
-def test_the_plugin_costs_nothing_where_it_is_not_used() -> None:
-    """It loads neither paramiko nor hypothesis, nor the package."""
+def test_unused_plugin_imports_nothing() -> None:
+    """It loads neither paramiko nor hypothesis nor the package."""
     code = (
         "import sys; before = set(sys.modules); import pytest_proxy_fsm; "
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} & {'hypothesis', 'paramiko', 'proxy_fsm'}))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

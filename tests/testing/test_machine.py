@@ -1,4 +1,4 @@
-"""The real engine under any sequence of orders, observations and deadlines."""
+"""The real engine under any sequence of calls, observations and deadlines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripted programs do what their steps say, in order."""
+"""Scripted programs run their steps, in order."""
 
 from __future__ import annotations
 
@@ -59,25 +59,25 @@ def listener() -> Iterator[socket.socket]:
         yield listening
 
 
-def test_lines_go_where_they_shall_and_the_end_is_zero() -> None:
+def test_lines_go_to_their_stream_and_exit_status_is_zero() -> None:
     text = 'it\'s {a} "line"\\{'
     assert _run(say(text), say("out", "stdout")) == (0, b"out\n", f"{text}\n".encode())
 
 
-def test_the_source_survives_str_format() -> None:
+def test_source_survives_str_format() -> None:
     steps = [say("{host}"), send(b"{}"), record_call(Path("/nonexistent/{x}")), fork_holding_output()]
     source = ScriptedProxy(steps).source
     assert source.format() == source
 
 
-def test_exit_status_and_signals() -> None:
+def test_exit_status_and_fatal_signals_are_reported() -> None:
     assert _run(exit_with(7), say("never")) == (7, b"", b"")
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         assert _run(die_by(number)) == (-number, b"", b"")
 
 
 @pytest.mark.parametrize("form", ["{host} {port}", "{host}:{port}", "{host}::{port}", "-S {host}:{port}"])
-def test_it_connects_where_its_arguments_say(listener: socket.socket, form: str) -> None:
+def test_connect_uses_the_address_of_the_arguments(listener: socket.socket, form: str) -> None:
     host, port = listener.getsockname()
     arguments = tuple(form.format(host=host, port=port).split())
     with _start(connect(), send(b"hello {}"), half_close(), wait_eof(), arguments=arguments) as process:
@@ -87,7 +87,7 @@ def test_it_connects_where_its_arguments_say(listener: socket.socket, form: str)
         assert process.wait(_WAIT_S) == 0
 
 
-def test_it_connects_where_nx_display_says(listener: socket.socket) -> None:
+def test_connect_uses_the_address_of_nx_display(listener: socket.socket) -> None:
     display = f"nx/nx,connect=127.0.0.1,port={listener.getsockname()[1]},cookie=abc:51"
     with _start(connect(), print_cookie(), wait_bytes(3), arguments=("-S",), nx_display=display) as process:
         peer, _ = listener.accept()
@@ -98,7 +98,7 @@ def test_it_connects_where_nx_display_says(listener: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("given", ["nx_display", "argument", "step"])
-def test_it_connects_to_a_unix_socket(tmp_path: Path, given: str) -> None:
+def test_connect_accepts_a_unix_socket(tmp_path: Path, given: str) -> None:
     path = str(tmp_path / "p")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
@@ -112,7 +112,7 @@ def test_it_connects_to_a_unix_socket(tmp_path: Path, given: str) -> None:
                 assert peer.recv(9) == b"x"
 
 
-def test_a_gate_holds_until_it_is_opened(tmp_path: Path) -> None:
+def test_gate_blocks_until_it_is_opened(tmp_path: Path) -> None:
     with Gate(tmp_path / "gate") as gate:
         with _start(say("before"), wait_file(gate.path), say("after")) as process:
             assert process.stderr is not None
@@ -121,7 +121,7 @@ def test_a_gate_holds_until_it_is_opened(tmp_path: Path) -> None:
             gate.open()
             assert process.stderr.readline() == b"after\n"
             assert process.wait(_WAIT_S) == 0
-        gate.open()  # before anybody waits: kept
+        gate.open()  # before the program waits: kept
         assert _run(wait_file(gate.path)) == (0, b"", b"")
     assert not (tmp_path / "gate").exists()
 
@@ -138,7 +138,7 @@ def test_signals_can_be_ignored(tmp_path: Path) -> None:
         assert process.wait(_WAIT_S) == 3
 
 
-def test_signals_can_be_answered_with_steps() -> None:
+def test_signals_can_be_handled_by_steps() -> None:
     with _start(on_signal(signal.SIGTERM, [say("leaving"), exit_with(5)]), say("ready"), pause()) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == b"ready\n"
@@ -147,7 +147,7 @@ def test_signals_can_be_answered_with_steps() -> None:
         assert process.wait(_WAIT_S) == 5
 
 
-def test_a_child_holds_the_output_open_after_the_end() -> None:
+def test_child_keeps_the_output_open_after_the_exit() -> None:
     with _start(fork_holding_output()) as process:
         assert process.stderr is not None
         child = int(process.stderr.readline().split()[1])
@@ -157,7 +157,7 @@ def test_a_child_holds_the_output_open_after_the_end() -> None:
         assert process.stderr.read() == b""
 
 
-def test_an_installed_program_tells_how_it_was_called(tmp_path: Path) -> None:
+def test_installed_program_records_its_call(tmp_path: Path) -> None:
     record = tmp_path / "call.json"
     program = ScriptedProxy([record_call(record)]).install(tmp_path / "nx proxy")
     subprocess.run([program, "-S", "two words"], env={"NAME": "it's"}, cwd=tmp_path, check=True)

@@ -1,4 +1,4 @@
-"""The embedded SSH server does what sshd does, and every fault that it is told to."""
+"""The embedded SSH server behaves like sshd, and injects every fault."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def _accept(listener: socket.socket) -> socket.socket:
 
 
 class TestAuthentication:
-    def test_the_generated_key_is_let_in(self, server: LoopbackSSHServer) -> None:
+    def test_generated_key_is_accepted(self, server: LoopbackSSHServer) -> None:
         with server.connect() as client:
             transport = client.get_transport()
             assert transport is not None
             assert transport.is_authenticated()
             assert server.connections == 1
 
-    def test_the_password_is_let_in(self) -> None:
+    def test_password_is_accepted(self) -> None:
         with LoopbackSSHServer(username="alice", password="wonder") as server:
             server.connect(password="wonder").close()
 
@@ -76,7 +76,7 @@ class TestAuthentication:
             {"pkey": paramiko.ECDSAKey.generate()},
         ],
     )
-    def test_nothing_else_is_let_in(
+    def test_other_credentials_are_rejected(
         self, server: LoopbackSSHServer, credentials: dict[str, str | paramiko.PKey]
     ) -> None:
         with pytest.raises(paramiko.AuthenticationException):
@@ -88,7 +88,7 @@ class TestAuthentication:
         assert one.username != other.username
         assert one.host_key != other.host_key
 
-    def test_the_host_key_is_pinned(self, server: LoopbackSSHServer) -> None:
+    def test_host_key_is_pinned(self, server: LoopbackSSHServer) -> None:
         with LoopbackSSHServer() as other:
             server.port = other.port
             with pytest.raises(paramiko.BadHostKeyException):
@@ -98,7 +98,7 @@ class TestAuthentication:
 
 
 class TestForwarding:
-    def test_both_directions_carry_everything(
+    def test_both_directions_deliver_every_byte(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         up, down = os.urandom(6_000_000), os.urandom(6_000_000)
@@ -140,7 +140,7 @@ class TestForwarding:
             agent.shutdown(socket.SHUT_WR)
             assert read_all(channel) == b"answer"
 
-    def test_half_close_by_the_agent_leaves_the_way_to_it_open(
+    def test_half_close_by_the_agent_leaves_the_direction_to_it_open(
         self, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         channel = _open(transport, target)
@@ -152,7 +152,7 @@ class TestForwarding:
             channel.close()
             assert read_all(agent) == b"reply"
 
-    def test_a_slow_agent_holds_the_sender_back_and_loses_nothing(
+    def test_slow_agent_blocks_the_sender_and_loses_nothing(
         self, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         sent = os.urandom(16_000_000)
@@ -167,13 +167,13 @@ class TestForwarding:
 
             sender = threading.Thread(target=send, daemon=True)
             sender.start()
-            assert not done.wait(0.2)  # the window, not the memory, bounds what is under way
+            assert not done.wait(0.2)  # the window, not the memory, bounds the data in flight
             received = read_all(agent)
             sender.join()
             same(received, sent)
         channel.close()
 
-    def test_what_was_sent_before_a_close_arrives(
+    def test_data_sent_before_a_close_arrives(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         channel = _open(transport, target)
@@ -183,7 +183,7 @@ class TestForwarding:
             assert len(read_all(agent)) == 1_000_000
         server.wait_for(lambda: server.channels_open == 0)
 
-    def test_a_close_after_eof_reaches_an_agent_that_stays(
+    def test_close_after_eof_frees_the_channel_of_an_open_agent(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         channel = _open(transport, target)
@@ -192,7 +192,7 @@ class TestForwarding:
             channel.close()
             server.wait_for(lambda: server.channels_open == 0)
 
-    def test_an_agent_that_resets_ends_the_channel(
+    def test_reset_by_the_agent_closes_the_channel(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         channel = _open(transport, target)
@@ -211,7 +211,7 @@ class TestForwarding:
                 assert first_agent.recv(9) == b"1"
                 assert second_agent.recv(9) == b"2"
 
-    def test_a_port_where_nothing_listens_is_connect_failed(self, transport: paramiko.Transport) -> None:
+    def test_port_without_a_listener_is_connect_failed(self, transport: paramiko.Transport) -> None:
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
         with pytest.raises(paramiko.ChannelException) as refused:
@@ -227,7 +227,7 @@ class TestForwarding:
     def test_localhost_is_loopback(self, transport: paramiko.Transport, target: socket.socket) -> None:
         _open_port(transport, target.getsockname()[1], "localhost").close()
 
-    def test_unknown_kinds_of_channels_are_refused(self, transport: paramiko.Transport) -> None:
+    def test_unknown_channel_types_are_refused(self, transport: paramiko.Transport) -> None:
         with pytest.raises(paramiko.ChannelException) as refused:
             transport.open_channel("no-such-kind", timeout=_WAIT_S)
         assert refused.value.code == 3
@@ -240,7 +240,7 @@ class TestForwarding:
 
 
 class TestCommands:
-    def test_a_command_is_answered_with_output_errors_and_status(self) -> None:
+    def test_command_is_answered_with_output_errors_and_status(self) -> None:
         commands = {"greet": lambda line: (3, f"hello {line}\n".encode(), b"careful\n")}
         with LoopbackSSHServer(commands=commands) as server, server.connect() as client:
             _, output, errors = client.exec_command("greet the world")
@@ -249,14 +249,14 @@ class TestCommands:
             assert output.channel.recv_exit_status() == 3
 
     @pytest.mark.parametrize("line", ["nothing here", " "])
-    def test_an_unknown_command_is_127(self, server: LoopbackSSHServer, line: str) -> None:
+    def test_unknown_command_exits_with_127(self, server: LoopbackSSHServer, line: str) -> None:
         with server.connect() as client:
             _, output, errors = client.exec_command(line)
             assert output.channel.recv_exit_status() == 127
             assert b"command not found" in errors.read()
 
-    def test_quick_commands_always_get_their_answer(self) -> None:
-        """A command that ends at once must not overtake the answer to its own request."""
+    def test_quick_commands_are_always_answered(self) -> None:
+        """A command that ends at once must not overtake the reply to its own request."""
         with (
             LoopbackSSHServer(commands={"true": lambda _: (0, b"x", b"")}) as server,
             server.connect() as client,
@@ -266,7 +266,7 @@ class TestCommands:
                 assert output.channel.recv_exit_status() == 0
                 assert output.read() == b"x"
 
-    def test_a_command_that_takes_long_blocks_nothing_else(self, target: socket.socket) -> None:
+    def test_slow_command_blocks_nothing_else(self, target: socket.socket) -> None:
         release = threading.Event()
 
         def wait(_: str) -> tuple[int, bytes, bytes]:
@@ -293,7 +293,7 @@ class TestFaults:
         server.forwarding = Forwarding.ALLOWED
         _open(transport, target).close()
 
-    def test_refuse_next_refuses_so_many_and_touches_no_port(
+    def test_refuse_next_refuses_the_count_and_connects_to_no_port(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         server.refuse_next(2)
@@ -307,7 +307,7 @@ class TestFaults:
         _open(transport, target).close()
 
     @pytest.mark.parametrize(("answer", "code"), [(Forwarding.ALLOWED, None), (Forwarding.DENIED, 1)])
-    def test_a_held_open_waits_while_everything_else_goes_on(
+    def test_held_open_waits_while_everything_else_is_served(
         self,
         server: LoopbackSSHServer,
         transport: paramiko.Transport,
@@ -320,39 +320,39 @@ class TestFaults:
             server.forwarding = Forwarding.HELD
             outcome: list[int | None] = []
 
-            def wish() -> None:
+            def request_channel() -> None:
                 try:
                     _open(transport, target).close()
                     outcome.append(None)
                 except paramiko.ChannelException as refused:
                     outcome.append(refused.code)
 
-            wisher = threading.Thread(target=wish, daemon=True)
-            wisher.start()
+            requester = threading.Thread(target=request_channel, daemon=True)
+            requester.start()
             server.wait_for(lambda: server.channels_held == 1)
             before.sendall(b"still served")
             assert agent.recv(99) == b"still served"
             transport.open_session(timeout=_WAIT_S).close()
             assert outcome == []
             server.release(answer)
-            wisher.join()
+            requester.join()
             assert outcome == [code]
 
-    def test_release_after_the_client_has_gone_touches_no_port(
+    def test_release_after_the_client_disconnected_connects_to_no_port(
         self, server: LoopbackSSHServer, target: socket.socket
     ) -> None:
         server.forwarding = Forwarding.HELD
         transport = server.connect_transport()
 
-        def wish() -> None:
+        def request_channel() -> None:
             with pytest.raises((paramiko.SSHException, EOFError)):
                 _open(transport, target)
 
-        wisher = threading.Thread(target=wish, daemon=True)
-        wisher.start()
+        requester = threading.Thread(target=request_channel, daemon=True)
+        requester.start()
         server.wait_for(lambda: server.channels_held == 1)
         transport.close()
-        wisher.join()
+        requester.join()
         server.wait_for(lambda: server.connections == 0)
         assert server.channels_held == 0
         server.release()
@@ -374,7 +374,7 @@ class TestFaults:
         error = transport.get_exception()
         assert isinstance(error, ConnectionResetError if reset else EOFError)
         server.wait_for(lambda: server.channels_open == 0 and server.connections == 0)
-        server.connect_transport().close()  # it goes on listening
+        server.connect_transport().close()  # it keeps listening
 
     def test_drop_frees_a_forward_whose_agent_does_not_read(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
@@ -393,7 +393,7 @@ class TestFaults:
             sender.join()
             server.wait_for(lambda: server.channels_open == 0)
 
-    def test_frozen_the_server_answers_nothing_and_thawed_it_has_lost_nothing(
+    def test_frozen_server_answers_nothing_and_loses_nothing(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, target: socket.socket
     ) -> None:
         channel = _open(transport, target)
@@ -416,7 +416,7 @@ class TestFaults:
             assert channel.recv(9) == b"down"
             assert agent.recv(9) == b"up"
 
-    def test_frozen_it_accepts_connections_that_get_no_banner(self, server: LoopbackSSHServer) -> None:
+    def test_frozen_server_accepts_connections_without_a_banner(self, server: LoopbackSSHServer) -> None:
         server.freeze()
         with socket.create_connection((server.host, server.port), _WAIT_S) as client:
             client.settimeout(0.1)
@@ -433,7 +433,7 @@ class TestFaults:
         assert not transport.is_alive()
 
 
-class TestLeavingNothing:
+class TestStop:
     def test_stop_leaves_no_thread_and_no_socket(self, target: socket.socket) -> None:
         gc.collect()
         threads, before = set(threading.enumerate()), descriptors()
@@ -476,25 +476,25 @@ class TestLeavingNothing:
             for filler in fillers:
                 filler.start()
             assert not channel.status_event.wait(0.2)
-            begun = time.monotonic()
+            began = time.monotonic()
             server.stop()
-            assert time.monotonic() - begun < 2
+            assert time.monotonic() - began < 2
             for filler in fillers:
                 filler.join()
 
-    def test_stop_is_idempotent_and_the_port_is_closed_after_it(self, server: LoopbackSSHServer) -> None:
+    def test_stop_is_idempotent_and_closes_the_port(self, server: LoopbackSSHServer) -> None:
         server.stop()
         server.stop()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((server.host, server.port))
 
-    def test_a_server_is_started_once_at_a_time(self, server: LoopbackSSHServer) -> None:
-        with pytest.raises(RuntimeError, match="started already"):
+    def test_started_server_cannot_be_started_again_before_stop(self, server: LoopbackSSHServer) -> None:
+        with pytest.raises(RuntimeError, match="already started"):
             server.start()
         server.stop()
         server.start()
         server.connect_transport().close()
 
-    def test_a_condition_that_never_holds_times_out(self, server: LoopbackSSHServer) -> None:
+    def test_wait_for_times_out_if_the_condition_never_holds(self, server: LoopbackSSHServer) -> None:
         with pytest.raises(TimeoutError):
             server.wait_for(lambda: False, timeout_s=0.01)

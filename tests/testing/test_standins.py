@@ -1,4 +1,4 @@
-"""The stand-ins behave as nxagent, nxproxy and an X server do, as far as proxies can tell."""
+"""The stand-ins behave like nxagent, nxproxy and an X server, as far as a proxy can observe."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _progress(lines: list[str]) -> list[str]:
 
 
 class TestSession:
-    def test_the_proxy_says_what_nxproxy_says_in_its_order(self) -> None:
+    def test_proxy_prints_the_messages_of_nxproxy_in_their_order(self) -> None:
         with _agent() as (agent, port), _proxy(f"connect=127.0.0.1,port={port}") as proxy:
             lines = _read_until(proxy.stderr, _ESTABLISHED)
             agent.terminate()
@@ -98,7 +98,7 @@ class TestSession:
             assert _line(agent.stdout) == "ENDED"
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    def test_a_signal_ends_the_session_in_order(self, number: signal.Signals) -> None:
+    def test_signal_ends_the_session_in_order(self, number: signal.Signals) -> None:
         with _agent() as (agent, port), _proxy(f"connect=127.0.0.1,port={port}") as proxy:
             _read_until(proxy.stderr, _ESTABLISHED)
             proxy.send_signal(number)
@@ -110,7 +110,7 @@ class TestSession:
             assert proxy.returncode == 0
             assert agent.wait(_WAIT_S) == 0
 
-    def test_a_killed_proxy_is_a_lost_one_to_the_agent(self) -> None:
+    def test_killed_proxy_is_lost_to_the_agent(self) -> None:
         with _agent() as (agent, port), _proxy(f"connect=127.0.0.1,port={port}") as proxy:
             _read_until(proxy.stderr, _ESTABLISHED)
             proxy.kill()
@@ -118,7 +118,7 @@ class TestSession:
             assert _line(agent.stdout) == "RUNNING"
             assert _line(agent.stdout) == "LOST"
 
-    def test_a_killed_agent_is_a_broken_peer_to_the_proxy(self) -> None:
+    def test_killed_agent_is_a_broken_peer_to_the_proxy(self) -> None:
         with _agent() as (agent, port), _proxy(f"connect=127.0.0.1,port={port}") as proxy:
             _read_until(proxy.stderr, _ESTABLISHED)
             agent.kill()
@@ -127,7 +127,7 @@ class TestSession:
             assert "Error: Connection with remote peer broken." in lines
             assert proxy.returncode == 0
 
-    def test_a_wrong_cookie_gives_the_three_lines_of_a_failed_negotiation(self) -> None:
+    def test_wrong_cookie_prints_the_three_lines_of_a_failed_negotiation(self) -> None:
         with _agent() as (agent, port), _proxy(f"connect=127.0.0.1,port={port}", cookie="0" * 32) as proxy:
             lines = _finish(proxy)
             assert [line for line in lines if line.startswith("Error:")] == _NEGOTIATION
@@ -135,17 +135,17 @@ class TestSession:
             assert agent.wait(_WAIT_S) == 1
             assert _line(agent.stdout) == "REFUSED"
 
-    def test_an_agent_without_a_cookie_lets_nobody_in(self) -> None:
+    def test_agent_without_a_cookie_refuses_every_connection(self) -> None:
         with _agent("") as (agent, port), _proxy(f"connect=127.0.0.1,port={port}", cookie="") as proxy:
             assert _ESTABLISHED not in _finish(proxy)
             assert agent.wait(_WAIT_S) == 1
 
-    def test_an_agent_whose_first_connection_is_let_go_is_gone(self) -> None:
+    def test_agent_exits_when_its_first_connection_is_dropped(self) -> None:
         with _agent() as (agent, port):
             socket.create_connection(("127.0.0.1", port)).close()
             assert agent.wait(_WAIT_S) == 1
 
-    def test_an_agent_nobody_came_to_ends_cleanly(self) -> None:
+    def test_agent_without_a_connection_ends_cleanly(self) -> None:
         with _agent() as (agent, _):
             agent.terminate()
             assert agent.wait(_WAIT_S) == 0
@@ -155,12 +155,12 @@ class TestSession:
             peer.sendall(f"HELLO {_COOKIE}\nINPUT one\n".encode())
             with peer.makefile("rb") as lines:
                 assert lines.readline() == b"WELCOME\n"
-                heard = {lines.readline().split()[0] for _ in range(10)}
-            assert heard == {b"DRAW", b"ECHO"}
+                received = {lines.readline().split()[0] for _ in range(10)}
+            assert received == {b"DRAW", b"ECHO"}
 
 
 class TestProxy:
-    def test_it_connects_to_a_unix_socket_and_removes_its_path(self, tmp_path: Path) -> None:
+    def test_proxy_connects_to_a_unix_socket_and_removes_its_path(self, tmp_path: Path) -> None:
         path = tmp_path / "p"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
@@ -173,13 +173,13 @@ class TestProxy:
         assert not any("Connecting to remote host" in line for line in lines)
         assert not path.exists()
 
-    def test_a_refused_connection_is_named(self, tmp_path: Path) -> None:
+    def test_refused_connection_is_reported(self, tmp_path: Path) -> None:
         with _proxy(f"connect=unix:{tmp_path}/none") as proxy:
             lines = _finish(proxy)
             assert f"Error: Connection to '{tmp_path}/none' failed. Error is 2 'No such file or directory'." in lines
             assert proxy.returncode == 0
 
-    def test_a_signal_while_negotiating_aborts(self) -> None:
+    def test_signal_while_negotiating_aborts(self) -> None:
         with (
             socket.create_server(("127.0.0.1", 0)) as listener,
             _proxy(f"connect=127.0.0.1,port={listener.getsockname()[1]}") as proxy,
@@ -193,20 +193,20 @@ class TestProxy:
         assert lines[-1].startswith("Session: Session terminated at")
         assert not any("negotiating" in line for line in lines)
 
-    def test_the_cookie_is_never_printed(self) -> None:
+    def test_cookie_is_never_printed(self) -> None:
         with _agent() as (agent, port), _proxy(f"connect=127.0.0.1,port={port}") as proxy:
             lines = _read_until(proxy.stderr, _ESTABLISHED)
             agent.terminate()
             assert _COOKIE not in "".join(lines + _finish(proxy))
 
-    def test_it_can_be_installed_as_an_executable(self, tmp_path: Path) -> None:
+    def test_proxy_can_be_installed_as_an_executable(self, tmp_path: Path) -> None:
         executable = install(tmp_path / "nxproxy", standins.command("proxy"))
         with _agent() as (_, port):
             display = f"nx/nx,connect=127.0.0.1,port={port},cookie={_COOKIE}:1"
             with _started([str(executable), "-S"], NX_DISPLAY=display) as proxy:
                 _read_until(proxy.stderr, _ESTABLISHED)
 
-    def test_it_is_a_module_too(self) -> None:
+    def test_standins_can_be_run_as_a_module(self) -> None:
         with _started([sys.executable, "-m", "proxy_fsm.testing.standins", "nonsense"]) as process:
             assert _finish(process)[0].startswith("Usage:")
             assert process.returncode == 2
@@ -217,25 +217,25 @@ class TestDisplay:
     @pytest.mark.parametrize(
         ("cookie", "accepted"), [(_COOKIE, 1), ("00" * 16, 0), ("", 0)], ids=["right", "wrong", "missing"]
     )
-    def test_it_accepts_its_cookie_alone(self, order: str, cookie: str, accepted: int) -> None:
+    def test_display_accepts_only_its_cookie(self, order: str, cookie: str, accepted: int) -> None:
         command = standins.command("display")
         with _started(command, STANDIN_COOKIE=_COOKIE) as display, _x11(display) as client:
             client.sendall(_setup(order, bytes.fromhex(cookie)))
             head = client.recv(8, socket.MSG_WAITALL)
             assert head[0] == accepted
-            left_bytes = 4 * int.from_bytes(head[6:8], "little" if order == "little" else "big")
-            assert len(client.recv(left_bytes, socket.MSG_WAITALL)) == left_bytes
+            body_bytes = 4 * int.from_bytes(head[6:8], "little" if order == "little" else "big")
+            assert len(client.recv(body_bytes, socket.MSG_WAITALL)) == body_bytes
             if not accepted:
                 assert client.recv(1) == b""
 
-    def test_without_a_cookie_it_accepts_everybody_and_pieces(self) -> None:
+    def test_display_without_a_cookie_accepts_any_client_and_a_split_setup(self) -> None:
         with _started(standins.command("display")) as display, _x11(display) as client:
             setup = _setup("little", b"")
             client.sendall(setup[:5])
             client.sendall(setup[5:])
             assert client.recv(1) == b"\1"
 
-    def test_its_end_is_the_end_of_its_connections(self) -> None:
+    def test_display_closes_its_connections_on_exit(self) -> None:
         with _started(standins.command("display")) as display, _x11(display) as client:
             client.sendall(_setup("little", b""))
             assert len(client.recv(40, socket.MSG_WAITALL)) == 40
@@ -243,7 +243,7 @@ class TestDisplay:
             assert client.recv(1) == b""
             assert display.wait(_WAIT_S) == 0
 
-    def test_a_number_that_is_taken_is_refused(self) -> None:
+    def test_display_number_in_use_is_refused(self) -> None:
         with _started(standins.command("display")) as first:
             number = _line(first.stdout).rpartition(":")[2]
             with _started(standins.command("display", number)) as second:
