@@ -1,4 +1,4 @@
-"""docs/faults.md is what the fault matrix says, and what was measured of it."""
+"""docs/faults.md matches the fault matrix and its measurements."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ def measured() -> dict[str, Any]:
     return document
 
 
-def test_document_is_what_is_generated(measured: dict[str, Any]) -> None:
+def test_document_is_up_to_date(measured: dict[str, Any]) -> None:
     assert MARKDOWN.read_text() == rendered(measured), "run python -m tests.e2e.fault_table"
 
 
-def test_every_row_was_measured_and_no_other(measured: dict[str, Any]) -> None:
+def test_measured_rows_are_those_of_the_matrix(measured: dict[str, Any]) -> None:
     assert [row["cause"] for row in measured["rows"]] == list(CAUSES)
     assert len(set(CAUSES)) == len(CAUSES)
 
 
-def test_what_was_measured_agrees_with_the_table(measured: dict[str, Any]) -> None:
+def test_measurements_agree_with_the_matrix(measured: dict[str, Any]) -> None:
     rows = {row["cause"]: row for row in measured["rows"]}
     for fault in FAULTS:
         row = rows[fault.cause]
         assert (row["reason"], row["retryable"], row["again"]) == (str(fault.reason), fault.retryable, fault.left.again)
-        assert fault.says in row["detail"]
+        assert fault.in_detail in row["detail"]
         assert row["hint"] or fault.reason.clean
 
 
-def test_rows_agree_with_themselves() -> None:
+def test_rows_are_consistent() -> None:
     for fault in FAULTS:
         assert fault.retryable in {None, fault.left.again}
         assert (fault.when is When.RUNNING) <= (fault.strike is not None)
         assert not fault.script or fault.sign in SIGNS
 
 
-def test_what_python_x2go_said_is_of_faults_that_there_are() -> None:
+def test_python_x2go_reports_belong_to_faults_of_the_matrix() -> None:
     assert set(PYTHON_X2GO) <= {fault.cause for fault in FAULTS}
 
 
-def test_what_differs_from_run_to_run_is_masked() -> None:
-    said = "Forwarding to 127.0.0.1:34847, X server at :17, /run/x/proxy_fsm-482izbvv/proxy.sock and SIGSEGV of tom-51."
-    shown = "Forwarding to 127.0.0.1:PORT, X server at :N, …/proxy_fsm-…/proxy.sock and SIGSEGV of SESSION."
-    assert masked(said, {"/run/x": "…", "tom-51": "SESSION"}) == shown
+def test_ports_names_and_paths_are_masked() -> None:
+    text = "Forwarding to 127.0.0.1:34847, X server at :17, /run/x/proxy_fsm-482izbvv/proxy.sock and SIGSEGV of tom-51."
+    result = "Forwarding to 127.0.0.1:PORT, X server at :N, …/proxy_fsm-…/proxy.sock and SIGSEGV of SESSION."
+    assert masked(text, {"/run/x": "…", "tom-51": "SESSION"}) == result
 
 
-def test_reasons_that_the_matrix_leaves_out_are_these() -> None:
-    """The document says so."""
-    left = set(EndReason) - {fault.reason for fault in FAULTS}
-    assert left == {EndReason.STOP_TIMEOUT, EndReason.INTERNAL_ERROR}
+def test_matrix_covers_all_reasons_but_two() -> None:
+    """The document names these two."""
+    missing = set(EndReason) - {fault.reason for fault in FAULTS}
+    assert missing == {EndReason.STOP_TIMEOUT, EndReason.INTERNAL_ERROR}
 
 
 ROWS: list[dict[str, Any]] = [{"cause": cause, "reason": "a", "cause_to_final_s": 0.25} for cause in CAUSES]
 
 
-def test_runs_are_merged_by_their_median() -> None:
+def test_runs_are_merged_by_median_and_maximum() -> None:
     slower = [{**row, "cause_to_final_s": 1.0} for row in ROWS]
     assert merged([ROWS, slower, ROWS])[0]["cause_to_final_ms"] == {"median": 250, "max": 1000}
 
@@ -78,7 +78,7 @@ def test_runs_are_merged_by_their_median() -> None:
         (lambda rows: [{**row, "reason": "b"} for row in rows], "reason differs"),
     ],
 )
-def test_runs_that_differ_are_refused(
+def test_inconsistent_runs_are_refused(
     spoil: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):

@@ -1,4 +1,4 @@
-"""An agent that is started by hand: the real one, without the seconds that x2goserver's scripts take."""
+"""An agent started by hand: the real one, without the seconds that x2goserver's scripts take."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DISPLAYS = range(300, 400)  # x2goserver counts from 50
 
 @contextlib.contextmanager
 def plain_agent() -> Iterator[AgentSession]:
-    """An nxagent on a free display and port, in its first attempt; the server neither lists nor can resume it."""
+    """Yield an nxagent on a free display and port, in its first attempt; the server neither lists nor can resume it."""
     with contextlib.ExitStack() as stack:
         directory = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="pfsm-agent-", ignore_cleanup_errors=True))
@@ -34,7 +34,7 @@ def plain_agent() -> Iterator[AgentSession]:
 
 
 def _started_on(display: int, directory: Path, stack: contextlib.ExitStack) -> AgentSession | None:
-    """Start it on this display, None where that is taken; the stack ends it."""
+    """Start it on this display, None if that is in use; the stack ends it."""
     if any(path.exists() for path in _files_of(display)):
         return None
     with socket.socket() as probe:
@@ -43,7 +43,7 @@ def _started_on(display: int, directory: Path, stack: contextlib.ExitStack) -> A
     cookie, options, log = token_hex(16), directory / "options", directory / "log"
     options.touch(mode=0o600)
     options.write_text(f"nx/nx,accept={LOOPBACK},listen={port},cookie={cookie},link=lan,geometry=800x600:{display}")
-    authority = directory / "Xauthority"  # what it shows to the user's X server; nxproxy puts the real one in
+    authority = directory / "Xauthority"  # its cookie for the user's X server; nxproxy substitutes the real one
     authority.touch(mode=0o600)
     entry = f"add :{display} MIT-MAGIC-COOKIE-1 {cookie}\n".encode()
     subprocess.run([program("xauth") or "xauth", "-q", "-f", authority, "source", "-"], input=entry, check=True)
@@ -61,7 +61,7 @@ def _started_on(display: int, directory: Path, stack: contextlib.ExitStack) -> A
     stack.callback(_end, process, display)
     eventually(lambda: is_listening(port) or process.poll() is not None, START_S)
     if process.poll() is not None:
-        return None  # another test run has taken the display, or the port, in the same moment
+        return None  # another test run has claimed the display, or the port, in the same moment
     name = f"plain-{display}-{int(time.time())}_stDnone_dp24"
     raw = "\n".join(map(str, (display, cookie, process.pid, name, port, port, port)))
     return AgentSession(display, cookie, process.pid, name, port, port, port, "D", raw, log)
@@ -72,7 +72,7 @@ def _files_of(display: int) -> tuple[Path, Path]:
 
 
 def _end(process: subprocess.Popen[bytes], display: int) -> None:
-    """Kill it, and remove the files of its display unless another run's agent was faster and has them."""
+    """Kill it, and remove the files of its display unless another run's agent already owns them."""
     process.kill()
     process.wait(START_S)
     lock, connections = _files_of(display)

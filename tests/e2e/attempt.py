@@ -1,4 +1,4 @@
-"""An engine under a test's eyes: what it told, when it changed, and what is left of it."""
+"""An engine under observation: its events, the times of its transitions, and the resources it leaves behind."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 RUNNING_S = 15.0
 FINAL_S = 15.0
-GONE_S = 5.0
+RELEASE_S = 5.0
 
 
 class Watched(Backend):
-    """Keeps the evidence that a backend is shown: it has the times of the first signs."""
+    """Records the evidence that a backend is given: it has the times of the first observations."""
 
-    evidence = Evidence()  # before anything was seen
+    evidence = Evidence()  # before any observation
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
-        """Keep the evidence, and judge as ever."""
+        """Record the evidence, and diagnose as usual."""
         self.evidence = evidence
         return super().diagnose(evidence)
 
@@ -46,11 +46,11 @@ class WatchedNX3(Watched, NX3Backend):
 
 
 class WatchedViewer(Watched, CommandBackend):
-    """That for a viewer which a command starts, watched."""
+    """The backend for a viewer started by a command, watched."""
 
 
 class Attempt:
-    """One proxy, with its events and the times at which it told of its changes (monotonic seconds)."""
+    """One proxy, with its events and the times at which it published its transitions (monotonic seconds)."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Attempt:
 
         Args:
             session: the session.
-            client: the connection that it goes over.
+            client: the connection that it uses.
             environ: what the proxy program inherits.
             root: the sessions root.
             backend: by default the real one for NX, watched.
@@ -82,7 +82,7 @@ class Attempt:
         self.started_at = 0.0
         logger = structlog.wrap_logger(
             structlog.testing.CapturingLogger(),
-            processors=[structlog.processors.format_exc_info, self._take_event],
+            processors=[structlog.processors.format_exc_info, self._record_event],
             wrapper_class=structlog.make_filtering_bound_logger(0),
         )
         self.proxy = Proxy(
@@ -94,13 +94,13 @@ class Attempt:
             logger=logger,
             **options,
         )
-        self.proxy.subscribe(self._take_record, via=lambda call: call())  # whoever waits comes after it
+        self.proxy.subscribe(self._record_transition, via=lambda call: call())  # called before any waiter wakes
 
-    def _take_event(self, _logger: object, method: str, event: Any) -> Any:
+    def _record_event(self, _logger: object, method: str, event: Any) -> Any:
         self.events.append({"level": method, "at": time.monotonic(), **event})
         raise structlog.DropEvent
 
-    def _take_record(self, record: TransitionRecord) -> None:
+    def _record_transition(self, record: TransitionRecord) -> None:
         self.entered[record.dest] = time.monotonic()
         self.records.append(record)
 
@@ -121,17 +121,17 @@ class Attempt:
 
     @property
     def final_at(self) -> float:
-        """When its final state was told."""
+        """When its final state was published."""
         return next(at for state, at in self.entered.items() if state.is_final)
 
     def sign_at(self, sign: type[Observation] | str) -> float:
-        """Tell when something was first observed, or a line with this text first read, by a watched backend.
+        """Return when an observation was first made, or a line with this text first read, by a watched backend.
 
         Raises:
             LookupError: it never was.
         """
         if not isinstance(self.backend, Watched):
-            raise TypeError("Only a watched backend keeps evidence.")
+            raise TypeError("Only a watched backend records evidence.")
         evidence = self.backend.evidence
         if isinstance(sign, str):
             seen: Observation | None = next((line for line in evidence.lines if sign in line.text), None)
@@ -145,25 +145,25 @@ class Attempt:
         """List its events of this name."""
         return [each for each in self.events if each["event"] == event]
 
-    def told(self) -> str:
-        """Join all that it tells: events, status, history, and how its parts present themselves."""
+    def everything_published(self) -> str:
+        """Join all that it publishes: events, status, history, and the reprs of its parts."""
         status = self.proxy.status()
         parts = (self.proxy, self.session, self.backend, status, self.records)
         shown = [*map(repr, parts), *map(str, parts), *map(str, status.history)]
         return json.dumps([self.events, status.as_dict(), shown])
 
     def check_secrecy(self) -> None:
-        """Make sure that nothing it told or wrote holds the cookie, and that it found no bug of its own."""
+        """Make sure that nothing it published or wrote contains the cookie, and that it reported no internal error."""
         assert self.named("internal.error") == []
         assert self.named("subscriber.failed") == []
         if self.session.cookie is None:
             return
-        assert self.session.cookie.lower() not in self.told().lower()
+        assert self.session.cookie.lower() not in self.everything_published().lower()
         for path in files_below(self.root):
             assert self.session.cookie.encode().lower() not in path.read_bytes().lower(), path
 
     def close(self) -> None:
-        """End it, and check that it told no secret."""
+        """Close it, and check that it published no secret."""
         self.proxy.close(FINAL_S)
         self.check_secrecy()
 
@@ -175,7 +175,7 @@ def files_below(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What this process holds that an engine could have left behind."""
+    """Resources of this process that an engine could have leaked."""
 
     descriptors: Counter[str]
     threads: frozenset[str]
@@ -184,7 +184,7 @@ class Holdings:
 
     @classmethod
     def now(cls, transports: Iterable[paramiko.Transport] = ()) -> Holdings:
-        """Look at it."""
+        """Take a snapshot."""
         return cls(
             Counter(each.partition(" ")[2] for each in descriptors()),
             frozenset(f"{each.name} ({each.ident})" for each in own_threads()),
@@ -193,7 +193,7 @@ class Holdings:
         )
 
     def gained_since(self, before: Holdings) -> list[object]:
-        """List what there is now and was not before."""
+        """List the resources that were not held before."""
         return [
             *(self.descriptors - before.descriptors),
             *(self.threads - before.threads),
@@ -203,6 +203,6 @@ class Holdings:
 
 
 def nothing_gained_since(before: Holdings, transports: Iterable[paramiko.Transport] = ()) -> None:
-    """Wait until everything that came since then is gone; threads may take a moment to end."""
+    """Wait until everything acquired since then is released; threads may take a moment to end."""
     transports = tuple(transports)
-    all_released(lambda: Holdings.now(transports).gained_since(before), GONE_S)
+    all_released(lambda: Holdings.now(transports).gained_since(before), RELEASE_S)

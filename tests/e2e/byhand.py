@@ -1,4 +1,4 @@
-"""The session's local side run by hand: a plain forwarder and nxproxy, without any of our own package."""
+"""The session's local side run by hand: a plain forwarder and nxproxy, without any code of our package."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CHUNK_BYTES = 65536
 
 
 class Forwarder:
-    """A socket in the file system that leads to a port of the server, one connection at a time."""
+    """A unix socket forwarded to a port of the server, one connection at a time."""
 
     def __init__(self, client: paramiko.SSHClient, port: int) -> None:
-        """Take down where to lead."""
+        """Prepare; nothing listens yet."""
         self._transport = transport_of(client)
         self._port = port
         self._directory = Path(tempfile.mkdtemp(prefix="pfsm-fw-"))
@@ -69,7 +69,7 @@ class Forwarder:
                 channel = self._transport.open_channel(
                     "direct-tcpip", (LOOPBACK, self._port), (LOOPBACK, 0), timeout=10
                 )
-            except Exception:  # noqa: BLE001 -- however it is refused, the local end is closed
+            except Exception:  # noqa: BLE001 -- whatever the refusal, the local end is closed
                 self.refused += 1
                 connection.close()
                 continue
@@ -120,7 +120,7 @@ class Forwarder:
 
 
 class Moment(NamedTuple):
-    """Something that was seen or done, `at_s` seconds after nxproxy was started."""
+    """Something observed or done, `at_s` seconds after nxproxy was started."""
 
     at_s: float
     kind: str
@@ -128,16 +128,16 @@ class Moment(NamedTuple):
 
 
 class NxProxy:
-    """nxproxy as python-x2go calls it, its output kept with times."""
+    """nxproxy as python-x2go calls it, its output recorded with times."""
 
     def __init__(
         self, session: AgentSession, path: Path, environment: Mapping[str, str], *, cookie: str | None = None
     ) -> None:
-        """Take down how to call it.
+        """Prepare the call; nothing runs yet.
 
         Args:
-            session: the agent to talk to.
-            path: the socket that leads to its graphics port.
+            session: the agent to connect to.
+            path: the socket that is forwarded to its graphics port.
             environment: DISPLAY and XAUTHORITY.
             cookie: another cookie than the session's.
         """
@@ -182,7 +182,7 @@ class NxProxy:
             thread.start()
 
     def note(self, kind: str, what: str) -> None:
-        """Keep that something happened now."""
+        """Record that something happened now."""
         with self._changed:
             self.moments.append(Moment(time.monotonic() - self._started, kind, what))
             self._changed.notify_all()
@@ -210,7 +210,7 @@ class NxProxy:
         raise TimeoutError(f"no {kind} with {text!r} within {timeout_s} s in\n{self.output.decode()}")
 
     def wait_exit(self, timeout_s: float = STOP_S) -> int:
-        """Wait until nxproxy has ended and all its output is read; return what it ended with."""
+        """Wait until nxproxy has exited and all its output is read; return its exit status."""
         moment = self.wait_for("", kind="exit", timeout_s=timeout_s)
         for thread in self._threads:
             thread.join(timeout_s)
@@ -222,7 +222,7 @@ class NxProxy:
         os.kill(self.pid, number)
 
     def stop(self) -> None:
-        """End nxproxy, orderly when it still runs."""
+        """End nxproxy, in order if it still runs."""
         if self._process is not None:
             if self._process.poll() is None:
                 self.send(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""How each fault of the matrix is caused for real: what makes a proxy in a scene, and what then strikes it."""
+"""How each fault of the matrix is caused for real: functions that make a proxy in a scene, and those that strike it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .scene import Scene
 
-REPORTED_S = 15.0  # within so long a mishap must be reported
+REPORTED_S = 15.0  # time limit for the report of a mishap
 
 
 def healthy(scene: Scene) -> Attempt:
@@ -41,7 +41,7 @@ def healthy(scene: Scene) -> Attempt:
 
 
 def script(scene: Scene, text: str, *, mode: int = 0o755) -> WatchedNX3:
-    """Have a file of this text run in the place of nxproxy."""
+    """Run a file with this text in place of nxproxy."""
     path = scene.runtime / "nxproxy"
     path.write_text(text)
     path.chmod(mode)
@@ -49,7 +49,7 @@ def script(scene: Scene, text: str, *, mode: int = 0o755) -> WatchedNX3:
 
 
 def wrapper(scene: Scene, before: str, *, how: str = "exec") -> WatchedNX3:
-    """Have the real nxproxy run from within a shell script, which does something before."""
+    """Run the real nxproxy from a shell script that does something first."""
     return script(scene, f'#!/bin/bash\n{before}\n{how} {program("nxproxy")} "$@"\n')
 
 
@@ -57,11 +57,11 @@ def program_missing(scene: Scene) -> Attempt:
     return scene.attempt(backend=WatchedNX3("nxproxy-that-is-not-there"))
 
 
-def program_no_executable(scene: Scene) -> Attempt:
+def program_not_executable(scene: Scene) -> Attempt:
     return scene.attempt(backend=script(scene, "no program", mode=0o644))
 
 
-def program_no_program(scene: Scene) -> Attempt:
+def program_bad_format(scene: Scene) -> Attempt:
     return scene.attempt(backend=script(scene, "no program"))
 
 
@@ -78,10 +78,10 @@ def program_leaves_child(scene: Scene) -> Attempt:
 
 
 def program_leaves_runaway(scene: Scene) -> Attempt:
-    """The child has a process session of its own: it is not ours to end, and keeps the output open."""
-    note = scene.runtime / "runaway"
-    attempt = scene.attempt(backend=wrapper(scene, f"setsid sleep 3600 & echo $! > {note}"))
-    scene.repairs.callback(lambda: send_signal([int(note.read_text())], signal.SIGKILL))
+    """The child has a process session of its own: it is not ours to kill, and keeps the output open."""
+    pid_file = scene.runtime / "runaway"
+    attempt = scene.attempt(backend=wrapper(scene, f"setsid sleep 3600 & echo $! > {pid_file}"))
+    scene.repairs.callback(lambda: send_signal([int(pid_file.read_text())], signal.SIGKILL))
     return attempt
 
 
@@ -106,9 +106,9 @@ def display_unset(scene: Scene) -> Attempt:
 
 
 def display_absent(scene: Scene) -> Attempt:
-    with Display() as gone:
+    with Display() as stopped:
         pass
-    return scene.attempt(environ=scene.environ(DISPLAY=gone.name))
+    return scene.attempt(environ=scene.environ(DISPLAY=stopped.name))
 
 
 def display_dead(scene: Scene) -> Attempt:
@@ -131,13 +131,13 @@ def kill_display(scene: Scene, _attempt: Attempt) -> None:
     scene.other_display.kill()
 
 
-# ---- what is on this side ----
+# ---- the local machine ----
 
 
-def root_no_directory(scene: Scene) -> Attempt:
-    taken = scene.root.with_name("taken")
-    taken.write_text("")
-    return scene.attempt(root=taken)
+def root_not_a_directory(scene: Scene) -> Attempt:
+    file = scene.root.with_name("taken")
+    file.write_text("")
+    return scene.attempt(root=file)
 
 
 def small_disk(scene: Scene) -> Path:
@@ -160,7 +160,7 @@ def disk_full(scene: Scene) -> Attempt:
 
 
 def disk_fills_up(scene: Scene) -> Attempt:
-    """The program prints more than the disk takes, as soon as it is told to."""
+    """The program prints more than the disk can hold, as soon as it is triggered."""
     fifo = scene.runtime / "fifo"
     os.mkfifo(fifo)
     flood = f"(read -r _ < {shlex.quote(str(fifo))}; yes 'so much to say' | head -c 200000; sleep 3600) &"
@@ -173,7 +173,7 @@ def fill_disk(scene: Scene, attempt: Attempt) -> None:
 
 
 def start_without_writable_directory(attempt: Attempt) -> None:
-    """All directories for sockets are on file systems that are read-only; the sessions root is not."""
+    """All directories for sockets are on read-only file systems; the sessions root is not."""
     root = attempt.root
     root.mkdir(parents=True, exist_ok=True)
     commands = [["mount", "--make-rprivate", "/"], ["mount", "--bind", str(root), str(root)]]
@@ -189,26 +189,26 @@ def comma_in_path(scene: Scene) -> Attempt:
 
 
 def start_without_free_port(attempt: Attempt) -> None:
-    """Its network has one port, and somebody else has that."""
+    """Its network has a single port, and that is in use."""
     only = 40000
 
-    def with_port_taken() -> None:
+    def start_with_port_in_use() -> None:
         with socket.create_server((LOOPBACK, only)):
             attempt.start()
             attempt.wait()
 
     one_port = f"echo {only} {only} > /proc/sys/net/ipv4/ip_local_port_range"
-    in_namespace(NETWORK, [["sh", "-c", one_port], ["ip", "link", "set", "lo", "up"]], with_port_taken)
+    in_namespace(NETWORK, [["sh", "-c", one_port], ["ip", "link", "set", "lo", "up"]], start_with_port_in_use)
 
 
 # ---- agent and SSH server ----
 
 
 def port_refused(scene: Scene) -> Attempt:
-    """Nothing listens on the port, and nothing else can take it."""
-    taken = scene.stack.enter_context(socket.socket())
-    taken.bind((LOOPBACK, 0))
-    session = dataclasses.replace(scene.session, graphics_port=taken.getsockname()[1])
+    """Nothing listens on the port, and nothing else can bind it."""
+    bound = scene.stack.enter_context(socket.socket())
+    bound.bind((LOOPBACK, 0))
+    session = dataclasses.replace(scene.session, graphics_port=bound.getsockname()[1])
     return scene.attempt(session)
 
 
@@ -217,9 +217,9 @@ def wrong_cookie(scene: Scene) -> Attempt:
 
 
 def resumed(scene: Scene) -> SessionInfo:
-    """Let the session stand, be suspended and be resumed: its agent waits on a new port."""
+    """Establish, suspend and resume the session: its agent then waits on a new port."""
     first = scene.attempt().run()
-    scene.stood_long_enough(first)
+    scene.wait_resilient(first)
     first.proxy.stop()
     scene.server.wait_status(scene.admin, scene.agent.name, "S")
     return scene.resumed()
@@ -240,7 +240,7 @@ def agent_dead(scene: Scene) -> Attempt:
 
 
 def agent_stopped(scene: Scene, session: SessionInfo | None = None, **options: Any) -> Attempt:
-    """It takes the connection, but says nothing."""
+    """The kernel accepts the connection, but the agent sends nothing."""
     os.kill(scene.agent.pid, signal.SIGSTOP)
     scene.repairs.callback(send_signal, [scene.agent.pid], signal.SIGCONT)
     return scene.attempt(session, **options)
@@ -316,7 +316,7 @@ def stop_server_for_a_while(scene: Scene, attempt: Attempt) -> None:
 
 
 def viewer(scene: Scene, *before: str, **options: Any) -> Attempt:
-    """A script that talks to a service behind the SSH server, as a viewer would."""
+    """A script that connects to a service behind the SSH server, as a viewer would."""
     service = scene.stack.enter_context(Service())
     backend = WatchedViewer([*before, sys.executable, "-c", CLIENT, "{host}", "{port}"], **options)
     return scene.attempt(SessionInfo(name="viewer", graphics_port=service.port), backend=backend)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from .x2go import AgentSession
 
-ACCEPTED_LINE = "Accepted connection"  # of an agent that a proxy has reached
+ACCEPTED_LINE = "Accepted connection"  # logged by an agent that a proxy has connected to
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this directory; the hook is given those of all others too."""
+    """Mark every test of this directory; the hook receives those of all others too."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -39,14 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def real_programs() -> None:
-    """Skip where programs are missing, or fail where they were promised."""
+    """Skip if programs are missing, or fail if they are required."""
     if missing := missing_programs():
         skip_or_fail(missing)
 
 
 @pytest.fixture(scope="session")
 def stalls() -> Iterator[Stalls]:
-    """What knows when the machine held everybody up."""
+    """The recorder of the moments in which the whole machine stalled."""
     with Stalls() as stalls:
         yield stalls
 
@@ -76,7 +76,7 @@ def ssh_client(x2go_server: X2GoServer) -> Iterator[paramiko.SSHClient]:
 
 @pytest.fixture
 def agent(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient) -> Iterator[AgentSession]:
-    """A fresh desktop session with a red xterm, in its first attempt: one connection is all it takes."""
+    """A fresh desktop session with a red xterm, in its first attempt: it accepts only one connection."""
     session = x2go_server.start_agent(ssh_client)
     yield session
     x2go_server.end(session)
@@ -84,8 +84,8 @@ def agent(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient) -> Iterator[A
 
 @pytest.fixture
 def nothing_left(x2go_server: X2GoServer) -> Iterator[None]:
-    """After each test, and all that it set up, nothing of it is left in this process."""
-    del x2go_server  # it stays
+    """Check that after each test and its teardown nothing of it is left in this process."""
+    del x2go_server  # it outlives the test
     before = Holdings.now()
     yield
     nothing_gained_since(before)
@@ -93,8 +93,8 @@ def nothing_left(x2go_server: X2GoServer) -> Iterator[None]:
 
 @pytest.fixture
 def runtime() -> Iterator[Path]:
-    """A directory whose ``run`` is for sockets; all of them are gone in the end."""
-    directory = Path(tempfile.mkdtemp(prefix="pfsm-run-"))  # of a path short enough for sockets
+    """A directory whose ``run`` is for sockets; at the end all of them must be removed."""
+    directory = Path(tempfile.mkdtemp(prefix="pfsm-run-"))  # its path is short enough for sockets
     (directory / "run").mkdir()
     yield directory
     left = list((directory / "run").iterdir())
@@ -115,14 +115,14 @@ def scene(
 def plain_scene(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display, runtime: Path
 ) -> Iterator[Scene]:
-    """The same with an agent that x2goserver does not know, for what it has no part in."""
+    """The same with an agent unknown to x2goserver, for faults that do not involve the latter."""
     with plain_agent() as agent, opened_scene(x2go_server, ssh_client, agent, display, runtime) as scene:
         yield scene
 
 
 @pytest.fixture(scope="module")
 def waiting_agents(x2go_server: X2GoServer) -> Iterator[WaitingAgents]:
-    """None before the first one is asked for."""
+    """Agents that no proxy connects to, the first started on demand."""
     agents = WaitingAgents(x2go_server)
     yield agents
     for _, session in agents.used:
@@ -137,7 +137,7 @@ def untouched(
     display: Display,
     runtime: Path,
 ) -> Iterator[Scene]:
-    """A session that nobody may touch: it lives, and no connection ever reached it."""
+    """A session that must stay untouched: its agent is alive, and no connection ever reached it."""
     agent = waiting_agents.current()
     with opened_scene(x2go_server, ssh_client, agent, display, runtime) as scene:
         yield scene
@@ -145,7 +145,7 @@ def untouched(
 
 
 def check_untouched(server: X2GoServer, agent: AgentSession) -> None:
-    """Make sure that an agent lives, and that no connection ever reached it."""
+    """Make sure that an agent is alive, and that no connection ever reached it."""
     assert alive(agent.pid)
     assert established(agent.graphics_port) == 0
     assert ACCEPTED_LINE not in server.agent_log(agent)

@@ -1,4 +1,4 @@
-"""An X server of one's own to paint on, and a look at what was painted."""
+"""A private X server to paint on, and screenshots of what was painted."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ STOP_S = 5.0
 XWD_FIELDS = 25  # CARD32s of the fixed header, big-endian (X11/XWDFile.h)
 Z_PIXMAP = 2
 PAINT_S = 60.0
-LOOK_S = 0.1  # between two looks: each is a program of its own, and a picture of megabytes
-SHARE = 0.1  # of the screen that a window takes at least: an xterm covers about an eighth
+POLL_S = 0.1  # between two screenshots: each is a program of its own, and a picture of megabytes
+SHARE = 0.1  # of the screen that a window covers at least: an xterm covers about an eighth
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 COLOUR_BYTES = 12  # one entry of the colour map
 # a ClientMessage WM_DELETE_WINDOW (ICCCM 4.2.8.1), by Xlib, in a program of its own
@@ -55,14 +55,14 @@ sys.exit(not x11.XSendEvent(display, ctypes.c_ulong(window), 0, ctypes.c_long(0)
 
 
 class Display:
-    """Xvfb on a free display, which lets in only who has the cookie in `xauthority`."""
+    """Xvfb on a free display, which accepts only clients with the cookie in `xauthority`."""
 
     def __init__(self, *, size: tuple[int, int] = (1024, 768), no_reset: bool = True) -> None:
-        """Take down the wishes.
+        """Prepare; nothing runs yet.
 
         Args:
             size: width and height of the screen in pixels.
-            no_reset: whether the server stays as it is when its last client leaves.
+            no_reset: whether the server keeps its state when its last client disconnects.
         """
         self._size = size
         self._no_reset = no_reset
@@ -80,7 +80,7 @@ class Display:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a program needs in its environment to paint here."""
+        """The environment that a program needs to paint here."""
         return {"DISPLAY": self.name, "XAUTHORITY": str(self.xauthority)}
 
     @property
@@ -89,12 +89,12 @@ class Display:
         return Path(f"/tmp/.X11-unix/X{self.name.removeprefix(':')}")
 
     def start(self) -> None:
-        """Start the X server and wait until it takes connections."""
+        """Start the X server and wait until it accepts connections."""
         self._directory = Path(tempfile.mkdtemp(prefix="pfsm-display-"))
         self.xauthority = self._directory / "Xauthority"
         server_authority = self._directory / "server-authority"
         cookie = token_hex(16)
-        self._add_cookie(server_authority, ":0", cookie)  # the server heeds the cookie alone
+        self._add_cookie(server_authority, ":0", cookie)  # the server reads only the cookie
         read_end, write_end = os.pipe()
         command = [program("Xvfb") or "Xvfb", "-displayfd", str(write_end)]
         command += ["-screen", "0", "{}x{}x24".format(*self._size)]
@@ -142,13 +142,13 @@ class Display:
         return int(answer)
 
     def kill(self) -> None:
-        """Kill the X server as a crash would: its socket stays behind."""
+        """Kill the X server as in a crash: its socket file is left behind."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGKILL)
             self._process.wait(STOP_S)
 
     def stop(self) -> None:
-        """End the X server and remove all that is left of it."""
+        """End the X server and remove all of its files."""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.send_signal(signal.SIGCONT)
@@ -162,10 +162,10 @@ class Display:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
-        """Remove the socket file, unless another server has taken the display over.
+        """Remove the socket file, unless another server now owns the display.
 
-        Xvfb leaves the file where it chose its display itself. Who has the abstract socket of the same name has the
-        display; while it is held here, no other server takes it.
+        Xvfb leaves the file behind if it chose its display itself. The owner of the abstract socket of the same name
+        owns the display; while it is bound here, no other server can claim the display.
         """
         with socket.socket(socket.AF_UNIX) as guard, contextlib.suppress(OSError):
             guard.bind(f"\0{self.socket_path}")
@@ -185,8 +185,8 @@ class Display:
     def screenshot(self) -> Image.Image:
         """Take a picture of the whole screen, in RGB.
 
-        xwd asks for the windows first and for their colours then: one that went meanwhile makes it fail, so that it
-        is asked again.
+        xwd first asks for the windows and then for their colours: it fails if one was closed in between, and is
+        run again.
         """
         for _ in range(5):
             with contextlib.suppress(subprocess.CalledProcessError):
@@ -194,18 +194,18 @@ class Display:
         return picture_of_dump(self._ask("xwd", "-root", "-silent"))
 
     def share_of(self, colour: tuple[int, int, int]) -> float:
-        """Tell how much of the screen, from 0 to 1, shows exactly `colour`."""
+        """Return the share of the screen, from 0 to 1, that shows exactly `colour`."""
         screen = self.screenshot()
         colours = screen.getcolors(screen.width * screen.height) or []
         return sum(count for count, shown in colours if shown == colour) / (screen.width * screen.height)
 
     def wait_for(self, colour: tuple[int, int, int]) -> None:
         """Wait until a window of this colour is shown."""
-        eventually(lambda: self.share_of(colour) > SHARE, PAINT_S, what=f"{colour} on the screen", interval_s=LOOK_S)
+        eventually(lambda: self.share_of(colour) > SHARE, PAINT_S, what=f"{colour} on the screen", interval_s=POLL_S)
 
     def wait_without(self, colour: tuple[int, int, int]) -> None:
         """Wait until no window of this colour is shown any more."""
-        eventually(lambda: self.share_of(colour) < SHARE, PAINT_S, what=f"no {colour} left", interval_s=LOOK_S)
+        eventually(lambda: self.share_of(colour) < SHARE, PAINT_S, what=f"no {colour} left", interval_s=POLL_S)
 
     def windows(self) -> list[str]:
         """List the names of all windows that have one."""
@@ -213,7 +213,7 @@ class Display:
         return re.findall(r'^\s+0x[0-9a-f]+ "(.*)": \(', tree, re.MULTILINE)
 
     def close_window(self, name: str) -> None:
-        """Close a window as a window manager does when its user clicks on the cross: it asks the window to go."""
+        """Close a window as a window manager does when its user clicks on the cross: it asks the window to close."""
         found = re.search(r"Window id: (0x[0-9a-f]+)", self._ask("xwininfo", "-name", name).decode())
         if found is None:
             raise LookupError(f"There is no window {name}.")
@@ -226,7 +226,7 @@ def picture_of_dump(dump: bytes) -> Image.Image:
     """Turn the output of xwd into a picture.
 
     Raises:
-        ValueError: it is no ZPixmap of 24 or 32 bits a pixel, blue first, as Xvfb gives at depth 24.
+        ValueError: it is not a ZPixmap of 24 or 32 bits a pixel, blue first, as Xvfb produces at depth 24.
 
     Source: X11/XWDFile.h.
     """
@@ -236,6 +236,6 @@ def picture_of_dump(dump: bytes) -> Image.Image:
     layout = (pixmap_format, byte_order, red, green, blue)
     order = {24: "BGR", 32: "BGRX"}.get(bits_per_pixel)
     if order is None or layout != (Z_PIXMAP, 0, 0xFF0000, 0xFF00, 0xFF):
-        raise ValueError(f"cannot read such a window dump: {bits_per_pixel} bits, {layout}")
+        raise ValueError(f"unsupported window dump: {bits_per_pixel} bits, {layout}")
     pixels = dump[header_bytes + header[19] * COLOUR_BYTES :]
     return Image.frombytes("RGB", (width, height), pixels, "raw", order, line_bytes)

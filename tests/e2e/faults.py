@@ -1,7 +1,7 @@
-"""The fault matrix: what can go wrong, and what a proxy then has to say. One row a fault.
+"""The fault matrix: what can go wrong, and what a proxy must report. One row per fault.
 
-`causes.py` causes each for real; `test_faults.py` runs every row; `fault_table.py` makes docs/faults.md of the rows and
-of what was measured.
+`causes.py` causes each for real; `test_faults.py` runs every row; `fault_table.py` generates docs/faults.md from the
+rows and the measurements.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class When(StrEnum):
 
 
 class Left(StrEnum):
-    """What a fault leaves of the session: the status that the server lists, where that says something."""
+    """What a fault leaves of the session: the status that the server lists, where that is conclusive."""
 
     UNTOUCHED = "untouched"
     SUSPENDED = "S"
@@ -47,7 +47,7 @@ class Left(StrEnum):
 
     @property
     def again(self) -> bool:
-        """Whether a second attempt, made for real once the cause is put right, runs."""
+        """Whether a second attempt, made for real once the cause is fixed, reaches `running`."""
         return self in {Left.UNTOUCHED, Left.SUSPENDED}
 
 
@@ -57,26 +57,26 @@ class Fault:
 
     Attributes:
         cause: Its name.
-        reason: What it ends with.
-        says: What the detail names.
-        retryable: What the status says.
+        reason: The expected reason.
+        in_detail: A text that the detail must contain.
+        retryable: The expected `retryable` of the status.
         when: When it strikes.
         left: What it leaves of the session.
         make: Sets the scene and makes the proxy.
         start: Starts it.
-        strike: Causes the fault; None where it is there already.
+        strike: Causes the fault; None if it is already present.
         script: The server's script that `strike` calls, if any: the time that it takes is not ours.
-        limits: Those of the proxy's time limits that are not the default ones, so that a run takes less time.
-        sign: What is seen of it first; None for the cause itself.
-        due_s: So long after the cause it is a fault at all, where `sign` is None.
-        orderly: Whether the proxy outlives the first sign; the time to the final state counts from its exit.
-        within_s: How long it may take from the cause to the final state, where a limit decides that.
-        unshares: Whether it takes namespaces of its own: mounts, or a network.
+        limits: The proxy's time limits that differ from the defaults, to shorten the run.
+        sign: Its first observation, or a text in the first line that shows it; None for the cause itself.
+        due_s: How long after the cause it counts as a fault, if `sign` is None.
+        orderly: Whether the proxy outlives the first sign; the time to the final state then counts from its exit.
+        within_s: Time limit from the cause to the final state, if a configured limit determines it.
+        unshares: Whether it needs namespaces of its own: mounts, or a network.
     """
 
     cause: str
     reason: EndReason
-    says: str
+    in_detail: str
     retryable: bool | None
     _: KW_ONLY
     when: When
@@ -94,12 +94,12 @@ class Fault:
 
     @property
     def needs_x2goserver(self) -> bool:
-        """Whether the server's list of sessions, or a resume, has a part in it."""
+        """Whether it involves the server's list of sessions, or a resume."""
         return self.when is When.RESUMING or (self.when is When.RUNNING and self.left is not Left.UNTOUCHED)
 
     @property
     def final_s(self) -> float:
-        """How long it may take to the final state: from the proxy's exit where that is orderly, else from the sign."""
+        """Time limit to the final state: from the proxy's exit if that is orderly, else from the sign."""
         return AFTER_EXIT_S if self.orderly else DEAD_S
 
 
@@ -110,17 +110,17 @@ class Mishap:
     Attributes:
         cause: Its name.
         strike: Causes it.
-        told: The event that tells of it.
-        then: The event that tells that it is over; empty where there is none.
+        event: The event that reports it.
+        recovery_event: The event that reports its end; empty if there is none.
         make: Sets the scene and makes the proxy.
-        limits: As those of a fault.
-        unshares: As that of a fault.
+        limits: As in `Fault`.
+        unshares: As in `Fault`.
     """
 
     cause: str
     strike: Callable[[Scene, Attempt], object]
-    told: str
-    then: str = ""
+    event: str
+    recovery_event: str = ""
     _: KW_ONLY
     make: Callable[[Scene], Attempt] = causes.healthy
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -133,38 +133,39 @@ NEGOTIATION = partial(Fault, when=When.NEGOTIATION, left=Left.DEAD)
 RESUMING = partial(Fault, when=When.RESUMING, left=Left.SUSPENDED)
 RUNNING = partial(Fault, when=When.RUNNING, left=Left.SUSPENDED)
 YES, NO, UNKNOWN = True, False, None
-# what nxproxy says
+# nxproxy's messages
 BROKEN, CAUGHT = "Failure reading from the peer proxy", "Waiting the cleanup timeout"
 REFUSED = "The remote NX proxy closed the connection"
 SUSPEND, TERMINATE = "x2gosuspend-session", "x2goterminate-session"
 PROBE = {"link_probe_s": 0.3}
 
 # fmt: off
-# cause, reason, what the detail names, retryable
+# cause, reason, text in the detail, retryable
 FAULTS: tuple[Fault, ...] = (
     START("program missing", E.PROXY_NOT_FOUND, "was not found", YES, make=causes.program_missing),
-    START("program not executable", E.PROXY_NOT_STARTABLE, "not an executable", YES, make=causes.program_no_executable),
-    START("program is no program", E.PROXY_NOT_STARTABLE, "Exec format error", YES, make=causes.program_no_program),
+    START("program not executable", E.PROXY_NOT_STARTABLE, "not an executable", YES,
+          make=causes.program_not_executable),
+    START("program of unknown format", E.PROXY_NOT_STARTABLE, "Exec format error", YES, make=causes.program_bad_format),
     START("program exits at once", E.PROXY_EXITED, 'its last line: "no licence for this machine".', YES,
           make=causes.program_exits, sign=EXIT),
     START("DISPLAY unset", E.DISPLAY_UNAVAILABLE, "DISPLAY", YES, make=causes.display_unset),
     START("X server absent", E.DISPLAY_UNAVAILABLE, "X server", YES, make=causes.display_absent),
     START("X server dead", E.DISPLAY_UNAVAILABLE, "X server", YES, make=causes.display_dead),
     START("X server refuses", E.DISPLAY_UNAVAILABLE, "X server", YES, make=causes.display_refuses),
-    START("sessions root is no directory", E.LISTEN_FAILED, "taken", YES, make=causes.root_no_directory),
+    START("sessions root is not a directory", E.LISTEN_FAILED, "taken", YES, make=causes.root_not_a_directory),
     START("disk full", E.LISTEN_FAILED, "No space left on device", YES, make=causes.disk_full, unshares=True),
     START("no directory for the socket", E.LISTEN_FAILED, "no temporary directory is writable", YES,
           start=causes.start_without_writable_directory, unshares=True),
     START("socket's path unfit for nxproxy", E.LISTEN_FAILED, "a,b", YES, make=causes.comma_in_path),
     START("no free TCP port", E.LISTEN_FAILED, "Address already in use", YES,
           make=causes.viewer, start=causes.start_without_free_port, unshares=True),
-    START("SSH connection closed before", E.TRANSPORT_LOST, "The SSH connection", YES, make=causes.transport_closed),
+    START("SSH connection already closed", E.TRANSPORT_LOST, "The SSH connection", YES, make=causes.transport_closed),
     START("forwarding denied", E.FORWARDING_DENIED, "does not allow forwarding", YES,
           make=causes.forwarding_denied, sign=WorkerFailed, orderly=True),
     START("graphics port refused", E.AGENT_UNREACHABLE, "nothing listens there", UNKNOWN,
           make=causes.port_refused, limits={"agent_connect_s": 1}, sign=WorkerFailed, orderly=True,
           within_s=1 + DEAD_S),
-    START("agent killed before", E.AGENT_UNREACHABLE, "nothing listens there", UNKNOWN,
+    START("agent already dead", E.AGENT_UNREACHABLE, "nothing listens there", UNKNOWN,
           make=causes.agent_dead, limits={"agent_connect_s": 1}, left=Left.DEAD, sign=WorkerFailed, orderly=True,
           within_s=1 + DEAD_S),
 
@@ -203,11 +204,11 @@ FAULTS: tuple[Fault, ...] = (
             make=causes.on_another_display, strike=causes.kill_display, orderly=True),
     RUNNING("proxy killed (SIGKILL)", E.PROXY_KILLED, "SIGKILL", YES, strike=causes.kill_proxy),
     RUNNING("proxy crashes (SIGSEGV)", E.PROXY_KILLED, "SIGSEGV", YES, strike=causes.crash_proxy),
-    RUNNING("proxy told to end (SIGTERM)", E.PROXY_KILLED, "TERM, INT or HUP", YES,
+    RUNNING("proxy terminated (SIGTERM)", E.PROXY_KILLED, "TERM, INT or HUP", YES,
             strike=causes.terminate_proxy, sign=CAUGHT, orderly=True),
     RUNNING("proxy leaves a child", E.PROXY_KILLED, "SIGKILL", YES,
             make=causes.program_leaves_child, strike=causes.kill_proxy),
-    RUNNING("proxy leaves a child of another process session", E.PROXY_KILLED, "SIGKILL", YES,
+    RUNNING("proxy leaves a child in another process session", E.PROXY_KILLED, "SIGKILL", YES,
             make=causes.program_leaves_runaway, strike=causes.kill_proxy),
     RUNNING("stopped, ignores SIGTERM", E.STOP_REQUESTED, "asked to stop", YES,
             make=causes.program_ignores_term, strike=causes.stop_proxy, limits={"stop_grace_s": 1}, orderly=True,
@@ -225,7 +226,7 @@ FAULTS: tuple[Fault, ...] = (
             make=causes.window, strike=causes.close_window, left=Left.UNTOUCHED, sign=EXIT),
 )
 
-# cause, how, what is told of it, and of its end
+# cause, how, event, recovery event
 MISHAPS: tuple[Mishap, ...] = (
     Mishap("SSH server silent for a while", causes.stop_server_for_a_while, "link.silent", "link.restored",
            limits=PROBE),

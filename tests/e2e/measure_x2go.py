@@ -1,4 +1,4 @@
-"""Measures what docs/moving-from-python-x2go.md says of our class: ``python -m tests.e2e.measure_x2go``."""
+"""Measures the figures for our class in docs/moving-from-python-x2go.md: ``python -m tests.e2e.measure_x2go``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def silent(*_: Any, **__: Any) -> None:
 
 
 def one(server: X2GoServer, fault: str) -> str:
-    """Start a session through the API, have a fault happen, and tell what came of it, and after how long."""
+    """Start a session through the API, cause a fault, and report the outcome and its time."""
     with (
         Display() as display,
         contextlib.closing(server.connect()) as admin,
@@ -51,7 +51,7 @@ def one(server: X2GoServer, fault: str) -> str:
         began = time.monotonic()
         process, ok = proxy.start_proxy()
         started_s = time.monotonic() - began
-        deeds: dict[str, Callable[[], object]] = {
+        actions: dict[str, Callable[[], object]] = {
             "stop": proxy.stop_thread,
             "proxy killed": lambda: send_signal([process.pid] if process else [], signal.SIGKILL),
             "SSH dropped": lambda: send_signal(server.session_pids(client), signal.SIGKILL),
@@ -59,10 +59,10 @@ def one(server: X2GoServer, fault: str) -> str:
             "terminated": lambda: server.terminate(admin, agent.name),
         }
         after_s = started_s
-        if fault in deeds:
+        if fault in actions:
             time.sleep(1)  # a session in use
             began = time.monotonic()
-            deeds[fault]()
+            actions[fault]()
             eventually(lambda: not proxy.ok(), END_S, interval_s=0.001)
             after_s = time.monotonic() - began
         proxy.stop_thread()
@@ -77,7 +77,7 @@ def main() -> None:
     faults = "program missing,no X server,port refused,wrong cookie,proxy killed,SSH dropped,suspended,terminated,stop"
     with X2GoServer(user="pfsmmeasure") as server:
         for fault in faults.split(","):
-            print(one(server, fault), flush=True)  # noqa: T201 - this is what it is for
+            print(one(server, fault), flush=True)  # noqa: T201 - a command-line tool
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A thread in namespaces of its own: its own mounts, or its own network."""
+"""A thread in its own namespaces: mounts, or a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _libc = ctypes.CDLL(None, use_errno=True)  # os.unshare, which Python has from 3
 
 
 def is_allowed() -> bool:
-    """Tell whether this kernel, or this sandbox, lets us have mounts and a network of our own."""
+    """Return whether this kernel, or this sandbox, allows us mount and network namespaces of our own."""
     try:
         in_namespace(MOUNTS | NETWORK, [["mount", "--make-rprivate", "/"]], lambda: None)
     except (OSError, subprocess.CalledProcessError):
@@ -25,15 +25,15 @@ def is_allowed() -> bool:
 
 
 def in_namespace(kind: int, commands: Sequence[Sequence[str]], function: Callable[[], object]) -> None:
-    """Call `function` on a thread in a namespace of its own; what it starts is in it too.
+    """Call `function` on a thread in a namespace of its own, which the processes it starts inherit.
 
     Args:
         kind: `MOUNTS`, `NETWORK` or both; in a new network not even the loopback is up.
-        commands: run first, in it.
-        function: what to call then.
+        commands: run first, in the namespace.
+        function: called afterwards.
 
     Raises:
-        OSError: this needs root, and a kernel or a sandbox that allows it.
+        OSError: not root, or not allowed by the kernel or the sandbox.
         CalledProcessError: a command failed.
     """
 

@@ -1,4 +1,4 @@
-"""What the harness needs to look at processes, and to end its own."""
+"""Helpers to inspect processes, and to end the harness's own."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ ESTABLISHED, LISTENING = "01", "0A"  # states of a socket in /proc/net/tcp
 
 
 def program(name: str) -> str | None:
-    """Find `name` also in the administrator's directories, which not every PATH holds."""
+    """Find `name` also in the sbin directories, which not every PATH contains."""
     return shutil.which(name, path=SYSTEM_PATH)
 
 
 def missing_programs() -> list[str]:
-    """Name what real sessions need and this machine lacks; "root" stands for not being root."""
+    """List the programs that real sessions need and this machine lacks; "root" stands for not being root."""
     missing = [name for name in PROGRAMS if program(name) is None]
     return missing if os.geteuid() == 0 else [*missing, "root"]
 
 
 def alive(pid: int) -> bool:
-    """Tell whether process `pid` runs; a zombie does not."""
+    """Return whether process `pid` runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
     except (FileNotFoundError, ProcessLookupError):
@@ -40,7 +40,7 @@ def alive(pid: int) -> bool:
 
 
 def program_name(pid: int) -> str:
-    """Give the name of the program that process `pid` runs, "" when it is gone."""
+    """Return the name of the program that process `pid` runs, "" if it has exited."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
@@ -48,7 +48,7 @@ def program_name(pid: int) -> str:
 
 
 def command_line(pid: int) -> str:
-    """Give the command line of process `pid`, or the title it gave itself; "" when it is gone."""
+    """Return the command line of process `pid`, or the title it gave itself; "" if it has exited."""
     try:
         return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" "))
     except (FileNotFoundError, ProcessLookupError):
@@ -75,7 +75,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def processes_of(uid: int) -> list[int]:
-    """List the processes that belong to user `uid`, zombies left out."""
+    """List the processes that belong to user `uid`, without zombies."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -85,7 +85,7 @@ def processes_of(uid: int) -> list[int]:
 
 
 def send_signal(pids: Iterable[int], number: signal.Signals) -> None:
-    """Send a signal to each of `pids`; those that are gone do not matter."""
+    """Send a signal to each of `pids`; those that have exited are ignored."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
@@ -100,12 +100,12 @@ def _sockets() -> list[list[str]]:
 
 
 def is_listening(port: int) -> bool:
-    """Tell whether something on this machine listens on TCP `port`, without connecting to it."""
+    """Return whether something on this machine listens on TCP `port`, without connecting to it."""
     return any(row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port for row in _sockets())
 
 
 def established(port: int) -> int:
-    """Count the ends on this machine of connections to, or from, TCP `port`."""
+    """Count the local ends of connections to, or from, TCP `port`."""
     ends = [row[1:3] for row in _sockets() if row[3] == ESTABLISHED]
     return sum(any(int(end.rpartition(":")[2], 16) == port for end in both) for both in ends)
 

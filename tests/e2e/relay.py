@@ -1,4 +1,4 @@
-"""A hop on the way to the SSH server, which can cut what goes through it."""
+"""A hop on the way to the SSH server that can cut the connection."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from typing import Self
 
 READ_BYTES = 1 << 16
-RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: what is closed so is reset
+RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing then sends a reset
 
 
 class Relay:
-    """Passes one TCP connection on to a port of this machine, on one thread, which alone touches its sockets."""
+    """Relays one TCP connection to a port of this machine, on one thread, which alone uses its sockets."""
 
     def __init__(self, port: int) -> None:
-        """Listen; `port` is where it leads."""
+        """Listen; `port` is the target."""
         self._to = port
         self._listener = socket.create_server((LOOPBACK, 0))
         self._wake, self._waker = socket.socketpair()
@@ -45,11 +45,11 @@ class Relay:
                         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                     return
                 for source, to in ((near, far), (far, near)):
-                    if source in ready and not self._passed_on(source, to):
+                    if source in ready and not self._relayed(source, to):
                         return
 
     @staticmethod
-    def _passed_on(source: socket.socket, to: socket.socket) -> bool:
+    def _relayed(source: socket.socket, to: socket.socket) -> bool:
         with contextlib.suppress(OSError):
             if data := source.recv(READ_BYTES):
                 to.sendall(data)

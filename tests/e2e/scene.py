@@ -1,4 +1,4 @@
-"""A session to attach to, with all that it takes to see it, and to see that nothing is left of its proxies."""
+"""A session to attach to, with everything needed to display it and to check that its proxies leave nothing behind."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from .x2go import AgentSession, Display, X2GoServer
 
 FRESH_S = 30.0
-SETTLED_S = 0.6  # after so long a session certainly survives; before, `retryable` is None
+RESILIENT_S = 0.6  # a session running for so long certainly survives; before, `retryable` is None
 
 
 @dataclass
 class Scene:
-    """A session in its first attempt, and all that it takes to see it."""
+    """A session in its first attempt, and everything needed to display it."""
 
     server: X2GoServer
-    client: paramiko.SSHClient  # the connection that proxies go over
-    admin: paramiko.SSHClient  # another, for a look at the server
+    client: paramiko.SSHClient  # the connection that proxies use
+    admin: paramiko.SSHClient  # another, to inspect the server
     agent: AgentSession
     display: Display
     runtime: Path
     stack: contextlib.ExitStack = field(repr=False)
-    repairs: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)  # put a fault right
+    repairs: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)  # fix a fault's cause
     timeouts: Timeouts = field(default_factory=Timeouts)  # of its proxies
-    other_display: Display | None = None  # where something is to happen to it
-    relay: Relay | None = None  # the same
+    other_display: Display | None = None  # if a fault strikes it
+    relay: Relay | None = None  # likewise
 
     @property
     def root(self) -> Path:
@@ -59,7 +59,7 @@ class Scene:
         return parse_agent_output(self.agent.raw)
 
     def environ(self, **changes: str | None) -> dict[str, str]:
-        """What the proxy inherits; None takes a variable away."""
+        """Return the environment that the proxy inherits; None removes a variable."""
         whole = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.runtime),
@@ -77,7 +77,7 @@ class Scene:
         environ: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Attempt:
-        """Make a proxy that is ended with the scene."""
+        """Make a proxy that is closed with the scene."""
         attempt = Attempt(
             session or self.session,
             client or self.client,
@@ -89,26 +89,26 @@ class Scene:
         return attempt
 
     def reconnect(self) -> None:
-        """Connect again where the connection has ended."""
+        """Connect again if the connection has ended."""
         transport = self.client.get_transport()
         if transport is None or not transport.is_active():
             self.client = self.stack.enter_context(contextlib.closing(self.server.connect()))
 
     def resumed(self) -> SessionInfo:
-        """Resume the session on the server; its ports are others then."""
+        """Resume the session on the server; its ports change."""
         ports = self.server.resume(self.admin, self.agent)
         return dataclasses.replace(self.session, graphics_port=ports.graphics_port)
 
-    def settled(self) -> None:
+    def wait_served(self) -> None:
         """Wait until the agent serves programs: before that, it does not survive the loss of its proxy."""
         run(self.admin, f"DISPLAY=:{self.agent.display} xwininfo -root")
 
-    def stood_long_enough(self, attempt: Attempt) -> None:
-        """Wait until the session serves programs, and has stood for so long that it certainly survives."""
+    def wait_resilient(self, attempt: Attempt) -> None:
+        """Wait until the session serves programs, and has run for so long that it certainly survives."""
         if attempt.session.display is not None:
-            self.settled()
+            self.wait_served()
         since = attempt.proxy.status().since
-        eventually(lambda: (datetime.now(UTC) - since).total_seconds() > SETTLED_S, FINAL_S)
+        eventually(lambda: (datetime.now(UTC) - since).total_seconds() > RESILIENT_S, FINAL_S)
 
     def shows(self, colour: tuple[int, int, int] = RED) -> None:
         """Wait until a window of this colour is on the X display."""
@@ -119,7 +119,7 @@ class Scene:
 def opened_scene(
     server: X2GoServer, client: paramiko.SSHClient, agent: AgentSession, display: Display, runtime: Path
 ) -> Iterator[Scene]:
-    """Set a scene. Once its proxies are closed, nothing of them is left, on the transports either."""
+    """Yield a scene. Once its proxies are closed, nothing of them may be left, on the transports either."""
     with contextlib.closing(server.connect()) as admin:
         transports = [transport_of(client), transport_of(admin)]
         before = Holdings.now(transports)
@@ -132,16 +132,16 @@ def opened_scene(
 
 @dataclass
 class WaitingAgents:
-    """Agents in their first attempt, for those who do not touch them.
+    """Agents in their first attempt, for tests that do not connect to them.
 
-    There is one after another, since x2goserver ends each that nobody has connected to within 60 s (measured).
+    They are started one after another, since x2goserver ends each that is not connected to within 60 s (measured).
     """
 
     server: X2GoServer
     used: list[tuple[float, AgentSession]] = field(default_factory=list)
 
     def current(self) -> AgentSession:
-        """Give an agent that has some time left."""
+        """Return an agent that has some time left."""
         if not self.used or time.monotonic() - self.used[-1][0] > FRESH_S:
             with contextlib.closing(self.server.connect()) as client:
                 self.used.append((time.monotonic(), self.server.start_agent(client, command=None)))
@@ -150,7 +150,7 @@ class WaitingAgents:
 
 @contextlib.contextmanager
 def stopped(pids: list[int]) -> Iterator[None]:
-    """Stop processes, and let them go on in the end."""
+    """Stop processes, and continue them at the end."""
     send_signal(pids, signal.SIGSTOP)
     try:
         yield
@@ -160,7 +160,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loose_umask() -> Iterator[None]:
-    """Let every file be made as open as it is asked for."""
+    """Create files with exactly the requested mode."""
     before = os.umask(0)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A program on the server's side, and viewers of it: what is forwarded where no session is."""
+"""A program on the server's side, and viewers of it: what is forwarded if there is no session."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ for _ in range({FLOODS}):
 
 
 class Service:
-    """A program on the server's side, on a loopback port: it sends back what it gets, or swallows it."""
+    """A program on the server's side, on a loopback port: it echoes what it receives, or discards it."""
 
     def __init__(self, *, echo: bool = True) -> None:
         self._echo = echo
@@ -67,8 +67,8 @@ class Service:
                 if self._echo:
                     connection.sendall(data)
 
-    def say(self, data: bytes) -> None:
-        """Send something on the first connection."""
+    def send(self, data: bytes) -> None:
+        """Send data on the first connection."""
         self._connections[0].sendall(data)
 
     def hang_up(self) -> None:

@@ -1,4 +1,4 @@
-"""OpenSSH's server on a port of one's own."""
+"""OpenSSH's server on a port of its own."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ class CommandError(Exception):
 
 
 class SshServer:
-    """sshd on a free loopback port; users come in by a key that it makes.
+    """sshd on a free loopback port; users log in with a key that it generates.
 
-    In its configuration the first value wins, so `extra_config` may say otherwise than ours.
+    In its configuration the first value wins, so `extra_config` overrides ours.
     """
 
     def __init__(self, *, extra_config: str = "", log_level: str = "VERBOSE") -> None:
-        """Take down the wishes.
+        """Prepare; nothing runs yet.
 
         Args:
             extra_config: lines for sshd_config, such as `AllowTcpForwarding no`.
-            log_level: how much `log` will hold.
+            log_level: sshd's LogLevel, for `log`.
         """
         self._extra_config = extra_config
         self._log_level = log_level
@@ -88,14 +88,14 @@ class SshServer:
 
     @property
     def known_hosts_path(self) -> Path:
-        """The host key in the form that other clients read."""
+        """The host key in the format of OpenSSH's known_hosts."""
         return self.directory / "known_hosts"
 
     def start(self) -> None:
         """Start sshd and wait until it listens."""
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         self.directory = Path(tempfile.mkdtemp(prefix="pfsm-sshd-"))
-        self.directory.chmod(0o711)  # sshd reads the authorized keys as the user who comes
+        self.directory.chmod(0o711)  # sshd reads the authorized keys as the user who logs in
         try:
             self._write_keys()
             self._listen()
@@ -106,7 +106,7 @@ class SshServer:
     def _write_keys(self) -> None:
         key = self.host_key
         if not isinstance(key, paramiko.ECDSAKey):
-            raise TypeError("the host key is one that we made")
+            raise TypeError("The host key must be the generated one.")
         key.write_private_key_file(str(self.directory / "host_key"))
         self.client_key.write_private_key_file(str(self.client_key_path))
         public = f"{self.client_key.get_name()} {self.client_key.get_base64()}\n"
@@ -153,28 +153,28 @@ class SshServer:
                     self._listening.set()
 
     def pids(self) -> SshPids:
-        """Tell the processes of the server; commands that users run are not among them."""
+        """Return the processes of the server, without the commands that users run."""
         if self._process is None:
             raise RuntimeError("The SSH server was not started.")
         below = [pid for pid in descendants(self._process.pid) if program_name(pid) == "sshd"]
         return SshPids(self._process.pid, tuple(below))
 
     def session_pids(self, client: paramiko.SSHClient) -> list[int]:
-        """Tell the processes that serve the connection of `client`: stop or kill them to disturb it alone."""
+        """Return the processes that serve the connection of `client`: stop or kill them to disturb only that."""
         transport = transport_of(client)
         if not isinstance(transport.sock, socket.socket):
-            raise TypeError("The client comes through another connection.")
+            raise TypeError("The client is connected through another connection.")
         port = transport.sock.getsockname()[1]
         serving = re.compile(f"sshd: {re.escape(transport.get_username() or '')}(@|$)")
 
-        def settled() -> list[int]:
+        def serving_pids() -> list[int]:
             found = holders(self.port, port, self.pids().sessions)
             return found if any(serving.match(command_line(pid)) for pid in found) else []
 
-        return eventually(settled, START_S)  # just after the login a helper without rights is on its way out
+        return eventually(serving_pids, START_S)  # just after the login an unprivileged helper is still exiting
 
     def connect(self, user: str = "root", *, timeout_s: float = START_S, port: int | None = None) -> paramiko.SSHClient:
-        """Open a fresh connection for `user`, through another port where one is given; the host key is checked."""
+        """Open a fresh connection for `user`, through another port if one is given; the host key is checked."""
         port = port or self.port
         client = paramiko.SSHClient()
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
@@ -195,10 +195,10 @@ class SshServer:
         return client
 
     def stop(self) -> None:
-        """End the listener and all its connections, stopped ones too."""
+        """End the listener and all its connections, including stopped ones."""
         if self._process is not None:
             if self._process.poll() is None:
-                send_signal([self._process.pid], signal.SIGSTOP)  # no new child while we count them
+                send_signal([self._process.pid], signal.SIGSTOP)  # no new child while they are listed
                 sessions = self.pids().sessions
                 send_signal([self._process.pid, *sessions], signal.SIGKILL)
                 self._process.wait(STOP_S)
@@ -218,7 +218,7 @@ class SshServer:
 
 
 def transport_of(client: paramiko.SSHClient) -> paramiko.Transport:
-    """Give the transport of a connected client."""
+    """Return the transport of a connected client."""
     transport = client.get_transport()
     if transport is None:
         raise RuntimeError("The client is not connected.")
@@ -229,7 +229,7 @@ def run(client: paramiko.SSHClient, command: str, *, timeout_s: float = COMMAND_
     """Run `command` on the server, return its standard output.
 
     Raises:
-        CommandError: its status is not 0; the message holds its standard error.
+        CommandError: its exit status is not 0; the message contains its standard error.
         TimeoutError: it did not end within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s

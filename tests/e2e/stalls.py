@@ -1,6 +1,6 @@
-"""When the machine held everybody up: a shared one does, for a second now and then, and that is no fault of a program.
+"""Records when the whole machine stalled: a shared one does, for up to a second, and no program is to blame.
 
-A thread that only sleeps notes when it woke late. Times that are held against a limit are taken without those moments.
+A thread that only sleeps records when it woke late. Times that are compared with a limit exclude those moments.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from typing import Self
 
 STEP_S = 0.01
-LATE_S = 0.05  # later than that it was not only the turn of somebody else
+LATE_S = 0.05  # a longer delay is not mere scheduling
 
 
 class Stalls:
-    """Notes them while it is entered; there is one for a whole run of the tests."""
+    """Records stalls while it is entered; there is one for a whole run of the tests."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, float]] = []
+        self._stalls: list[tuple[float, float]] = []
         self._due = float("inf")
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="tests-stalls", daemon=True)
@@ -39,10 +39,10 @@ class Stalls:
             self._end.wait(STEP_S)
             now = time.monotonic()
             if now - self._due > LATE_S:
-                self._seen.append((self._due, now))
+                self._stalls.append((self._due, now))
 
     def took_s(self, start: float, end: float) -> float:
-        """Give the time from one moment to another (monotonic seconds), without what passed while all stood still."""
+        """Return the time from one moment to another (monotonic seconds), without the stalls in between."""
         now = time.monotonic()
-        standing = [(self._due, now)] if now - self._due > LATE_S else []  # it has not woken yet
-        return end - start - sum(max(0.0, min(to, end) - max(since, start)) for since, to in [*self._seen, *standing])
+        current = [(self._due, now)] if now - self._due > LATE_S else []  # the thread has not woken yet
+        return end - start - sum(max(0.0, min(to, end) - max(since, start)) for since, to in [*self._stalls, *current])

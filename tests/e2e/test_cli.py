@@ -25,7 +25,7 @@ EXIT_S = 20.0
 
 
 def arguments(server: X2GoServer, agent: AgentSession, display: Display, home: Path) -> dict[str, Any]:
-    """Return the command that attaches to a session, and the environment to run it in."""
+    """Return the command that attaches to a session, and its environment."""
     command = [sys.executable, "-m", "proxy_fsm", "run", f"{server.user}@127.0.0.1", "-p", str(server.port)]
     command += ["-i", str(server.client_key_path), "--known-hosts", str(server.known_hosts_path)]
     command += ["--session", agent.name, "--graphics-port", str(agent.graphics_port), "--display", str(agent.display)]
@@ -35,7 +35,7 @@ def arguments(server: X2GoServer, agent: AgentSession, display: Display, home: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_session_runs_until_a_signal_suspends_it(
+def test_session_runs_until_a_signal_suspends_it(
     *,
     x2go_server: X2GoServer,
     ssh_client: paramiko.SSHClient,
@@ -82,10 +82,10 @@ def test_a_session_runs_until_a_signal_suspends_it(
     assert x2go_server.wait_status(ssh_client, agent.name, "S") == "S"
 
 
-def test_a_session_that_the_server_ends_is_told_apart(
+def test_session_suspended_by_the_server_is_reported_as_suspended(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, agent: AgentSession, display: Display, tmp_path: Path
 ) -> None:
-    """Suspended, here, since the server was asked; and its cookie comes from a file."""
+    """The server is asked, hence `session_suspended`; the cookie comes from a file."""
     cookie_file = tmp_path / "cookie"
     cookie_file.touch(mode=0o600)
     cookie_file.write_text(agent.cookie)

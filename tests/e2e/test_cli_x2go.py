@@ -30,7 +30,7 @@ EXIT_S = 60.0
 
 
 class User:
-    """Somebody with a display, a home and a key, who runs the command line."""
+    """A user with a display, a home and a key, who runs the command line."""
 
     def __init__(self, server: X2GoServer, display: Display, home: Path) -> None:
         self.server = server
@@ -51,20 +51,20 @@ class User:
         return [*command, "--log-format", "json", *more]
 
     def run(self, verb: str, *more: str) -> subprocess.CompletedProcess[str]:
-        """Run it to its end."""
+        """Run a command to its end."""
         command = self._command(verb, *more)
         ended = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=EXIT_S, check=False)
         self.written += ended.stdout + ended.stderr
         return ended
 
     def listed(self) -> dict[str, dict[str, Any]]:
-        """Run ``sessions``; returns its events by the session's name."""
+        """Run ``sessions``; return its events by session name."""
         events = [json.loads(line) for line in self.run("sessions").stdout.splitlines()]
         return {event["session"]: event for event in events if "session" in event}
 
     @contextlib.contextmanager
     def connected(self, *more: str) -> Iterator[Connection]:
-        """Connect, with a session that runs; end it with `Connection.finish`."""
+        """Run ``connect``; end it with `Connection.finish`."""
         with subprocess.Popen(
             self._command("connect", "-v", *more),
             env=self.environ,
@@ -88,7 +88,7 @@ class Connection:
         self.written = ""
 
     def until(self, event: str, **fields: object) -> dict[str, Any] | None:
-        """Read events until this one came; None where it ended before."""
+        """Read events up to and including this one; None if the output ended before."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.written += line
@@ -98,7 +98,7 @@ class Connection:
         return None
 
     def finish(self) -> int:
-        """Read the rest; returns the exit status."""
+        """Read the rest; return the exit status."""
         self.until("never")
         assert self.process.stderr is not None
         assert self.process.stderr.read() == ""
@@ -107,7 +107,7 @@ class Connection:
 
 @pytest.fixture
 def user(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display, tmp_path: Path) -> Iterator[User]:
-    """Whose sessions are ended; the database may list others of an earlier run, whose agents were killed."""
+    """A user whose sessions are terminated afterwards; the database may list stale ones of an earlier run."""
     before = rows(x2go_server, ssh_client)
     yield User(x2go_server, display, tmp_path)
     for name in rows(x2go_server, ssh_client).keys() - before.keys():
@@ -120,7 +120,7 @@ def rows(server: X2GoServer, client: paramiko.SSHClient) -> dict[str, list[str]]
 
 @contextlib.contextmanager
 def started(user: User) -> Iterator[tuple[Connection, str]]:
-    """Start a session; again where two test runs took the same display or port in the same moment."""
+    """Start a session; retry if two test runs claimed the same display or port in the same moment."""
     arguments = ["--command", RED_XTERM, "--link", "lan"]
     for attempt in range(START_ATTEMPTS):
         with user.connected(*arguments) as connection:
@@ -132,10 +132,10 @@ def started(user: User) -> Iterator[tuple[Connection, str]]:
             assert connection.events[-1].get("reason") == "not_started", connection.events
 
 
-def test_a_session_is_started_suspended_listed_resumed_taken_over_and_ended(
+def test_session_is_started_suspended_listed_resumed_taken_over_and_ended(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display, user: User
 ) -> None:
-    """In one test, since each start of an agent takes seconds."""
+    """A single test, since each start of an agent takes seconds."""
     with started(user) as (connection, name):
         display.wait_for(RED)
         cookie, agent_pid = (rows(x2go_server, ssh_client)[name][column] for column in (6, 0))
@@ -169,10 +169,10 @@ def test_a_session_is_started_suspended_listed_resumed_taken_over_and_ended(
     assert cookie.lower() not in user.written.lower()
 
 
-def test_a_new_session_that_cannot_be_shown_is_terminated(
+def test_new_session_that_cannot_be_shown_is_terminated(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, user: User, tmp_path: Path
 ) -> None:
-    """This nxproxy is there, and does nothing."""
+    """The nxproxy of this test exits at once."""
     idle = tmp_path / "nxproxy"
     idle.write_text("#!/bin/sh\nexit 0\n")
     idle.chmod(0o755)
@@ -190,7 +190,7 @@ def test_a_new_session_that_cannot_be_shown_is_terminated(
     assert rows(x2go_server, ssh_client).keys() == before.keys()
 
 
-def test_a_machine_that_can_show_nothing_costs_no_session(
+def test_failed_preflight_starts_no_session(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, user: User
 ) -> None:
     user.environ["DISPLAY"] = ":59999"
@@ -201,7 +201,7 @@ def test_a_machine_that_can_show_nothing_costs_no_session(
     assert rows(x2go_server, ssh_client).keys() == before.keys()
 
 
-def test_a_program_that_the_server_lacks_costs_no_session(
+def test_program_missing_on_the_server_starts_no_session(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, user: User
 ) -> None:
     before = rows(x2go_server, ssh_client)

@@ -1,8 +1,8 @@
-"""The fault matrix, row by row: what it ends with, how fast, that nothing is left, and what a second attempt does.
+"""The fault matrix, row by row: its reason, its times, that nothing is left, and the result of a second attempt.
 
-The rows are in faults.py. Times are those of design.md, section 6; this machine may be shared, so what is asserted is
-the design's figure plus `SLACK_S`, and time in which the machine held everybody up does not count. What was measured is
-kept where the environment variable `RECORD` names a file.
+The rows are in faults.py. Times are those of design.md, section 6; this machine may be shared, so the tests assert the
+design's figure plus `SLACK_S`, and moments in which the whole machine stalled do not count. Measurements are appended
+to the file named by the environment variable `RECORD`, if any.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 SLACK_S = 0.4  # what a busy machine of two cores may add to any time below
 STOPPING_S = 0.05  # from a fault's first sign
-KILLED_S = 0.5  # until a killed process is gone
+KILLED_S = 0.5  # until a killed process has exited
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 @pytest.fixture(scope="module")
 def own_namespaces() -> None:
-    """Skip, or fail, where this machine does not let even root have them."""
+    """Skip, or fail, if this machine does not allow them even to root."""
     if not is_allowed():
         skip_or_fail(["the right to mount, and to have a network of one's own (CAP_SYS_ADMIN)"])
 
@@ -62,7 +62,7 @@ def test_fault(request: pytest.FixtureRequest, stalls: Stalls, fault: Fault) -> 
     status = attempt.proxy.status()
     assert status.reason is fault.reason, status
     assert final is (State.STOPPED if fault.reason.clean else State.FAILED)
-    check_what_its_user_reads(attempt, fault, status)
+    check_user_texts(attempt, fault, status)
     times = check_times(stalls, attempt, fault, cause_at)
 
     check_nothing_left_on_disk(scene, attempt)
@@ -78,25 +78,25 @@ def test_fault(request: pytest.FixtureRequest, stalls: Stalls, fault: Fault) -> 
 
 
 def strike(scene: Scene, fault: Fault, attempt: Attempt) -> float:
-    """Start the attempt and cause the fault; return when that was (monotonic)."""
+    """Start the attempt and cause the fault; return the time of the cause (monotonic)."""
     fault.start(attempt)
     if fault.when is When.RUNNING:
         attempt.proxy.wait_running(RUNNING_S)
-        scene.stood_long_enough(attempt)
+        scene.wait_resilient(attempt)
     cause_at = attempt.started_at if fault.strike is None else time.monotonic()
     if fault.strike is not None:
         fault.strike(scene, attempt)
     return cause_at
 
 
-def check_what_its_user_reads(attempt: Attempt, fault: Fault, status: ProxyStatus) -> None:
-    """The detail says what happened, the hint what to do about it; both are sentences, and hold no secret."""
-    assert fault.says in status.detail
+def check_user_texts(attempt: Attempt, fault: Fault, status: ProxyStatus) -> None:
+    """The detail says what happened, the hint what to do about it; both are sentences without secrets."""
+    assert fault.in_detail in status.detail
     assert status.detail[0].isupper() or status.detail.startswith("nxproxy ")
     assert status.detail.endswith(".")
     assert (status.retryable, status.abandoned) == (fault.retryable, ())
-    if fault.says.startswith("SIG"):
-        assert (status.exit_code, status.signal) == (None, signal.Signals[fault.says])
+    if fault.in_detail.startswith("SIG"):
+        assert (status.exit_code, status.signal) == (None, signal.Signals[fault.in_detail])
     if not fault.reason.clean:
         assert status.hint is not None
     if status.hint is not None:
@@ -109,7 +109,7 @@ def check_what_its_user_reads(attempt: Attempt, fault: Fault, status: ProxyStatu
 
 
 def check_times(stalls: Stalls, attempt: Attempt, fault: Fault, cause_at: float) -> dict[str, float]:
-    """Hold them against what the design promises; return them."""
+    """Compare the times with the design's limits; return them."""
     stopping_at, final_at = attempt.entered[State.STOPPING], attempt.final_at
     sign_at = cause_at + fault.due_s if fault.sign is None else attempt.sign_at(fault.sign)
     end_at = attempt.sign_at(ProcessExited) if fault.orderly else sign_at
@@ -122,24 +122,24 @@ def check_times(stalls: Stalls, attempt: Attempt, fault: Fault, cause_at: float)
 
 
 def check_nothing_left_on_disk(scene: Scene, attempt: Attempt) -> None:
-    """No socket; and in the session root the log, and what nxproxy itself keeps there."""
+    """No socket is left; the session root holds only the log and nxproxy's own files."""
     assert list((scene.runtime / "run").iterdir()) == []
     if attempt.root.is_dir():
-        left = {str(path.relative_to(attempt.root)) for path in attempt.root.rglob("*") if not path.is_dir()}
+        files = {str(path.relative_to(attempt.root)) for path in attempt.root.rglob("*") if not path.is_dir()}
         own = f"S-{attempt.session.name}"
-        assert left - {"filler"} <= {f"{own}/{name}" for name in ("session.log", "stats", "errors")}
+        assert files - {"filler"} <= {f"{own}/{name}" for name in ("session.log", "stats", "errors")}
 
 
 def check_no_process_left(status: ProxyStatus) -> None:
-    """Nobody is left of the proxy's process session; our children, zombies too, are looked at elsewhere."""
+    """No process of the proxy's process session is left; our children, including zombies, are checked elsewhere."""
     if status.pid is None:
         return
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if session_of(int(path.name)) == status.pid]
-    eventually(lambda: not any(map(alive, pids)), KILLED_S)  # those that it leaves behind are for init to reap
+    eventually(lambda: not any(map(alive, pids)), KILLED_S)  # orphans are reaped by init
 
 
 def session_of(pid: int) -> int | None:
-    """Tell the process session of a process, None when it is gone."""
+    """Return the process session of a process, None if it has exited."""
     try:
         return os.getsid(pid)
     except ProcessLookupError:
@@ -147,7 +147,7 @@ def session_of(pid: int) -> int | None:
 
 
 def second_attempt(scene: Scene, fault: Fault, first: Attempt) -> bool:
-    """Do what a user would do next, now that the cause is put right; tell whether the session runs then."""
+    """Do what a user would do next, now that the cause is fixed; return whether the session then runs."""
     scene.reconnect()
     scene.timeouts = Timeouts(agent_connect_s=1)
     if isinstance(first.backend, WatchedViewer):
@@ -169,20 +169,20 @@ def second_attempt(scene: Scene, fault: Fault, first: Attempt) -> bool:
 
 @pytest.mark.parametrize("mishap", MISHAPS, ids=lambda mishap: mishap.cause.replace(" ", "-"))
 def test_mishap(request: pytest.FixtureRequest, mishap: Mishap) -> None:
-    """It is told, and the session goes on: it paints, and is stopped in order."""
+    """The event is published, and the session continues: it paints, and is stopped in order."""
     if mishap.unshares:
         request.getfixturevalue("own_namespaces")
     scene: Scene = request.getfixturevalue("scene")
     scene.timeouts = Timeouts(**mishap.limits)
     attempt = mishap.make(scene).run()
-    scene.stood_long_enough(attempt)
+    scene.wait_resilient(attempt)
     cause_at = time.monotonic()
     mishap.strike(scene, attempt)
-    told = attempt.named(mishap.told)[0]
-    times = {"cause_to_told_s": told["at"] - cause_at}
-    if mishap.then:
-        then = attempt.named(mishap.then)[0]
-        assert then["at"] > told["at"]
+    event = attempt.named(mishap.event)[0]
+    times = {"cause_to_event_s": event["at"] - cause_at}
+    if mishap.recovery_event:
+        recovery = attempt.named(mishap.recovery_event)[0]
+        assert recovery["at"] > event["at"]
     scene.shows()
     assert attempt.proxy.ok()
     assert attempt.proxy.status().link is Link.OK
@@ -194,7 +194,7 @@ def test_mishap(request: pytest.FixtureRequest, mishap: Mishap) -> None:
 
 
 def record(scene: Scene, cause: str, attempt: Attempt, **measured: Any) -> None:
-    """Keep what was measured, where that is wanted; what differs from run to run is masked."""
+    """Append the measurements to the record, if requested; what differs from run to run is masked."""
     if path := os.environ.get(RECORD):
         status = attempt.proxy.status()
         names = {str(scene.runtime): "…", scene.agent.name: "SESSION"}

@@ -1,4 +1,4 @@
-"""The harness itself: a session by hand, without any of our own package."""
+"""The harness itself: a session by hand, without any code of our package."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
-def test_all_programs_are_there() -> None:
+def test_all_programs_are_installed() -> None:
     assert missing_programs() == []
 
 
-def test_missing_programs_fail_where_they_were_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere they skip; both name what is missing."""
+def test_missing_programs_fail_if_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise they skip; both messages name what is missing."""
     monkeypatch.setattr(conftest, "missing_programs", lambda: ["nxagent", "root"])
     check = conftest.real_programs.__wrapped__  # type: ignore[attr-defined]  # pytest's wrapper has no type
     monkeypatch.delenv(REQUIRE, raising=False)
@@ -45,22 +45,22 @@ def test_missing_programs_fail_where_they_were_promised(monkeypatch: pytest.Monk
         check()
 
 
-STANDING = """
+STALLED_PROGRAM = """
 import sys, time
 from tests.e2e.stalls import Stalls
 with Stalls() as stalls:
     start = time.monotonic()
     print("ready", flush=True)
     sys.stdin.readline()
-    stood = time.monotonic()
+    continued = time.monotonic()
     time.sleep(0.3)
     end = time.monotonic()
-print(stood - start, stalls.took_s(start, stood), stalls.took_s(stood, end), stalls.took_s(end, end))
+print(continued - start, stalls.took_s(start, continued), stalls.took_s(continued, end), stalls.took_s(end, end))
 """
 
 
-def test_time_in_which_everybody_was_held_up_does_not_count() -> None:
-    command = [sys.executable, "-c", STANDING]
+def test_stalled_time_does_not_count() -> None:
+    command = [sys.executable, "-c", STALLED_PROGRAM]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as program:
         assert program.stdin is not None
         assert program.stdout is not None
@@ -68,17 +68,17 @@ def test_time_in_which_everybody_was_held_up_does_not_count() -> None:
         program.send_signal(signal.SIGSTOP)
         time.sleep(0.5)
         program.send_signal(signal.SIGCONT)
-        whole, stood, slept, nothing = map(float, program.communicate("go on\n")[0].split())
+        whole, stalled, slept, nothing = map(float, program.communicate("continue\n")[0].split())
     assert whole > 0.5
-    assert stood < whole - 0.4
-    assert slept > 0.2, "one thread alone waited"
+    assert stalled < whole - 0.4
+    assert slept > 0.2, "only one thread waited"
     assert nothing == 0
 
 
 def test_session_by_hand(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, agent: AgentSession, display: Display
 ) -> None:
-    """An orderly end of nxproxy suspends the session; it resumes with what was painted, and terminates."""
+    """An orderly exit of nxproxy suspends the session; it resumes with what was painted, and terminates."""
     assert x2go_server.status(ssh_client, agent.name) == "R"
     with (
         Forwarder(ssh_client, agent.graphics_port) as forwarder,
@@ -107,7 +107,7 @@ def test_session_by_hand(
 
 
 def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, display: Display) -> None:
-    """A rootless session shows its windows, and no desktop around them."""
+    """A rootless session shows its windows without a desktop around them."""
     session = x2go_server.start_agent(ssh_client, "R")
     with (
         Forwarder(ssh_client, session.graphics_port) as forwarder,
@@ -123,8 +123,8 @@ def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.
     assert not alive(session.pid)
 
 
-def test_cleanup_leaves_nothing_of_the_user() -> None:
-    """Agents and commands go, and so does the server's listener."""
+def test_cleanup_leaves_no_process_of_the_user() -> None:
+    """Agents and commands are killed, and so is the server's listener."""
     with X2GoServer(user="pfsmclean") as server, contextlib.closing(server.connect()) as client:  # a user of its own
         session = server.start_agent(client)
         server.cleanup()
@@ -135,7 +135,7 @@ def test_cleanup_leaves_nothing_of_the_user() -> None:
     assert not alive(listener)
 
 
-def test_two_servers_have_a_user_each(x2go_server: X2GoServer) -> None:
+def test_two_servers_have_different_users(x2go_server: X2GoServer) -> None:
     with X2GoServer() as other:
         assert other.user != x2go_server.user
 
@@ -183,7 +183,7 @@ def test_host_key_is_checked() -> None:
             server.connect()
 
 
-def test_failed_command_says_what_it_printed() -> None:
+def test_failed_command_reports_status_and_standard_error() -> None:
     with (
         SshServer() as server,
         contextlib.closing(server.connect()) as client,
@@ -192,7 +192,7 @@ def test_failed_command_says_what_it_printed() -> None:
         run(client, "echo oh no >&2; exit 3")
 
 
-def test_openssh_client_comes_in(x2go_server: X2GoServer) -> None:
+def test_openssh_client_logs_in(x2go_server: X2GoServer) -> None:
     command = ["ssh", "-F", "none", "-p", str(x2go_server.port), "-i", str(x2go_server.client_key_path)]
     command += ["-o", f"UserKnownHostsFile={x2go_server.known_hosts_path}", "-o", "BatchMode=yes"]
     answer = subprocess.run(
@@ -201,38 +201,38 @@ def test_openssh_client_comes_in(x2go_server: X2GoServer) -> None:
     assert answer.stdout == f"{x2go_server.user}\n"
 
 
-def test_display_lets_nobody_in_without_the_cookie(display: Display, tmp_path: Path) -> None:
+def test_display_refuses_clients_without_the_cookie(display: Display, tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "DISPLAY": display.name}
     for authority, status in ((display.xauthority, 0), (tmp_path / "none", 1)):
-        asked = subprocess.run(
+        client = subprocess.run(
             ["xwininfo", "-root"],
             env={**environment, "XAUTHORITY": str(authority)},
             check=False,
             capture_output=True,
         )
-        assert asked.returncode == status
+        assert client.returncode == status
 
 
-def test_displays_are_apart_and_black(display: Display) -> None:
+def test_displays_are_separate_and_black(display: Display) -> None:
     with Display(size=(321, 123)) as other:
         assert other.name != display.name
         assert other.screenshot().size == (321, 123)
         assert other.share_of((0, 0, 0)) == 1
         assert other.windows() == []
-    assert not alive_socket(other)
+    assert not socket_exists(other)
     assert display.screenshot().size == (1024, 768)
 
 
 def test_killed_display_leaves_its_socket_behind() -> None:
-    """As after a crash; stop() clears it away."""
+    """As after a crash; stop() removes it."""
     with Display() as display:
         pid = display.pid
         display.kill()
         assert not alive(pid)
-        assert alive_socket(display)
-    assert not alive_socket(display)
+        assert socket_exists(display)
+    assert not socket_exists(display)
 
 
-def alive_socket(display: Display) -> bool:
-    """Tell whether the socket of an X server is there."""
+def socket_exists(display: Display) -> bool:
+    """Return whether the socket of an X server exists."""
     return display.socket_path.exists()

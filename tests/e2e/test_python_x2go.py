@@ -1,7 +1,7 @@
 """Debian's python-x2go and pyhoca-cli, unchanged, on our proxy, against a real X2Go server.
 
-They come with Debian's Python, so they run in an environment of that Python which sees the system's packages, with
-this package installed in it.
+They are packages of Debian's Python, so they run in a virtual environment of that Python with access to the system's
+packages and with this package installed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SOON_S = 5.0
 
 
 def shown_code() -> tuple[str, str]:
-    """What the documentation shows: the two lines that switch python-x2go, and pyhoca-cli started with them."""
+    """Return the code of the documentation: the two lines that switch python-x2go, and pyhoca-cli started with them."""
     page = (CHECKOUT / "docs" / "moving-from-python-x2go.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     lines = [block for block in blocks if "BACKENDS" in block and "runpy" not in block]
@@ -58,7 +58,7 @@ def shown_code() -> tuple[str, str]:
 
 @pytest.fixture(scope="session")
 def debian_python(real_programs: None, pytestconfig: pytest.Config) -> Path:
-    """A Python that has both python-x2go and this package; made once, kept in pytest's cache."""
+    """A Python that has both python-x2go and this package; created once, kept in pytest's cache."""
     del real_programs
     places = {"python3": PYTHON, "pyhoca-cli": PYHOCA, "python3-x2go": PYTHON_X2GO}
     missing = [name for name, path in places.items() if not path.exists()]
@@ -68,7 +68,7 @@ def debian_python(real_programs: None, pytestconfig: pytest.Config) -> Path:
     cache = pytestconfig.cache.mkdir("python-x2go")
     place = cache / version
     python, ready = place / "bin" / "python", place / "ready"
-    with (cache / "lock").open("w") as lock:  # tests that run side by side share it
+    with (cache / "lock").open("w") as lock:  # shared by tests that run in parallel
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not ready.exists():
             shutil.rmtree(place, ignore_errors=True)
@@ -80,7 +80,7 @@ def debian_python(real_programs: None, pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture
 def server(real_programs: None) -> Iterator[X2GoServer]:
-    """A server of one's own, whose connections may all be cut."""
+    """A server for one test, whose connections may all be cut."""
     del real_programs
     with X2GoServer(user="pfsmpyhoca") as server:
         yield server
@@ -88,14 +88,14 @@ def server(real_programs: None) -> Iterator[X2GoServer]:
 
 @pytest.fixture
 def environ(server: X2GoServer, display: Display, tmp_path: Path) -> dict[str, str]:
-    """The environment of a user who has a key, and who knows no server yet."""
+    """The environment of a user who has a key, and no known hosts yet."""
     (tmp_path / ".ssh").mkdir(mode=0o700)
     shutil.copy(server.client_key_path, tmp_path / ".ssh" / "id_ecdsa")
     return {"HOME": str(tmp_path), "PATH": SYSTEM_PATH, "LANG": "C.UTF-8", **display.env}
 
 
 class Pyhoca:
-    """pyhoca-cli at work, and all that it says."""
+    """A running pyhoca-cli, and its output."""
 
     def __init__(self, python: Path, server: X2GoServer, environ: dict[str, str], *arguments: str) -> None:
         self.log = Path(environ["HOME"], f"pyhoca-{time.monotonic_ns()}.log")
@@ -114,17 +114,17 @@ class Pyhoca:
         self._process.wait()
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str, timeout_s: float = UP_S) -> None:
-        """Wait until it has said something."""
+        """Wait until it has printed a text."""
 
-        def has_said() -> bool:
-            assert text in self.said or self._process.poll() is None, self.said[-5000:]
-            return text in self.said
+        def has_printed() -> bool:
+            assert text in self.output or self._process.poll() is None, self.output[-5000:]
+            return text in self.output
 
-        eventually(has_said, timeout_s, interval_s=0.1)
+        eventually(has_printed, timeout_s, interval_s=0.1)
 
     @property
     def proxy_pid(self) -> int:
@@ -135,21 +135,21 @@ class Pyhoca:
         )
 
     def interrupt(self) -> int:
-        """Press Ctrl-C, as it were, and return the exit status.
+        """Send SIGINT, as Ctrl-C does, and return the exit status.
 
-        gevent raises KeyboardInterrupt in whichever greenlet runs, and in one of python-x2go's it is lost: it is
-        pressed while none seems to run, and again where nothing comes of it, as a person would.
+        gevent raises KeyboardInterrupt in whichever greenlet runs, and in one of python-x2go's it is lost: so it is
+        sent while none seems to run, and sent again if it has no effect, as a person would.
         """
-        eventually(self._rests, END_S, what="pyhoca-cli only waits")
+        eventually(self._is_idle, END_S, what="pyhoca-cli is idle")
         self._process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(END_S / 2)
         self._process.send_signal(signal.SIGINT)
         return self.exit_status()
 
-    def _rests(self) -> bool:
-        """Look for 0.2 s whether it only waits."""
-        assert self._process.poll() is None, self.said[-5000:]
+    def _is_idle(self) -> bool:
+        """Return whether it is idle for 0.2 s."""
+        assert self._process.poll() is None, self.output[-5000:]
         for _ in range(20):
             time.sleep(0.01)
             if Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
@@ -166,7 +166,7 @@ def cookie_of(server: X2GoServer, name: str) -> str:
     return next(row[6] for row in rows if row[1] == name)
 
 
-def status_becomes(server: X2GoServer, name: str, *wanted: str) -> None:
+def wait_status(server: X2GoServer, name: str, *wanted: str) -> None:
     with server.connect() as client:
         server.wait_status(client, name, *wanted, timeout_s=END_S)
 
@@ -175,23 +175,23 @@ def new_session(pyhoca: Pyhoca) -> str:
     """Wait until it has a session, and return the session's name."""
     marker = "X2Go session name is: "
     pyhoca.wait_for(marker)
-    return pyhoca.said.partition(marker)[2].split()[0]
+    return pyhoca.output.partition(marker)[2].split()[0]
 
 
-def test_two_lines_have_python_x2go_load_our_proxy(debian_python: Path, tmp_path: Path) -> None:
+def test_two_lines_make_python_x2go_load_our_proxy(debian_python: Path, tmp_path: Path) -> None:
     load = """
 from importlib import import_module
 print({import_module(BACKENDS["X2GoProxy"][name]).X2GoProxy.__module__ for name in ("NX3", "KDRIVE")})
 """
-    told = subprocess.run(
+    output = subprocess.run(
         [debian_python, "-c", shown_code()[0] + load],
         env={"HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "proxy_fsm.x2go.nx3" in told
-    assert "proxy_fsm.x2go.kdrive" in told
+    assert "proxy_fsm.x2go.nx3" in output
+    assert "proxy_fsm.x2go.kdrive" in output
 
 
 def test_pyhoca_cli_starts_suspends_resumes_and_terminates_a_session(
@@ -206,12 +206,12 @@ def test_pyhoca_cli_starts_suspends_resumes_and_terminates_a_session(
         assert [pid for pid, line in lines.items() if cookie in line] == []
         first.wait_for("dest='running'")
         assert first.interrupt() == 0
-        # It has the server suspend the session, then ends the proxy: whichever comes first, it is a clean end.
-        assert re.search(r"The NX Proxy has ended \((stop_requested|session_ended)\)", first.said)
-        ours = [line for line in first.said.splitlines() if "(proxy_fsm.x2go.nx3)" in line]
+        # It asks the server to suspend the session, then ends the proxy: either may be first, both are clean ends.
+        assert re.search(r"The NX Proxy has ended \((stop_requested|session_ended)\)", first.output)
+        ours = [line for line in first.output.splitlines() if "(proxy_fsm.x2go.nx3)" in line]
         assert ours
         assert [line for line in ours if cookie.decode() in line] == []
-    status_becomes(server, name, "S")
+    wait_status(server, name, "S")
     with Pyhoca(debian_python, server, environ, "-R", name) as second:
         second.wait_for("dest='running'")
         display.wait_for(RED)
@@ -220,14 +220,14 @@ def test_pyhoca_cli_starts_suspends_resumes_and_terminates_a_session(
             assert third.exit_status() == 0
         second.wait_for("The NX Proxy has ended (session_ended)")
         second.exit_status()
-    status_becomes(server, name, "F", "-")
+    wait_status(server, name, "F", "-")
     root = Path(environ["HOME"], ".x2go", f"S-{name}")
     for log in ("session.log", "session.err"):
         assert (root / log).stat().st_mode & 0o777 == 0o600
         assert "Established X server connection" in (root / log).read_text()
 
 
-def test_pyhoca_cli_is_told_why_where_the_ssh_connection_is_dropped(
+def test_pyhoca_cli_logs_the_reason_if_the_ssh_connection_is_dropped(
     debian_python: Path, server: X2GoServer, display: Display, environ: dict[str, str]
 ) -> None:
     with Pyhoca(debian_python, server, environ, "-N", "-t", "desktop", "-g", "800x600", "-c", RED_XTERM) as pyhoca:
@@ -237,33 +237,33 @@ def test_pyhoca_cli_is_told_why_where_the_ssh_connection_is_dropped(
         send_signal(server.pids().sessions, signal.SIGKILL)
         pyhoca.wait_for("The NX Proxy has ended (transport_lost)", SOON_S)
         assert not alive(proxy)
-    status_becomes(server, name, "S")
+    wait_status(server, name, "S")
 
 
-@pytest.mark.parametrize("way", ["ours", "theirs"])
-def test_python_x2gos_api_runs_on_a_class_that_it_is_given(
+@pytest.mark.parametrize("backend", ["ours", "theirs"])
+def test_python_x2go_api_runs_on_our_proxy_backend(
     *,
     debian_python: Path,
     server: X2GoServer,
     display: Display,
     environ: dict[str, str],
-    way: str,
+    backend: str,
     tmp_path: Path,
     record_property: Any,
 ) -> None:
-    """Ours, and python-x2go's own nx3 class with our base class in the place of its own."""
-    # -P: the directory of the program has an x2go module too, ours.
+    """Our class, and python-x2go's own nx3 class on our base class."""
+    # -P: the directory of the program contains an x2go module too, ours.
     program = [debian_python, "-P", HERE / "x2go_program.py"]
-    command = [*program, "127.0.0.1", server.port, server.user, RED_XTERM, way]
+    command = [*program, "127.0.0.1", server.port, server.user, RED_XTERM, backend]
     errors = tmp_path / "errors"
     with (
-        errors.open("wb") as told,
+        errors.open("wb") as error_file,
         subprocess.Popen(
             list(map(str, command)),
             env=environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=told,
+            stderr=error_file,
             text=True,
             start_new_session=True,
         ) as process,
@@ -290,9 +290,9 @@ def test_python_x2gos_api_runs_on_a_class_that_it_is_given(
             process.stdin.write("\n")
             process.stdin.flush()
             read_until("suspended")
-            read_until("stopped")  # by this client, or by python-x2go's guardian, which may be later
+            read_until("stopped")  # by this client or by python-x2go's guardian, which may be later
             record_property("stop_thread_s", seen["stopped"]["seconds"])
             assert seen["stopped"]["reason"] in {"stop_requested", "session_ended"}
-            status_becomes(server, seen["session"]["name"], "S")
+            wait_status(server, seen["session"]["name"], "S")
         finally:
             process.kill()

@@ -1,8 +1,8 @@
-"""The engine against real programs: sshd, an X2Go server with nxagent, nxproxy, and an X server to look at.
+"""The engine against real programs: sshd, an X2Go server with nxagent, nxproxy, and an X server.
 
-Times are those of design.md, section 6. This machine may be shared, so what is asserted is the design's figure plus
-`SLACK_S`, and time in which the machine held everybody up does not count; what was measured is recorded as a property
-of each test: see it with ``--junitxml=FILE -o junit_family=xunit1``.
+Times are those of design.md, section 6. This machine may be shared, so the tests assert the design's figure plus
+`SLACK_S`, and moments in which the whole machine stalled do not count; measurements are recorded as properties of each
+test: see them with ``--junitxml=FILE -o junit_family=xunit1``.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ if TYPE_CHECKING:
 
 
 SLACK_S = 0.4  # what a busy machine of two cores may add to any time below
-STOP_HEARD_S = 0.01
+STOP_HANDLED_S = 0.01
 STOPPING_S = 0.05  # from a fault's first sign
-DEAD_S = 0.1  # from there to the final state, where the proxy is dead or the transport gone
+DEAD_S = 0.1  # from there to the final state, if the proxy is dead or the transport lost
 AFTER_EXIT_S = 0.02  # else from the proxy's exit
 BLUE_XTERM = "xterm -bg blue -geometry 60x20+10+10 -T blue-xterm -e sleep 3600"
 
@@ -79,8 +79,8 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 # ---- a session, from its first picture to its end ----
 
 
-def test_session_is_seen_suspended_resumed_and_seen_again(scene: Scene, stalls: Stalls, record_property: Any) -> None:
-    """A window of it is on the display; stop() suspends it; a second engine resumes it, and sees it terminated."""
+def test_session_is_shown_suspended_resumed_and_shown_again(scene: Scene, stalls: Stalls, record_property: Any) -> None:
+    """Its window is on the display; stop() suspends it; a second engine attaches to the resumed session."""
     first = scene.attempt().run()
     record_property("start_to_running_s", first.entered[State.RUNNING] - first.started_at)
     scene.shows()
@@ -94,14 +94,14 @@ def test_session_is_seen_suspended_resumed_and_seen_again(scene: Scene, stalls: 
     record_property("stop_to_stopping_s", first.entered[State.STOPPING] - stop_at)
     record_property("stop_to_final_s", first.final_at - stop_at)
     record_property("exit_to_final_s", first.final_at - exited_at)
-    assert stalls.took_s(stop_at, first.entered[State.STOPPING]) < STOP_HEARD_S + SLACK_S
+    assert stalls.took_s(stop_at, first.entered[State.STOPPING]) < STOP_HANDLED_S + SLACK_S
     assert stalls.took_s(exited_at, first.final_at) < AFTER_EXIT_S + SLACK_S
     status = first.proxy.status()
     assert (status.reason, status.retryable, status.abandoned) == (EndReason.STOP_REQUESTED, True, ())
     assert (status.exit_code, status.signal) == (0, None)
     assert scene.server.wait_status(scene.admin, scene.agent.name, "S") == "S"
     assert scene.display.share_of(RED) == 0
-    check_story(first)
+    check_records(first)
 
     second = scene.attempt(scene.resumed(), resumed=True).run()
     scene.shows()
@@ -114,7 +114,7 @@ def test_session_is_seen_suspended_resumed_and_seen_again(scene: Scene, stalls: 
 
 
 def check_running(attempt: Attempt) -> None:
-    """What a proxy says of itself while it runs."""
+    """The status of a running proxy is complete and correct."""
     proxy, status = attempt.proxy, attempt.proxy.status()
     assert proxy.ok()
     assert (status.state, status.reason, status.waiting_for, status.link) == (State.RUNNING, None, "", Link.OK)
@@ -129,8 +129,8 @@ def check_running(attempt: Attempt) -> None:
         proxy.start()
 
 
-def check_story(attempt: Attempt) -> None:
-    """History, events and subscriber tell the same of a session that was stopped."""
+def check_records(attempt: Attempt) -> None:
+    """History, events and subscriber agree on a session that was stopped."""
     history = attempt.proxy.status().history
     assert [(each.trigger, each.dest) for each in history] == [
         (Trigger.START, State.TUNNELLING),
@@ -150,22 +150,22 @@ def check_story(attempt: Attempt) -> None:
         "tunnel.connected",
         *sorted(["tunnel.closed", "process.exited"], key=named.index),
     ]
-    marks = {(each["proxy_id"], each["session"]) for each in attempt.events}
-    assert marks == {(attempt.proxy.id, attempt.session.name)}
+    labels = {(each["proxy_id"], each["session"]) for each in attempt.events}
+    assert labels == {(attempt.proxy.id, attempt.session.name)}
 
 
-def test_cookie_is_in_no_place_that_others_can_read(
+def test_cookie_is_not_readable_by_other_users(
     scene: Scene, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It is in the environment of the proxy, which its owner alone can read, and nowhere else on this side."""
+    """It is in the environment of the proxy, which only its owner can read, and nowhere else on this machine."""
     caplog.set_level(0)
     cookie = scene.agent.cookie
     with loose_umask():
         attempt = scene.attempt().run()
     scene.shows()
 
-    shown = list(Path("/proc").glob("[0-9]*/cmdline"))
-    command_lines = [line for line in map(read_if_there, shown) if line]
+    paths = list(Path("/proc").glob("[0-9]*/cmdline"))
+    command_lines = [line for line in map(read_if_exists, paths) if line]
     assert any(line.startswith(b"/usr/bin/nxproxy\0-S\0") for line in command_lines)
     assert not any(cookie.encode() in line for line in command_lines)
     files = files_below(scene.root)
@@ -195,7 +195,7 @@ def test_cookie_is_in_no_place_that_others_can_read(
     assert core.split()[4:6] == ["0", "0"]
 
 
-def read_if_there(path: Path) -> bytes:
+def read_if_exists(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -203,15 +203,15 @@ def read_if_there(path: Path) -> bytes:
 
 
 def test_session_list_and_agent_output_name_the_same_session(untouched: Scene) -> None:
-    """Both real forms are read: what x2gostartagent and what x2golistsessions print."""
+    """Both real formats are parsed: the output of x2gostartagent and that of x2golistsessions."""
     listed = parse_session_list(untouched.server.list_sessions(untouched.admin))
     row = next(each for each in listed if each.info.name == untouched.agent.name)
     assert row.info == untouched.session
     assert (row.agent_pid, row.user) == (untouched.agent.pid, untouched.server.user)
 
 
-def test_session_that_was_stopped_at_once_is_not_called_retryable(scene: Scene) -> None:
-    """For some 60 ms after nxproxy's sign of readiness an agent in its first attempt does not survive a stop."""
+def test_session_stopped_at_once_is_not_called_retryable(scene: Scene) -> None:
+    """For some 60 ms after nxproxy's ready line an agent in its first attempt does not survive a stop."""
     attempt = scene.attempt()
     attempt.proxy.subscribe(lambda record: attempt.proxy.stop() if record.dest is State.RUNNING else None)
     attempt.start()
@@ -224,15 +224,15 @@ def test_session_that_was_stopped_at_once_is_not_called_retryable(scene: Scene) 
     assert alive(scene.agent.pid) or attempt.proxy.status().retryable is not True
 
 
-# ---- leaving ----
+# ---- a lost transport ----
 
 
-def test_lost_transport_is_told_by_the_tunnel_where_the_monitor_is_late(
+def test_lost_transport_is_reported_by_the_tunnel_if_the_monitor_is_late(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tunnel notices it too, and tells it before nxproxy can see anything: that is killed at once."""
+    """The tunnel notices it too, and reports it before nxproxy can react: nxproxy is killed at once."""
     attempt = scene.attempt().run()
-    scene.settled()
+    scene.wait_served()
     stopping = threading.Event()
     attempt.proxy.subscribe(lambda record: stopping.set() if record.dest is State.STOPPING else None)
 
@@ -252,7 +252,7 @@ def test_lost_transport_is_told_by_the_tunnel_where_the_monitor_is_late(
 
 
 def test_stop_during_a_hanging_channel_open(scene: Scene, stalls: Stalls, record_property: Any) -> None:
-    """It is heard at once, ends in time, and a channel that opens late is closed."""
+    """It is handled at once, completes in time, and a channel that opens late is closed."""
     before = Holdings.now([transport_of(scene.client)])
     attempt = scene.attempt()
     with stopped(scene.server.session_pids(scene.client)):
@@ -265,7 +265,7 @@ def test_stop_during_a_hanging_channel_open(scene: Scene, stalls: Stalls, record
         assert attempt.wait() is State.STOPPED
     record_property("stop_to_stopping_s", attempt.entered[State.STOPPING] - stop_at)
     record_property("stop_to_final_s", attempt.final_at - stop_at)
-    assert stalls.took_s(stop_at, attempt.entered[State.STOPPING]) < STOP_HEARD_S + SLACK_S
+    assert stalls.took_s(stop_at, attempt.entered[State.STOPPING]) < STOP_HANDLED_S + SLACK_S
     assert stalls.took_s(attempt.sign_at(ProcessExited), attempt.final_at) < AFTER_EXIT_S + SLACK_S
     status = attempt.proxy.status()
     assert status.reason is EndReason.STOP_REQUESTED
@@ -276,8 +276,8 @@ def test_stop_during_a_hanging_channel_open(scene: Scene, stalls: Stalls, record
     eventually(lambda: established(scene.agent.graphics_port) == 0, FINAL_S)
 
 
-def test_stop_without_a_start_or_before_it_runs(untouched: Scene) -> None:
-    """An order to stop is never lost."""
+def test_stop_before_start_or_before_running_is_honoured(untouched: Scene) -> None:
+    """A stop request is never lost."""
     idle = untouched.attempt()
     idle.proxy.stop()
     assert idle.wait() is State.STOPPED
@@ -295,7 +295,7 @@ def test_stop_without_a_start_or_before_it_runs(untouched: Scene) -> None:
 
 
 def test_engines_on_one_transport_do_not_disturb_each_other(scene: Scene) -> None:
-    """One is killed, one finds nobody, and the third one's session goes on painting."""
+    """One is killed, one finds no listener, and the session of the third keeps painting."""
     other = scene.server.start_agent(scene.admin, command=None)
     scene.stack.callback(scene.server.end, other)
     elsewhere = scene.stack.enter_context(Display())
@@ -305,10 +305,10 @@ def test_engines_on_one_transport_do_not_disturb_each_other(scene: Scene) -> Non
     kill_proxy(scene, killed)
     assert killed.wait() is State.FAILED
     scene.timeouts = Timeouts(agent_connect_s=1)
-    lost = port_refused(scene)
-    lost.start()
-    assert lost.wait() is State.FAILED
-    assert [each.proxy.status().reason for each in (killed, lost)] == [
+    unreachable = port_refused(scene)
+    unreachable.start()
+    assert unreachable.wait() is State.FAILED
+    assert [each.proxy.status().reason for each in (killed, unreachable)] == [
         EndReason.PROXY_KILLED,
         EndReason.AGENT_UNREACHABLE,
     ]
@@ -332,10 +332,10 @@ def viewer(script: str, address: tuple[str, ...], **options: Any) -> CommandBack
 
 @dataclass(frozen=True)
 class ViewerEnd:
-    """A row of the table below: what the service says last (b"" to hang up), and how the proxy then ends."""
+    """A row of the table below: the last data of the service (b"" to hang up), and how the proxy then ends."""
 
     cause: str
-    said: bytes
+    last_data: bytes
     state: State
     reason: EndReason
     exit_code: int
@@ -351,7 +351,7 @@ VIEWER_ENDS = [
 @pytest.mark.parametrize("address", [TCP, UNIX], ids=["tcp", "unix"])
 @pytest.mark.parametrize("end", VIEWER_ENDS, ids=lambda end: end.cause.replace(" ", "-"))
 def test_any_viewer(ssh_client: paramiko.SSHClient, runtime: Path, address: tuple[str, ...], end: ViewerEnd) -> None:
-    """A program of its own talks through sshd to a service; every byte arrives, and its end is told apart."""
+    """A separate program exchanges data with a service through sshd; every byte arrives, and its end is diagnosed."""
     transport = transport_of(ssh_client)
     with Service() as service:
         before = Holdings.now([transport])
@@ -363,24 +363,24 @@ def test_any_viewer(ssh_client: paramiko.SSHClient, runtime: Path, address: tupl
             tunnel = proxy.status().tunnel
             assert tunnel is not None
             assert (tunnel.bytes_to_agent, tunnel.connections) == (PAYLOAD_BYTES, 1)
-            if end.said:
-                service.say(end.said)
+            if end.last_data:
+                service.send(end.last_data)
             else:
                 service.hang_up()
             assert proxy.wait(timeout=FINAL_S) is end.state
         status = proxy.status()
         assert status.reason is end.reason
         assert status.tunnel is not None
-        assert status.tunnel.bytes_from_agent == PAYLOAD_BYTES + len(end.said)
-        if end.said:  # else it may have been told to end before it did so by itself
+        assert status.tunnel.bytes_from_agent == PAYLOAD_BYTES + len(end.last_data)
+        if end.last_data:  # otherwise it may have been terminated before it exited by itself
             assert status.exit_code == end.exit_code
         nothing_gained_since(before, [transport])
 
 
-def test_what_a_silent_server_holds_is_abandoned_and_freed_later(
+def test_channels_blocked_by_a_silent_server_are_abandoned_and_freed_later(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, runtime: Path
 ) -> None:
-    """A relay that is stuck in sending cannot be freed while the server takes nothing; the engine ends all the same."""
+    """A relay blocked in sending cannot be freed while the server reads nothing; the engine ends nevertheless."""
     transport = transport_of(ssh_client)
     with Service(echo=False) as service:
         before = Holdings.now([transport])
@@ -390,7 +390,7 @@ def test_what_a_silent_server_holds_is_abandoned_and_freed_later(
             {"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(runtime / "run")},
             runtime / "sessions",
             backend=viewer(FLOOD, TCP, ready_when="connected", max_connections=None),
-            timeouts=Timeouts(link_probe_s=0.3, link_dead_s=5, kill_s=0.5),  # time enough to be stuck
+            timeouts=Timeouts(link_probe_s=0.3, link_dead_s=5, kill_s=0.5),  # enough time to block
         )
         pids = x2go_server.session_pids(ssh_client)
         attempt.run()
@@ -399,7 +399,7 @@ def test_what_a_silent_server_holds_is_abandoned_and_freed_later(
             assert attempt.wait() is State.FAILED
             status = attempt.proxy.status()
             assert status.reason is EndReason.TRANSPORT_SILENT
-            assert any(left.startswith("channel") for left in status.abandoned)
+            assert any(each.startswith("channel") for each in status.abandoned)
         attempt.close()
         nothing_gained_since(before, [transport])
     assert run(ssh_client, "echo alive") == "alive\n"

@@ -1,9 +1,9 @@
 """A real X2Go server on this machine, for tests.
 
-What its programs take (measured, x2goserver 4.1.0.3):
+Arguments of its programs (measured, x2goserver 4.1.0.3):
 
 - `x2gostartagent GEOMETRY LINK PACK TYPE KEYBOARD-LAYOUT KEYBOARD-TYPE SET-KEYBOARD KIND COMMAND CLIPBOARD`;
-  the command is only a part of the session's name, it is not started;
+  the command only becomes part of the session's name, it is not started;
 - `x2goruncommand DISPLAY AGENT-PID NAME SOUND-PORT COMMAND SOUND-SYSTEM KIND` starts it, and ends the session
   when it ends; blanks in the command are written `X2GO_SPACE_CHAR`;
 - `x2goresume-session NAME GEOMETRY LINK PACK KEYBOARD-LAYOUT KEYBOARD-TYPE SET-KEYBOARD CLIPBOARD`.
@@ -57,16 +57,16 @@ AGENT_S = 20.0
 START_ATTEMPTS = 10
 RESUME_ATTEMPTS = 3
 SUSPENDED_LINE = "Session: Session suspended at"
-ASK_S = 0.25  # between two questions to the server: each is a login shell and several Perl programs
-RESUME_S = 10.0  # an agent that resumes listens within a second
-USERS = 64  # how many servers there may be at once on one machine
+ASK_S = 0.25  # between two queries of the server: each is a login shell and several Perl programs
+RESUME_S = 10.0  # a resuming agent listens within a second
+USERS = 64  # how many servers may run at once on one machine
 DATABASE = Path("/var/lib/x2go/x2go_sessions")
 RED_XTERM = "xterm -bg red -geometry 60x20+10+10 -T red-xterm -e sleep 3600"
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSession:
-    """What `x2gostartagent` printed, line by line, and the whole of it."""
+    """The output of `x2gostartagent`, parsed and raw."""
 
     display: int
     cookie: str = field(repr=False)
@@ -77,11 +77,11 @@ class AgentSession:
     fs_port: int
     kind: Kind
     raw: str = field(repr=False)
-    log: Path | None = None  # where it is not x2goserver's agent
+    log: Path | None = None  # if it is not x2goserver's agent
 
     @classmethod
     def parse(cls, raw: str, kind: Kind) -> AgentSession:
-        """Read the output of `x2gostartagent`."""
+        """Parse the output of `x2gostartagent`."""
         display, cookie, pid, name, *ports = raw.split()
         graphics_port, sound_port, fs_port = map(int, ports[:3])
         return cls(int(display), cookie, int(pid), name, graphics_port, sound_port, fs_port, kind, raw)
@@ -89,7 +89,7 @@ class AgentSession:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """What `x2goresume-session` printed."""
+    """The output of `x2goresume-session`."""
 
     graphics_port: int
     sound_port: int
@@ -98,7 +98,7 @@ class Ports:
 
     @classmethod
     def parse(cls, raw: str) -> Ports:
-        """Read the output of `x2goresume-session`, lines such as `gr_port=30001`."""
+        """Parse the output of `x2goresume-session`, lines such as `gr_port=30001`."""
         values = dict(line.split("=", 1) for line in raw.split())
         return cls(int(values["gr_port"]), int(values["sound_port"]), int(values["fs_port"]), raw)
 
@@ -106,11 +106,11 @@ class Ports:
 class X2GoServer(SshServer):
     """An SSH server with a user who may start X2Go sessions.
 
-    Each running server has a user of its own, so that servers side by side do not end each other's sessions.
+    Each running server has a user of its own, so that parallel servers do not end each other's sessions.
     """
 
     def __init__(self, *, extra_config: str = "", log_level: str = "VERBOSE", user: str = "pfsmtest") -> None:
-        """Take down the wishes; `user` gets a number when another server has it."""
+        """Prepare; nothing runs yet. `user` gets a number if another server uses it."""
         super().__init__(extra_config=extra_config, log_level=log_level)
         self._wanted_user = user
         self._lock: IO[str] | None = None
@@ -124,19 +124,19 @@ class X2GoServer(SshServer):
 
     def start(self) -> None:
         """Prepare user and database, and start the SSH server."""
-        self._lock = self._take_user()
+        self._lock = self._lock_user()
         self._make_user()
         x_sockets = Path("/tmp/.X11-unix")
         x_sockets.mkdir(exist_ok=True)
-        x_sockets.chmod(0o1777)  # nxagent, who is not root, could not make it so
-        with Path("/run", "pfsm-database.lock").open("a") as lock:  # it would remove one that another run has just made
+        x_sockets.chmod(0o1777)  # nxagent is not root and could not do it
+        with Path("/run", "pfsm-database.lock").open("a") as lock:  # createdb would drop one just made by another run
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not DATABASE.exists():
                 subprocess.run([program("x2godbadmin") or "x2godbadmin", "--createdb"], check=True)
         super().start()
         self.cleanup()
 
-    def _take_user(self) -> IO[str]:
+    def _lock_user(self) -> IO[str]:
         for number in range(USERS):
             self.user = f"{self._wanted_user}{number or ''}"
             lock = Path("/run", f"{self.user}.lock").open("a")  # noqa: SIM115 -- held until stop
@@ -146,7 +146,7 @@ class X2GoServer(SshServer):
                 lock.close()
             else:
                 return lock
-        raise RuntimeError(f"All {USERS} test users are taken.")
+        raise RuntimeError(f"All {USERS} test users are in use.")
 
     def _make_user(self) -> None:
         try:
@@ -158,7 +158,7 @@ class X2GoServer(SshServer):
         subprocess.run([usermod, "--password", "*", "--append", "--groups", "x2gouser", self.user], check=True)
 
     def stop(self) -> None:
-        """End all sessions and connections, and give the user back."""
+        """End all sessions and connections, and release the user."""
         if self._lock is not None:
             self.cleanup()
         super().stop()
@@ -171,7 +171,7 @@ class X2GoServer(SshServer):
     def connect(
         self, user: str | None = None, *, timeout_s: float = 10.0, port: int | None = None
     ) -> paramiko.SSHClient:
-        """Open a fresh connection, for the test user when no other is named."""
+        """Open a fresh connection, by default for the test user."""
         return super().connect(user or self.user, timeout_s=timeout_s, port=port)
 
     def start_agent(
@@ -185,9 +185,9 @@ class X2GoServer(SshServer):
         pack: str = "16m-jpeg-9",
         clipboard: str = "both",
     ) -> AgentSession:
-        """Start an agent, wait until its graphics port listens, and have it run `command`.
+        """Start an agent, wait until its graphics port listens, and run `command` in it.
 
-        The command waits for its X server, the agent, which serves nobody before a proxy is there.
+        The command waits for its X server, the agent, which serves no client before a proxy is connected.
 
         Args:
             client: a connection of the test user.
@@ -208,10 +208,10 @@ class X2GoServer(SshServer):
         return session
 
     def _started(self, client: paramiko.SSHClient, command: str) -> str:
-        """Run x2gostartagent, again where it chose a port or a display that it did not get.
+        """Run x2gostartagent; retry if it chose a port or a display that was already in use.
 
-        Another test run may have taken it in the same moment, or somebody's dead X servers have left their locks on
-        displays in a row: x2gostartagent does not see those (eight were met).
+        Another test run may have claimed it in the same moment, or dead X servers may have left their lock files on
+        consecutive displays, which x2gostartagent does not check (eight in a row were seen).
         """
         for _ in range(START_ATTEMPTS - 1):
             with contextlib.suppress(CommandError):
@@ -219,17 +219,17 @@ class X2GoServer(SshServer):
         return run(client, command)
 
     def run_command(self, client: paramiko.SSHClient, session: AgentSession, command: str) -> None:
-        """Have the session run `command`; the session ends with it."""
+        """Run `command` in the session, which ends with it."""
         words = ["setsid", "x2goruncommand", str(session.display), str(session.pid), session.name]
         words += [str(session.sound_port), command.replace(" ", "X2GO_SPACE_CHAR"), "none", session.kind]
         run(client, f"{shlex.join(words)} >/dev/null 2>&1 </dev/null & exit")
 
     def list_sessions(self, client: paramiko.SSHClient) -> str:
-        """Give what `x2golistsessions` prints."""
+        """Return the output of `x2golistsessions`."""
         return run(client, "x2golistsessions")
 
     def status(self, client: paramiko.SSHClient, name: str) -> str:
-        """Give the status of one session as the server lists it: R, S, F, or "" when it does not list it."""
+        """Return the status of one session as the server lists it: R, S, F, or "" if it is not listed."""
         rows = [line.split("|") for line in self.list_sessions(client).splitlines()]
         return next((row[4] for row in rows if row[1] == name), "")
 
@@ -243,11 +243,11 @@ class X2GoServer(SshServer):
         return eventually(now, timeout_s, interval_s=ASK_S)
 
     def suspend(self, client: paramiko.SSHClient, name: str) -> str:
-        """Suspend a session, return what the server printed."""
+        """Suspend a session; return the server's output."""
         return run(client, shlex.join(["x2gosuspend-session", name]))
 
     def terminate(self, client: paramiko.SSHClient, name: str) -> str:
-        """Terminate a session, return what the server printed."""
+        """Terminate a session; return the server's output."""
         return run(client, shlex.join(["x2goterminate-session", name]))
 
     def resume(
@@ -255,36 +255,36 @@ class X2GoServer(SshServer):
     ) -> Ports:
         """Resume a session, wait until its new graphics port listens, and return its ports.
 
-        The server lists it as suspended before its agent says so, and in between it cannot be resumed. It is asked for
-        again where nothing listens (seen once in some hundred times): x2goresume-session sends the agent a signal, and
-        does not look what comes of it.
+        The server lists it as suspended before its agent logs that, and in between it cannot be resumed. The resume is
+        retried if nothing listens (about once in a hundred times): x2goresume-session signals the agent without
+        checking the result.
 
         Raises:
-            TimeoutError: the agent does not suspend, or after several attempts it listens nowhere.
+            TimeoutError: the agent does not suspend, or after several attempts it listens on no port.
         """
         arguments = [session.name, geometry, link, "16m-jpeg-9", "us", "auto", "0", "both"]
         for _ in range(RESUME_ATTEMPTS):
-            eventually(lambda: self._last_said(session).startswith(SUSPENDED_LINE), AGENT_S)
+            eventually(lambda: self._last_change(session).startswith(SUSPENDED_LINE), AGENT_S)
             ports = Ports.parse(run(client, shlex.join(["x2goresume-session", *arguments])))
             with contextlib.suppress(TimeoutError):
                 eventually(partial(is_listening, ports.graphics_port), RESUME_S)
                 return ports
-        raise TimeoutError(f"The agent of {session.name} listens nowhere. Last it said: {self._last_said(session)}")
+        raise TimeoutError(f"The agent of {session.name} does not listen. Its last log: {self._last_change(session)}")
 
-    def _last_said(self, session: AgentSession) -> str:
-        """Give what the agent last logged of its session's changes."""
+    def _last_change(self, session: AgentSession) -> str:
+        """Return the agent's last log line about a change of its session."""
         lines = [line for line in self.agent_log(session).splitlines() if line.startswith("Session: ")]
         return lines[-1] if lines else ""
 
     def agent_log(self, session: AgentSession) -> str:
-        """Give what the agent of a session has logged so far."""
+        """Return the log of a session's agent so far."""
         if session.log is not None:
             return session.log.read_text(errors="replace")
         home = Path(pwd.getpwnam(self.user).pw_dir)
         return (home / ".x2go" / f"C-{session.name}" / "session.log").read_text(errors="replace")
 
     def end(self, session: AgentSession) -> None:
-        """Terminate one session over a connection of its own, and wait until its agent is gone."""
+        """Terminate one session over a connection of its own, and wait until its agent has exited."""
         with contextlib.closing(self.connect()) as client:
             self.terminate(client, session.name)
         with contextlib.suppress(TimeoutError):
@@ -293,8 +293,8 @@ class X2GoServer(SshServer):
         self.sessions = [each for each in self.sessions if each.name != session.name]
 
     def cleanup(self) -> None:
-        """Terminate every session that was started here, and kill what then remains of the test user's."""
-        if self.sessions:  # those whose agent is dead too: until then the database says that they run
+        """Terminate every session that was started here, and kill the test user's remaining processes."""
+        if self.sessions:  # also those whose agent is dead: until then the database lists them as running
             with contextlib.suppress(Exception), contextlib.closing(self.connect()) as client:
                 for session in self.sessions:
                     self.terminate(client, session.name)
@@ -304,28 +304,28 @@ class X2GoServer(SshServer):
         def others() -> list[int]:
             return [pid for pid in processes_of(self.uid) if pid not in connections]
 
-        def gone() -> bool:
-            left = others()
-            send_signal(left, signal.SIGKILL)
-            return not left
+        def all_killed() -> bool:
+            remaining = others()
+            send_signal(remaining, signal.SIGKILL)
+            return not remaining
 
         with contextlib.suppress(TimeoutError):
             eventually(lambda: not others(), 1.0)
-        eventually(gone, AGENT_S)
+        eventually(all_killed, AGENT_S)
 
     def _forget_sessions(self) -> None:
-        """Remove the user's sessions from the server's database, as its cleaning service does elsewhere.
+        """Remove the user's sessions from the server's database, as its cleanup service does elsewhere.
 
-        Ended ones keep their display and ports there, and x2gostartagent steps over each of them.
+        Ended ones keep their display and ports there, and x2gostartagent skips each of them.
         """
         own = (f"{self.user}-*",)
         with contextlib.closing(sqlite3.connect(DATABASE, timeout=AGENT_S)) as database, database:
             for table in ("used_ports", "sessions"):
-                database.execute(f"DELETE FROM {table} WHERE session_id GLOB ?", own)  # noqa: S608 - ours, from above
+                database.execute(f"DELETE FROM {table} WHERE session_id GLOB ?", own)  # noqa: S608 - names from above
 
     def _remove_session_files(self) -> None:
         own = [*Path("/tmp").glob(".X*-lock"), *Path("/tmp/.X11-unix").iterdir()]
-        for path in own:  # a killed agent leaves its display taken
+        for path in own:  # a killed agent leaves the files of its display
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_uid == self.uid:
                     path.unlink()
@@ -334,7 +334,7 @@ class X2GoServer(SshServer):
 
 
 def kill(pid: int) -> None:
-    """Kill process `pid` and wait until it is gone."""
+    """Kill process `pid` and wait until it has exited."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     eventually(lambda: not alive(pid), AGENT_S)

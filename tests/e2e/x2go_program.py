@@ -1,8 +1,8 @@
-"""A program on python-x2go's API, told to load our proxy by the keyword ``proxy_backend``.
+"""A program on python-x2go's API that loads our proxy through the keyword ``proxy_backend``.
 
-Called with a host, a port, a user, a command and a way to the backend (``ours``, or ``theirs``: python-x2go's own
-nx3 class on our base). Says on standard output, a JSON object a line, what it sees; suspends at a line on standard
-input, and ends at another.
+Called with a host, a port, a user, a command and a backend (``ours``, or ``theirs``: python-x2go's own nx3 class on
+our base). Prints its progress to standard output, one JSON object per line; suspends at a line on standard input, and
+ends at another.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import x2go  # type: ignore[import-not-found]  # it patches the standard library: before anything else
 
-HOST, PORT, USER, COMMAND, WAY = sys.argv[1:]
+HOST, PORT, USER, COMMAND, BACKEND = sys.argv[1:]
 
 
 def backend() -> Any:
     from proxy_fsm.x2go import base, nx3  # noqa: PLC0415 - after x2go
 
-    if WAY == "ours":
+    if BACKEND == "ours":
         return nx3.X2GoProxy
     sys.modules["x2go.backends.proxy.base"] = base
     import x2go.backends.proxy  # type: ignore[import-not-found]  # noqa: PLC0415
@@ -33,19 +33,19 @@ def backend() -> Any:
     return X2GoProxy
 
 
-def say(**fields: Any) -> None:
-    print(json.dumps(fields), flush=True)  # noqa: T201 - this is what it is for
+def report(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)  # noqa: T201 - its output is read by the test
 
 
 def timed(kind: Any) -> Any:
-    """Have the class say how long it takes to start and to stop."""
+    """Return a subclass that reports how long it takes to start and to stop."""
 
     class Timed(kind):  # type: ignore[misc]
         def start_proxy(self) -> Any:
             began = time.monotonic()
             process, ok = super().start_proxy()
             status = self.engine.status()
-            say(
+            report(
                 what="started",
                 ok=ok,
                 state=str(status.state),
@@ -54,14 +54,14 @@ def timed(kind: Any) -> Any:
             )
             return process, ok
 
-        told = False
+        stop_reported = False
 
         def stop_thread(self) -> None:
             began = time.monotonic()
             super().stop_thread()
-            if self.engine is not None and not self.told:  # python-x2go's guardian may call it in the same moment
-                self.told = True
-                say(what="stopped", reason=str(self.engine.status().reason), seconds=time.monotonic() - began)
+            if self.engine is not None and not self.stop_reported:  # python-x2go's guardian may call it concurrently
+                self.stop_reported = True
+                report(what="stopped", reason=str(self.engine.status().reason), seconds=time.monotonic() - began)
 
     return Timed
 
@@ -82,15 +82,15 @@ def main() -> None:
     )
     client.connect_session(session)
     client.start_session(session)
-    say(what="session", ok=client.session_ok(session), name=client.get_session_name(session))
-    wait_for_a_line()
+    report(what="session", ok=client.session_ok(session), name=client.get_session_name(session))
+    wait_for_line()
     client.suspend_session(session)
-    say(what="suspended")
-    wait_for_a_line()  # where the guardian was first, its stop is still under way
+    report(what="suspended")
+    wait_for_line()  # if the guardian was first, its stop is still in progress
 
 
-def wait_for_a_line() -> None:
-    select.select([sys.stdin], [], [])  # reading what is not there would block gevent's hub, and all that runs on it
+def wait_for_line() -> None:
+    select.select([sys.stdin], [], [])  # a blocking read would block gevent's hub, and every greenlet on it
     sys.stdin.readline()
 
 
