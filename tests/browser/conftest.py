@@ -1,4 +1,4 @@
-"""A Chromium without a screen, driven by selenium."""
+"""A headless Chromium, driven by selenium."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SWITCHES = """
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    """One browser for all tests; skips where it is missing, or fails where it was promised."""
+    """One browser for all tests; skips if it is missing, or fails if it is required."""
     if missing := [name for name in _PROGRAMS if shutil.which(name) is None]:
         skip_or_fail(missing)
     options = ChromeOptions()

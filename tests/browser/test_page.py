@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
 WAIT_S = 30
-#: Beside the times in the lanes: names of rows at the left, a final state at the right.
+#: Margins of the time axis in the lanes: row names on the left, a final state on the right.
 NAMES, FINAL = 56, 64
 
 #: Sets the scrubber as a pointer would.
@@ -32,7 +32,7 @@ SCRUB = "const s = document.getElementById('scrubber'); s.value = arguments[0]; 
 
 
 class Page:
-    """What a person sees and does."""
+    """The page as a user sees and operates it."""
 
     def __init__(self, browser: Chrome) -> None:
         self.browser = browser
@@ -48,19 +48,20 @@ class Page:
             ActionChains(self.browser).send_keys(key).perform()
 
     @property
-    def here(self) -> list[str]:
-        """The states that are highlighted."""
+    def states(self) -> list[str]:
+        """The highlighted states."""
         found = "[...document.querySelectorAll('#machine .state.current')].map(g => g.dataset.state)"
         return list(self.script(f"return {found}"))
 
     @property
-    def phase(self) -> list[str]:
-        """The phases that are highlighted."""
+    def phases(self) -> list[str]:
+        """The highlighted phases."""
         found = "[...document.querySelectorAll('#machine .phase.current')].map(g => g.dataset.phase)"
         return list(self.script(f"return {found}"))
 
     @property
     def taken(self) -> set[str]:
+        """The highlighted transitions, as source and destination."""
         found = "[...document.querySelectorAll('#machine .taken')].map(g => g.dataset.from + ' ' + g.dataset.to)"
         return set(self.script(f"return {found}"))
 
@@ -70,7 +71,7 @@ class Page:
 
     @property
     def lane_width(self) -> float:
-        """How wide the run is in the lanes."""
+        """The width of the run in the lanes, in pixels."""
         return float(self.script("return document.getElementById('canvas').clientWidth")) - NAMES - FINAL
 
     def text(self, name: str) -> str:
@@ -78,13 +79,13 @@ class Page:
 
 
 def console(browser: Chrome) -> list[Any]:
-    """Return what was written to it since the last time."""
+    """Return the browser's console messages since the last call."""
     return list(browser.get_log("browser"))  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
 def opened(browser: Chrome, tmp_path: Path) -> Iterator[Callable[[timeline.Run], Page]]:
-    """Opens a run from disk; at the end nothing may stand in the browser's console."""
+    """A function that opens a run from disk; at the end the browser's console must be empty."""
     browser.get("about:blank")
     console(browser)
 
@@ -101,29 +102,29 @@ def opened(browser: Chrome, tmp_path: Path) -> Iterator[Callable[[timeline.Run],
 
 
 def transitions(name: str) -> list[tuple[int, str]]:
-    """Return the numbers of the events that change the state, and the state."""
+    """Return the indexes of the events that change the state, with the new state."""
     lines = (Path(__file__).parents[2] / "diagrams/runs" / f"{name}.jsonl").read_text().splitlines()
     return [(at, e["dest"]) for at, e in enumerate(map(json.loads, lines)) if e["event"] == "proxy.transition"]
 
 
 @pytest.mark.parametrize("name", ["healthy", "fault"])
-def test_the_scrubber_moves_the_highlighted_state(opened: Callable[[timeline.Run], Page], name: str) -> None:
+def test_scrubber_moves_the_highlighted_state(opened: Callable[[timeline.Run], Page], name: str) -> None:
     page = opened(recorded(name))
-    assert page.here == ["idle"]
+    assert page.states == ["idle"]
     assert page.taken == set()
-    way = set()
+    path = set()
     before = "idle"
     for at, state in transitions(name):
         page.scrub(at - 1)
-        assert page.here == [before]
+        assert page.states == [before]
         page.scrub(at)
-        way.add(f"{before} {state}")
-        assert page.here == [state]
-        assert page.taken == way
+        path.add(f"{before} {state}")
+        assert page.states == [state]
+        assert page.taken == path
         assert f"demo: {state}" in page.text("where")
         before = state
     page.scrub(0)
-    assert page.here == ["idle"]
+    assert page.states == ["idle"]
 
 
 def test_scrubber_moves_the_highlighted_phase(opened: Callable[[timeline.Run], Page]) -> None:
@@ -131,13 +132,13 @@ def test_scrubber_moves_the_highlighted_phase(opened: Callable[[timeline.Run], P
     page = opened(timeline.read(lines))
     state: str = "idle"
     phase: list[str] = []
-    for at, told in enumerate(map(json.loads, lines)):
-        if told["event"] == "proxy.transition":
-            state, phase = told["dest"], []
+    for at, record in enumerate(map(json.loads, lines)):
+        if record["event"] == "proxy.transition":
+            state, phase = record["dest"], []
         else:
-            phase = [f"{state}/{told['phase']}"]
+            phase = [f"{state}/{record['phase']}"]
         page.scrub(at)
-        assert (page.here, page.phase) == ([state], phase)
+        assert (page.states, page.phases) == ([state], phase)
     page.scrub(len(lines) - 2)
     assert page.text("where") == "desk: stopping since 4.000 s, draining since 4.700 s"
     assert "stopping/terminating stopping/draining" in page.taken
@@ -148,31 +149,31 @@ def test_phases_are_painted_under_the_states(opened: Callable[[timeline.Run], Pa
     page = opened(timeline.read(phased()))
     for at, state in enumerate(list(State)[:5]):
         wanted = tuple(bytes.fromhex(scene.STATE_COLOURS[state][0][1:]))
-        under = partial(painted_so, page, NAMES + (at + 0.05) / 5 * page.lane_width, 61)
+        under = partial(is_painted, page, NAMES + (at + 0.05) / 5 * page.lane_width, 61)
         assert under(wanted, page.browser) is bool(state.phases)
 
 
-def test_the_keyboard_does_all_of_it(opened: Callable[[timeline.Run], Page]) -> None:
+def test_keyboard_controls_the_scrubber(opened: Callable[[timeline.Run], Page]) -> None:
     page = opened(recorded("healthy"))
     last = int(page.script("return document.getElementById('scrubber').max"))
     page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert page.position == 2
     page.press(Keys.ARROW_LEFT)
     assert page.position == 1
-    assert page.here == ["tunnelling"]
+    assert page.states == ["tunnelling"]
     page.press(Keys.END)
-    assert (page.position, page.here) == (last, ["stopped"])
+    assert (page.position, page.states) == (last, ["stopped"])
     page.press(Keys.ARROW_RIGHT)
     assert page.position == last
     page.press(Keys.HOME)
-    assert (page.position, page.here) == (0, ["idle"])
+    assert (page.position, page.states) == (0, ["idle"])
     page.press(Keys.PAGE_DOWN)
     assert 0 < page.position < last
     page.press(Keys.PAGE_UP)
     assert page.position == 0
     page.script("document.getElementById('scrubber').focus()")
     page.press(Keys.ARROW_RIGHT)
-    assert page.position == 1  # once, and not once more by the slider itself
+    assert page.position == 1  # moved once, and not again by the slider itself
 
 
 def test_space_plays_to_the_end_and_pauses(opened: Callable[[timeline.Run], Page]) -> None:
@@ -184,12 +185,12 @@ def test_space_plays_to_the_end_and_pauses(opened: Callable[[timeline.Run], Page
     paused = page.position
     page.script("document.getElementById('speed').value = 10")
     page.press(Keys.SPACE)
-    WebDriverWait(page.browser, WAIT_S).until(lambda _: page.here == ["failed"])
+    WebDriverWait(page.browser, WAIT_S).until(lambda _: page.states == ["failed"])
     WebDriverWait(page.browser, WAIT_S).until(lambda _: page.text("play") == "Play")
     assert page.position > paused
 
 
-def test_buttons_have_names_and_the_focus_is_seen(opened: Callable[[timeline.Run], Page]) -> None:
+def test_controls_have_names_and_a_visible_focus(opened: Callable[[timeline.Run], Page]) -> None:
     page = opened(recorded("healthy"))
     for control in page.browser.find_elements(
         By.CSS_SELECTOR, "button, input:not([hidden]), select, canvas, svg, #events"
@@ -207,13 +208,13 @@ def test_buttons_have_names_and_the_focus_is_seen(opened: Callable[[timeline.Run
             break
     assert {"play", "next", "speed", "scrubber", "events"} <= set(seen)
     page.scrub(6)
-    told = page.browser.find_element(By.ID, "scrubber").get_attribute("aria-valuetext")
-    assert str(told).startswith("event 7 of 14: ")
+    announced = page.browser.find_element(By.ID, "scrubber").get_attribute("aria-valuetext")
+    assert str(announced).startswith("event 7 of 14: ")
     assert page.text("now").startswith("event 7 of 14 · ")
-    assert "spawning → running" in str(told)
+    assert "spawning → running" in str(announced)
 
 
-def test_several_proxies_are_stacked_and_one_is_in_the_diagram(opened: Callable[[timeline.Run], Page]) -> None:
+def test_several_proxies_are_stacked_and_one_is_shown_in_the_diagram(opened: Callable[[timeline.Run], Page]) -> None:
     run = timeline.read(in_order(*life("aa", 1, session="one"), *life("bb", 1.5, session="two", upto=3)))
     page = opened(run)
     radios = page.browser.find_elements(By.CSS_SELECTOR, "#choices input")
@@ -225,13 +226,13 @@ def test_several_proxies_are_stacked_and_one_is_in_the_diagram(opened: Callable[
     page.press(Keys.END)
     assert page.text("where").startswith("one: stopped")
     radios[1].click()
-    assert page.here == ["running"]
+    assert page.states == ["running"]
     page.press(Keys.HOME)
-    assert page.text("where").startswith("two: idle")  # what was chosen by hand stays
+    assert page.text("where").startswith("two: idle")  # a manual choice is kept
 
 
 def painted(page: Page, x: float, y: float) -> tuple[int, ...]:
-    """Return the colour at a place of the lanes, in pixels of the page."""
+    """Return the colour at a position of the lanes, in pixels of the page."""
     code = """
     const c = document.getElementById('canvas'), r = c.width / c.clientWidth;
     const pen = new OffscreenCanvas(c.width, c.height).getContext('2d', { willReadFrequently: true });
@@ -241,12 +242,12 @@ def painted(page: Page, x: float, y: float) -> tuple[int, ...]:
     return tuple(page.script(code, x, y))
 
 
-def painted_so(page: Page, x: float, y: float, wanted: tuple[int, ...], _browser: Chrome) -> bool:
+def is_painted(page: Page, x: float, y: float, wanted: tuple[int, ...], _browser: Chrome) -> bool:
     return painted(page, x, y) == wanted
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_it_is_painted_in_light_and_in_dark(opened: Callable[[timeline.Run], Page], theme: str) -> None:
+def test_lanes_are_painted_in_light_and_dark(opened: Callable[[timeline.Run], Page], theme: str) -> None:
     try:
         page = opened(timeline.read(in_order(*life(), tunnel(4.4, "stats", 10, 99, interval_s=1.9))))
         emulated = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
@@ -255,8 +256,8 @@ def test_it_is_painted_in_light_and_in_dark(opened: Callable[[timeline.Run], Pag
         for at, state in enumerate(list(State)[:5]):
             colour = scene.STATE_COLOURS[state][theme == "dark"]
             wanted = tuple(bytes.fromhex(colour[1:]))
-            is_painted = partial(painted_so, page, NAMES + (at + 0.1) / 5 * width, 35, wanted)
-            WebDriverWait(page.browser, WAIT_S).until(is_painted)
+            state_is_painted = partial(is_painted, page, NAMES + (at + 0.1) / 5 * width, 35, wanted)
+            WebDriverWait(page.browser, WAIT_S).until(state_is_painted)
         ground = page.script("return getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(13, 17, 23)" if theme == "dark" else "rgb(255, 255, 255)")
         page.scrub(2)
@@ -267,21 +268,21 @@ def test_it_is_painted_in_light_and_in_dark(opened: Callable[[timeline.Run], Pag
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_the_lanes_are_dragged_to_a_time(opened: Callable[[timeline.Run], Page]) -> None:
+def test_lanes_can_be_dragged_to_a_time(opened: Callable[[timeline.Run], Page]) -> None:
     page = opened(timeline.read([*life(), event(6, "note", proxy_id="aa")]))
     canvas = page.browser.find_element(By.ID, "canvas")
     second = page.lane_width / 6
-    middle = NAMES + 3 * second - canvas.rect["width"] / 2  # of the lanes' own middle, as selenium counts
+    middle = NAMES + 3 * second - canvas.rect["width"] / 2  # relative to the lanes' centre, as selenium counts
 
     def pointer() -> ActionChains:
         return ActionChains(page.browser)
 
     pointer().move_to_element_with_offset(canvas, round(middle + 0.5 * second), 0).perform()
-    assert page.position == 0  # only looked at
+    assert page.position == 0  # the pointer only hovers
     pointer().click_and_hold().perform()
-    assert (page.position, page.here) == (2, ["running"])
+    assert (page.position, page.states) == (2, ["running"])
     pointer().move_by_offset(round(second), 0).perform()
-    assert (page.position, page.here) == (3, ["stopping"])
+    assert (page.position, page.states) == (3, ["stopping"])
     pointer().move_by_offset(round(-4 * second), 0).perform()
     assert page.position == 0
     pointer().release().move_by_offset(round(2 * second), 0).perform()
@@ -298,7 +299,7 @@ def test_ticks_and_colours_are_explained(opened: Callable[[timeline.Run], Page])
     assert len(set(kinds)) == len(kinds) == 6
 
 
-def test_what_was_recorded_is_shown_and_never_run(opened: Callable[[timeline.Run], Page]) -> None:
+def test_recorded_markup_is_shown_and_never_executed(opened: Callable[[timeline.Run], Page]) -> None:
     lines = life("aa", session=HOSTILE)
     lines.append(event(9, HOSTILE, detail=HOSTILE, level="error", proxy_id="aa"))
     page = opened(timeline.read(lines))
@@ -348,11 +349,11 @@ def test_hundreds_of_thousands_of_flows_are_painted(opened: Callable[[timeline.R
     run = timeline.read(in_order(*life(), tunnel(3, "stats", 10, 99, interval_s=1.0)))
     (track,) = run.tracks
     page = opened(replace(run, tracks=(replace(track, flows=track.flows * 200_000),)))
-    page.press(Keys.END)  # it comes up, and nothing stands in the console
-    assert page.here == ["stopped"]
+    page.press(Keys.END)  # the page opens, and the console stays empty
+    assert page.states == ["stopped"]
 
 
-def test_the_list_shows_what_is_in_sight_and_takes_clicks(opened: Callable[[timeline.Run], Page]) -> None:
+def test_list_shows_the_visible_rows_and_handles_clicks(opened: Callable[[timeline.Run], Page]) -> None:
     noise = [event(1 + at * 4 / 500, "process.output", proxy_id="aa", line=f"line {at}") for at in range(500)]
     page = opened(timeline.read(in_order(*life(), *noise)))
     page.script("document.getElementById('events').scrollTop = 26 * 300")
@@ -363,8 +364,8 @@ def test_the_list_shows_what_is_in_sight_and_takes_clicks(opened: Callable[[time
     assert page.position == 302
 
 
-def test_time_of_writing_the_page_is_bounded() -> None:
-    """A run of 10,000 events is read and written in well under the time that one would mind."""
+def test_time_to_write_the_page_is_bounded() -> None:
+    """A run of 10,000 events is read and written within 20 s."""
     noise = [event(1 + at * 4 / 10_000, "process.output", proxy_id="aa", line="x") for at in range(10_000)]
     lines = in_order(*life(), *noise)
     began = time.monotonic()

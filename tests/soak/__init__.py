@@ -1,1 +1,1 @@
-"""What a transport of OpenSSH has to survive, at any length: `make soak` runs the long form, the tests a short one."""
+"""What a transport to OpenSSH must survive, at any length: `make soak` runs the long form, the tests a short one."""

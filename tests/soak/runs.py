@@ -1,4 +1,4 @@
-"""The runs: each takes its length as arguments, fails where something was lost, and returns figures."""
+"""The runs: each takes its length as arguments, fails if anything was lost, and returns figures."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Figures", "carry", "close_under_upload", "probe_under_requests"]
 
-#: An address that the server is told to prohibit (RFC 5737).
+#: An address that the server is configured to prohibit (RFC 5737).
 FOREIGN = ("192.0.2.1", 9)
-#: How long the transport may stand still under full load on a slow machine, seconds.
+#: How long the transport may stall under full load on a slow machine, seconds.
 PATIENCE_S = 120.0
 _UPLOADS = 4
-#: A prime number of bytes that do not repeat: what is lost, doubled or moved is seen.
+#: A prime number of random bytes: lost, repeated or misplaced data are detected.
 _PATTERN_BYTES = 1_048_573
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run did: it used a tunnel, or sent requests while it was probed; the other's figures stay 0 then."""
+    """The work of a run: either tunnel traffic, or requests while the link is probed; the other figures stay 0."""
 
     name: str
     seconds: float = 0.0
@@ -64,7 +64,7 @@ class Figures:
 
 
 class KeyExchanges(logging.Handler):
-    """Counts, from what paramiko logs, how often keys were exchanged, and how often the client began it."""
+    """Counts, from paramiko's log, how often keys were exchanged, and how often the client started it."""
 
     LOGGER = logging.getLogger("paramiko.transport")
 
@@ -92,33 +92,33 @@ class KeyExchanges(logging.Handler):
 
 
 class Commands:
-    """The caller's own commands, one after the other, for as long as the run takes; each answer is looked at."""
+    """The caller's own commands, one after the other, for the whole run; each answer is checked."""
 
     def __init__(self, transport: paramiko.Transport, every_s: float) -> None:
         self.count = 0
         self.slowest_s = 0.0
         self._transport = transport
         self._every_s = every_s
-        self._enough = threading.Event()
+        self._stopping = threading.Event()
         self._task = Task(self._run)
 
     def _run(self) -> None:
-        while not self._enough.wait(self._every_s):
+        while not self._stopping.wait(self._every_s):
             began = time.monotonic()
             run_command(self._transport, self.count)
             self.slowest_s = max(self.slowest_s, since(began))
             self.count += 1
 
     def end(self) -> None:
-        """Run the last one; raises what went wrong with any."""
-        self._enough.set()
+        """Run the last one; raise the error of any that failed."""
+        self._stopping.set()
         self._task.result(PATIENCE_S)
         run_command(self._transport, self.count)
         self.count += 1
 
 
 def run_command(transport: paramiko.Transport, number: int) -> None:
-    """Run a command by paramiko alone, as the caller does, and see that its answer is true."""
+    """Run a command with paramiko alone, as the caller does, and check its answer."""
     with contextlib.closing(transport.open_session(timeout=PATIENCE_S)) as channel:
         channel.settimeout(PATIENCE_S)
         channel.exec_command(f"echo answer {number}; exit {number % 100}")
@@ -128,7 +128,7 @@ def run_command(transport: paramiko.Transport, number: int) -> None:
 
 
 class Scene:
-    """sshd, one transport to it that also runs a command every so often, an agent, and our tunnel there."""
+    """sshd, one transport to it that also runs a command at intervals, an agent, and our tunnel to it."""
 
     def __init__(self, name: str, config: str, every_s: float, progress: Callable[[str], None]) -> None:
         self.name = name
@@ -137,7 +137,7 @@ class Scene:
         self._sshd = SshServer(extra_config=config, log_level="DEBUG1")
         self._every_s = every_s
         self._progress = progress
-        self._said_at = time.monotonic()
+        self._reported_at = time.monotonic()
         self._inbox = Inbox()
         self._stack = contextlib.ExitStack()
 
@@ -165,19 +165,19 @@ class Scene:
         self._stack.close()
 
     def connect(self) -> socket.socket:
-        """Come as the proxy does."""
+        """Connect as the proxy does."""
         local = connect_local("unix", self.path)
         local.settimeout(None)
         return local
 
-    def say(self, text: str, *, every_s: float = 10.0) -> None:
-        """Tell how far it is, now and then."""
-        if since(self._said_at) >= every_s:
-            self._said_at = time.monotonic()
+    def report(self, text: str, *, every_s: float = 10.0) -> None:
+        """Report progress, at most once per interval."""
+        if since(self._reported_at) >= every_s:
+            self._reported_at = time.monotonic()
             self._progress(f"{self.name}: {text}, {since(self._began):.0f} s, {self._commands.count} commands")
 
     def end(self) -> Figures:
-        """See that all are alive, and that nothing stays; return the figures."""
+        """Check that transport, commands and channels still work, close the tunnel, and return the figures."""
         seconds = since(self._began)
         assert self.transport.is_active(), f"the transport is dead: {self._sshd.log[-5:]}"
         self._commands.end()
@@ -206,15 +206,15 @@ class Scene:
         return sum("SSH2_MSG_NEWKEYS received" in line for line in self._sshd.log) - 1
 
 
-def say_nothing(_: str) -> None:
-    """Tell no progress."""
+def no_progress(_: str) -> None:
+    """Report no progress."""
 
 
 # ---- closing ----
 
 
 class RudeAgent:
-    """Takes connections; reads and writes as fast as it can, or reads some bytes and resets."""
+    """Accepts connections; reads and writes as fast as it can, or reads some bytes and resets."""
 
     def __init__(self, agent: Agent, *, reset_after_bytes: int | None) -> None:
         self.resets = 0
@@ -251,18 +251,18 @@ class RudeAgent:
                 peer.sendall(bytes(1 << 12))
 
     def stop(self) -> None:
-        """Take no more."""
+        """Accept no more connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._task.result()
 
 
 def close_under_upload(
-    count: int, *, by_agent: bool, every_s: float = 1.0, progress: Callable[[str], None] = say_nothing
+    count: int, *, by_agent: bool, every_s: float = 1.0, progress: Callable[[str], None] = no_progress
 ) -> Figures:
-    """Let connections end while several upload, each closed by the proxy, or reset by the agent.
+    """End connections while several upload, each closed by the proxy, or reset by the agent.
 
-    Data or EOF after CLOSE makes OpenSSH disconnect everything: paramiko's own channels are dead after a few.
+    Data or EOF after CLOSE makes OpenSSH disconnect the transport: paramiko's own channels cause that after a few.
     """
     name = f"{'reset by the agent' if by_agent else 'closed by the proxy'} under upload"
     with Scene(name, "", every_s, progress) as scene:
@@ -272,21 +272,21 @@ def close_under_upload(
         def upload(which: int) -> None:
             while done[which] < count // _UPLOADS and scene.transport.is_active():
                 with scene.connect() as local, contextlib.suppress(OSError):
-                    # Closed with the agent's bytes unread, so that both relays fail, each in its own moment.
+                    # Closed with the agent's bytes unread, so that both relays fail, at different moments.
                     for turn in range(10_000 if by_agent else 8):
                         local.sendall(bytes(1 << 15))
                         if turn == 7 and done[which] % 8 == 0:
-                            local.shutdown(socket.SHUT_WR)  # now and then EOF goes before
+                            local.shutdown(socket.SHUT_WR)  # in some cases EOF precedes CLOSE
                             break
                 done[which] += 1
-                scene.say(f"{sum(done)} of {count} connections")
+                scene.report(f"{sum(done)} of {count} connections")
 
         tasks = [Task(upload, which) for which in range(_UPLOADS)]
         for task in tasks:
             task.result(PATIENCE_S + count)
         figures = scene.end()
         rude.stop()
-        assert figures.connections >= count // _UPLOADS * _UPLOADS * 0.9, "most came so far that a channel was opened"
+        assert figures.connections >= count // _UPLOADS * _UPLOADS * 0.9, "most got as far as an open channel"
         if by_agent:
             assert rude.resets > count // 2
     threads_ended()
@@ -302,20 +302,20 @@ def carry(
     config: str = "",
     rekey_bytes: int | None = None,
     every_s: float = 1.0,
-    progress: Callable[[str], None] = say_nothing,
+    progress: Callable[[str], None] = no_progress,
 ) -> Figures:
-    """Carry so many bytes each way at once through one channel, compare each, and let keys be exchanged meanwhile.
+    """Carry bytes both ways at once through one channel, compare each, while keys are exchanged.
 
     Args:
         size_bytes: How much goes each way.
-        config: Lines for sshd, such as ``RekeyLimit 64M``: then the server begins.
-        rekey_bytes: After how much the client begins; None leaves paramiko's 512 MiB.
+        config: Lines for sshd, such as ``RekeyLimit 64M``: then the server starts the key exchange.
+        rekey_bytes: After how much the client starts one; None leaves paramiko's 512 MiB.
         every_s: The pause between two commands of the caller, in seconds.
-        progress: Takes a line now and then.
+        progress: Called with a line of progress at intervals.
     """
     pattern = os.urandom(_PATTERN_BYTES)
-    who = f"the client rekeys after {in_words(rekey_bytes)}" if rekey_bytes else "OpenSSH's defaults"
-    name = f"{in_words(size_bytes)} each way, {f'`{config}`' if config else who}"
+    rekeying = f"the client rekeys after {format_size(rekey_bytes)}" if rekey_bytes else "OpenSSH's defaults"
+    name = f"{format_size(size_bytes)} each way, {f'`{config}`' if config else rekeying}"
     if not every_s:
         name += ", commands without a pause"
     with Scene(name, config, every_s, progress) as scene:
@@ -335,13 +335,13 @@ def carry(
     return figures
 
 
-def in_words(size_bytes: int) -> str:
-    """Name a size that is a whole number of MiB or GiB."""
+def format_size(size_bytes: int) -> str:
+    """Return a size that is a whole number of MiB or GiB as text."""
     return f"{size_bytes >> 20} MiB" if size_bytes % (1 << 30) else f"{size_bytes >> 30} GiB"
 
 
 def send_pattern(pattern: bytes, sock: socket.socket, size_bytes: int) -> None:
-    """Send so much of a pattern that starts again and again, then EOF."""
+    """Send a repeated pattern up to a size, then EOF."""
     sent = 0
     while sent < size_bytes:
         at = sent % len(pattern)
@@ -352,14 +352,14 @@ def send_pattern(pattern: bytes, sock: socket.socket, size_bytes: int) -> None:
 
 
 def read_pattern(pattern: bytes, sock: socket.socket, scene: Scene) -> int:
-    """Read to the end, compare each byte, return how many came."""
+    """Read to EOF, compare each byte, return their number."""
     twice = pattern + pattern[: 1 << 18]
     count = 0
     while data := sock.recv(1 << 18):
         at = count % len(pattern)
         assert data == twice[at : at + len(data)], f"wrong bytes from {count} on"
         count += len(data)
-        scene.say(f"{count >> 20} MiB one way")
+        scene.report(f"{count >> 20} MiB one way")
     return count
 
 
@@ -368,7 +368,7 @@ def read_pattern(pattern: bytes, sock: socket.socket, scene: Scene) -> int:
 
 @contextlib.contextmanager
 def probed_without_pause(transport: paramiko.Transport) -> Iterator[Callable[[], int]]:
-    """Have the monitor probe as fast as it ever can, though the link is busy; gives how many were answered."""
+    """Make the monitor probe as fast as it can although the link is busy; yield a function that counts the replies."""
     answered = 0
 
     class Counted(ChannelOpening):
@@ -395,26 +395,26 @@ def probe_under_requests(
     count: int,
     *,
     one_way_s: float = 0.03,
-    progress: Callable[[str], None] = say_nothing,
+    progress: Callable[[str], None] = no_progress,
 ) -> Figures:
-    """Send the caller's own requests over a slow line that is probed without a pause; each gets its true answer.
+    """Send the caller's own requests over a slow line that is probed without a pause; each gets its own reply.
 
     They are port forwards, granted or denied, commands, and opens that are refused, for two reasons. Each kind has
-    a thread of its own: paramiko itself confuses answers of the same kind that are due together.
+    a thread of its own: paramiko itself confuses replies of the same kind that are due together.
 
     Args:
         count: How many requests in all.
-        one_way_s: How long a byte is under way, in seconds.
-        progress: Takes a line now and then.
+        one_way_s: One-way delay of the line, in seconds.
+        progress: Called with a line of progress at intervals.
     """
     name = f"requests while probed without a pause, {2000 * one_way_s:.0f} ms round trip, `MaxSessions 2`"
-    began = said_at = time.monotonic()
+    began = reported_at = time.monotonic()
     answers, counting = 0, threading.Lock()
     with (
         SshServer(extra_config=f"PermitOpen {LOOPBACK}:*\nMaxSessions 2") as sshd,  # none for a probe
         delayed(sshd.port, 2 * one_way_s) as port,
         contextlib.closing(connect_fast(sshd, port)) as transport,
-        Agent() as taken,
+        Agent() as agent,
         KeyExchanges(),  # which also keeps the many refusals out of the log
     ):
         dead = dead_port()
@@ -422,7 +422,7 @@ def probe_under_requests(
         def forward(number: int) -> None:
             if number % 2:
                 with pytest.raises(paramiko.SSHException, match="TCP forwarding request denied"):
-                    transport.request_port_forward(LOOPBACK, taken.port)
+                    transport.request_port_forward(LOOPBACK, agent.port)  # already in use
                 return
             port = transport.request_port_forward(LOOPBACK, 0)
             assert port > 0
@@ -435,13 +435,13 @@ def probe_under_requests(
             assert refused.value.code == code
 
         def repeat(function: Callable[[int], None], times: int) -> int:
-            nonlocal said_at, answers
+            nonlocal reported_at, answers
             for number in range(times):
                 function(number)
                 with counting:
                     answers += 1
-                    if since(said_at) > 10:
-                        said_at = time.monotonic()
+                    if since(reported_at) > 10:
+                        reported_at = time.monotonic()
                         progress(f"{name}: {answers} of {count}, {since(began):.0f} s")
             return times
 
@@ -451,7 +451,7 @@ def probe_under_requests(
             requests = sum(task.result(PATIENCE_S + count) for task in tasks)
             answered = probes()
         assert transport.is_active()
-        assert answered > requests // 10, "it was probed all the time"
+        assert answered > requests // 10, "the link was probed all the time"
     threads_ended()
     commands = requests // len(kinds)
     return Figures(name, seconds=since(began), requests=requests, probes=answered, commands=commands)
