@@ -1,1 +1,1 @@
-"""Measurements of this package beside other ways to reach a remote port. `make bench` runs them; see README.md."""
+"""Benchmarks of this package against other ways to reach a remote port. `make bench` runs them; see README.md."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure everything in one run, and write the results down."""
+"""`python -m benchmarks`: measure everything in one run, and write the results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _HERE = Path(__file__).parent
 
 
 def say(line: str) -> None:
-    """Tell what goes on."""
+    """Report progress."""
     sys.stderr.write(f"{line}\n")
 
 
 def environment(note: str | None = None) -> dict[str, str]:
-    """Say where and when this runs, and what else a reader of the results has to know."""
+    """Return where and when this runs, and what else a reader of the results must know."""
     git = [shutil.which("git") or "git", "-C", str(_HERE.parent), "log", "-1", "--format=%h %s", "--", "proxy_fsm"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
     models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
@@ -45,14 +45,14 @@ def environment(note: str | None = None) -> dict[str, str]:
 
 
 def main() -> None:
-    """Measure, and write the results down."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="little of everything, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="little of everything, as a smoke test")
     parser.add_argument("--rounds", type=int, default=0, help="how many rounds of the tunnels (5; quick: 1)")
-    parser.add_argument("--sessions", type=int, default=0, help="how many real sessions each way (20; quick: 2)")
-    parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given several times")
-    parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="one contender; the same")
-    parser.add_argument("--note", help="what a reader has to know of this run; it stands in the table and in the JSON")
+    parser.add_argument("--sessions", type=int, default=0, help="how many real sessions of each kind (20; quick: 2)")
+    parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be repeated")
+    parser.add_argument("--contender", action="append", choices=list(CONTENDERS), help="one contender; may be repeated")
+    parser.add_argument("--note", help="a remark about this run for its readers, added to the table and the JSON")
     parser.add_argument("-o", "--output", type=Path, default=_HERE / "results", help="a directory")
     arguments = parser.parse_args()
     parts = arguments.only or PARTS
@@ -63,7 +63,7 @@ def main() -> None:
         for count in (1, 10) if arguments.quick else (1, 10, 50, 200):
             say(f"costs: {count} proxies")
             try:
-                # The memory of one depends on chance: where the heap has room.
+                # The memory of a single one is subject to chance: it depends on free space in the heap.
                 results.costs[str(count)] = costs.measure(count, runs=1 if arguments.quick else max(1, 10 // count))
             except RuntimeError as error:
                 results.costs[str(count)] = str(error)
@@ -77,7 +77,7 @@ def main() -> None:
         def keep(number: int, found: Findings) -> None:
             results.rounds, results.values = number, found.values
             results.troubles, results.versions = found.troubles, found.versions
-            write(results, arguments.output)  # a run that is cut short has what it measured
+            write(results, arguments.output)  # an interrupted run keeps its measurements so far
 
         rounds = Rounds(QUICK if arguments.quick else Sizes(), arguments.contender or list(CONTENDERS), say)
         rounds.run(arguments.rounds or (1 if arguments.quick else 5), keep)

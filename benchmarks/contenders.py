@@ -1,12 +1,12 @@
 """The programs that are measured: each opens tunnels over SSH in a process of its own.
 
-Run as a script, also by interpreters that have nothing of ours, so that it imports what is always there, and the
-rest where it is used::
+Run as a script, also by interpreters without our packages, so it imports only the standard library at the top, and
+the rest where it is used::
 
     python contenders.py NAME '{"ssh_port": 2222, "user": "…", "key": "…", "known_hosts": "…", "targets": [4000, 4001]}'
 
-It prints one line of JSON, ``{"ports": [one a target], "version": "…"}``, once they take connections, and runs until
-its standard input ends. ``ssh -L`` becomes OpenSSH's own process, so that nothing of Python is measured with it.
+It prints one line of JSON, ``{"ports": [one per target], "version": "…"}``, once they accept connections, and runs
+until EOF on its standard input. ``ssh -L`` replaces the process by OpenSSH, so that no Python is measured with it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GCM = "aes128-gcm@openssh.com"
 
 @dataclass(frozen=True)
 class Server:
-    """Where to go, as whom, and what to forward."""
+    """The SSH server and user to connect as, and the ports to forward."""
 
     ssh_port: int
     user: str
@@ -45,17 +45,17 @@ class Server:
 
 
 def ready(ports: list[int], version: str) -> None:
-    """Say that the tunnels stand."""
-    print(json.dumps({"ports": ports, "version": version}), flush=True)  # noqa: T201 - this is what it is for
+    """Report that the tunnels are open."""
+    print(json.dumps({"ports": ports, "version": version}), flush=True)  # noqa: T201 - read by the harness
 
 
 def wait_for_end() -> None:
-    """Wait until nobody wants the tunnels any more."""
+    """Wait until the tunnels are no longer needed."""
     sys.stdin.read()
 
 
 def connect(server: Server, **options: Any) -> Any:
-    """Connect by paramiko, and return the transport."""
+    """Connect with paramiko, and return the transport."""
     paramiko: Any = importlib.import_module("paramiko")
     client = paramiko.SSHClient()
     client.load_host_keys(server.known_hosts)
@@ -71,21 +71,21 @@ def connect(server: Server, **options: Any) -> Any:
         **options,
     )
     transport = client.get_transport()
-    transport.of_client = client  # a client that is dropped closes its transport
+    transport.of_client = client  # a garbage-collected client closes its transport
     return transport
 
 
 def versions(*names: str) -> str:
-    """Name the versions of some distributions."""
+    """Return the versions of some distributions."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def proxy_fsm(server: Server, *, fast: bool) -> None:
-    """Forward by this package's relay, as an engine does it."""
+    """Forward with this package's relay, as an engine does."""
     forwarder: Any = importlib.import_module("proxy_fsm.workers.forwarder")
     ssh: Any = importlib.import_module("proxy_fsm.ssh")
     transport = connect(server, **({"transport_factory": ssh.fast_transport} if fast else {}))
-    ssh.set_nodelay(transport)  # as the preflight does it for every proxy
+    ssh.set_nodelay(transport)  # as the preflight does for every proxy
     tunnels, ports = [], []
     for target in server.targets:
         tunnel = forwarder.Forwarder(
@@ -99,7 +99,7 @@ def proxy_fsm(server: Server, *, fast: bool) -> None:
 
 
 def openssh(server: Server, *, cipher: str | None) -> NoReturn:
-    """Become ``ssh -L``."""
+    """Replace this process by ``ssh -L``."""
     ports = free_ports(len(server.targets))
     command = [shutil.which("ssh") or "ssh", "-N", "-F", "none", "-i", server.key, "-p", str(server.ssh_port)]
     command += ["-o", f"UserKnownHostsFile={server.known_hosts}", "-o", "StrictHostKeyChecking=yes"]
@@ -109,19 +109,19 @@ def openssh(server: Server, *, cipher: str | None) -> NoReturn:
     if cipher is not None:
         command += ["-c", cipher]
     version = subprocess.run([command[0], "-V"], capture_output=True, text=True, check=True).stderr.strip()
-    ready(ports, version)  # said too early by what ssh needs to connect: who asked waits until the ports listen
-    os.execv(command[0], [*command, f"{server.user}@{LOOPBACK}"])  # noqa: S606 - it is to take this process's place
+    ready(ports, version)  # too early by the time ssh needs to connect: the harness waits until the ports listen
+    os.execv(command[0], [*command, f"{server.user}@{LOOPBACK}"])  # noqa: S606 - it replaces this process
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on; somebody may take one meanwhile."""
+    """Return ports without a listener; another process may bind one in the meantime."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server((LOOPBACK, 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]
 
 
 def asyncssh(server: Server, *, cipher: str | None) -> None:
-    """Forward by asyncssh."""
+    """Forward with asyncssh."""
     asyncio: Any = importlib.import_module("asyncio")
     library: Any = importlib.import_module("asyncssh")
 
@@ -143,7 +143,7 @@ def asyncssh(server: Server, *, cipher: str | None) -> None:
 
 
 def sshtunnel(server: Server) -> None:
-    """Forward by sshtunnel."""
+    """Forward with sshtunnel."""
     library: Any = importlib.import_module("sshtunnel")
     tunnel = library.SSHTunnelForwarder(
         (LOOPBACK, server.ssh_port),
@@ -158,11 +158,11 @@ def sshtunnel(server: Server) -> None:
     tunnel.start()
     ready(list(tunnel.local_bind_ports), versions("sshtunnel", "paramiko"))
     wait_for_end()
-    os._exit(0)  # its own leaving waits for connections
+    os._exit(0)  # its own shutdown waits for connections
 
 
 def python_x2go(server: Server) -> None:
-    """Forward by python-x2go's forwarder."""
+    """Forward with python-x2go's forwarder."""
     forward: Any = importlib.import_module("x2go.forward")
     log: Any = importlib.import_module("x2go.log")
     gevent: Any = importlib.import_module("gevent")
@@ -181,21 +181,21 @@ def python_x2go(server: Server) -> None:
     ]
     ready([tunnel.server_port for tunnel in tunnels], f"python-x2go {importlib.import_module('x2go').__VERSION__}")
     gevent.get_hub().threadpool.apply(wait_for_end)
-    os._exit(0)  # what it started does not end by itself
+    os._exit(0)  # its threads do not end by themselves
 
 
 def no_tunnel(server: Server) -> None:
-    """Lead straight to the target."""
+    """Connect straight to the target."""
     ready(server.targets, "")
     wait_for_end()
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to the target.
+    """One way to reach the target.
 
     Attributes:
-        name: As the tables call it.
+        name: Its name in the tables.
         serve: Opens the tunnels, in a process of its own.
         tunnels: Whether it is a tunnel at all.
     """
@@ -224,7 +224,7 @@ CONTENDERS = {
 
 
 def wait_listening(ports: list[int], *, timeout_s: float = CONNECT_S) -> bool:
-    """Wait until something listens on these ports; it is not connected to."""
+    """Wait until something listens on these ports, without connecting."""
     deadline = time.monotonic() + timeout_s
     wanted = {f"{port:04X}" for port in ports}
     while time.monotonic() < deadline:
@@ -237,7 +237,7 @@ def wait_listening(ports: list[int], *, timeout_s: float = CONNECT_S) -> bool:
 
 def main() -> None:
     """Run one contender."""
-    sys.path.pop(0)  # this directory, which has no module for anybody else
+    sys.path.pop(0)  # this directory, whose modules must not shadow others
     name, options = sys.argv[1:]
     with contextlib.suppress(KeyboardInterrupt):
         CONTENDERS[name].serve(Server(**json.loads(options)))

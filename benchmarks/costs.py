@@ -1,7 +1,7 @@
-"""What one running proxy costs in a process that has 1, 10, 50 or 200 of them, on one transport, all idle.
+"""The cost of one running proxy in a process with 1, 10, 50 or 200 of them, on one transport, all idle.
 
-Each is an engine as ever, over a real sshd, with a small program in the place of a viewer. That program sends a MiB
-and takes it back first, so that the relay's buffers have been used.
+Each is a normal engine, over a real sshd, with a small program in place of a viewer. That program first sends a MiB
+and receives it back, so that the relay's buffers have been used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from proxy_fsm import CommandBackend, Proxy, SessionInfo, fast_transport
 
 MIB = 1 << 20
 RUNNING_S = 60.0
-#: Less than ``Timeouts.link_probe_s``: idle means without the probes of the link.
+#: Less than ``Timeouts.link_probe_s``: idle means without link probes.
 IDLE_S = 5.0
 _SETTLE_S = 1.0
 
@@ -44,12 +44,12 @@ connection.recv(1)
 
 
 def measure(count: int, runs: int = 1) -> dict[str, float]:
-    """Measure in a process of its own, or in some one after another; return what one proxy costs, the medians by name.
+    """Measure in one or several processes, one after another; return the cost of one proxy: medians by name.
 
     Raises:
-        RuntimeError: It did not come to an end; the message has what it said.
+        RuntimeError: A process failed; the message contains its error output.
     """
-    found = []
+    samples = []
     for _ in range(runs):
         with ssh_server() as sshd, load.targets(1, workers=count + 1) as targets:
             server = server_at(sshd, sshd.port, targets)
@@ -57,8 +57,8 @@ def measure(count: int, runs: int = 1) -> dict[str, float]:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-400:])
-        found.append(json.loads(done.stdout))
-    return {name: statistics.median(each[name] for each in found) for name in found[0]}
+        samples.append(json.loads(done.stdout))
+    return {name: statistics.median(each[name] for each in samples) for name in samples[0]}
 
 
 def _now() -> dict[str, float]:
@@ -71,7 +71,7 @@ def _now() -> dict[str, float]:
 
 
 def _wake_ups(but: set[int]) -> int:
-    """Count how often threads of this process were woken so far, but for some of them."""
+    """Count how often threads of this process were woken so far, excluding some of them."""
     total = 0
     for status in Path("/proc/self/task").glob("*/status"):
         if int(status.parent.name) not in but:
@@ -82,7 +82,7 @@ def _wake_ups(but: set[int]) -> int:
 
 def _run(count: int, server: Server) -> dict[str, float]:
     transport = connect(server, transport_factory=fast_transport)
-    paramikos_own = transport.native_id  # it wakes by itself, ten times a second, whether there are proxies or not
+    paramiko_thread = transport.native_id  # it wakes by itself ten times a second, with or without proxies
     with TemporaryDirectory() as directory:
         viewer = Path(directory, "viewer.py")
         viewer.write_text(_VIEWER)
@@ -97,7 +97,7 @@ def _run(count: int, server: Server) -> dict[str, float]:
                 sessions_root=Path(directory),
             )
 
-        first = proxy(0)  # what proxies share is there then
+        first = proxy(0)  # creates what proxies share
         first.start()
         first.wait_running(RUNNING_S)
         time.sleep(_SETTLE_S)
@@ -109,10 +109,10 @@ def _run(count: int, server: Server) -> dict[str, float]:
             each.wait_running(RUNNING_S)
         started_s = time.perf_counter() - began
         time.sleep(_SETTLE_S)
-        after, own = _now(), {paramikos_own, threading.get_native_id()}
-        wake_ups = _wake_ups(own)
+        after, excluded = _now(), {paramiko_thread, threading.get_native_id()}
+        wake_ups = _wake_ups(excluded)
         time.sleep(IDLE_S)
-        wake_ups = _wake_ups(own) - wake_ups
+        wake_ups = _wake_ups(excluded) - wake_ups
         began = time.perf_counter()
         for each in proxies:
             each.stop()
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("server", type=json.loads)
     arguments = parser.parse_args()
-    print(json.dumps(_run(arguments.count, Server(**arguments.server))))  # noqa: T201 - whom it may concern
+    print(json.dumps(_run(arguments.count, Server(**arguments.server))))  # noqa: T201 - read by the parent process
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A relay that holds every byte back for a time, and limits nothing else: a long line on one machine.
+"""A relay that delays every byte and limits nothing else: a long line on one machine.
 
-What comes is read at once and kept until it is due, so that the line holds as much as its two ends have under way.
+Incoming data are read at once and queued until they are due, so the line holds as much as its two ends have in flight.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _READ_BYTES = 256 << 10
 
 
 class DelayingRelay:
-    """Takes connections on a port, and leads each to another, later.
+    """Accepts connections on a port, and relays each to another port with a delay.
 
     Args:
-        target: The port of 127.0.0.1 that it leads to.
-        delay_s: How long each byte is held back, each way: half a round trip, in seconds.
+        target: The port of 127.0.0.1 to relay to.
+        delay_s: The delay of each byte in each direction: half a round trip, in seconds.
     """
 
     def __init__(self, target: int, delay_s: float) -> None:
@@ -55,7 +55,7 @@ class DelayingRelay:
                 held: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
                 threading.Thread(target=self._read, args=(source, held), daemon=True).start()
                 threading.Thread(target=self._write, args=(drain, held, done), daemon=True).start()
-            threading.Thread(target=self._tidy, args=(near, far, done), daemon=True).start()
+            threading.Thread(target=self._close_when_done, args=(near, far, done), daemon=True).start()
 
     def _read(self, source: socket.socket, held: SimpleQueue[tuple[float, bytes]]) -> None:
         data = b"?"
@@ -68,7 +68,7 @@ class DelayingRelay:
 
     @staticmethod
     def _write(drain: socket.socket, held: SimpleQueue[tuple[float, bytes]], done: threading.Semaphore) -> None:
-        with contextlib.suppress(OSError):  # the other side has gone, and the reader notices
+        with contextlib.suppress(OSError):  # the peer has disconnected, which the reader notices
             while True:
                 due, data = held.get()
                 wait_s = due - time.monotonic()
@@ -81,14 +81,14 @@ class DelayingRelay:
         done.release()
 
     @staticmethod
-    def _tidy(near: socket.socket, far: socket.socket, done: threading.Semaphore) -> None:
+    def _close_when_done(near: socket.socket, far: socket.socket, done: threading.Semaphore) -> None:
         done.acquire()
         done.acquire()
         near.close()
         far.close()
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -96,10 +96,10 @@ class DelayingRelay:
 
 @contextlib.contextmanager
 def delayed(target: int, round_trip_s: float) -> Iterator[int]:
-    """Start a delaying relay in a process of its own; yields its port."""
+    """Start a delaying relay in a process of its own; yield its port."""
     command = [sys.executable, "-m", "benchmarks.delay", str(target), str(round_trip_s / 2)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None  # noqa: S101 - it was asked for
+    assert process.stdout is not None  # noqa: S101 - it is a pipe
     try:
         yield int(process.stdout.readline())
     finally:
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("target", type=int)
     parser.add_argument("delay_s", type=float)
     arguments = parser.parse_args()
-    print(DelayingRelay(arguments.target, arguments.delay_s).port, flush=True)  # noqa: T201 - whom it may concern
+    print(DelayingRelay(arguments.target, arguments.delay_s).port, flush=True)  # noqa: T201 - read by `delayed`
     sys.stdin.read()
 
 

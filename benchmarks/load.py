@@ -1,7 +1,7 @@
-"""The load: targets that send, swallow or send back, and a client that measures what comes through a tunnel.
+"""The load: targets that send, discard or echo, and a client that measures what passes through a tunnel.
 
-Targets are processes of their own, so that no interpreter's lock is shared with what is measured. A connection says
-first what it wants: one letter and a number of bytes.
+Targets are processes of their own, so that they share no interpreter lock with the contender. A connection starts with
+a header that requests an operation: one letter and a number of bytes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _DONE = b"!"
 _ENDLESS = 1 << 62
 
 
-class Stalled(Exception):  # noqa: N818 - a finding about a contender, told in the tables
-    """A transfer did not come to its end."""
+class Stalled(Exception):  # noqa: N818 - a result about a contender, shown in the tables
+    """A transfer did not complete."""
 
 
 class RoundTrips(NamedTuple):
@@ -52,7 +52,7 @@ def _send(connection: socket.socket, count: int) -> None:
 
 
 def _receive(connection: socket.socket, count: int) -> int:
-    """Receive so many bytes; return how many are missing when the other side has ended."""
+    """Receive a number of bytes; return how many are missing at EOF."""
     buffer = bytearray(BUFFER_BYTES)
     while count > 0:
         got = connection.recv_into(buffer, min(count, BUFFER_BYTES))
@@ -69,8 +69,8 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
-def _give(connection: socket.socket, count: int) -> None:
-    with contextlib.suppress(OSError):  # the client had enough
+def _send_until_closed(connection: socket.socket, count: int) -> None:
+    with contextlib.suppress(OSError):  # the client has disconnected
         _send(connection, count)
 
 
@@ -79,23 +79,24 @@ def _serve(connection: socket.socket) -> None:
     header = _exactly(connection, _HEADER.size)
     if len(header) < _HEADER.size:
         return
-    wish, count = _HEADER.unpack(header)
-    if wish == _ECHO:
+    operation, count = _HEADER.unpack(header)
+    if operation == _ECHO:
         while data := connection.recv(BUFFER_BYTES):
             connection.sendall(data)
         return
-    sender = threading.Thread(target=_give, args=(connection, count if wish in {_DOWN, _BOTH} else 0))
+    to_send = count if operation in {_DOWN, _BOTH} else 0
+    sender = threading.Thread(target=_send_until_closed, args=(connection, to_send))
     sender.start()
-    missing = _receive(connection, count if wish in {_UP, _BOTH} else 0)
+    missing = _receive(connection, count if operation in {_UP, _BOTH} else 0)
     sender.join()
-    if wish in {_UP, _BOTH} and missing == 0:
+    if operation in {_UP, _BOTH} and missing == 0:
         connection.sendall(_DONE)
     connection.shutdown(socket.SHUT_WR)
-    connection.recv(1)  # until the client has gone too
+    connection.recv(1)  # until the client has disconnected too
 
 
 def serve(count: int, workers: int) -> None:
-    """Be the targets: so many ports, each with some processes that serve one connection after another."""
+    """Serve as the targets: `count` ports, each with worker processes that serve one connection after another."""
     listeners = [socket.create_server((LOOPBACK, 0), backlog=128) for _ in range(count)]
     for listener in listeners:
         for _ in range(workers):
@@ -105,13 +106,13 @@ def serve(count: int, workers: int) -> None:
                     connection, _ = listener.accept()
                     with connection, contextlib.suppress(OSError):
                         _serve(connection)
-    print(*(listener.getsockname()[1] for listener in listeners), flush=True)  # noqa: T201 - whom it may concern
+    print(*(listener.getsockname()[1] for listener in listeners), flush=True)  # noqa: T201 - read by `targets`
     sys.stdin.read()
 
 
 @contextlib.contextmanager
 def targets(count: int = 2, *, workers: int = WORKERS) -> Iterator[list[int]]:
-    """Start targets; yields their ports."""
+    """Start targets; yield their ports."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.load", "serve", str(count), str(workers)],
         stdin=subprocess.PIPE,
@@ -119,23 +120,23 @@ def targets(count: int = 2, *, workers: int = WORKERS) -> Iterator[list[int]]:
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None  # noqa: S101 - it was asked for
+    assert process.stdout is not None  # noqa: S101 - it is a pipe
     try:
         yield [int(word) for word in process.stdout.readline().split()]
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # a session of its own, made for this
+        os.killpg(process.pid, signal.SIGKILL)  # all workers: they are in a process group of their own
         process.communicate()
 
 
-def _open(port: int, wish: bytes, count: int) -> socket.socket:
+def _open(port: int, operation: bytes, count: int) -> socket.socket:
     connection = socket.create_connection((LOOPBACK, port), PATIENCE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.sendall(_HEADER.pack(wish, count))
+    connection.sendall(_HEADER.pack(operation, count))
     return connection
 
 
 @contextlib.contextmanager
-def _no_stall(what: str) -> Iterator[None]:
+def _raise_stalled(what: str) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
@@ -152,13 +153,13 @@ def _finish(connection: socket.socket, missing: int, what: str) -> None:
 
 
 def download(port: int, count: int) -> float:
-    """Receive so many bytes from a target, and return the seconds it took.
+    """Receive a number of bytes from a target, and return the seconds it took.
 
     Raises:
-        Stalled: It did not come to its end.
+        Stalled: The transfer did not complete.
     """
     began = time.perf_counter()
-    with _no_stall("download"), _open(port, _DOWN, count) as connection:
+    with _raise_stalled("download"), _open(port, _DOWN, count) as connection:
         missing = _receive(connection, count)
         took_s = time.perf_counter() - began
     if missing:
@@ -167,23 +168,23 @@ def download(port: int, count: int) -> float:
 
 
 def upload(port: int, count: int) -> float:
-    """Send so many bytes to a target, until it says that it has them all, and return the seconds it took.
+    """Send a number of bytes to a target until it confirms them all, and return the seconds it took.
 
     Raises:
-        Stalled: It did not come to its end.
+        Stalled: The transfer did not complete.
     """
     began = time.perf_counter()
-    with _no_stall("upload"), _open(port, _UP, count) as connection:
+    with _raise_stalled("upload"), _open(port, _UP, count) as connection:
         _send(connection, count)
         _finish(connection, 0, "upload")
         return time.perf_counter() - began
 
 
 def both_ways(port: int, count: int) -> float:
-    """Send and receive so many bytes each at once, and return the seconds until the last has come.
+    """Send and receive a number of bytes each at once, and return the seconds until the last has arrived.
 
     Raises:
-        Stalled: It did not come to its end.
+        Stalled: The transfer did not complete.
     """
     failed: list[OSError] = []
 
@@ -194,7 +195,7 @@ def both_ways(port: int, count: int) -> float:
             failed.append(error)
 
     began = time.perf_counter()
-    with _no_stall("both ways"), _open(port, _BOTH, count) as connection:
+    with _raise_stalled("both ways"), _open(port, _BOTH, count) as connection:
         sender = threading.Thread(target=send, daemon=True)
         sender.start()
         _finish(connection, _receive(connection, count), "both ways")
@@ -206,13 +207,13 @@ def both_ways(port: int, count: int) -> float:
 
 
 def round_trips(port: int, count: int) -> RoundTrips:
-    """Send 64 bytes and wait until they are back, again and again.
+    """Send 64 bytes and wait until they are echoed, repeatedly.
 
     Raises:
-        Stalled: They did not come back.
+        Stalled: They were not echoed.
     """
     times = []
-    with _no_stall("round trip"), _open(port, _ECHO, 0) as connection:
+    with _raise_stalled("round trip"), _open(port, _ECHO, 0) as connection:
         for _ in range(count + count // 10):
             began = time.perf_counter()
             connection.sendall(PING)
@@ -225,38 +226,38 @@ def round_trips(port: int, count: int) -> RoundTrips:
 
 @contextlib.contextmanager
 def downloading(port: int) -> Iterator[None]:
-    """Have a process of its own receive as fast as it can, meanwhile."""
+    """Receive as fast as possible in a separate process, meanwhile."""
     command = [sys.executable, "-m", "benchmarks.load", "flood", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None  # noqa: S101 - it was asked for
+    assert process.stdout is not None  # noqa: S101 - it is a pipe
     try:
         if not process.stdout.readline():
-            raise Stalled("bulk: nothing came")
+            raise Stalled("bulk: nothing was received")
         yield
         if process.poll() is not None:
-            raise Stalled("bulk: it ended early")
+            raise Stalled("bulk: the transfer ended early")
     finally:
         process.kill()
         process.communicate()
 
 
 def flood(port: int) -> None:
-    """Receive for ever; say so once the first MiB is there."""
+    """Receive without end; print a line once the first MiB has arrived."""
     with _open(port, _DOWN, _ENDLESS) as connection:
         _receive(connection, MIB)
-        print("it flows", flush=True)  # noqa: T201 - whom it may concern
+        print("receiving", flush=True)  # noqa: T201 - read by `downloading`
         _receive(connection, _ENDLESS)
 
 
 def connections(port: int, count: int, *, at_most_s: float = 5.0) -> float:
-    """Open one connection after another, each until one byte is back; return how many a second.
+    """Open one connection after another, each until one byte is echoed; return how many a second.
 
     Raises:
-        Stalled: One did not answer.
+        Stalled: One was not answered.
     """
     began = time.perf_counter()
     done = 0
-    with _no_stall("connections"):
+    with _raise_stalled("connections"):
         while done < count and time.perf_counter() - began < at_most_s:
             with _open(port, _ECHO, 0) as connection:
                 connection.sendall(b"?")
@@ -267,26 +268,26 @@ def connections(port: int, count: int, *, at_most_s: float = 5.0) -> float:
 
 
 def read_slowly(port: int, *, for_s: float, a_second: int = MIB) -> int:
-    """Read from a target that sends all it can, so much a second and no more; return how much came.
+    """Read at a limited rate from a target that sends all it can; return how many bytes arrived.
 
     Raises:
-        Stalled: Nothing came.
+        Stalled: Nothing was received.
     """
     steps = 20
-    got = 0
+    received = 0
     began = time.perf_counter()
-    with _no_stall("slow reader"), _open(port, _DOWN, _ENDLESS) as connection:
+    with _raise_stalled("slow reader"), _open(port, _DOWN, _ENDLESS) as connection:
         for step in range(int(for_s * steps)):
             piece = a_second // steps
-            got += piece - _receive(connection, piece)
+            received += piece - _receive(connection, piece)
             time.sleep(max(0.0, began + (step + 1) / steps - time.perf_counter()))
-    if got == 0:
-        raise Stalled("slow reader: nothing came")
-    return got
+    if received == 0:
+        raise Stalled("slow reader: nothing was received")
+    return received
 
 
 def main() -> None:
-    """Be the targets, or the client of a bulk transfer."""
+    """Run the targets, or the client of a bulk transfer."""
     parser = argparse.ArgumentParser()
     parser.add_argument("role", choices=["serve", "flood"])
     parser.add_argument("numbers", type=int, nargs="+")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Measure(NamedTuple):
-    """One row of a table: the key of its values, what it is called, its unit and whether more is better."""
+    """One row of a table: the key of its values, its title, its unit and whether more is better."""
 
     key: str
     title: str
@@ -48,7 +48,7 @@ RELAY = (
         )
     ),
 )
-#: What is known of one proxy: the key, what it is called, and how many digits are told.
+#: The costs of one proxy: key, title, and number of decimals.
 COSTS = (
     ("threads", "threads", 1),
     ("kib", "resident memory, KiB", 0),
@@ -61,17 +61,17 @@ COSTS = (
 
 @dataclass
 class Results:
-    """Everything that a run has found.
+    """All results of a run.
 
     Attributes:
         environment: Where and when, by name.
-        rounds: How many rounds of the relay's part.
-        values: By contender and measurement, one value a round; None where a round has none.
+        rounds: The number of rounds of tunnel measurements.
+        values: By contender and measurement, one value per round; None for a round without one.
         troubles: By contender and measurement, why there is none.
         versions: Of the contenders.
         sessions: Times of real sessions in milliseconds, or why there are none.
-        costs: By number of proxies, what each costs, or why that is not known.
-        micro: Microseconds of small things.
+        costs: By number of proxies, the cost of each, or why it is unknown.
+        micro: Microseconds of small operations.
     """
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -89,19 +89,19 @@ class Results:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def median(self, name: str, key: str) -> float | None:
-        """Return the median over the rounds; None where there is no value."""
+        """Return the median over the rounds; None without a value."""
         values = [value for value in self.values.get(name, {}).get(key, []) if value is not None]
         return statistics.median(values) if values else None
 
     def ratio(self, name: str, key: str, to: str = REFERENCE) -> float | None:
-        """Return the median of the ratios to another contender in the same round; None where there is none."""
+        """Return the median of the ratios to another contender in the same round; None without a ratio."""
         ratios = self.ratios(name, key, to)
         return statistics.median(ratios) if ratios else None
 
     def ratios(self, name: str, key: str, to: str = REFERENCE) -> list[float]:
-        """Return the ratio to another contender in each round that has both."""
+        """Return the ratio to another contender in each round with values of both."""
         own, other = (self.values.get(each, {}).get(key, []) for each in (name, to))
-        return [mine / theirs for mine, theirs in zip(own, other, strict=False) if mine is not None and theirs]
+        return [value / base for value, base in zip(own, other, strict=False) if value is not None and base]
 
 
 def write(results: Results, directory: Path) -> None:
@@ -119,9 +119,9 @@ def table(results: Results) -> str:
     parts += [f"- {name}: {version}" for name, version in results.versions.items() if version]
     parts += ["", *_relay(results), "", *_goals(results), "", *_sessions(results), "", *_costs(results), ""]
     if isinstance(results.micro, str):
-        parts += ["## Small things", "", f"Not measured: {results.micro}"]
+        parts += ["## Small operations", "", f"Not measured: {results.micro}"]
     else:
-        parts += ["## Small things", "", "| | µs |", "|---|---:|"]
+        parts += ["## Small operations", "", "| | µs |", "|---|---:|"]
         parts += [
             f"| a transition of the bare machine | {results.micro['transition_bare_us']:.1f} |",
             f"| a transition with record, status and log event (filtered) | {results.micro['transition_us']:.1f} |",
@@ -147,7 +147,7 @@ def _relay(results: Results) -> list[str]:
         for name, found in results.troubles.items()
         for what, why in found.items()
     ]:
-        lines += ["", "What could not be measured, or not in every round:", "", *troubles]
+        lines += ["", "Measurements that failed, in some or all rounds:", "", *troubles]
     return lines
 
 
@@ -160,7 +160,7 @@ def _cell(results: Results, name: str, measure: Measure) -> str:
 
 
 class Limit(NamedTuple):
-    """A goal that is no ratio: what must be at most so much, what it is, and how many digits are told."""
+    """A goal with an absolute limit: its title, maximum, unit, measured value, and number of decimals."""
 
     title: str
     most: int
@@ -170,7 +170,7 @@ class Limit(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A goal: what is compared to what, and how many times it must be, at least or at most."""
+    """A goal relative to another contender: which measurement, and the factor that it must reach or not exceed."""
 
     title: str
     key: str
@@ -195,17 +195,17 @@ GOALS = (
 
 
 def _goals(results: Results) -> list[str]:
-    lines = ["## The goals", "", "| | wanted | found | |", "|---|---:|---:|---|"]
+    lines = ["## The goals", "", "| | goal | measured | |", "|---|---:|---:|---|"]
     for goal in GOALS:
         ratios = results.ratios(OURS, goal.key, goal.to)
-        wanted = f"{'≥' if goal.at_least else '≤'} {goal.times:.1f}×"
+        limit = f"{'≥' if goal.at_least else '≤'} {goal.times:.1f}×"
         if not ratios:
-            lines.append(f"| {goal.title} | {wanted} | – | not measured |")
+            lines.append(f"| {goal.title} | {limit} | – | not measured |")
             continue
         met = {ratio >= goal.times if goal.at_least else ratio <= goal.times for ratio in ratios}
-        spread = f"the rounds do not agree: {min(ratios):.2f} to {max(ratios):.2f}"
+        spread = f"rounds disagree: {min(ratios):.2f} to {max(ratios):.2f}"
         verdict = spread if len(met) > 1 else "met" if met == {True} else "**not met**"
-        lines.append(f"| {goal.title} | {wanted} | {statistics.median(ratios):.2f}× | {verdict} |")
+        lines.append(f"| {goal.title} | {limit} | {statistics.median(ratios):.2f}× | {verdict} |")
     for title, most, unit, found, digits in _limits(results):
         verdict = "met" if found <= most else "**not met**"
         lines.append(f"| {title} | ≤ {most:,} {unit} | {found:,.{digits}f} {unit} | {verdict} |")
@@ -213,14 +213,14 @@ def _goals(results: Results) -> list[str]:
 
 
 def _limits(results: Results) -> Iterator[Limit]:
-    """Give the goals that are no ratios, as far as they were measured."""
+    """Yield the goals with absolute limits, as far as they were measured."""
     if not isinstance(results.sessions, str):
         ours, by_hand, after_exit = (
             statistics.median(results.sessions[f"{what}_ms"])
             for what in ("start_ours", "start_by_hand", "stop_after_exit")
         )
-        yield Limit("start, more than by hand", 10, "ms", ours - by_hand)
-        yield Limit("stop, more than nxproxy takes to exit", 20, "ms", after_exit)
+        yield Limit("start, longer than by hand", 10, "ms", ours - by_hand)
+        yield Limit("stop, after nxproxy's exit", 20, "ms", after_exit)
     for count, cost in results.costs.items():
         if not isinstance(cost, str):
             yield Limit(f"a proxy's memory, {count} in one process", 1024, "KiB", cost["kib"], digits=0)
@@ -231,11 +231,11 @@ def _limits(results: Results) -> Iterator[Limit]:
 
 
 def _sessions(results: Results) -> list[str]:
-    lines = ["## Real sessions: nxproxy by this package, and by hand through an open `ssh -L`", ""]
+    lines = ["## Real sessions: nxproxy run by this package, and by hand through an open `ssh -L`", ""]
     if isinstance(results.sessions, str):
         return [*lines, f"Not measured: {results.sessions}"]
     count = len(results.sessions["start_ours_ms"])
-    lines += [f"Medians of {count} each, in turns.", "", "| | proxy_fsm, ms | by hand, ms | more, ms |"]
+    lines += [f"Medians of {count} each, alternating.", "", "| | proxy_fsm, ms | by hand, ms | difference, ms |"]
     lines += ["|---|---:|---:|---:|"]
     for what, title in (("start", "start to running"), ("stop", "stop")):
         ours, by_hand = (statistics.median(results.sessions[f"{what}_{who}_ms"]) for who in ("ours", "by_hand"))
@@ -246,16 +246,14 @@ def _sessions(results: Results) -> list[str]:
 
 
 def _costs(results: Results) -> list[str]:
-    lines = ["## One running proxy among so many in a process", ""]
+    lines = ["## Cost of one running proxy, by the number of proxies in the process", ""]
     if not results.costs:
         return [*lines, "Not measured."]
     lines += [f"| | {' | '.join(results.costs)} |", f"|---|{'---:|' * len(results.costs)}"]
     for key, title, digits in COSTS:
-        cells = [
-            f"{found[key]:,.{digits}f}" if isinstance(found, dict) else "failed" for found in results.costs.values()
-        ]
+        cells = [f"{cost[key]:,.{digits}f}" if isinstance(cost, dict) else "failed" for cost in results.costs.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += [f"\n{count} proxies: {found}" for count, found in results.costs.items() if isinstance(found, str)]
+    lines += [f"\n{count} proxies: {cost}" for count, cost in results.costs.items() if isinstance(cost, str)]
     return lines
 
 
@@ -275,7 +273,7 @@ _PLOTS = {
 
 
 def plot(results: Results, directory: Path) -> None:
-    """Draw the relay's part; the same results give the same bytes."""
+    """Plot the tunnel measurements; the same results give the same bytes."""
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "proxy_fsm", "svg.fonttype": "none", "font.size": 9})
@@ -301,11 +299,11 @@ def plot(results: Results, directory: Path) -> None:
 
 
 def _plot_costs(results: Results, directory: Path, pyplot: Any) -> None:
-    known = {int(count): found for count, found in results.costs.items() if isinstance(found, dict)}
+    known = {int(count): cost for count, cost in results.costs.items() if isinstance(cost, dict)}
     keys = COSTS[:3]
     figure, axes = pyplot.subplots(1, len(keys), figsize=(9, 2.6))
     for (key, title, _), axis in zip(keys, axes, strict=True):
-        axis.plot(list(known), [found[key] for found in known.values()], marker="o", color="#c44e52")
+        axis.plot(list(known), [cost[key] for cost in known.values()], marker="o", color="#c44e52")
         axis.set_xscale("log")
         axis.set_xticks(list(known), [str(count) for count in known])
         axis.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Real sessions: how long start and stop take, beside nxproxy run by hand through an open ``ssh -L``."""
+"""Real sessions: how long start and stop take, compared with nxproxy run by hand through an open ``ssh -L``."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _LISTENING_S = 10.0
 Times = dict[str, list[float]]
 
 
-class Missing(Exception):  # noqa: N818 - a finding, told in the tables
+class Missing(Exception):  # noqa: N818 - a result, shown in the tables
     """A program that real sessions need is not installed."""
 
 
 def measure(count: int, say: Callable[[str], None]) -> Times:
-    """Start and stop one session again and again, in turns; returns times in milliseconds.
+    """Start and stop one session repeatedly, alternating both kinds; return times in milliseconds.
 
-    Each turn attaches to the session that the server has resumed just before. Start is from the order until the
-    session stands (``Established X server connection``); stop until nothing is left, and how much of that came after
-    the exit of nxproxy, whose own time differs by steps of 50 ms from one stop to the next.
+    Each turn attaches to the session that the server has resumed just before. Start is measured from the call until
+    the session is established (``Established X server connection``); stop until everything is released, and how much
+    of that follows the exit of nxproxy, whose own time differs in steps of 50 ms from one stop to the next.
 
     Raises:
         Missing: Programs are missing.
@@ -67,7 +67,7 @@ def measure(count: int, say: Callable[[str], None]) -> Times:
                 agent = _resumed(server, client, agent)
 
             def settle(agent: AgentSession = agent) -> None:
-                """Wait until the agent serves programs: before that it does not survive the loss of its proxy."""
+                """Wait until the agent serves programs: earlier it does not survive the loss of its proxy."""
                 run(client, f"DISPLAY=:{agent.display} xwininfo -root")
 
             _run_by_hand(server, agent, display, settle, times)
@@ -93,7 +93,7 @@ def _session(agent: AgentSession) -> SessionInfo:
     return dataclasses.replace(parse_agent_output(agent.raw), graphics_port=agent.graphics_port)
 
 
-def _run_ours(  # noqa: PLR0917 - all of them are the scene
+def _run_ours(  # noqa: PLR0917 - all of them form the scene
     agent: AgentSession,
     transport: paramiko.Transport,
     root: Path,
@@ -116,10 +116,10 @@ def _run_ours(  # noqa: PLR0917 - all of them are the scene
 
 
 class _Exit:
-    """Notes when a process exits, for itself and not as its parent."""
+    """Records when a process exits, without being its parent."""
 
     def __init__(self, pid: int | None) -> None:
-        assert pid is not None  # noqa: S101 - it runs
+        assert pid is not None  # noqa: S101 - it is running
         self._process = os.pidfd_open(pid)
         self._at = 0.0
         self._thread = threading.Thread(target=self._wait)

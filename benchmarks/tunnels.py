@@ -1,4 +1,4 @@
-"""Rounds of measurements of all contenders, interleaved: every round measures each of them once."""
+"""Interleaved rounds of measurements: every round measures each contender once."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        transfer_bytes: Moved each way; contenders that are slow beyond comparison move an eighth.
+        transfer_bytes: Moved each way; by far slower contenders move an eighth.
         delayed_bytes: The same through the delaying relay.
-        pings: Round trips, alone; a quarter of them beside a bulk transfer.
+        pings: Round trips without other traffic; a quarter of them during a bulk transfer.
         connections: How many are opened.
         slow_s: How long the slow reader reads, in seconds.
-        round_trips_ms: Of the delaying relay.
+        round_trips_ms: Round-trip times of the delaying relay.
     """
 
     transfer_bytes: int = 256 * MIB
@@ -55,20 +55,20 @@ class Sizes:
 
 
 QUICK = Sizes(8 * MIB, 2 * MIB, 100, 10, 0.5, (20,))
-#: Below 40 MB/s on a machine where the others reach hundreds.
+#: Below 40 MB/s on a machine on which the others reach hundreds.
 SLOW = frozenset({"python-x2go"})
 
 
 @dataclass
 class Findings:
-    """What came of it: by contender and measurement one value a round, and why something has none."""
+    """The results so far: by contender and measurement, one value per round, or why there is none."""
 
     values: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
     troubles: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
 
-class Unavailable(Exception):  # noqa: N818 - a finding, told in the tables
+class Unavailable(Exception):  # noqa: N818 - a result, shown in the tables
     """A contender cannot run here."""
 
 
@@ -76,7 +76,7 @@ def interpreter(name: str) -> str:
     """Return the Python that a contender runs under.
 
     Raises:
-        Unavailable: There is none; it says what to do.
+        Unavailable: There is none; the message names the remedy.
     """
     if name == "python-x2go":
         python = "/usr/bin/python3"
@@ -93,7 +93,7 @@ def interpreter(name: str) -> str:
 
 @dataclass(frozen=True)
 class Tunnel:
-    """A contender that stands: its ports, one a target, and its process."""
+    """A contender with open tunnels: its ports, one per target, and its process."""
 
     name: str
     ports: list[int]
@@ -101,7 +101,7 @@ class Tunnel:
     version: str
 
     def cpu_s(self) -> float:
-        """Return the processor time of the process and its ended children so far, in seconds."""
+        """Return the processor time so far of the process and its reaped children, in seconds."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / _TICKS_A_SECOND
 
@@ -122,18 +122,18 @@ def opened(name: str, server: Server) -> Iterator[Tunnel]:
     """
     command = [interpreter(name), str(_ROOT / "benchmarks" / "contenders.py"), name, json.dumps(asdict(server))]
     for attempt in range(_ATTEMPTS):
-        # Into a file: one that says much would wait for a reader of a pipe, and be called slow for it.
-        with tempfile.TemporaryFile() as complaints:
+        # Into a file: a verbose contender would block on a pipe without a reader, and look slow.
+        with tempfile.TemporaryFile() as error_file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=complaints,
+                stderr=error_file,
                 text=True,
                 env={**os.environ, "PYTHONPATH": "" if name == "python-x2go" else str(_ROOT)},
             )
             try:
-                assert process.stdout is not None  # noqa: S101 - it was asked for
+                assert process.stdout is not None  # noqa: S101 - it is a pipe
                 line = process.stdout.readline()
                 ports = json.loads(line)["ports"] if line else []
                 if ports and wait_listening(ports) and process.poll() is None:
@@ -142,10 +142,10 @@ def opened(name: str, server: Server) -> Iterator[Tunnel]:
             finally:
                 process.kill()
                 process.communicate()
-            errors = _end_of(complaints)
-        # ssh has to be told a port, and somebody else may have taken it meanwhile.
+            errors = _end_of(error_file)
+        # ssh needs a fixed port, which another process may have bound in the meantime.
         if "Address already in use" not in errors or attempt == _ATTEMPTS - 1:
-            raise Unavailable(f"did not come up: {errors}")
+            raise Unavailable(f"did not start: {errors}")
 
 
 def _end_of(file: BinaryIO) -> str:
@@ -164,7 +164,7 @@ def ssh_server() -> Iterator[SshServer]:
 
 
 def server_at(sshd: SshServer, port: int, targets: list[int]) -> Server:
-    """Describe the way to an sshd through a port, which may be that of a relay."""
+    """Return how to reach an sshd through a port, which may be that of a relay."""
     known_hosts = sshd.directory / f"known_hosts-{port}"
     host_key = sshd.host_key
     known_hosts.write_text(f"[{LOOPBACK}]:{port} {host_key.get_name()} {host_key.get_base64()}\n")
@@ -177,7 +177,7 @@ class Rounds:
     Args:
         sizes: How much.
         contenders: Which, by name.
-        say: Takes a line about what goes on.
+        say: Called with a line of progress.
     """
 
     def __init__(self, sizes: Sizes, contenders: list[str], say: Callable[[str], None]) -> None:
@@ -187,7 +187,7 @@ class Rounds:
         self._say = say
 
     def run(self, rounds: int, after_each: Callable[[int, Findings], None] = lambda *_: None) -> Findings:
-        """Measure so many rounds; after each its number and what was found so far are told."""
+        """Measure a number of rounds; after each, call `after_each` with its number and the findings so far."""
         began = time.monotonic()
         with contextlib.ExitStack() as stack:
             sshd = stack.enter_context(ssh_server())
@@ -205,7 +205,7 @@ class Rounds:
         return self.findings
 
     def _round(self, number: int, names: list[str], near: Server, far: dict[int, Server]) -> None:
-        """Measure one thing after another, each of all contenders in turns, so that all meet the same conditions."""
+        """Take each measurement of all contenders before the next one, so that all meet the same conditions."""
         steps = [self._throughput, self._both_ways, self._round_trips, self._round_trips_beside, self._connections]
         self._steps(number, names, near, steps)
         tunnels = [name for name in names if CONTENDERS[name].tunnels]
@@ -215,33 +215,33 @@ class Rounds:
             self._steps(number, tunnels, server, [functools.partial(self._far, ms=ms)])
 
     def _steps(self, number: int, names: list[str], server: Server, steps: Sequence[Callable[..., None]]) -> None:
-        """Take steps with all of some contenders, whose tunnels stand meanwhile."""
+        """Run measurement steps on some contenders, with the tunnels of all of them open."""
         with contextlib.ExitStack() as stack:
-            standing: dict[str, Tunnel] = {}
+            tunnels: dict[str, Tunnel] = {}
             for name in names:
                 if name not in SLOW:
-                    with self._told(name, "start"):
-                        standing[name] = stack.enter_context(opened(name, server))
+                    with self._recorded_trouble(name, "start"):
+                        tunnels[name] = stack.enter_context(opened(name, server))
             for step in steps:
                 for name in names:
-                    if name in standing:
-                        self.findings.versions[name] = standing[name].version
-                        step(standing[name], number)
+                    if name in tunnels:
+                        self.findings.versions[name] = tunnels[name].version
+                        step(tunnels[name], number)
                     elif name in SLOW:  # one connection disturbs the next: every step has a process of its own
-                        with self._told(name, "start"), opened(name, server) as tunnel:
+                        with self._recorded_trouble(name, "start"), opened(name, server) as tunnel:
                             self.findings.versions[name] = tunnel.version
                             step(tunnel, number)
 
     @contextlib.contextmanager
-    def _told(self, name: str, what: str) -> Iterator[None]:
-        """Write down why a measurement has no value, and go on."""
+    def _recorded_trouble(self, name: str, what: str) -> Iterator[None]:
+        """Record why a measurement failed, and continue."""
         try:
             yield
         except (Unavailable, load.Stalled, OSError) as error:
             self.findings.troubles.setdefault(name, {})[what] = str(error)
             self._say(f"{name}: {what}: {error}")
 
-    def _note(self, name: str, what: str, number: int, value: float) -> None:
+    def _record(self, name: str, what: str, number: int, value: float) -> None:
         values = self.findings.values.setdefault(name, {}).setdefault(what, [])
         values.extend([None] * (number + 1 - len(values)))
         values[number] = value
@@ -254,50 +254,50 @@ class Rounds:
         size = self._size(name, self._sizes.transfer_bytes)
         transfers: dict[str, Callable[[int, int], float]] = {"down": load.download, "up": load.upload}
         for what, transfer in transfers.items():
-            with self._told(name, what):
+            with self._recorded_trouble(name, what):
                 before_s = tunnel.cpu_s()
-                self._note(name, f"{what}_mb_s", number, size / transfer(port, size) / 1e6)
+                self._record(name, f"{what}_mb_s", number, size / transfer(port, size) / 1e6)
                 if CONTENDERS[name].tunnels:
-                    self._note(name, f"{what}_cpu_s_gib", number, (tunnel.cpu_s() - before_s) * GIB / size)
+                    self._record(name, f"{what}_cpu_s_gib", number, (tunnel.cpu_s() - before_s) * GIB / size)
 
     def _both_ways(self, tunnel: Tunnel, number: int) -> None:
         size = self._size(tunnel.name, self._sizes.transfer_bytes)
-        with self._told(tunnel.name, "both"):
-            self._note(tunnel.name, "both_mb_s", number, 2 * size / load.both_ways(tunnel.ports[0], size) / 1e6)
+        with self._recorded_trouble(tunnel.name, "both"):
+            self._record(tunnel.name, "both_mb_s", number, 2 * size / load.both_ways(tunnel.ports[0], size) / 1e6)
 
     def _round_trips(self, tunnel: Tunnel, number: int) -> None:
-        with self._told(tunnel.name, "rtt"):
+        with self._recorded_trouble(tunnel.name, "rtt"):
             times = load.round_trips(tunnel.ports[0], self._sizes.pings)
-            self._note(tunnel.name, "rtt_p50_us", number, times.p50)
-            self._note(tunnel.name, "rtt_p99_us", number, times.p99)
+            self._record(tunnel.name, "rtt_p50_us", number, times.p50)
+            self._record(tunnel.name, "rtt_p99_us", number, times.p99)
 
     def _round_trips_beside(self, tunnel: Tunnel, number: int) -> None:
-        with self._told(tunnel.name, "rtt_bulk"), load.downloading(tunnel.ports[1]):
+        with self._recorded_trouble(tunnel.name, "rtt_bulk"), load.downloading(tunnel.ports[1]):
             times = load.round_trips(tunnel.ports[0], self._sizes.pings // 4)
-            self._note(tunnel.name, "rtt_bulk_p50_us", number, times.p50)
-            self._note(tunnel.name, "rtt_bulk_p99_us", number, times.p99)
+            self._record(tunnel.name, "rtt_bulk_p50_us", number, times.p50)
+            self._record(tunnel.name, "rtt_bulk_p99_us", number, times.p99)
 
     def _connections(self, tunnel: Tunnel, number: int) -> None:
-        with self._told(tunnel.name, "connections"):
+        with self._recorded_trouble(tunnel.name, "connections"):
             rate = load.connections(tunnel.ports[0], self._sizes.connections)
-            self._note(tunnel.name, "connections_s", number, rate)
+            self._record(tunnel.name, "connections_s", number, rate)
 
     def _memory(self, tunnel: Tunnel, number: int) -> None:
-        with self._told(tunnel.name, "slow_reader"):
+        with self._recorded_trouble(tunnel.name, "slow_reader"):
             load.round_trips(tunnel.ports[1], 20)
             before = tunnel.memory_bytes("VmRSS")
             load.read_slowly(tunnel.ports[0], for_s=self._sizes.slow_s)
             peak = tunnel.memory_bytes("VmHWM")
-            self._note(tunnel.name, "peak_mib", number, peak / MIB)
-            self._note(tunnel.name, "slow_reader_mib", number, (peak - before) / MIB)
+            self._record(tunnel.name, "peak_mib", number, peak / MIB)
+            self._record(tunnel.name, "slow_reader_mib", number, (peak - before) / MIB)
 
     def _far(self, tunnel: Tunnel, number: int, *, ms: int) -> None:
         name, port = tunnel.name, tunnel.ports[0]
         size = self._size(name, self._sizes.delayed_bytes)
-        with self._told(name, f"down_{ms}ms_mb_s"):
-            self._note(name, f"down_{ms}ms_mb_s", number, size / load.download(port, size) / 1e6)
-        with self._told(name, f"up_{ms}ms_mb_s"):
-            self._note(name, f"up_{ms}ms_mb_s", number, size / load.upload(port, size) / 1e6)
-        with self._told(name, f"rtt_{ms}ms"):
+        with self._recorded_trouble(name, f"down_{ms}ms_mb_s"):
+            self._record(name, f"down_{ms}ms_mb_s", number, size / load.download(port, size) / 1e6)
+        with self._recorded_trouble(name, f"up_{ms}ms_mb_s"):
+            self._record(name, f"up_{ms}ms_mb_s", number, size / load.upload(port, size) / 1e6)
+        with self._recorded_trouble(name, f"rtt_{ms}ms"):
             times = load.round_trips(tunnel.ports[1], 20)
-            self._note(name, f"rtt_{ms}ms_p50_us", number, times.p50)
+            self._record(name, f"rtt_{ms}ms_p50_us", number, times.p50)

@@ -137,7 +137,7 @@ class Display:
             piece = os.read(read_end, 64) if readable else b""
             if not piece:
                 log = (self._directory / "log").read_text(errors="replace")
-                raise RuntimeError(f"Xvfb did not come up: {log}")
+                raise RuntimeError(f"Xvfb did not start: {log}")
             answer += piece
         return int(answer)
 

@@ -115,7 +115,7 @@ class SshServer:
 
     def _listen(self) -> None:
         if not any(self._start_on_free_port() for _ in range(PORT_ATTEMPTS)):
-            raise RuntimeError("sshd did not come up:\n" + "\n".join(self.log))
+            raise RuntimeError("sshd did not start:\n" + "\n".join(self.log))
 
     def _start_on_free_port(self) -> bool:
         with socket.socket() as probe:
