@@ -1,4 +1,4 @@
-"""Records when the whole machine stalled: a shared one does, for up to a second, and no program is to blame.
+"""Records when the whole machine stalled: a shared one does now and then, for a second, and no program is to blame.
 
 A thread that only sleeps records when it woke late. Times that are compared with a limit exclude those moments.
 """

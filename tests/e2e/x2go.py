@@ -256,7 +256,7 @@ class X2GoServer(SshServer):
         """Resume a session, wait until its new graphics port listens, and return its ports.
 
         The server lists it as suspended before its agent logs that, and in between it cannot be resumed. The resume is
-        retried if nothing listens (about once in a hundred times): x2goresume-session signals the agent without
+        retried if nothing listens (seen about once in a hundred times): x2goresume-session signals the agent without
         checking the result.
 
         Raises:
