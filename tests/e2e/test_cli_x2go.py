@@ -143,7 +143,7 @@ def test_session_is_started_suspended_listed_resumed_taken_over_and_ended(
         connection.process.send_signal(signal.SIGINT)
         assert connection.finish() == 0
     left = connection.events[-1]
-    assert (left["event"], left["status"]) == ("session.left", "suspended")
+    assert (left["event"], left["status"]) == ("session.released", "suspended")
     assert f"@127.0.0.1 --port {x2go_server.port} --key " in left["hint"]
     assert left["hint"].endswith(f" --link lan --session {name}")
     assert x2go_server.status(ssh_client, name) == "S"
@@ -186,7 +186,7 @@ def test_new_session_that_cannot_be_shown_is_terminated(
         ended = user.run("connect", "--command", RED_XTERM)
         status, events = ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()]
     assert status >= 10, events
-    assert (events[-1]["event"], events[-1]["status"]) == ("session.left", "terminated")
+    assert (events[-1]["event"], events[-1]["status"]) == ("session.released", "terminated")
     assert rows(x2go_server, ssh_client).keys() == before.keys()
 
 
