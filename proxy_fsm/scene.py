@@ -1,7 +1,7 @@
-"""Shapes and words on a page, and how they become SVG or PNG: light, dark, and the same bytes on every machine.
+"""Shapes and text on a page, written as SVG or PNG: light, dark, and the same bytes on every machine.
 
-No font of the machine is asked how wide a word is: widths are estimated, generously. SVG names fonts by family alone;
-PNG is drawn with matplotlib's own font.
+The machine's fonts are not measured: widths of text are estimated, generously. SVG names only font families; PNG is
+drawn with matplotlib's own font.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = [
 Theme = Literal["light", "dark"]
 Point = tuple[float, float]
 
-#: Widths of letters as a share of the font's size, of a wide font (DejaVu Sans, Verdana); others are 0.63.
+#: Widths of characters as a share of the font size, for a wide font (DejaVu Sans, Verdana); others are 0.63.
 _NARROW = dict.fromkeys(" iIjl.,:;'|!()[]ftr", 0.34) | dict.fromkeys("mwMW%@—→", 0.92)
 _LETTER = 0.63
 _BOLD = 1.1
-#: What matplotlib can draw, each way.
+#: The largest width and height that matplotlib can draw.
 _PNG_PIXELS = 1 << 16
 _FAMILY = "DejaVu Sans, Verdana, Arial, sans-serif"
 
@@ -71,8 +71,8 @@ COLOURS = {
     "to-agent": ("#54aeff", "#388bfd"),
     "from-agent": ("#e08e0b", "#d29922"),
 }
-#: The ground of each state in pictures of a run: light, dark. They differ in lightness too, for those who do not see
-#: colours as most do, and a state's name can be read on each.
+#: The background of each state in pictures of a run: light, dark. They differ in lightness too, for readers with a
+#: colour vision deficiency, and a state's name is readable on each.
 STATE_COLOURS = {
     "idle": ("#929ba4", "#636b72"),
     "tunnelling": ("#98c6f6", "#206fae"),
@@ -103,7 +103,7 @@ class Box:
 class Line:
     """Points joined by straight lines, or by cubic Bézier curves (the first point, then three for each piece).
 
-    ``tip`` is where its arrow head ends; None for none.
+    ``tip`` is where its arrow head ends; None for no head.
     """
 
     points: tuple[Point, ...]
@@ -114,7 +114,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A line of words: its middle (or, anchored at the start, its left end) and its base line."""
+    """A line of text: its middle (or, anchored at the start, its left end) and its baseline."""
 
     x: float
     y: float
@@ -126,7 +126,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What belongs together and is styled together; ``data`` becomes ``data-`` attributes of SVG."""
+    """Items that are styled together; ``data`` becomes ``data-`` attributes of SVG."""
 
     items: tuple[Box | Line | Text, ...]
     classes: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ class Group:
 
 @dataclass(slots=True)
 class Scene:
-    """A whole picture, to which groups are added; ``title`` says what it shows to those who do not see it."""
+    """A whole picture, to which groups are added; ``title`` is its text alternative."""
 
     width: float
     height: float
@@ -145,14 +145,14 @@ class Scene:
 
 
 def width_of(words: str, size: float, *, bold: bool = False) -> float:
-    """Return how much room a line of words takes, estimated."""
-    # fsum, since what sum makes of floats differs by Python's version
+    """Return the estimated width of a line of text."""
+    # fsum, since the result of sum for floats depends on Python's version
     share = math.fsum(_NARROW.get(char, _LETTER if ord(char) < 0x1100 else 1.05) for char in words)  # noqa: PLR2004 - wide
     return share * size * (_BOLD if bold else 1.0)
 
 
 def shortened(words: str, room: float, size: float, *, bold: bool = False) -> str:
-    """Return words that fit into some room, by the estimate of `width_of`."""
+    """Cut a text to fit a width, by the estimate of `width_of`."""
     if width_of(words, size, bold=bold) <= room:
         return words
     while words and width_of(words + "…", size, bold=bold) > room:
@@ -161,7 +161,7 @@ def shortened(words: str, room: float, size: float, *, bold: bool = False) -> st
 
 
 def rules(theme: Theme) -> Rules:
-    """Return the style of each kind of shape and word (by an empty name), and of kinds within a class of groups."""
+    """Return the style of each kind of shape and text (by an empty name), and of kinds within a class of groups."""
     at = 1 if theme == "dark" else 0
     colour = {name: pair[at] for name, pair in COLOURS.items()}
     ink, line, accent = colour["ink"], colour["line"], colour["accent"]
@@ -211,7 +211,7 @@ def svg(scene: Scene, theme: Theme | None = None) -> str:
 
     Args:
         scene: The picture.
-        theme: ``light`` or ``dark``; by default it follows whoever looks (``prefers-color-scheme``).
+        theme: ``light`` or ``dark``; by default it follows the viewer's setting (``prefers-color-scheme``).
     """
     width, height = _number(scene.width), _number(scene.height)
     lines = [
@@ -276,7 +276,7 @@ def _content(words: str) -> str:
 
 
 def legal(words: str) -> str:
-    """Replace what XML cannot hold."""
+    """Replace the characters that XML cannot contain."""
     return "".join(char if char.isprintable() else "�" for char in words)
 
 
@@ -292,7 +292,7 @@ def _head(line: Line) -> tuple[Point, ...]:
 
 
 def png(scene: Scene, theme: Theme = "light") -> bytes:
-    """Return the picture as PNG, at two pixels a unit.
+    """Return the picture as PNG, at two pixels per unit.
 
     Raises:
         DiagramError: matplotlib is not installed, or the picture is too large for it.

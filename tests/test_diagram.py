@@ -1,4 +1,4 @@
-"""Pictures are what the code says, the same bytes everywhere, and readable in light and dark."""
+"""Pictures match the code, are the same bytes everywhere, and are readable in light and dark."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 WAY = (Step("start", "idle", "tunnelling", 1.25, 1), Step("tunnel_opened", "tunnelling", "spawning", 0.0123, 2))
 CHANGES = {(str(r.source), str(r.dest), str(r.trigger)) for r in TRANSITIONS if r.dest is not None}
-#: What moves a proxy inside a state. What leaves a phase and its state is said by the state's own arrow.
+#: What moves a proxy inside a state. What leaves a phase and its state is drawn as the state's own arrow.
 MOVES = {
     (f"{r.state}/{r.phase}", f"{r.state}/{r.dest}", str(r.trigger)) for r in PHASES if not isinstance(r.dest, State)
 }
@@ -82,13 +82,13 @@ def words(root: ET.Element) -> list[str]:
     return [text.text or "" for text in root.iter(f"{SVG}text")]
 
 
-class TestWhatIsCommitted:
+class TestCommittedPictures:
     @pytest.mark.parametrize("name", pictures.PICTURES)
-    def test_is_up_to_date(self, name: str) -> None:
-        """``make diagrams`` brings it up to date."""
+    def test_committed_picture_is_up_to_date(self, name: str) -> None:
+        """``make diagrams`` updates it."""
         assert pictures.is_same((ROOT / name).read_bytes(), pictures.PICTURES[name]()), f"{name}: make diagrams"
 
-    def test_is_written_and_checked(
+    def test_pictures_are_written_and_checked(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         few = ("diagrams/lifecycle.mmd", "diagrams/lifecycle.md", "diagrams/lifecycle.png")
@@ -104,7 +104,7 @@ class TestWhatIsCommitted:
         assert pictures.main([*target, "--check"]) == 1
         assert re.findall(r"\S+/\S+", capsys.readouterr().out) == ["diagrams/lifecycle.mmd", "diagrams/lifecycle.png"]
 
-    def test_pictures_that_differ_are_told_apart(self) -> None:
+    def test_different_pictures_are_not_the_same(self) -> None:
         light, dark = (diagram.draw(format="png", theme=theme) for theme in ("light", "dark"))
         here = diagram.draw(format="png", highlight="idle")
         assert isinstance(light, bytes)
@@ -113,7 +113,7 @@ class TestWhatIsCommitted:
         assert not pictures.is_same(light, here)
         assert not pictures.is_same(b"no picture", light)
 
-    def test_the_readme_shows_the_diagram_and_every_reason_with_its_exit_status(self) -> None:
+    def test_readme_has_diagram_states_and_reasons_with_exit_status(self) -> None:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         assert "](diagrams/lifecycle.svg)" in readme
         rows = [line for line in readme.splitlines() if line.startswith("| `")]
@@ -122,7 +122,7 @@ class TestWhatIsCommitted:
         for state in State:
             assert any(row.startswith(f"| `{state}` |") for row in rows), state
 
-    def test_the_module_map_has_every_module_and_reaches_every_import(self) -> None:
+    def test_module_map_has_every_module_and_import(self) -> None:
         whole = pictures.module_map()
         assert {"lifecycle", "engine", "proxy", "cli", "diagram", "timeline"} <= set(whole)
         assert "supervisor" in whole["engine"]
@@ -137,8 +137,8 @@ class TestWhatIsCommitted:
         assert sum(map(len, few.values())) < sum(map(len, whole.values())) / 2
 
 
-class TestTheLifecycle:
-    def test_mermaid_has_each_change_of_the_table_once_and_no_other(self) -> None:
+class TestLifecycle:
+    def test_mermaid_has_each_transition_once(self) -> None:
         drawn = [
             (source.strip(), dest.strip(), label.strip().lower())
             for line in str(diagram.draw(phases=False)).splitlines()
@@ -149,20 +149,20 @@ class TestTheLifecycle:
         assert set(drawn) == CHANGES
         assert len(drawn) == len(CHANGES)
 
-    def test_mermaid_tells_orders_apart_and_marks_final_states(self) -> None:
+    def test_mermaid_marks_orders_and_final_states(self) -> None:
         drawn = diagram.mermaid()
         assert "idle --> tunnelling: START" in drawn
         assert "tunnelling --> spawning: tunnel_opened" in drawn
         assert [line.split()[0] for line in drawn.splitlines() if line.endswith("--> [*]")] == ["stopped", "failed"]
 
-    def test_the_table_has_every_cell(self) -> None:
+    def test_table_has_every_cell(self) -> None:
         rows = [line.strip("| ").split(" | ") for line in diagram.markdown_table().splitlines()]
         assert rows[0] == ["trigger", *State]
         assert rows[2] == ["`start`", "tunnelling", "·", "·", "·", "·", "·", "·"]
         assert rows[3] == ["`stop`", "stopped", "stopping", "stopping", "stopping", "–", "–", "–"]
         assert rows.index([""]) == 2 + 8
 
-    def test_json_says_all_of_it(self) -> None:
+    def test_json_has_the_whole_chart(self) -> None:
         whole = json.loads(diagram.as_json(highlight="running", way=WAY))
         assert [state["name"] for state in whole["states"]] == list(State)
         assert [state["name"] for state in whole["states"] if state["final"]] == ["stopped", "failed"]
@@ -179,7 +179,7 @@ class TestTheLifecycle:
             "number": 2,
         }
 
-    def test_dot_is_read_by_graphviz_and_has_each_change(self) -> None:
+    def test_dot_parses_and_has_each_transition(self) -> None:
         flat = diagram.LIFECYCLE.without_phases()
         graph = AGraph(string=diagram.dot(flat, highlight="running", way=WAY, theme="dark"))
         assert set(graph.nodes()) == {"[*]", *State}
@@ -195,7 +195,7 @@ class TestTheLifecycle:
         assert "2. tunnel_opened after 0.012 s" in graph.get_edge("tunnelling", "spawning").attr["label"]
         assert graph.get_node("running").attr["penwidth"] == "3"
 
-    def test_svg_has_each_state_and_each_change(self) -> None:
+    def test_svg_has_each_state_and_transition(self) -> None:
         root = svg_of()
         assert sorted(group.get("data-state", "") for group in groups(root, "state")) == sorted(State)
         drawn = {
@@ -207,12 +207,12 @@ class TestTheLifecycle:
         framed = {g.get("data-state") for g in groups(root, "state") if any(r.get("class") == "frame" for r in g)}
         assert framed == {"stopped", "failed"}
 
-    def test_svg_tells_orders_apart_in_words_and_in_looks(self) -> None:
+    def test_svg_marks_orders_in_text_and_style(self) -> None:
         kinds = {text.text: text.get("class") for text in svg_of().iter(f"{SVG}text")}
         assert (kinds["START"], kinds["tunnel_opened"]) == ("order", "observation")
         assert any("CAPITALS" in line for line in words(svg_of()))
 
-    def test_the_place_where_it_stands_and_the_way_there_are_shown(self) -> None:
+    def test_current_state_and_way_are_shown(self) -> None:
         root = svg_of(highlight="spawning", way=WAY)
         assert [group.get("data-state") for group in groups(root, "current")] == ["spawning"]
         assert {group.get("data-state") for group in groups(root, "visited")} == {"idle", "tunnelling", "spawning"}
@@ -228,11 +228,11 @@ class TestTheLifecycle:
         assert "class spawning current" in drawn
         assert "class idle,tunnelling visited" in drawn
 
-    def test_the_table_points_at_a_column(self) -> None:
+    def test_table_highlights_a_column(self) -> None:
         row = diagram.markdown_table(highlight="running").splitlines()[3]
         assert row == "| `stop` | stopped | stopping | stopping | **stopping** | – | – | – |"
 
-    def test_of_several_triggers_the_one_that_was_taken_is_said(self) -> None:
+    def test_taken_trigger_is_named_among_several(self) -> None:
         """Three lead from running to stopping: an order, and two observations, one of them a fault."""
         way = (Step("fault_found", "running", "stopping", 2.161, 4),)
         said = "4. fault_found after 2.161 s"
@@ -244,11 +244,11 @@ class TestTheLifecycle:
         assert said in diagram.dot(way=way)
 
     @pytest.mark.parametrize("picture", diagram.FORMATS)
-    def test_a_state_that_is_not_there_is_told(self, picture: diagram.Format) -> None:
+    def test_unknown_state_is_refused(self, picture: diagram.Format) -> None:
         with pytest.raises(DiagramError, match=r"no state 'gone'; it has idle, .*failed\."):
             diagram.draw(format=picture, highlight="gone")
 
-    def test_a_format_that_is_not_there_is_told(self) -> None:
+    def test_unknown_format_is_refused(self) -> None:
         with pytest.raises(DiagramError, match="no format 'gif'; there are mermaid, dot"):
             diagram.draw(format="gif")  # type: ignore[arg-type]
 
@@ -274,14 +274,14 @@ class TestPhases:
         assert limits["stopping/draining"] == "drain_s"
         assert limits["running/established"] == ""
 
-    def test_mermaid_nests_them(self) -> None:
+    def test_mermaid_nests_phases(self) -> None:
         assert block(diagram.mermaid(), "running") == [
             "[*] --> established",
             "established --> verifying: end_suspected",
             "verifying --> established: end_denied",
         ]
 
-    def test_mermaid_has_each_move_once(self) -> None:
+    def test_mermaid_has_each_phase_transition_once(self) -> None:
         drawn = [
             (f"{state}/{source}", f"{state}/{dest.strip()}", label.strip())
             for state in State
@@ -294,8 +294,8 @@ class TestPhases:
         assert set(drawn) == MOVES
         assert len(drawn) == len(MOVES)
 
-    def test_trigger_that_leaves_the_state_is_drawn_at_the_state_alone(self) -> None:
-        """PHASES says in which phase it is due, and TRANSITIONS that it may come in any."""
+    def test_trigger_that_leaves_the_state_is_drawn_at_the_state_only(self) -> None:
+        """PHASES says in which phase it is expected, and TRANSITIONS that it may come in any."""
         assert diagram.mermaid().count("tunnel_opened") == 1
         assert words(svg_of()).count("tunnel_opened") == 1
         assert diagram.dot().count("tunnel_opened") == 1
@@ -309,7 +309,7 @@ class TestPhases:
             assert phases == [f"{state}/{phase}" for phase in State(state).phases]
         assert graph.get_node("running/verifying").attr["label"] == "verifying"
 
-    def test_dot_cuts_arrows_of_a_state_at_its_cluster(self) -> None:
+    def test_dot_clips_arrows_of_a_state_at_its_cluster(self) -> None:
         graph = AGraph(string=diagram.dot())
         edge = graph.get_edge("running/verifying", "stopping/terminating")
         clusters = {g.name: g.graph_attr["label"] for g in graph.subgraphs()}
@@ -329,19 +329,19 @@ class TestPhases:
         lines = diagram.markdown_table().replace("`", "").split("\n\n")[1].splitlines()
         rows = [line.strip("| ").split(" | ") for line in lines]
         assert rows[0] == ["state", "phase", "trigger", "leads to", "limit"]
-        told = [
+        expected = [
             [str(r.state), str(r.phase), str(r.trigger), str(r.dest), *([r.limit] if r.limit else [])] for r in PHASES
         ]
-        assert [[cell for cell in row if cell] for row in rows[2:]] == told
+        assert [[cell for cell in row if cell] for row in rows[2:]] == expected
 
-    def test_table_of_states_is_the_same_with_and_without_them(self) -> None:
+    def test_table_of_states_is_the_same_with_and_without_phases(self) -> None:
         whole = diagram.markdown_table()
         assert whole.split("\n\n")[0] + "\n" == diagram.draw(format="table", phases=False)
 
-    def test_json_says_all_of_them(self) -> None:
-        told = json.loads(diagram.as_json())["phases"]
-        assert [(each["state"], each["name"]) for each in told] == [(s, p) for s in State for p in s.phases]
-        assert told[8] == {
+    def test_json_has_all_phases(self) -> None:
+        phases = json.loads(diagram.as_json())["phases"]
+        assert [(each["state"], each["name"]) for each in phases] == [(s, p) for s in State for p in s.phases]
+        assert phases[8] == {
             "state": "stopping",
             "name": "killing",
             "initial": False,
@@ -354,7 +354,7 @@ class TestPhases:
         }
 
     @pytest.mark.parametrize("picture", diagram.FORMATS)
-    def test_picture_without_them_is_that_of_the_states_alone(self, picture: diagram.Format) -> None:
+    def test_picture_without_phases_has_only_the_states(self, picture: diagram.Format) -> None:
         flat = diagram.LIFECYCLE.without_phases()
         assert not flat.phases
         assert flat.triggers == tuple(map(str, Trigger))
@@ -388,7 +388,7 @@ class TestHighlightedPhases:
         assert "| **running** | **established** | **`end_suspected`** | **verifying** |  |" in table
         assert "| running | verifying | `end_denied` |" in table
 
-    def test_json_names_it(self) -> None:
+    def test_json_names_the_highlight(self) -> None:
         assert json.loads(diagram.as_json(highlight="stopping/draining"))["highlight"] == "stopping/draining"
 
     @pytest.mark.parametrize("picture", diagram.FORMATS)
@@ -404,11 +404,11 @@ class TestHighlightedPhases:
         with pytest.raises(DiagramError, match="no state 'gone/checking'; it has idle"):
             diagram.draw(highlight="gone/checking")
 
-    def test_phase_is_its_state_where_phases_are_not_drawn(self) -> None:
+    def test_phase_highlights_its_state_if_phases_are_not_drawn(self) -> None:
         flat = diagram.draw(phases=False, highlight="stopping")
         assert diagram.draw(phases=False, highlight="stopping/draining") == flat
 
-    def test_unknown_phase_is_refused_also_where_phases_are_not_drawn(self) -> None:
+    def test_unknown_phase_is_refused_if_phases_are_not_drawn(self) -> None:
         with pytest.raises(DiagramError, match="no phase 'gone'"):
             diagram.draw(phases=False, highlight="stopping/gone")
 
@@ -430,7 +430,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-#: What the eye's receptors get of linear red, green and blue where one of the three kinds is missing.
+#: What the eye's receptors get of linear red, green and blue if one of the three kinds is missing.
 #: Source: Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency",
 #: IEEE Transactions on Visualization and Computer Graphics 15(6), 2009; severity 1.0.
 VISIONS = {
@@ -454,7 +454,7 @@ VISIONS = {
 
 
 def seen(colour: str, vision: str) -> tuple[float, float, float]:
-    """Return where a colour lies in CIELAB, with the white of sRGB (D65), as it is seen."""
+    """Return a colour's coordinates in CIELAB, with the white of sRGB (D65), as it is seen."""
     rgb = linear(colour)
     rgb = [min(max(sum(a * b for a, b in zip(row, rgb, strict=True)), 0.0), 1.0) for row in VISIONS[vision]]
     to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
@@ -468,8 +468,8 @@ def seen(colour: str, vision: str) -> tuple[float, float, float]:
 class TestLooks:
     @pytest.mark.parametrize("vision", VISIONS)
     @pytest.mark.parametrize("theme", ["light", "dark"])
-    def test_colours_can_be_told_apart_by_whoever_looks(self, theme: diagram.Theme, vision: str) -> None:
-        """CIE 1976: a difference of 2.3 is just seen where two colours touch; these lie apart, and may be thin."""
+    def test_colours_are_distinguishable_in_every_vision(self, theme: diagram.Theme, vision: str) -> None:
+        """CIE 1976: a difference of 2.3 is just noticeable if two colours touch; these do not, and may be thin."""
         rules = scene.rules(theme)
         states = [f"is-{state}" for state in State]
         for one, other in [*combinations(states, 2), ("flow-to", "flow-from")]:
@@ -477,7 +477,7 @@ class TestLooks:
             assert math.dist(*spots) >= 19, (one, other)
 
     @pytest.mark.parametrize("theme", ["light", "dark"])
-    def test_words_stand_out_from_their_ground(self, theme: diagram.Theme) -> None:
+    def test_text_has_enough_contrast(self, theme: diagram.Theme) -> None:
         """WCAG 2 asks for 4.5 to 1."""
         rules = scene.rules(theme)
         grounds = {kind: style["fill"] for (owner, kind), style in rules.items() if not owner and "fill" in style}
@@ -490,18 +490,18 @@ class TestLooks:
         assert contrast(rules["", "fault"]["fill"], grounds["note"]) >= 4.5
         assert contrast(rules["", "line"]["stroke"], grounds["paper"]) >= 3
 
-    def test_svg_follows_whoever_looks_unless_told(self) -> None:
+    def test_svg_theme_follows_the_viewer_by_default(self) -> None:
         both, light, dark = (diagram.draw(format="svg", theme=theme) for theme in (None, "light", "dark"))
         assert "prefers-color-scheme: dark" in str(both)
         assert "prefers-color-scheme" not in str(light) + str(dark)
         assert light != dark
 
-    def test_mermaid_s_theme_is_set_when_told(self) -> None:
+    def test_mermaid_has_a_theme_only_if_requested(self) -> None:
         assert "theme" not in diagram.mermaid()
         assert diagram.mermaid(theme="dark").startswith('%%{init: {"theme": "dark"}}%%\nstateDiagram-v2\n')
         assert diagram.mermaid(theme="light").startswith('%%{init: {"theme": "default"}}%%\n')
 
-    def test_png_is_light_or_dark_and_points_at_a_state(self) -> None:
+    def test_png_has_themes_and_highlight(self) -> None:
         assert png_of().getpixel((3, 3)) == (255, 255, 255)
         assert png_of(theme="dark").getpixel((3, 3)) == (13, 17, 23)
         yellow = (255, 211, 61)
@@ -510,7 +510,7 @@ class TestLooks:
         assert found[1][yellow] > 1000
 
     @pytest.mark.parametrize("way", [(), WAY])
-    def test_the_main_story_is_one_straight_column(self, way: tuple[Step, ...]) -> None:
+    def test_main_story_is_one_straight_column(self, way: tuple[Step, ...]) -> None:
         middles = {
             group.get("data-state"): float(box.get("x", 0)) + float(box.get("width", 0)) / 2
             for group in groups(svg_of(way=way, phases=False), "state")
@@ -520,8 +520,8 @@ class TestLooks:
         main = [middles[str(state)] for state in State if state is not State.FAILED]
         assert main == pytest.approx([main[0]] * 6, abs=0.02)
 
-    def test_phases_stand_in_the_same_column(self) -> None:
-        """All of them: each is the one before which nothing has to be gone back to."""
+    def test_phases_are_in_the_same_column(self) -> None:
+        """All eleven of them, although some transitions lead back to an earlier phase."""
         middles = [
             float(box.get("x", 0)) + float(box.get("width", 0)) / 2
             for group in groups(svg_of(), "phase")
@@ -532,7 +532,7 @@ class TestLooks:
 
     @pytest.mark.parametrize("phases", [True, False])
     @pytest.mark.parametrize("thing", [diagram.LIFECYCLE, NX3Backend])
-    def test_no_label_lies_on_a_state_or_on_another_label(self, thing: object, phases: bool) -> None:  # noqa: FBT001
+    def test_labels_overlap_neither_states_nor_labels(self, thing: object, phases: bool) -> None:  # noqa: FBT001
         """Judged by the estimated widths, which are those of a wide font."""
         chart = diagram.chart_of(thing)
         whole = chart_scene(chart if phases else chart.without_phases(), highlight="running", way=WAY)
@@ -546,7 +546,7 @@ class TestLooks:
             for other in boxes + spots[at + 1 :]:
                 assert is_apart(one, other) or is_within(one, other), (lines[at].words, one, other)
 
-    def test_boxes_of_phases_lie_inside_that_of_their_state_and_no_others_overlap(self) -> None:
+    def test_boxes_of_phases_are_inside_their_state_and_no_others_overlap(self) -> None:
         boxes = {
             g.data[0][1]: (i.x, i.y, i.width, i.height)
             for g in chart_scene(diagram.chart_of(Lift)).groups
@@ -566,7 +566,7 @@ Corners = tuple[float, float, float, float]
 
 
 def is_apart(one: Corners, other: Corners) -> bool:
-    """Tell whether two boxes share no place."""
+    """Tell whether two boxes do not overlap."""
     return any(
         one[at] + one[at + 2] <= other[at] or other[at] + other[at + 2] <= one[at]  # beside, or above
         for at in (0, 1)
@@ -590,7 +590,7 @@ for picture in ("svg", "html", "mermaid"):
 """
 
 
-def test_the_bytes_are_the_same_with_other_fonts_hashes_and_languages(tmp_path: Path) -> None:
+def test_bytes_are_the_same_with_other_fonts_hashes_and_locales(tmp_path: Path) -> None:
     """No font at all, as on a bare machine, is the hardest case: a layout that measures words changes there."""
     (tmp_path / "fonts.conf").write_text("<fontconfig></fontconfig>")
     drawn = [
@@ -610,7 +610,7 @@ def test_the_bytes_are_the_same_with_other_fonts_hashes_and_languages(tmp_path: 
     assert drawn[0] == drawn[1]
 
 
-def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DiagramError, match=r'needs matplotlib: pip install "proxy_fsm\[timeline\]"\.'):
         diagram.draw(format="png")
@@ -623,7 +623,7 @@ def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.M
 
 
 class Doors(Machine):
-    """A client's machine that is no proxy, with names that need care."""
+    """A client's machine that is not a proxy, with names that need escaping."""
 
     orders: ClassVar = ("open",)
 
@@ -655,7 +655,7 @@ class Colour(Enum):
 
 
 class Light:
-    """Holds its machine, whose states are an enum's."""
+    """Has its machine in an attribute; the states are an enum."""
 
     def __init__(self, begin: Colour = Colour.RED) -> None:
         self.machine = Machine(self, states=Colour, initial=begin, auto_transitions=False)
@@ -668,7 +668,7 @@ class NeedsMuch(Machine):
 
 
 class Lift(HierarchicalMachine):
-    """A client's machine with states inside states, in two levels, and some that are entered together."""
+    """A client's machine with nested states, in two levels, and parallel ones."""
 
     orders: ClassVar = ("call", "reset")
 
@@ -719,7 +719,7 @@ class Lift(HierarchicalMachine):
 
 
 class SlowerLifecycle(Lifecycle):
-    """A client's subclass, which is no other machine."""
+    """A client's subclass, with the same machine."""
 
     def __init__(self, delay_s: float) -> None:
         super().__init__()
@@ -731,7 +731,7 @@ class OwnProxy(Proxy):
 
 
 class OwnBackend(CommandBackend):
-    """Knows what to make of exit code 7."""
+    """Recognizes exit code 7."""
 
     max_connections = None
     needs_display = True
@@ -752,8 +752,8 @@ class SilentBackend(NX3Backend):
         return bool(evidence)
 
 
-class TestMachinesOfClients:
-    def test_a_machine_of_its_own(self) -> None:
+class TestClientMachines:
+    def test_flat_machine_is_drawn(self) -> None:
         chart = diagram.chart_of(Doors)
         assert chart.title == "Doors"
         assert chart.states == ("shut", "wide open", "end")
@@ -771,7 +771,7 @@ class TestMachinesOfClients:
         table = str(diagram.draw(Doors, "table"))
         assert "| `open` | wide open [is_unlocked, not x\\|y], end | · | · |" in table
 
-    def test_one_that_is_held_and_its_states_an_enum_s(self) -> None:
+    def test_machine_in_an_attribute_with_enum_states_is_drawn(self) -> None:
         for thing in (Light, Light(), Light().machine):
             chart = diagram.chart_of(thing)
             assert chart.states == ("RED", "GREEN")
@@ -782,7 +782,7 @@ class TestMachinesOfClients:
         assert not any("CAPITALS" in line for line in words(svg_of(Light)))
         assert json.loads(str(diagram.draw(Light, "json")))["triggers"] == [{"name": "next", "kind": "observation"}]
 
-    def test_one_that_begins_nowhere_has_no_beginning(self) -> None:
+    def test_machine_without_initial_state_has_no_initial_dot(self) -> None:
         rows = [{"trigger": "go", "source": "a", "dest": "b"}]
         machine = Machine(None, ["a", "b"], transitions=rows, initial=None, auto_transitions=False)
         assert diagram.chart_of(machine).initial is None
@@ -799,22 +799,22 @@ class TestMachinesOfClients:
         for picture in ("mermaid", "table", "svg"):
             assert diagram.draw(Lifecycle, picture) == diagram.draw(diagram.LIFECYCLE, picture)
 
-    def test_subclass_of_lifecycle_is_drawn_under_its_own_name_without_being_made(self) -> None:
+    def test_subclass_of_lifecycle_is_drawn_under_its_name_without_an_instance(self) -> None:
         for thing in (SlowerLifecycle, SlowerLifecycle(0.1)):
             assert diagram.chart_of(thing) == replace(diagram.LIFECYCLE, title="SlowerLifecycle")
 
-    def test_subclass_of_lifecycle_may_bring_its_own_chart(self) -> None:
+    def test_subclass_of_lifecycle_may_define_its_chart(self) -> None:
         class Own(SlowerLifecycle):
             more = Arrow("stop", "stopped", "failed")
             __chart__ = replace(diagram.LIFECYCLE, arrows=(*diagram.LIFECYCLE.arrows, more))
 
         assert "stopped --> failed: STOP" in str(diagram.draw(Own))
 
-    def test_a_subclass_of_proxy_is_drawn_under_its_own_name(self) -> None:
+    def test_subclass_of_proxy_is_drawn_under_its_name(self) -> None:
         chart = diagram.chart_of(OwnProxy)
         assert (chart.title, chart.arrows) == ("OwnProxy", diagram.LIFECYCLE.arrows)
 
-    def test_a_backend_s_own_knowledge_is_in_notes(self) -> None:
+    def test_backend_is_described_in_notes(self) -> None:
         notes = dict(diagram.chart_of(NX3Backend).notes)
         assert notes["tunnelling"] == ("listens on a unix socket, for 1 connection", "needs an X server")
         assert notes["spawning"][0].startswith("readiness: ")
@@ -832,25 +832,25 @@ class TestMachinesOfClients:
         assert "note 0" in AGraph(string=diagram.draw(OwnBackend, "dot"))
         assert "spawning" not in dict(diagram.chart_of(SilentBackend).notes)
 
-    def test_what_cannot_be_drawn_is_told(self) -> None:
+    def test_undrawable_objects_are_refused(self) -> None:
         together = HierarchicalMachine(states=["a", "b"], initial=["a", "b"])
         astray = Machine(None, ["a"], transitions=[["go", "a", "gone"]], initial="a")
         for thing, message in (
             (int, "int is no state machine"),
-            (NeedsMuch, "NeedsMuch cannot be made without arguments.*missing 1 required.* Give it a __chart__"),
-            (together, "begins in several states at once: put a state around them"),
-            (astray, "Machine names the state 'gone', which is none of its own"),
+            (NeedsMuch, "NeedsMuch cannot be instantiated without arguments.*missing 1 required.* Give it a __chart__"),
+            (together, "has several initial states: put them inside one state"),
+            (astray, "Machine refers to the state 'gone', which it does not have"),
         ):
             with pytest.raises(DiagramError, match=message):
                 diagram.chart_of(thing)
 
-    def test_a_class_may_bring_its_chart(self) -> None:
+    def test_class_may_define_its_chart(self) -> None:
         class Own:
             __chart__ = Chart(title="x", states=("a",), initial="a", finals=frozenset(), triggers=())
 
         assert diagram.draw(Own) == 'stateDiagram-v2\n    state "a" as state_0\n    [*] --> state_0\n'
 
-    def test_names_that_mean_something_to_mermaid_are_only_shown(self) -> None:
+    def test_mermaid_keywords_are_only_labels(self) -> None:
         names = "scale default click href accTitle accDescr Note Class root constructor toString __proto__ END".split()
         arrows = tuple(Arrow("on", one, other) for one, other in pairwise(names))
         chart = Chart(
@@ -864,7 +864,7 @@ class TestMachinesOfClients:
         assert not set(names) & set(re.findall(r"\w+", rest))
 
 
-class TestNestedMachinesOfClients:
+class TestNestedClientMachines:
     def test_states_inside_states_are_its_phases(self) -> None:
         chart = diagram.chart_of(Lift)
         assert chart.states == ("idle", "busy", "arrived", "end")
@@ -884,11 +884,11 @@ class TestNestedMachinesOfClients:
             "end",
         ]
 
-    def test_several_are_begun_in_where_they_are_parallel(self) -> None:
+    def test_parallel_states_are_all_initial(self) -> None:
         begun = [inner.path for inner in diagram.chart_of(Lift).phases if inner.initial]
         assert begun == ["busy/waiting", "busy/moving/up", "arrived/bell", "arrived/doors", "arrived/doors/shut"]
 
-    def test_transitions_have_their_whole_paths(self) -> None:
+    def test_arrows_have_full_paths(self) -> None:
         arrows = set(diagram.chart_of(Lift).arrows)
         assert {
             Arrow("turn", "busy/moving/up", "busy/moving/down"),
@@ -899,14 +899,14 @@ class TestNestedMachinesOfClients:
         assert len(arrows) == 12
         assert diagram.chart_of(Lift).ignored == {("jam", "busy/stuck")}
 
-    def test_transitions_that_transitions_adds_by_itself_are_left_out(self) -> None:
+    def test_auto_transitions_are_left_out(self) -> None:
         assert not [trigger for trigger in diagram.chart_of(Lift).triggers if trigger.startswith("to_")]
 
-    def test_final_states_are_those_that_nothing_leaves(self) -> None:
-        """Nor the states around them; or those that say so."""
+    def test_states_without_a_way_out_are_final(self) -> None:
+        """And neither do the states that contain them; or they are marked as final."""
         assert diagram.chart_of(Lift).finals == {"busy/stuck", "end"}
 
-    def test_mermaid_has_blocks_within_blocks(self) -> None:
+    def test_mermaid_has_nested_blocks(self) -> None:
         drawn = str(diagram.draw(Lift))
         names = dict(re.findall(r'state "([^"(]+?)(?: \([^"]*\))?" as (\w+)', drawn))
         inner = block(drawn, names["moving"])
@@ -915,21 +915,21 @@ class TestNestedMachinesOfClients:
         assert set(inner) <= set(block(drawn, names["busy"]))
         assert f"{names['stuck']} --> [*]" in block(drawn, names["busy"])
 
-    def test_mermaid_separates_what_is_parallel(self) -> None:
+    def test_mermaid_separates_parallel_states(self) -> None:
         drawn = str(diagram.draw(Lift))
         (name,) = re.findall(r'state "arrived" as (\w+)', drawn)
         regions = " ".join(block(drawn, name)).split(" -- ")
         assert [region.count('state "bell"') for region in regions] == [1, 0]
         assert all("[*] -->" in region for region in regions)
 
-    def test_mermaid_lifts_arrows_between_the_insides_of_two_states(self) -> None:
-        """It has none such."""
+    def test_mermaid_draws_arrows_between_phases_at_their_states(self) -> None:
+        """Mermaid has no arrows between them."""
         drawn = str(diagram.draw(Lift))
         (line,) = [line for line in drawn.splitlines() if ": arrive" in line]
         busy, arrived = (re.findall(rf'state "{name}[^"]*" as (\w+)', drawn)[0] for name in ("busy", "arrived"))
         assert line == f"    {busy} --> {arrived}: arrive from moving/down to doors/open"
 
-    def test_mermaid_keeps_phases_of_the_same_name_apart(self) -> None:
+    def test_mermaid_gives_phases_of_the_same_name_distinct_ids(self) -> None:
         chart = Chart(
             title="x",
             states=("idle", "running"),
@@ -941,7 +941,7 @@ class TestNestedMachinesOfClients:
         )
         assert re.findall(r'state "checking" as (\w+)', diagram.mermaid(chart)) == ["state_1", "state_3"]
 
-    def test_arrow_between_a_state_and_its_own_inside_is_in_words(self) -> None:
+    def test_arrow_between_a_state_and_its_phase_is_in_words(self) -> None:
         chart = diagram.chart_of(Lift)
         assert chart.inner_moves("busy") == ["RESET → waiting", "moving: fall → busy"]
         assert chart.inner_moves("busy/moving") == ["go → moving"]
@@ -949,26 +949,26 @@ class TestNestedMachinesOfClients:
         assert "RESET → waiting\\nmoving: fall → busy" in str(diagram.draw(Lift, "dot"))
         assert "(RESET #8594; waiting, moving#58; fall #8594; busy)" in str(diagram.draw(Lift))
 
-    def test_transition_that_repeats_that_of_the_state_around_is_drawn_once(self) -> None:
+    def test_transition_repeated_by_a_phase_is_drawn_once(self) -> None:
         assert words(svg_of(Lift)).count("stop") == 1
         assert "busy | waiting | `stop` | idle" in str(diagram.draw(Lift, "table"))
 
-    def test_dot_is_read_by_graphviz_and_has_clusters_within_clusters(self) -> None:
+    def test_dot_parses_and_has_nested_clusters(self) -> None:
         graph = AGraph(string=str(diagram.draw(Lift, "dot")))
         (busy,) = [g for g in graph.subgraphs() if (g.graph_attr["label"] or "").startswith("busy")]
         assert [g.graph_attr["label"] for g in busy.subgraphs() if g.name] == ["moving\\ngo → moving"]
         assert graph.has_edge("busy/moving/down", "arrived/doors/open")
 
-    def test_svg_joins_the_insides_of_two_states(self) -> None:
+    def test_svg_connects_phases_of_two_states(self) -> None:
         ends = [(g.get("data-from"), g.get("data-to")) for g in groups(svg_of(Lift), "arrow")]
         assert ("busy/moving/down", "arrived/doors/open") in ends
 
-    def test_phase_in_a_phase_is_highlighted_with_all_around_it(self) -> None:
+    def test_nested_phase_is_highlighted_with_its_ancestors(self) -> None:
         root = svg_of(Lift, highlight="busy/moving/up")
         marked = [g.get("data-phase") or g.get("data-state") for g in groups(root, "current")]
         assert marked == ["busy", "busy/moving", "busy/moving/up"]
 
-    def test_unknown_phase_in_a_phase_is_refused(self) -> None:
+    def test_unknown_nested_phase_is_refused(self) -> None:
         with pytest.raises(DiagramError, match=r"^State 'busy/moving' has no phase 'left'; it has up, down\.$"):
             diagram.draw(Lift, highlight="busy/moving/left")
 
@@ -993,7 +993,7 @@ class TestNestedMachinesOfClients:
         )
         assert flat.triggers == ("call", "stop", "arrive", "leave")
 
-    def test_chart_of_a_flat_machine_stays_as_it_is_without_phases(self) -> None:
+    def test_without_phases_leaves_a_flat_chart_unchanged(self) -> None:
         assert diagram.chart_of(Doors).without_phases() == diagram.chart_of(Doors)
 
     def test_states_of_nested_enums_have_their_names(self) -> None:
@@ -1010,7 +1010,7 @@ class TestNestedMachinesOfClients:
         chart = diagram.chart_of(machine)
         assert (chart.initial, chart.arrows) == ("OFF", (Arrow("go", "OFF", "ON/RIGHT"),))
 
-    def test_separator_of_the_machine_is_heeded(self) -> None:
+    def test_separator_of_the_machine_is_used(self) -> None:
         class Dotted(NestedState):
             separator = "."
 
@@ -1025,7 +1025,7 @@ class TestNestedMachinesOfClients:
         chart = diagram.chart_of(machine)
         assert (chart.initial, chart.arrows) == ("on/left", (Arrow("go", "off_now", "on/right"),))
 
-    def test_machine_that_begins_inside_a_state_is_drawn_so(self) -> None:
+    def test_machine_with_a_nested_initial_state_is_drawn(self) -> None:
         machine = HierarchicalMachine(states=[{"name": "on", "children": ["left", "right"]}], initial="on_right")
         assert diagram.chart_of(machine).initial == "on/right"
         assert "[*] --> state_0: to right" in str(diagram.draw(machine))
@@ -1057,7 +1057,7 @@ class TestLoading:
         monkeypatch.setattr(sys, "modules", dict(sys.modules))
         return tmp_path
 
-    def test_names_a_class_of_a_module_that_can_be_imported(self, here: Path) -> None:
+    def test_target_names_a_class_of_an_importable_module(self, here: Path) -> None:
         (here / "client_a.py").write_text("from proxy_fsm import Proxy\nclass Mine:\n    class Inner(Proxy): pass\n")
         assert diagram.load("client_a:Mine.Inner").title == "Inner"
         path = [*sys.path]
@@ -1065,17 +1065,17 @@ class TestLoading:
         assert sys.path == path
 
     @pytest.mark.parametrize("target", ["", "client", "client:", ":Class", "a b:C", "client.py:x-y", "a:b:c", "a..b:C"])
-    def test_a_target_that_names_no_class_is_told(self, target: str) -> None:
+    def test_malformed_target_is_refused(self, target: str) -> None:
         with pytest.raises(DiagramError, match=r"write it as package\.module:Class"):
             diagram.load(target)
 
-    def test_what_cannot_be_imported_is_told(self, here: Path) -> None:
+    def test_failed_import_is_reported(self, here: Path) -> None:
         (here / "client_b.py").write_text("import not_there_either")
         (here / "client_c.py").write_text("1 / 0")
         (here / "client_d.py").write_text("number = 1")
         (here / "client_e.py").write_text("import sys; sys.exit(3)")
         for target, message in (
-            ("not_there:X", "no module not_there: install its package, or make the directory it is in known"),
+            ("not_there:X", "no module not_there: install its package, or add its directory to PYTHONPATH"),
             ("client_d.below:X", "no module client_d.below"),
             ("client_b:X", "client_b cannot be imported: it needs not_there_either, which is missing"),
             ("client_c:X", "client_c cannot be imported: ZeroDivisionError: division by zero"),
@@ -1088,11 +1088,11 @@ class TestLoading:
                 diagram.load(target)
 
 
-class TestALivePicture:
-    def test_its_name_hides_nothing_from_tools_that_read_annotations(self) -> None:
+class TestProxyDiagram:
+    def test_chart_annotation_is_resolvable(self) -> None:
         assert get_type_hints(Proxy)["__chart__"] == ClassVar[Chart]
 
-    def test_shows_where_a_proxy_stands_and_how_it_came_there(self) -> None:
+    def test_proxy_diagram_shows_state_and_way(self) -> None:
         proxy = FakedProxy()
         assert "class idle current" in str(proxy.diagram())
         proxy.lead_to(State.RUNNING)
@@ -1112,7 +1112,7 @@ class TestALivePicture:
         assert "class stopped current" in str(proxy.diagram())
         assert json.loads(str(proxy.diagram("json")))["way"][-1]["dest"] == "stopped"
 
-    def test_points_at_the_phase(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_proxy_diagram_highlights_the_phase(self, monkeypatch: pytest.MonkeyPatch) -> None:
         proxy = FakedProxy()
         here = replace(proxy.status(), state=State.STOPPING, phase=Phase.DRAINING)
         monkeypatch.setattr(proxy, "status", lambda: here)
@@ -1130,9 +1130,7 @@ NAMES = st.lists(
 
 @given(states=NAMES, inner=NAMES, triggers=NAMES)
 @example(states=["a", "a/b"], inner=["b", "%", '"', "x}"], triggers=["-->", "\n"])
-def test_any_name_of_a_phase_gets_through_every_format(
-    states: list[str], inner: list[str], triggers: list[str]
-) -> None:
+def test_any_phase_name_is_safe_in_every_format(states: list[str], inner: list[str], triggers: list[str]) -> None:
     phases = tuple(Inner(states[0], name, name == inner[0]) for name in inner)
     paths = {each.path for each in phases}
     assume(not paths & set(states))
@@ -1160,8 +1158,8 @@ def test_any_name_of_a_phase_gets_through_every_format(
 
 @given(states=NAMES, triggers=NAMES)
 @example(states=["state_1", "x y", "[*]", "note 0", "%", "end"], triggers=['a"b', "\\", "a\nb"])
-def test_any_name_gets_through_every_format(states: list[str], triggers: list[str]) -> None:
-    """A name is a client's own, and may hold what means something to a format."""
+def test_any_name_is_safe_in_every_format(states: list[str], triggers: list[str]) -> None:
+    """Names are the client's own, and may contain what is special to a format."""
     arrows = tuple(Arrow(trigger, states[0], states[-1]) for trigger in triggers)
     chart = Chart(
         title=triggers[0],

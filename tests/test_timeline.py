@@ -1,4 +1,4 @@
-"""A run is drawn as it was, and a broken record is told by the number of its line."""
+"""A run is drawn as it was recorded, and a broken record is refused with the number of its line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def life(proxy_id: str = "aa", begin_s: float = 1.0, *, upto: int = 5, session: 
     ]
 
 
-#: Phases of that life: when each begins, its state, itself, the one before it and how long that was.
+#: Phases of that life: when each begins, its state, its name, the previous one and how long that took.
 PHASES = [
     (1.0, "tunnelling", "checking", None, 0.0),
     (1.6, "tunnelling", "binding", "checking", 0.6),
@@ -73,12 +73,12 @@ PHASES = [
 
 
 def phase(at_s: float, state: str, name: object, previous: object, elapsed_s: object, **fields: Any) -> bytes:
-    told = {"proxy_id": "aa", "session": "desk", "level": "debug"} | fields
-    return event(at_s, "proxy.phase", state=state, phase=name, previous=previous, elapsed_s=elapsed_s, **told)
+    common = {"proxy_id": "aa", "session": "desk", "level": "debug"} | fields
+    return event(at_s, "proxy.phase", state=state, phase=name, previous=previous, elapsed_s=elapsed_s, **common)
 
 
 def phased(**fields: Any) -> list[bytes]:
-    """Return the life with its phases, each told after the change of state that led to it."""
+    """Return the life with its phases, each published after the change of state that led to it."""
     lines = [(json.loads(line)["timestamp"], 0, line) for line in life()]
     lines += [(json.loads(line)["timestamp"], 1, line) for line in (phase(*row, **fields) for row in PHASES)]
     return [line for *_, line in sorted(lines)]
@@ -126,14 +126,14 @@ class TestReading:
         ]
         assert (track.reason, track.detail) == (EndReason.STOP_REQUESTED, "It was asked to stop.")
 
-    def test_a_record_that_ends_early_is_drawn_so_far(self) -> None:
+    def test_incomplete_record_is_drawn_to_its_end(self) -> None:
         run = timeline.read([*life(upto=3), event(9, "demo.note")])
         assert run.tracks[0].state is State.RUNNING
         assert run.tracks[0].stays[-1].end_s == 9
         assert run.tracks[0].reason is None
         assert run.tracks[0].ending == "still running where the record ends"
 
-    def test_several_proxies_are_kept_apart_and_events_of_none_too(self) -> None:
+    def test_events_are_assigned_to_their_proxy_or_to_none(self) -> None:
         lines = in_order(*life("aa"), *life("bb", 1.5, session="other"), event(0.5, "demo.began", programs="real"))
         run = timeline.read([*lines, event(9, "tunnel.listening", proxy_id="cc")])
         assert [track.proxy_id for track in run.tracks] == ["aa", "bb"]
@@ -145,8 +145,8 @@ class TestReading:
         )
 
     @pytest.mark.parametrize("hour", [11, 13])
-    def test_a_clock_that_is_set_does_not_change_the_times_of_states(self, hour: int) -> None:
-        """They are measured with another clock; what has no such time stays between its neighbours."""
+    def test_clock_change_does_not_affect_times_of_states(self, hour: int) -> None:
+        """They are measured with the monotonic clock; events without such a time stay between their neighbours."""
         notes = [event(at, "note", proxy_id="aa") for at in (2.5, 3.5, 5.5)]
         others = [event(2.6, "demo.note"), event(5.7, "demo.note")]
         lines = in_order(*life(), *life("bb", 3.2, session="other"), *notes, *others)
@@ -162,18 +162,18 @@ class TestReading:
         if hour == 11:
             assert run.duration_s < 10
 
-    def test_a_byte_order_mark_is_passed_over_at_the_beginning_alone(self) -> None:
+    def test_byte_order_mark_is_skipped_only_at_the_beginning(self) -> None:
         mark = b"\xef\xbb\xbf"
         assert timeline.read([mark + life()[0], *life()[1:]]) == timeline.read(life())
         with pytest.raises(TimelineError, match="line 2 is no JSON"):
             timeline.read([life()[0], mark + life()[1]])
 
-    def test_empty_lines_are_passed_over_and_counted(self) -> None:
+    def test_empty_lines_are_skipped_and_counted(self) -> None:
         with pytest.raises(TimelineError, match="line 7"):
             timeline.read([b"\n", *life(), b"{}\n"])
         assert timeline.read([b"\n", *life(), b"  \n"]).tracks[0].events[0].line == 2
 
-    def test_recorded_runs_end_as_they_ended(self) -> None:
+    def test_recorded_runs_have_their_reasons(self) -> None:
         assert recorded("healthy").tracks[0].reason is EndReason.STOP_REQUESTED
         (fault,) = recorded("fault").tracks
         assert (fault.reason, fault.state) == (EndReason.PEER_LOST, State.FAILED)
@@ -202,10 +202,10 @@ class TestPhases:
             if stay.state.phases:
                 assert (inside[0].begin_s, inside[-1].end_s) == (stay.begin_s, stay.end_s)
 
-    def test_states_are_the_same_with_and_without_them(self) -> None:
+    def test_states_are_the_same_with_and_without_phases(self) -> None:
         assert timeline.read(phased()).tracks[0].stays == timeline.read(life()).tracks[0].stays
 
-    def test_phase_is_as_long_as_was_measured_where_the_clock_was_set(self) -> None:
+    def test_clock_change_does_not_affect_times_of_phases(self) -> None:
         lines = [line.replace(b"T12:", b"T13:") if b"draining" in line else line for line in phased()]
         assert timeline.read(lines).tracks[0].phases == timeline.read(phased()).tracks[0].phases
 
@@ -218,33 +218,33 @@ class TestPhases:
         (track,) = timeline.read(lines).tracks
         assert [(each.begin_s, each.end_s) for each in track.phases] == [(4, 5), (5, 5)]
 
-    def test_phase_left_before_the_record_of_phases_began_is_known(self) -> None:
+    def test_phase_before_the_first_recorded_one_is_known(self) -> None:
         lines = in_order(*life(), phase(2.5, "spawning", "negotiating", "connecting", 0.3))
         (track,) = timeline.read(lines).tracks
         shown = [(str(each.phase), each.begin_s, each.end_s) for each in track.phases]
         assert shown == [("connecting", pytest.approx(2.2), 2.5), ("negotiating", 2.5, 3)]
 
-    def test_phase_of_a_record_that_ends_early_lasts_to_its_end(self) -> None:
+    def test_phase_of_an_incomplete_record_lasts_to_its_end(self) -> None:
         lines = [*life(upto=3), phase(3.0, "running", "established", None, 0), event(9, "note", proxy_id="aa")]
         assert timeline.read(lines).tracks[0].phases[-1].end_s == 9
 
     def test_phase_published_before_its_change_of_state_is_drawn(self) -> None:
         lines = [*life(upto=1), phase(2.0, "spawning", "launching", None, 0), *life()[1:]]
-        (told,) = timeline.read(lines).tracks[0].phases
-        assert (told.begin_s, told.end_s) == (2, 3)
+        (stay,) = timeline.read(lines).tracks[0].phases
+        assert (stay.begin_s, stay.end_s) == (2, 3)
 
     def test_phases_of_several_proxies_are_kept_apart(self) -> None:
         others = [phase(*row, proxy_id="bb") for row in PHASES]
         run = timeline.read(in_order(*phased(), *life("bb"), *others))
         assert run.tracks[0].phases == run.tracks[1].phases
 
-    def test_null_may_be_left_out(self) -> None:
+    def test_null_previous_phase_may_be_omitted(self) -> None:
         lines = phased()
-        told = [{k: v for k, v in json.loads(line).items() if (k, v) != ("previous", None)} for line in lines]
-        again = [json.dumps(each).encode() + b"\n" for each in told]
+        fields = [{k: v for k, v in json.loads(line).items() if (k, v) != ("previous", None)} for line in lines]
+        again = [json.dumps(each).encode() + b"\n" for each in fields]
         assert timeline.read(again).tracks[0].phases == timeline.read(lines).tracks[0].phases
 
-    def test_picture_has_a_band_of_them_under_the_states(self) -> None:
+    def test_picture_has_a_band_of_phases_under_the_states(self) -> None:
         root = drawn(timeline.read(phased()))
         bands = [each for each in root.iter(f"{SVG}rect") if each.get("class", "").startswith("is-")]
         (thick, thin) = sorted({float(each.get("height", 0)) for each in bands}, reverse=True)
@@ -259,42 +259,42 @@ class TestPhases:
         assert {"phases", "checking", "established", "terminating"} <= set(words(root))
         assert "stopping/draining: 0.300 s" in [title.text for title in root.iter(f"{SVG}title")]
 
-    def test_picture_without_them_has_no_row_for_them(self) -> None:
+    def test_picture_without_phases_has_no_row_for_them(self) -> None:
         assert "phases" not in words(drawn(timeline.read(life())))
 
-    def test_picture_of_many_proxies_leaves_them_out(self) -> None:
+    def test_picture_of_many_proxies_leaves_phases_out(self) -> None:
         lines = [line for at in range(13) for line in life(f"p{at}")]
         lines += [phase(*row, proxy_id="p0") for row in PHASES]
         assert "phases" not in words(drawn(timeline.read(lines)))
 
-    def test_sequence_has_them_as_notes(self) -> None:
+    def test_sequence_has_phases_as_notes(self) -> None:
         shown = [line.strip() for line in timeline.sequence_mermaid(timeline.read(phased())).splitlines()]
         at = shown.index("Note over engine: stopping")
         assert shown[at + 1 : at + 3] == ["Note over engine: terminating", "Note over engine: draining"]
 
-    def test_page_has_the_nested_diagram_where_there_are_any(self) -> None:
+    def test_page_has_the_nested_diagram_if_phases_were_recorded(self) -> None:
         assert [
             'data-phase="stopping/draining"' in str(timeline.draw(timeline.read(lines), "html"))
             for lines in (phased(), life())
         ] == [True, False]
 
-    def test_page_says_what_moved(self) -> None:
+    def test_page_has_the_path_of_each_phase(self) -> None:
         page = str(timeline.draw(timeline.read(phased()), "html"))
         data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
-        told = [each for each in data["events"] if each[2] == "proxy.phase"]
-        assert told[-1][4:] == ["stopping: terminating → draining", "stopping/draining"]
-        assert told[0][4:] == ["tunnelling: checking", "tunnelling/checking"]
+        changes = [each for each in data["events"] if each[2] == "proxy.phase"]
+        assert changes[-1][4:] == ["stopping: terminating → draining", "stopping/draining"]
+        assert changes[0][4:] == ["tunnelling: checking", "tunnelling/checking"]
         assert data["tracks"][0]["phases"][-1] == ["stopping", 4.7, 5.0, "draining"]
 
     @pytest.mark.parametrize("name", ["proxy.phase", "proxy.transition"])
-    def test_event_of_no_proxy_may_have_its_name(self, name: str) -> None:
+    def test_change_without_proxy_id_is_an_ordinary_event(self, name: str) -> None:
         run = timeline.read([*life(), event(9, name, phase="x")])
         for picture in ("svg", "html", "mermaid"):
             assert timeline.draw(run, picture)
 
 
-class TestBytesASecond:
-    def test_are_averages_between_looks_and_the_rest_comes_with_the_end(self) -> None:
+class TestFlows:
+    def test_flows_are_averages_between_samples_with_a_remainder(self) -> None:
         run = timeline.read(
             in_order(
                 *life(),
@@ -305,12 +305,12 @@ class TestBytesASecond:
         )
         assert run.tracks[0].flows == (Flow(2, 3, 100, 0), Flow(3, 3.5, 400, 2000), Flow(3.5, 4.5, 10, 0))
 
-    def test_without_looks_are_the_averages_of_connections(self) -> None:
+    def test_flows_without_samples_are_averages_of_connections(self) -> None:
         closed = [tunnel(4, "closed", 200, 50, duration_s=2.0), tunnel(4.5, "closed", 10, 0, duration_s=0.5)]
         run = timeline.read(in_order(*life(), *closed))
         assert run.tracks[0].flows == (Flow(2, 4, 100, 25), Flow(4, 4.5, 20, 0))
 
-    def test_of_connections_at_the_same_time_are_added(self) -> None:
+    def test_flows_of_simultaneous_connections_are_summed(self) -> None:
         """In the picture and in the page, which have the same flows."""
         closed = [tunnel(3, "closed", 4000, 1000, duration_s=2.0), tunnel(4, "closed", 6000, 8000, duration_s=2.0)]
         run = timeline.read(in_order(*life(), *closed))
@@ -321,7 +321,7 @@ class TestBytesASecond:
         assert [flow[2:] for flow in data["tracks"][0]["flows"]] == [[2000, 500], [5000, 4500], [3000, 4000]]
 
     @given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9), st.integers(0, 10**9), st.integers(0, 10**9))))
-    def test_are_painted_in_their_row_and_lose_nothing(self, ends: list[tuple[float, float, int, int]]) -> None:
+    def test_flows_stay_in_their_row_and_preserve_totals(self, ends: list[tuple[float, float, int, int]]) -> None:
         closed = [tunnel(at_s, "closed", to, back, duration_s=took_s) for at_s, took_s, to, back in ends]
         run = timeline.read(in_order(*life(), *closed, event(12, "end")))
         flows = run.tracks[0].flows
@@ -340,11 +340,11 @@ class TestBytesASecond:
     @pytest.mark.parametrize(
         ("carried", "said"), [(700, "700 B/s"), (2_500, "2.5 kB/s"), (31_400_000, "31.4 MB/s"), (4 * 10**9, "4 GB/s")]
     )
-    def test_are_said_in_a_fitting_unit(self, carried: int, said: str) -> None:
+    def test_flows_are_labelled_in_a_suitable_unit(self, carried: int, said: str) -> None:
         run = timeline.read(in_order(*life(), tunnel(3, "stats", 0, carried, interval_s=1.0)))
         assert f"max {said}" in words(drawn(run))
 
-    def test_are_none_where_nothing_was_carried(self) -> None:
+    def test_run_without_traffic_has_no_flows(self) -> None:
         run = timeline.read(life())
         assert run.tracks[0].flows == ()
         assert "no bytes" in words(drawn(run))
@@ -371,8 +371,8 @@ BROKEN = [
     ("odd timestamp", changed(1, timestamp="yesterday"), 2, "line 2 has no 'timestamp' in ISO 8601"),
     ("timestamp no text", changed(1, timestamp=3), 2, "line 2 has no 'timestamp'"),
     ("no zone", changed(1, timestamp="2026-11-22T12:00:02"), 2, "line 2 has a 'timestamp' without a time zone"),
-    ("odd state", changed(1, dest="flying"), 2, "line 2 has no state as 'dest': 'flying'"),
-    ("state no text", changed(1, source=["idle"]), 2, "line 2 has no state as 'source'"),
+    ("odd state", changed(1, dest="flying"), 2, "line 2 has no valid state as 'dest': 'flying'"),
+    ("state no text", changed(1, source=["idle"]), 2, "line 2 has no valid state as 'source'"),
     ("no trigger", changed(0, trigger=None), 1, "line 1 has no 'trigger'"),
     ("time below 0", changed(0, elapsed_s=-1), 1, r"line 1 has no number from 0 to below 1e\+09 as 'elapsed_s': -1"),
     ("time no number", changed(0, elapsed_s=True), 1, "line 1 has no number"),
@@ -397,9 +397,9 @@ BROKEN = [
         1,
         "line 1 has a change of state at a time",
     ),
-    ("first missing", life()[1:], 1, "line 1 has change 2 of proxy aa where change 1 is due: lines are missing"),
-    ("one missing", [*life()[:2], *life()[3:]], 3, "line 3 has change 4 of proxy aa where change 3 is due"),
-    ("twice", [life()[0], life()[0]], 2, "line 2 has change 1 of proxy aa where change 2 is due"),
+    ("first missing", life()[1:], 1, "line 1 has change 2 of proxy aa where change 1 is expected: lines are missing"),
+    ("one missing", [*life()[:2], *life()[3:]], 3, "line 3 has change 4 of proxy aa where change 3 is expected"),
+    ("twice", [life()[0], life()[0]], 2, "line 2 has change 1 of proxy aa where change 2 is expected"),
     (
         "odd trigger",
         changed(2, trigger="bogus"),
@@ -416,9 +416,9 @@ BROKEN = [
         6,
         "line 6 goes from stopped to idle by stop, which the lifecycle",
     ),
-    ("gap", changed(1, source="running"), 2, "line 2 leaves state running, and proxy aa was tunnelling"),
-    ("odd reason", changed(4, reason="tired"), 5, "line 5 has no reason as 'reason': 'tired'"),
-    ("reason no text", changed(4, reason=["x"]), 5, "line 5 has no reason"),
+    ("gap", changed(1, source="running"), 2, "line 2 leaves state running, but proxy aa was in tunnelling"),
+    ("odd reason", changed(4, reason="tired"), 5, "line 5 has no valid reason as 'reason': 'tired'"),
+    ("reason no text", changed(4, reason=["x"]), 5, "line 5 has no valid reason"),
     (
         "bytes no number",
         [*life(), tunnel(9, "closed", "x", 1, duration_s=1)],
@@ -435,23 +435,23 @@ BROKEN = [
         "phase of no state",
         [*life(), phase(3, "flying", "checking", None, 0)],
         6,
-        "line 6 has no state as 'state': 'flying'",
+        "line 6 has no valid state as 'state': 'flying'",
     ),
-    ("phase of a list", [*life(), phase(3, ["running"], "x", None, 0)], 6, "line 6 has no state as 'state'"),  # type: ignore[arg-type]
+    ("phase of a list", [*life(), phase(3, ["running"], "x", None, 0)], 6, "line 6 has no valid state as 'state'"),  # type: ignore[arg-type]
     (
         "phase of another state",
         [*life(), phase(3, "running", "checking", None, 0)],
         6,
-        "line 6 has no phase of running as 'phase': 'checking'",
+        "line 6 has no valid phase of running as 'phase': 'checking'",
     ),
-    ("phase of idle", [*life(), phase(0, "idle", "checking", None, 0)], 6, "line 6 has no phase of idle as 'phase'"),
-    ("phase missing", [*life(), phase(3, "running", None, None, 0)], 6, "line 6 has no phase of running as 'phase'"),
-    ("phase a list", [*life(), phase(3, "running", ["x"], None, 0)], 6, "line 6 has no phase of running as 'phase'"),
+    ("phase of idle", [*life(), phase(0, "idle", "checking", None, 0)], 6, "line 6 has no valid phase of idle"),
+    ("phase missing", [*life(), phase(3, "running", None, None, 0)], 6, "line 6 has no valid phase of running"),
+    ("phase a list", [*life(), phase(3, "running", ["x"], None, 0)], 6, "line 6 has no valid phase of running"),
     (
         "odd previous phase",
         [*life(), phase(3, "running", "verifying", "binding", 0)],
         6,
-        "line 6 has no phase of running as 'previous': 'binding'",
+        "line 6 has no valid phase of running as 'previous': 'binding'",
     ),
     (
         "phase without time",
@@ -463,13 +463,13 @@ BROKEN = [
         "phase missing before",
         [*life(), phase(2, "spawning", "launching", None, 0), phase(2.5, "spawning", "negotiating", "connecting", 0.1)],
         7,
-        "line 7 enters phase negotiating from connecting, and proxy aa was in launching: lines are missing",
+        "line 7 enters phase negotiating from connecting, but proxy aa was in launching: lines are missing",
     ),
     (
         "phase entered twice",
         [*life(), phase(2, "spawning", "launching", None, 0), phase(2, "spawning", "launching", None, 0)],
         7,
-        "line 7 enters phase launching from none, and proxy aa was in launching",
+        "line 7 enters phase launching from none, but proxy aa was in launching",
     ),
     (
         "odd move",
@@ -487,7 +487,7 @@ BROKEN = [
         "phase of a state never reached",
         [*life(upto=2), phase(3, "running", "established", None, 0)],
         3,
-        "line 3 has a phase of running, which its proxy never was",
+        "line 3 has a phase of running, a state its proxy was never in",
     ),
     ("empty", [], None, "tells of no change of state: record a run with proxy-fsm run --log-format json"),
     ("nothing of it", [event(0, "demo.began")], None, "tells of no change of state"),
@@ -498,20 +498,22 @@ class TestBrokenRecords:
     @pytest.mark.parametrize(
         ("lines", "number", "message"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN]
     )
-    def test_are_told_in_a_sentence_with_the_line(self, lines: list[bytes], number: int | None, message: str) -> None:
+    def test_broken_record_is_refused_with_the_line_number(
+        self, lines: list[bytes], number: int | None, message: str
+    ) -> None:
         with pytest.raises(TimelineError, match=message) as caught:
             timeline.read(lines, "events.jsonl")
         assert caught.value.line == number
-        told = str(caught.value)
-        assert told.startswith("events.jsonl")
-        assert told.endswith(".")
-        assert len(told) < 250
+        text = str(caught.value)
+        assert text.startswith("events.jsonl")
+        assert text.endswith(".")
+        assert len(text) < 250
         again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
-        assert (str(again), again.line) == (told, number)
+        assert (str(again), again.line) == (text, number)
 
     @given(st.integers(0, 10_000), st.binary(max_size=8))
-    def test_of_any_kind_are_told_or_drawn(self, at: int, put: bytes) -> None:
-        """What is cut out of a record, and put into it, never ends in anything else than a sentence."""
+    def test_damaged_record_is_refused_or_drawn(self, at: int, put: bytes) -> None:
+        """Whatever is cut out of a record or inserted, the only error is a `TimelineError`."""
         whole = b"".join([*phased(), tunnel(9, "stats", 100, 0, interval_s=1.0)])
         at %= len(whole)
         damaged = io.BytesIO(whole[:at] + put + whole[at + len(put) + 1 :])
@@ -524,8 +526,8 @@ class TestBrokenRecords:
                 assert timeline.draw(run, picture)
 
 
-class TestThePicture:
-    def test_shows_each_state_in_its_time(self) -> None:
+class TestPicture:
+    def test_picture_has_each_state_at_its_time(self) -> None:
         root = drawn(timeline.read(life()))
         bands = [
             (each.get("class", "")[3:], float(each.get("x", 0)), float(each.get("width", 0)))
@@ -537,18 +539,18 @@ class TestThePicture:
         assert wide["idle"] == pytest.approx(wide["running"], abs=0.02)
         assert all(one[1] + one[2] == pytest.approx(other[1], abs=0.02) for one, other in pairwise(bands))
 
-    def test_says_what_its_ticks_mean_where_there_are_any(self) -> None:
+    def test_picture_has_a_legend_if_it_has_ticks(self) -> None:
         few, many = (timeline.read([line for at in range(count) for line in life(f"p{at}")]) for count in (1, 40))
         said = [any("a change of state" in line for line in words(drawn(run))) for run in (few, many)]
         assert said == [True, False]
 
-    def test_says_how_it_ended_and_how_long_each_state_took(self) -> None:
+    def test_picture_names_the_ending_and_the_time_in_each_state(self) -> None:
         shown = words(drawn(recorded("fault")))
         assert "failed: peer_lost – nxproxy lost the agent, while the SSH connection lives." in shown
         assert any(re.fullmatch(r"idle 0\.\d+ s · tunnelling .* · stopping 0\.\d+ s", line) for line in shown)
         assert any(line.startswith("max 85.2 kB/s") for line in shown)
 
-    def test_stacks_proxies_and_leaves_details_out_where_there_are_many(self) -> None:
+    def test_picture_stacks_proxies_and_omits_details_of_many(self) -> None:
         few, many = (
             timeline.read([line for at in range(count) for line in life(f"p{at}", session=f"s{at}")])
             for count in (3, 40)
@@ -563,7 +565,7 @@ class TestThePicture:
         assert "events" not in words(drawn(many))
         assert sum(line == "states" for line in words(drawn(many))) == 40
 
-    def test_has_no_words_beyond_its_edges(self) -> None:
+    def test_picture_has_no_text_beyond_its_edges(self) -> None:
         """Judged by the estimated widths, which are those of a wide font."""
         lines = in_order(*life("aa", session="a session of a very long name " * 9), *life("bb", 1.5, upto=2))
         lines.append(event(3, "process.spawned", proxy_id="aa", executable="/bin/" + "w" * 250))
@@ -575,23 +577,23 @@ class TestThePicture:
                     assert left >= 0, text
                     assert left + wide <= whole.width, text
 
-    def test_of_very_many_events_stays_small(self) -> None:
+    def test_picture_of_very_many_events_stays_small(self) -> None:
         noise = [event(1 + at * 4 / 10_000, "process.output", proxy_id="aa", line="x") for at in range(10_000)]
         run = timeline.read(in_order(*life(), *noise))
         assert len(str(timeline.draw(run, "svg"))) < 200_000
 
-    def test_is_png_too_light_and_dark(self) -> None:
+    def test_png_is_light_and_dark(self) -> None:
         for theme, ground in (("light", (255, 255, 255)), ("dark", (13, 17, 23))):
             picture = Image.open(io.BytesIO(timeline.draw(recorded("fault"), "png", theme=theme)))  # type: ignore[arg-type]
             assert picture.convert("RGB").getpixel((2, 2)) == ground
             assert picture.width == 2000
 
-    def test_that_is_too_large_for_png_is_told(self) -> None:
+    def test_picture_too_large_for_png_is_refused(self) -> None:
         run = timeline.read([line for at in range(800) for line in life(f"p{at}")])
         with pytest.raises(DiagramError, match="too large for PNG: draw SVG"):
             timeline.draw(run, "png")
 
-    def test_needs_the_extra_for_png_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_png_needs_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("matplotlib", "pygraphviz"):
             monkeypatch.setitem(sys.modules, name, None)
         for picture in timeline.FORMATS:
@@ -601,16 +603,16 @@ class TestThePicture:
             timeline.draw(recorded("fault"), "png")
 
     @pytest.mark.parametrize("picture", ["html", "mermaid"])
-    def test_that_follows_whoever_looks_takes_no_theme(self, picture: timeline.Format) -> None:
+    def test_page_and_mermaid_refuse_a_theme(self, picture: timeline.Format) -> None:
         with pytest.raises(TimelineError, match=r"^The page and the sequence .*: leave the theme out\.$"):
             timeline.draw(recorded("fault"), picture, theme="dark")
 
-    def test_of_a_format_that_is_not_there_is_told(self) -> None:
+    def test_unknown_format_is_refused(self) -> None:
         with pytest.raises(TimelineError, match="no format 'gif'; there are svg"):
             timeline.draw(recorded("fault"), "gif")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("duration_s", [0.0, 1e-6, 0.02, 7.0, 95.0, 3600.0, 1e6])
-    def test_writes_times_at_round_places(self, duration_s: float) -> None:
+    def test_time_axis_has_round_marks(self, duration_s: float) -> None:
         run = timeline.read([*life(upto=1), event(1 + duration_s, "end")])
         marks = [line for line in words(drawn(run)) if re.fullmatch(r"[\d.]+ s", line)]
         assert 2 <= len(marks) <= 11
@@ -618,49 +620,53 @@ class TestThePicture:
         assert marks[0] in {"0 s", "0.0 s", "0.00 s", "0.000 s"}
 
 
-class TestTheSequence:
-    def test_of_a_healthy_run(self) -> None:
+class TestSequence:
+    def test_sequence_of_a_healthy_run(self) -> None:
         lines = [line.strip() for line in timeline.sequence_mermaid(recorded("healthy")).splitlines()]
         assert lines[0] == "sequenceDiagram"
-        told = [re.sub(r" \([\d.]+ s\)$", "", line) for line in lines if not line.startswith("participant")]
-        assert told[1:3] == ["client->>engine: start()", "Note over engine: tunnelling"]
-        for wanted in ("engine->>proxy: spawn nxproxy", "tunnel->>agent: open channel", "proxy-->>engine: proxy_ready"):
-            assert wanted in told
-        assert told[-2:] == ["Note over engine: stopped (stop_requested)", "engine-->>client: stopped"]
-        assert told.index("proxy-->>engine: proxy_ready") < told.index("client->>engine: stop()")
+        shown = [re.sub(r" \([\d.]+ s\)$", "", line) for line in lines if not line.startswith("participant")]
+        assert shown[1:3] == ["client->>engine: start()", "Note over engine: tunnelling"]
+        for expected in (
+            "engine->>proxy: spawn nxproxy",
+            "tunnel->>agent: open channel",
+            "proxy-->>engine: proxy_ready",
+        ):
+            assert expected in shown
+        assert shown[-2:] == ["Note over engine: stopped (stop_requested)", "engine-->>client: stopped"]
+        assert shown.index("proxy-->>engine: proxy_ready") < shown.index("client->>engine: stop()")
 
-    def test_of_a_fault_says_who_found_it(self) -> None:
+    def test_sequence_of_a_fault_names_its_observer(self) -> None:
         shown = timeline.sequence_mermaid(recorded("fault"))
         assert "proxy-->>engine: fault_found (peer_lost) (" in shown
         assert "Note over engine: failed (peer_lost)" in shown
 
-    def test_has_what_the_engine_finds_itself_as_a_note_alone(self) -> None:
+    def test_fault_found_by_the_engine_is_only_a_note(self) -> None:
         lines = changed(3, trigger="fault_found", reason="display_lost")
         lines.insert(3, event(3.5, "link.silent", proxy_id="aa", silent_s=15))
         shown = timeline.sequence_mermaid(timeline.read(lines))
         assert "fault_found" not in shown
         assert "tunnel-->>engine: link.silent" in shown
 
-    def test_is_a_picture_with_the_same_words(self) -> None:
+    def test_sequence_picture_has_the_same_words(self) -> None:
         run = recorded("fault")
         root = ET.fromstring(str(timeline.draw(run, "svg", view="sequence")))  # noqa: S314
         shown = set(words(root))
-        told = re.findall(r": (.*?)(?: \([\d.]+ s\))?$", timeline.sequence_mermaid(run), re.MULTILINE)
-        assert len(told) > 15
-        assert set(told) <= shown
+        messages = re.findall(r": (.*?)(?: \([\d.]+ s\))?$", timeline.sequence_mermaid(run), re.MULTILINE)
+        assert len(messages) > 15
+        assert set(messages) <= shown
         for theme, ground in (("light", (255, 255, 255)), ("dark", (13, 17, 23))):
             png = timeline.draw(run, "png", view="sequence", theme=theme)  # type: ignore[arg-type]
             assert Image.open(io.BytesIO(png)).convert("RGB").getpixel((2, 2)) == ground  # type: ignore[arg-type]
 
-    def test_has_the_clock_of_the_run(self) -> None:
-        """So that what is seen in one picture is found in the other."""
+    def test_sequence_has_the_times_of_the_run(self) -> None:
+        """So that an event of one picture can be found in the other."""
         run = recorded("fault")
         (started,) = (each.at_s for each in run.tracks[0].events if each.fields.get("trigger") == "start")
         assert started > 0.05
         assert f"client->>engine: start() ({started:.3f} s)" in timeline.sequence_mermaid(run)
         assert f"{started:.3f} s" in words(ET.fromstring(str(timeline.draw(run, "svg", view="sequence"))))  # noqa: S314
 
-    def test_is_no_page_and_no_other_view(self) -> None:
+    def test_unsupported_views_are_refused(self) -> None:
         run = recorded("fault")
         assert timeline.draw(run, "mermaid", view="sequence") == timeline.draw(run, "mermaid")
         with pytest.raises(TimelineError, match="page has no sequence diagram: draw that as SVG"):
@@ -672,15 +678,15 @@ class TestTheSequence:
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> %%DATA%% \u2028 \x1b[2J"
 
 
-class TestThePage:
-    def test_is_one_file_that_loads_nothing(self) -> None:
+class TestPage:
+    def test_page_loads_nothing(self) -> None:
         page = str(timeline.draw(recorded("healthy"), "html"))
         assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:,)""", page)
         assert not re.findall(r"url\(|@import|fetch\(|XMLHttpRequest|WebSocket|import\(", page)
         assert re.findall(r"https?://[^\"' ]*", page) == ["http://www.w3.org/2000/svg"]
         assert "default-src 'none'" in page
 
-    def test_holds_what_was_recorded_as_data_and_never_as_html(self) -> None:
+    def test_page_contains_the_record_as_data_only(self) -> None:
         lines = [line for at in ("aa", HOSTILE) for line in life(at, session=HOSTILE)]
         lines.append(event(9, HOSTILE, detail=HOSTILE, level=HOSTILE, proxy_id="aa", **{HOSTILE: HOSTILE}))
         page = str(timeline.draw(timeline.read(lines), "html"))
@@ -695,13 +701,13 @@ class TestThePage:
         assert not list(root.iter(f"{SVG}script"))
         assert any("<script>alert(1)" in line for line in words(root))
 
-    def test_spells_out_what_is_no_character(self) -> None:
+    def test_lone_surrogates_are_escaped(self) -> None:
         lines = [*life(), event(9, "half \ud800", level="\udc00", detail="\ud83d", proxy_id="aa")]
         for picture in ("svg", "html", "mermaid"):
             str(timeline.draw(timeline.read(lines), picture)).encode()
         assert "half \\\\ud800" in str(timeline.draw(timeline.read(lines), "html"))
 
-    def test_has_each_event_once_in_order(self) -> None:
+    def test_page_has_each_event_once_in_order(self) -> None:
         page = str(timeline.draw(recorded("fault"), "html"))
         data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
         names = [json.loads(line)["event"] for line in (RUNS / "fault.jsonl").read_text().splitlines()]

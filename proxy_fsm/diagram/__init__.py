@@ -8,8 +8,7 @@
     svg = diagram.draw(MyMachine, "svg", highlight="running/verifying")
 
 The same input gives the same bytes, on every machine with the same versions of the extra's packages. Mermaid, DOT, the
-table and JSON need nothing else; SVG and PNG need the extra ``diagram``. On the command line it is
-``proxy-fsm diagram``.
+table and JSON need no extra; SVG and PNG need the extra ``diagram``. The command line has ``proxy-fsm diagram``.
 """
 
 from __future__ import annotations
@@ -71,16 +70,16 @@ def draw(
     Args:
         machine: What to draw; see `chart_of` for what that may be.
         format: What to draw it as.
-        highlight: A state to point at, or a phase of it: ``state/phase``.
+        highlight: A state to highlight, or a phase of it: ``state/phase``.
         way: The changes that a running machine has made (see `way_of`); the table does not show them.
-        phases: Whether what is inside the states is drawn; without it a highlighted phase is its state.
-        theme: ``light`` or ``dark``. By default SVG and Mermaid follow whoever looks, and DOT and PNG are light.
+        phases: Whether to draw what is inside the states; if not, a highlighted phase highlights its state.
+        theme: ``light`` or ``dark``. By default SVG and Mermaid follow the viewer's setting, and DOT and PNG are light.
 
     Returns:
         The picture, as bytes for PNG and else as text.
 
     Raises:
-        DiagramError: It is no machine, has no such state, or the extra is missing; or there is no such format.
+        DiagramError: It is not a machine, has no such state, or the extra is missing; or there is no such format.
     """
     chart = chart_of(machine)
     highlight = chart.state_named(highlight)

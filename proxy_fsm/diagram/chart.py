@@ -1,4 +1,4 @@
-"""What a state machine looks like, as data; and the lifecycle, from its two tables."""
+"""State machines as data to draw; and the lifecycle, from its two tables."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Inner:
     Attributes:
         state: The path of the state that it is in.
         name: Its own name.
-        initial: Whether that state begins in it; where it begins in several, it is in all of them at once.
-        limit: What says how long it may last; empty where nothing does.
+        initial: Whether that state begins in it; if it begins in several, it is in all of them at once.
+        limit: The name of its time limit; empty if it has none.
     """
 
     state: str
@@ -78,12 +78,12 @@ class Chart:
     Attributes:
         title: Its name.
         states: Names of its states, in order, without those inside others.
-        initial: The state it begins in; None where nothing says.
+        initial: The state it begins in; None if it is not known.
         finals: The states that it ends in.
         triggers: Names of its triggers, in order.
-        orders: Those of them that a caller gives; the others are observed.
+        orders: Those of them that a caller fires; the others are observations.
         arrows: Its transitions.
-        ignored: Pairs of trigger and state of which nothing comes.
+        ignored: Pairs of trigger and state that have no effect.
         notes: Remarks: a state, and lines about it.
         phases: The states inside others, in order.
     """
@@ -104,7 +104,7 @@ class Chart:
         return tuple(inner for inner in self.phases if inner.state == state)
 
     def around(self, path: str) -> tuple[str, ...]:
-        """Return a state and those that it is in, the outermost first."""
+        """Return a state and those that contain it, the outermost first."""
         outer = {inner.path: inner.state for inner in self.phases}
         found = [path]
         while found[0] in outer:
@@ -144,12 +144,12 @@ class Chart:
         raise DiagramError(f"State {outer!r} has no phase {str(state)[len(outer) + 1 :]!r}; it has {there}.")
 
     def main_story(self) -> set[tuple[str, str]]:
-        """Return each state with the one that comes next in the same place."""
+        """Return each state with the next one on the same level."""
         places = [self.states, *([inner.path for inner in self.inside(path)] for path in self.paths())]
         return {pair for place in places for pair in pairwise(place)}
 
     def without_phases(self) -> Chart:
-        """Return the chart of its outermost states alone; what leads into or out of a phase leads to its state."""
+        """Return the chart of its outermost states alone; arrows into or out of a phase lead to or from its state."""
         if not self.phases:
             return self
 
@@ -175,7 +175,7 @@ class Chart:
         )
 
     def label(self, arrow: Arrow) -> str:
-        """Return an arrow's trigger, in capitals where it is an order, and its condition."""
+        """Return an arrow's trigger, in capitals if it is an order, and its condition."""
         return self._shown(arrow.trigger) + (f" [{arrow.condition}]" if arrow.condition else "")
 
     def labels_taken(self, way: Iterable[Step], source: str, dest: str) -> list[str]:
@@ -192,13 +192,14 @@ class Chart:
     def grouped_arrows(self) -> list[tuple[str, str, list[Arrow]]]:
         """Return source, destination and the arrows between them, for each two states that have any, in order.
 
-        An arrow that only repeats one of a state around its source is left out, and so are those of `inner_moves`.
+        An arrow that only repeats that of a state which contains its source is left out, and so are those of
+        `inner_moves`.
         """
-        said = set(self.arrows)
+        known = set(self.arrows)
         groups: dict[tuple[str, str], list[Arrow]] = {}
         for arrow in self.arrows:
-            repeats = any(replace(arrow, source=outer) in said for outer in self.around(arrow.source)[:-1])
-            if not repeats and self._whole(arrow) is None:
+            repeats = any(replace(arrow, source=outer) in known for outer in self.around(arrow.source)[:-1])
+            if not repeats and self._container(arrow) is None:
                 groups.setdefault((arrow.source, arrow.dest), []).append(arrow)
         place = {path: at for at, path in enumerate(self.paths())}
         ordered = sorted(groups, key=lambda pair: (place[pair[0]], place[pair[1]]))
@@ -207,18 +208,18 @@ class Chart:
     def inner_moves(self, state: str) -> list[str]:
         """Return, in words, the arrows between a state and what is inside it, or back to itself.
 
-        They have no room between two boxes, of which one is in the other.
+        There is no room to draw them where one box is inside the other.
         """
         moves = []
         for arrow in self.arrows:
-            if self._whole(arrow) == state:
+            if self._container(arrow) == state:
                 begin = "" if arrow.source == state else f"{arrow.source[len(state) + 1 :]}: "
                 end = self.name_of(state) if arrow.dest == state else arrow.dest[len(state) + 1 :]
                 moves.append(f"{begin}{self.label(arrow)} → {end}")
         return moves
 
-    def _whole(self, arrow: Arrow) -> str | None:
-        """Return the end of an arrow that has the other one in it; None where neither has."""
+    def _container(self, arrow: Arrow) -> str | None:
+        """Return the end of an arrow that contains the other end; None if neither does."""
         for whole, part in ((arrow.source, arrow.dest), (arrow.dest, arrow.source)):
             if self.inside(whole) and whole in self.around(part):
                 return whole
@@ -264,5 +265,5 @@ def way_of(history: Iterable[TransitionRecord]) -> tuple[Step, ...]:
 
 
 def visited(way: Iterable[Step]) -> frozenset[str]:
-    """Return the states that a way has touched."""
+    """Return the states along a way."""
     return frozenset(state for step in way for state in (step.source, step.dest))

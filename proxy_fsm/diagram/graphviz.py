@@ -1,4 +1,4 @@
-"""Charts in Graphviz' language."""
+"""Charts in DOT, Graphviz' language."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _unused(name: str, chart: Chart) -> str:
 def dot(
     chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = (), theme: str = "light"
 ) -> str:
-    """Return the state diagram in Graphviz' language: orders in capitals, final states with a double line.
+    """Return the state diagram in DOT: orders in capitals, final states with a double line.
 
     Args:
         chart: What to draw.
-        highlight: A state to point at, or a phase of it: ``state/phase``.
+        highlight: A state to highlight, or a phase of it: ``state/phase``.
         way: The changes that were made.
         theme: ``light`` or ``dark``.
 
@@ -56,7 +56,9 @@ def dot(
         if taken:
             looks += [f'color="{accent}"', "penwidth=2.5"]
         if chart.phases and (source, dest) in main:
-            looks.append("weight=1000")  # more than Graphviz' own wish for narrow clusters: the story is a column
+            looks.append(
+                "weight=1000"
+            )  # more than Graphviz' own weight for narrow clusters: the main story is a column
         lines.append(f"    {drawing.arrow(source, dest, *looks)}")
     for at, (state, remarks) in enumerate(chart.notes):
         name, words = _quoted(_unused(f"note {at}", chart)), _quoted("\n".join(remarks))
@@ -66,20 +68,20 @@ def dot(
 
 
 class _Dot:
-    """A chart in Graphviz' language: states are nodes, and clusters where others are inside."""
+    """A chart in DOT: states are nodes, and clusters if others are inside them."""
 
     def __init__(self, chart: Chart, colour: Mapping[str, str], highlight: str | None, behind: frozenset[str]) -> None:
         self.chart, self.colour, self.highlight, self.behind = chart, colour, highlight, behind
-        # Graphviz takes a name that begins with a percent sign for none.
+        # Graphviz treats a name that begins with a percent sign as anonymous.
         self._nodes = {
             path: _quoted(_unused(f"state {at}", chart) if path.startswith("%") else path)
             for at, path in enumerate(chart.paths())
         }
 
     def end(self, path: str, at: int = 0) -> tuple[str, str]:
-        """Return the node where an arrow ends, and the cluster at whose border it is cut off.
+        """Return the node where an arrow ends, and the cluster at whose border it is clipped.
 
-        Graphviz joins nodes alone: for a cluster it is the first (``at`` 0) or last (-1) of those inside.
+        Graphviz connects only nodes: for a cluster it is the first (``at`` 0) or last (-1) of those inside.
         """
         cluster = self._cluster(path) if self.chart.inside(path) else ""
         while inside := self.chart.inside(path):
@@ -87,7 +89,7 @@ class _Dot:
         return self._nodes[path], cluster
 
     def arrow(self, source: str, dest: str, *looks: str) -> str:
-        """Return an arrow from where one state is near the other."""
+        """Return an arrow between the nearest nodes of two states."""
         order = [*self._nodes]
         near = (-1, 0) if order.index(source) < order.index(dest) else (0, -1)
         return self.edge(self.end(source, near[0]), self.end(dest, near[1]), *looks)
@@ -115,7 +117,7 @@ class _Dot:
             words = _attributes(label | looks | self._looks(path))
             yield self._nodes[path] + (f" [{words}]" if words else "")
             return
-        # Said in full, since a cluster takes the looks of the one around it where it has none of its own.
+        # In full, since a cluster inherits from the one around it every attribute that it does not set.
         ink = f'"{self.colour["ink"]}"'
         plain = {"style": "rounded", "color": ink, "fontcolor": ink, "penwidth": "1", "peripheries": "1"}
         label = {"label": _quoted("\n".join([name, *self.chart.inner_moves(path)]))}

@@ -22,9 +22,9 @@ _MARGIN = 14.0
 _NAME_SIZE, _LABEL_SIZE, _CAPTION_SIZE = 14.0, 12.0, 11.0
 _LINE = 1.35
 _FRAME = 4.0
-#: What an arrow weighs that leads to the next state: the main story is a straight column.
+#: The weight of an arrow to the next state: the main story is a straight column.
 _MAIN = 20
-#: The same where states have others inside: more than Graphviz' own wish for narrow clusters.
+#: The same if states have others inside: more than Graphviz' own weight for narrow clusters.
 _MAIN_NESTED = 1000
 
 #: The left, upper corner of a box, its width and its height.
@@ -35,7 +35,7 @@ Words = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A box with lines in it; one of the kind ``group`` has those nodes in it that are ``inside`` it."""
+    """A box with lines in it; one of the kind ``group`` contains the nodes that are ``inside`` it."""
 
     lines: tuple[Words, ...]
     classes: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Node:
 
     @property
     def text_size(self) -> float:
-        """Of its letters."""
+        """Font size of its lines."""
         return _NAME_SIZE if self.kind in {"box", "group"} else _CAPTION_SIZE
 
     def extent(self) -> tuple[float, float]:
@@ -61,7 +61,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """An arrow between two nodes; the more it weighs, the straighter and shorter it is."""
+    """An arrow between two nodes; the higher its weight, the straighter and shorter it is."""
 
     source: str
     dest: str
@@ -83,7 +83,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
 
     Args:
         chart: What to draw.
-        highlight: A state to point at, or a phase of it: ``state/phase``.
+        highlight: A state to highlight, or a phase of it: ``state/phase``.
         way: The changes that were made.
 
     Raises:
@@ -92,7 +92,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
     highlight = chart.state_named(highlight)
     current = () if highlight is None else chart.around(highlight)
     behind = visited(way)
-    # The names are the caller's; a prefix keeps them apart from those of the other nodes.
+    # The names are the caller's; a prefix keeps them from colliding with those of the other nodes.
     nodes = {} if chart.initial is None else {"initial": Node((), kind="dot")}
     edges = [] if chart.initial is None else [Edge("initial", f"state {chart.initial}")]
     for path in chart.paths():
@@ -185,7 +185,7 @@ def graph_scene(
     scene = Scene(full, top + high + _MARGIN + len(caption) * _CAPTION_SIZE * _LINE + 4, title)
     scene.groups.append(Group((Text(full / 2, _MARGIN + _NAME_SIZE, title, "plain", _NAME_SIZE),)))
     scene.groups.extend(
-        _shown(node, boxes[name], place(placed[name]["lp"])) for name, node in nodes.items() if node.kind == "group"
+        _box_group(node, boxes[name], place(placed[name]["lp"])) for name, node in nodes.items() if node.kind == "group"
     )
     scene.groups.extend(_edge_group(edge, drawn[at], place) for at, edge in enumerate(edges))
     scene.groups.extend(
@@ -205,7 +205,7 @@ def graph_scene(
 
 
 def _layout_source(nodes: Mapping[str, Node], edges: Sequence[Edge], node_gap: float, rank_gap: float) -> str:
-    """Write a graph for the layout alone: it holds no text, so that no font has a say."""
+    """Write a graph for the layout alone: it contains no text, so that it does not depend on fonts."""
     names = {name: _graphviz_name(node, at) for at, (name, node) in enumerate(nodes.items())}
     inside: dict[str, list[str]] = {}
     for name, node in nodes.items():
@@ -226,7 +226,7 @@ def _layout_source(nodes: Mapping[str, Node], edges: Sequence[Edge], node_gap: f
                 yield f"{{ rank=same {names[node.beside]} {names[name]} }}"
 
     def end(name: str, at: int, attribute: str) -> tuple[str, str]:
-        """Return the node where an edge ends: of a group the first or last one inside, and the border to cut it at."""
+        """Return the node where an edge ends (of a group the first or last one inside), and where to clip it."""
         cut = f" {attribute}={names[name]}" if nodes[name].kind == "group" else ""
         while nodes[name].kind == "group":
             name = [each for each in inside[name] if nodes[each].kind != "dot"][at]
@@ -250,7 +250,7 @@ def _graphviz_name(node: Node, at: int) -> str:
 
 
 def _room(wide: float, high: float) -> str:
-    """Return a label that takes some room and holds nothing."""
+    """Return an empty label of a given size."""
     size = f'FIXEDSIZE="TRUE" WIDTH="{wide:.0f}" HEIGHT="{high:.0f}"'
     return f'<<TABLE BORDER="0" CELLBORDER="0" {size}><TR><TD></TD></TR></TABLE>>'
 
@@ -297,7 +297,7 @@ def _group_boxes(
     drawn: Mapping[int, Mapping[str, str]],
     place: Callable[[str], Point],
 ) -> dict[str, _Corners]:
-    """Return the boxes of groups, widened where Graphviz left out the labels at the right of what is inside."""
+    """Return the boxes of groups, widened where Graphviz ignored the labels at the right of what is inside."""
 
     def is_inside(name: str, group: str) -> bool:
         return nodes[name].inside == group or (bool(nodes[name].inside) and is_inside(nodes[name].inside, group))
@@ -318,11 +318,11 @@ def _group_boxes(
 
 def _node_group(node: Node, centre: Point) -> Group:
     (wide, high), (x, y) = node.extent(), centre
-    return _shown(node, (x - wide / 2, y - high / 2, wide, high), centre)
+    return _box_group(node, (x - wide / 2, y - high / 2, wide, high), centre)
 
 
-def _shown(node: Node, box: _Corners, middle: Point) -> Group:
-    """Return a node's box, and its lines around a middle."""
+def _box_group(node: Node, box: _Corners, middle: Point) -> Group:
+    """Return a node's box, and its lines centred on ``middle``."""
     x, y, wide, high = box
     radius = wide / 2 if node.kind == "dot" else 2.0 if node.kind == "note" else 8.0
     items: list[Box | Line | Text] = [Box(*box, node.kind, radius)]

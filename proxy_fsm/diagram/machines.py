@@ -1,4 +1,4 @@
-"""Reads the chart of a machine: of the package's own classes, or of anybody's ``transitions.Machine``."""
+"""Reads the chart of a machine: of the package's own classes, or of any ``transitions.Machine``."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def chart_of(machine: object) -> Chart:
     """Return the chart of a class or an object.
 
     Args:
-        machine: One of these, a class or an object of it: a `Chart` itself; what has one as ``__chart__``, as `Proxy`
-            and its subclasses have; a `Lifecycle`; a `Backend`: the lifecycle, with what is the backend's own, such as
-            the first lines of its docstrings of ``ready`` and ``diagnose``; a ``transitions.Machine`` or
-            ``HierarchicalMachine``, or anything that holds one in an attribute. A class of this last kind is called
-            without arguments to have its machine made. Its attribute ``orders`` may name the triggers that are orders
-            of a caller; without it those named as in `Trigger` are told apart.
+        machine: One of these, a class or an instance of it: a `Chart` itself; anything with a chart as ``__chart__``,
+            such as `Proxy` and its subclasses; a `Lifecycle`; a `Backend`: the lifecycle, with notes on what is
+            specific to the backend, such as the first lines of its docstrings of ``ready`` and ``diagnose``; a
+            ``transitions.Machine`` or ``HierarchicalMachine``, or anything that has one in an attribute. A class of
+            this last kind is instantiated without arguments. Its attribute ``orders`` may name the triggers that are
+            orders of a caller; by default they are those with the names of the orders in `Trigger`.
 
     Raises:
-        DiagramError: It is nothing of that kind.
+        DiagramError: It is none of these.
     """
     if isinstance(machine, Chart):
         return machine
@@ -44,7 +44,7 @@ def chart_of(machine: object) -> Chart:
         return replace(LIFECYCLE, title=_name_of(machine))
     if isinstance(machine, Backend) or (isinstance(machine, type) and issubclass(machine, Backend)):
         return _backend_chart(machine)
-    found = _machine_of(_made(machine), _name_of(machine))
+    found = _machine_of(_instance_of(machine), _name_of(machine))
     return _machine_chart(found, _name_of(machine), getattr(machine, "orders", None))
 
 
@@ -52,15 +52,15 @@ def _name_of(machine: object) -> str:
     return machine.__name__ if isinstance(machine, type) else type(machine).__name__
 
 
-def _made(machine: object) -> object:
+def _instance_of(machine: object) -> object:
     if not isinstance(machine, type):
         return machine
     try:
         return machine()
     except Exception as error:
         raise DiagramError(
-            f"{machine.__name__} cannot be made without arguments, as drawing it needs: {type(error).__name__}: "
-            f"{error}. Give it a __chart__, or name a machine that is made already."
+            f"{machine.__name__} cannot be instantiated without arguments, which drawing it requires: "
+            f"{type(error).__name__}: {error}. Give it a __chart__, or draw an instance."
         ) from error
 
 
@@ -72,12 +72,12 @@ def _machine_of(machine: object, name: str) -> Machine:
             return value
     raise DiagramError(
         f"{name} is no state machine: neither a Proxy, a Backend, a Lifecycle nor a transitions.Machine, "
-        "nor does it hold one in an attribute."
+        "nor does it have one in an attribute."
     )
 
 
 def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -> Chart:
-    separator = getattr(machine.state_cls, "separator", "/")  # a flat machine has none, and no need of it
+    separator = getattr(machine.state_cls, "separator", "/")  # a flat machine has none, and needs none
     paths, phases = _states_of(machine, separator)
     rows = [
         (trigger, prefix + source, prefix, transition)
@@ -88,7 +88,7 @@ def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -
         for transition in found
     ]
     if isinstance(machine.initial, list):
-        raise DiagramError(f"{title} begins in several states at once: put a state around them, and it can be drawn.")
+        raise DiagramError(f"{title} has several initial states: put them inside one state, and it can be drawn.")
     try:
         arrows = [
             Arrow(trigger, paths[source], paths[prefix + row.dest], _conditions(row))
@@ -97,9 +97,9 @@ def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -
         ]
         initial = None if machine.initial is None else paths[_key(machine.initial)]
     except KeyError as error:
-        raise DiagramError(f"{title} names the state {error}, which is none of its own.") from error
+        raise DiagramError(f"{title} refers to the state {error}, which it does not have.") from error
     triggers = list(dict.fromkeys(trigger for trigger, *_ in rows))
-    own = LIFECYCLE.triggers  # in their order, which says more than that of their first use
+    own = LIFECYCLE.triggers  # in their order, which is clearer than the order of first use
     chart = Chart(
         title=title,
         states=tuple(path for key, path in paths.items() if key in machine.states),
@@ -112,11 +112,11 @@ def _machine_chart(machine: Machine, title: str, orders: Iterable[str] | None) -
         phases=tuple(phases),
     )
     marked = {paths[prefix + key] for scope, prefix in _scopes(machine, separator) for key in _finals_of(scope)}
-    return replace(chart, finals=frozenset(marked | _ends(chart)))
+    return replace(chart, finals=frozenset(marked | _dead_ends(chart)))
 
 
 def _scopes(machine: Any, separator: str) -> Iterator[tuple[Any, str]]:
-    """Yield the machine and each state that has states inside, and what their names begin with."""
+    """Yield the machine and each state that has states inside, with the prefix of their names."""
     pending = [(machine, "")]
     while pending:
         scope, prefix = pending.pop(0)
@@ -126,7 +126,7 @@ def _scopes(machine: Any, separator: str) -> Iterator[tuple[Any, str]]:
 
 
 def _states_of(machine: Any, separator: str) -> tuple[dict[str, str], list[Inner]]:
-    """Return the paths of all states, by the names that transitions has for them, and those inside others."""
+    """Return the paths of all states, by their names in ``transitions``, and the states inside others."""
     paths: dict[str, str] = {}
     phases = []
     for scope, prefix in _scopes(machine, separator):
@@ -144,15 +144,15 @@ def _finals_of(scope: Any) -> list[str]:
     return [key for key, state in scope.states.items() if getattr(state, "final", False)]
 
 
-def _ends(chart: Chart) -> set[str]:
-    """Return the states that nothing leaves: neither them, nor what is in them, nor what they are in."""
+def _dead_ends(chart: Chart) -> set[str]:
+    """Return the states without a way out: of themselves, of what is inside them, or of what they are inside of."""
     sources = {arrow.source for arrow in chart.arrows}
     left = {path for source in sources for path in chart.around(source)}
     return {path for path in chart.paths() if path not in left and sources.isdisjoint(chart.around(path))}
 
 
 def _key(state: Any) -> str:
-    """Return the name by which transitions knows a state."""
+    """Return a state's name in ``transitions``."""
     return state.name if isinstance(state, Enum) else str(state)
 
 
@@ -172,13 +172,13 @@ def _backend_chart(backend: Backend | type[Backend]) -> Chart:
         preparing.append("needs an X server")
     notes = [(str(State.TUNNELLING), tuple(preparing))]
     for state, words, name in ((State.SPAWNING, "readiness", "ready"), (State.STOPPING, "causes", "diagnose")):
-        if told := _first_line(backend, name):
-            notes.append((str(state), (f"{words}: {told}",)))
+        if line := _first_line(backend, name):
+            notes.append((str(state), (f"{words}: {line}",)))
     return replace(LIFECYCLE, title=f"{_name_of(backend)} ({backend.name})", notes=tuple(notes))
 
 
 def _first_line(backend: Backend | type[Backend], name: str) -> str:
-    """Return what a method's own docstring begins with; nothing where the backend leaves the method as it was."""
+    """Return the first line of a method's docstring; empty if the backend does not override the method."""
     method = getattr(backend if isinstance(backend, type) else type(backend), name)
     if method is getattr(Backend, name):
         return ""

@@ -1,4 +1,4 @@
-"""Finds what a client wants drawn by its name."""
+"""Imports what is to be drawn, by its name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["load"]
 def load(target: str) -> Chart:
     """Return the chart of ``package.module:Class`` (or ``package.module:object.attribute``); see `chart_of`.
 
-    The module is imported: only name code that you trust.
+    The module is imported: name only code that you trust.
 
     Raises:
-        DiagramError: It is not written like that, cannot be imported, has no such attribute, or is no machine.
+        DiagramError: It is not written like that, cannot be imported, has no such attribute, or is not a machine.
     """
     module_name, colon, path = target.partition(":")
     if not colon or not all(word.isidentifier() for word in [*module_name.split("."), *path.split(".")]):
@@ -32,9 +32,9 @@ def load(target: str) -> Chart:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise DiagramError(f"{module_name} cannot be imported: it needs {error.name}, which is missing.") from error
         raise DiagramError(
-            f"There is no module {error.name}: install its package, or make the directory it is in known (PYTHONPATH)."
+            f"There is no module {error.name}: install its package, or add its directory to PYTHONPATH."
         ) from error
-    except (Exception, SystemExit) as error:  # a program that runs when it is imported ends so
+    except (Exception, SystemExit) as error:  # a program that runs on import may exit
         raise DiagramError(f"{module_name} cannot be imported: {type(error).__name__}: {error}.") from error
     try:
         found = reduce(getattr, path.split("."), module)

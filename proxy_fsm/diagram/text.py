@@ -1,4 +1,4 @@
-"""Charts as text: Mermaid, a Markdown table, JSON. They need nothing but Python."""
+"""Charts as text: Mermaid, a Markdown table, JSON. They need no other package."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = [
     "table_rows",
 ]
 
-#: Names that mean nothing to Mermaid. Its keywords are too many to list, change with its version, and so does what the
-#: page that shows it makes of names such as ``constructor``.
+#: Names that are safe in Mermaid. Its keywords are too many to list and change with its version, as does the effect of
+#: names such as ``constructor`` in the page that shows it.
 _PLAIN = frozenset(map(str, (*State, *Phase)))
 
 
 def mermaid_text(text: str) -> str:
-    """Return a text with all spelled out that would mean something to Mermaid, or to the page that shows it."""
+    """Escape all characters that are special to Mermaid, or to the page that shows it."""
     return "".join(
         char if char.isalnum() or char in " _-.,?!()[]{}'/+=…–·*" else f"#{ord(char)};"
         for char in " ".join(text.split())
@@ -41,13 +41,13 @@ def mermaid_text(text: str) -> str:
 def mermaid(
     chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = (), theme: str | None = None
 ) -> str:
-    """Return the state diagram in Mermaid's language: one arrow for each two states, orders in capitals.
+    """Return the state diagram in Mermaid: one arrow for each pair of states, orders in capitals.
 
     Args:
-        chart: What to draw; what is ignored is left out.
-        highlight: A state to point at, or a phase of it: ``state/phase``.
+        chart: What to draw; ignored triggers are left out.
+        highlight: A state to highlight, or a phase of it: ``state/phase``.
         way: The changes that were made; each adds its number, trigger and time to its arrow.
-        theme: ``light`` or ``dark``; by default whatever shows it decides.
+        theme: ``light`` or ``dark``; by default the viewer decides.
 
     Raises:
         DiagramError: There is no such state.
@@ -82,7 +82,7 @@ def mermaid(
 
 
 def colours_of(theme: str | None) -> dict[str, str]:
-    """Return a theme's colours; light ones read well on any ground, each with the ink that it brings."""
+    """Return a theme's colours; the light ones are readable on any background, with their own text colour."""
     return {name: dark if theme == "dark" else light for name, (light, dark) in COLOURS.items()}
 
 
@@ -96,10 +96,10 @@ def _mermaid_names(chart: Chart) -> dict[str, str]:
 
 
 def _mermaid_arrows(chart: Chart, names: Mapping[str, str], way: Sequence[Step]) -> dict[str, list[str]]:
-    """Return the lines of the arrows, by the state that they are inside of; none for the outermost.
+    """Return the lines of the arrows by the state that contains them; the empty name is for the outermost.
 
-    Mermaid has no arrow from inside one state to inside another. Such a one leads from the outer state to the outer
-    state, and says where it begins and ends.
+    Mermaid has no arrow from inside one state to inside another. It is drawn between the outer states, and its label
+    says where it begins and ends.
     """
     labels: dict[tuple[str, str, str], list[str]] = {}
     for source, dest, arrows in chart.grouped_arrows():
@@ -120,7 +120,7 @@ def _mermaid_arrows(chart: Chart, names: Mapping[str, str], way: Sequence[Step])
 def _mermaid_level(
     chart: Chart, outer: str, names: Mapping[str, str], arrows: Mapping[str, list[str]]
 ) -> Iterator[str]:
-    """Yield the lines of what is inside a state; of the outermost states, for none."""
+    """Yield the lines of what is inside a state; of the outermost states for the empty name."""
     inside = chart.inside(outer)
     paths = [inner.path for inner in inside] if outer else chart.states
     begin = [inner.path for inner in inside if inner.initial]
@@ -147,9 +147,9 @@ def _mermaid_level(
 
 
 def table_rows(chart: Chart) -> list[tuple[str, list[str]]]:
-    """Return each trigger, and what comes of it in each state; ``–`` is ignored, ``·`` is refused.
+    """Return each trigger, and where it leads from each state; ``–`` is ignored, ``·`` is refused.
 
-    Triggers of phases alone are left out: they are in `phase_rows`.
+    Triggers of phases only are left out: they are in `phase_rows`.
     """
     cells = dict.fromkeys(chart.ignored, "–")
     for arrow in chart.arrows:
@@ -164,14 +164,14 @@ def table_rows(chart: Chart) -> list[tuple[str, list[str]]]:
     ]
 
 
-#: What the columns of `phase_rows` are.
+#: The columns of `phase_rows`.
 PHASE_COLUMNS = ("state", "phase", "trigger", "leads to", "limit")
 
 
 def phase_rows(chart: Chart) -> list[tuple[str, str, str, str, str]]:
-    """Return what ends each phase: its state, its name, the trigger, what that leads to, and what limits its time.
+    """Return what ends each phase: its state, its name, the trigger, where that leads, and the phase's time limit.
 
-    A phase without triggers of its own has one row, and what has nothing to say is empty.
+    A phase without triggers of its own has one row; cells without a value are empty.
     """
     inner_at = {inner.path: inner for inner in chart.phases}
     return [
@@ -201,7 +201,7 @@ def markdown_table(chart: Chart = LIFECYCLE, *, highlight: str | None = None) ->
 
     Args:
         chart: What to draw.
-        highlight: A state whose column is to be bold, or a phase, whose rows are then bold too.
+        highlight: A state whose column is set in bold, or a phase, whose rows are bold too.
 
     Raises:
         DiagramError: There is no such state.
@@ -239,11 +239,11 @@ def _code(text: str) -> str:
 
 
 def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = ()) -> str:
-    """Return all of it as JSON; a transition's ``dest`` is null where the trigger is ignored.
+    """Return the whole chart as JSON; a transition's ``dest`` is null if the trigger is ignored.
 
     Args:
         chart: What to write.
-        highlight: A state to point at, or a phase of it: ``state/phase``.
+        highlight: A state to highlight, or a phase of it: ``state/phase``.
         way: The changes that were made.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Draws what happened in a run, from the events that it left.
+"""Draws what happened in a run, from its recorded events.
 
 ::
 
@@ -9,7 +9,7 @@
     page = timeline.draw(run, "html")
 
 ``proxy-fsm run`` and ``demo`` print such events with ``--log-format json``; so does any program whose structlog renders
-JSON with ``event``, ``level`` and ``timestamp``. SVG, the HTML page and Mermaid need nothing else; PNG needs the extra
+JSON with ``event``, ``level`` and ``timestamp``. SVG, the HTML page and Mermaid need no extra; PNG needs the extra
 ``timeline``.
 """
 
@@ -50,24 +50,25 @@ def draw(run: Run, format: Format, *, view: View = "run", theme: scene.Theme | N
 
     Args:
         run: The run.
-        format: ``svg`` or ``png``; ``html``: a page of its own that replays the run; ``mermaid``: a sequence diagram.
-        view: What SVG and PNG show. ``run``: states, events and bytes a second over time, proxies one below the other;
-            ``sequence``: who told whom what, of the first proxy. The page has the one, and Mermaid the other.
-        theme: For SVG and PNG, ``light`` or ``dark``. By default SVG follows whoever looks, and PNG is light.
+        format: ``svg`` or ``png``; ``html``: a self-contained page that replays the run; ``mermaid``: a sequence
+            diagram.
+        view: What SVG and PNG show. ``run``: states, events and bytes per second over time, proxies one below the
+            other; ``sequence``: the messages of the first proxy. The page always shows the run, Mermaid the sequence.
+        theme: For SVG and PNG, ``light`` or ``dark``. By default SVG follows the viewer's setting, and PNG is light.
 
     Returns:
         The picture, as bytes for PNG and else as text.
 
     Raises:
         DiagramError: The extra is missing.
-        TimelineError: There is no such format or view, or the format has not that view, or takes no theme.
+        TimelineError: There is no such format or view, or the format does not support that view or a theme.
     """
     if view not in get_args(View):
         raise TimelineError(f"There is no view {view!r}; there are {', '.join(get_args(View))}.")
     if view == "sequence" and format == "html":
         raise TimelineError("The page has no sequence diagram: draw that as SVG, PNG or Mermaid.")
     if theme is not None and format in {"html", "mermaid"}:
-        raise TimelineError("The page and the sequence diagram follow whoever looks: leave the theme out.")
+        raise TimelineError("The page and the sequence diagram follow the viewer's setting: leave the theme out.")
     whole = sequence_scene if view == "sequence" else run_scene
     match format:
         case "svg":

@@ -34,7 +34,7 @@
     return Number(value.toPrecision(3)) + " GB/s";
   };
 
-  // ---- where things stand at an event ----
+  // ---- state and phase at an event ----
   const changes = tracks.map(() => []), moves = tracks.map(() => []);
   events.forEach((event, index) => {
     if (event.change) changes[event.track].push(index);
@@ -93,11 +93,11 @@
     if (el("where").textContent !== words) el("where").textContent = words;
   };
 
-  // ---- the list of events, of which only those in sight exist ----
+  // ---- the list of events: only the visible rows exist ----
   const list = el("events"), rows = el("rows"), lines = [];
   el("filler").style.height = events.length * ROW + "px";
-  const inSight = Math.ceil(312 / ROW) + 2;
-  for (let at = 0; at < Math.min(inSight, events.length); at += 1) {
+  const visibleRows = Math.ceil(312 / ROW) + 2;
+  for (let at = 0; at < Math.min(visibleRows, events.length); at += 1) {
     const line = make("li");
     line.append(make("span", "at"), make("span", "name"), make("span", "words"));
     line.addEventListener("click", () => move(Number(line.dataset.index)));
@@ -229,7 +229,7 @@
     }
   };
 
-  // ---- moving ----
+  // ---- navigation ----
   const following = el("following");
   following.hidden = following.parentElement.hidden = tracks.length === 1;
   const scrubber = el("scrubber");
@@ -276,7 +276,7 @@
     option.value = factor;
     speed.append(option);
   }
-  // So that the whole run takes between some seconds and a quarter of a minute.
+  // Plays the whole run in 15 s at most, where a speed allows it.
   speed.value = SPEEDS.find((factor) => duration / factor <= 15) || SPEEDS.at(-1);
   const pause = () => {
     cancelAnimationFrame(playing);
@@ -312,10 +312,10 @@
     const at = (pointer.clientX - canvas.getBoundingClientRect().left - NAMES) / room() * duration;
     go(Math.max(countUpTo(events, at, (event) => event.at) - 1, 0));
   };
-  let held = null;  // the pointer that drags, also where it leaves the lanes
+  let held = null;  // the pointer that drags, also outside the lanes
   canvas.addEventListener("pointerdown", (pointer) => {
     if (pointer.button !== 0) return;
-    pointer.preventDefault();  // no text is selected on the way
+    pointer.preventDefault();  // select no text while dragging
     held = pointer.pointerId;
     goToPointer(pointer);
   });
@@ -331,7 +331,7 @@
   };
   document.addEventListener("keydown", (press) => {
     if (press.ctrlKey || press.altKey || press.metaKey || !(press.key in keys)) return;
-    // What has the focus may have a use for the key itself.
+    // The focused element may use the key itself.
     const { tagName, type } = press.target, isSpace = press.key === " ";
     if (tagName === "SELECT" || (isSpace && (tagName === "BUTTON" || type === "checkbox" || type === "radio"))) return;
     if (type === "radio" && press.key.startsWith("Arrow")) return;
@@ -342,7 +342,7 @@
   el("summary").textContent = "began " + data.began + ", took " + seconds(data.duration) + ", " + events.length + " events";
   el("legend").append(
     "Events:", make("i", "change"), "a change of state", make("i", "other"), "others", make("i", "warning"), "a warning",
-    make("i", "error"), "an error", make("br"), "Bytes a second:", make("i", "to"), "to the agent", make("i", "from"),
+    make("i", "error"), "an error", make("br"), "Bytes per second:", make("i", "to"), "to the agent", make("i", "from"),
     "from the agent");
   el("legend").hidden = compact;
   const redraw = () => { drawLanes(); placeHead(events[position].at); };

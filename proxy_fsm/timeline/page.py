@@ -1,4 +1,4 @@
-"""A run as one page that replays it: opened from disk, without a network, with keyboard or pointer."""
+"""A run as one page that replays it: opened from disk, without a network, used with keyboard or pointer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["page"]
 
-#: What would end a script element, or means something to HTML: spelled out, it is the same JSON.
+#: Characters that could end a script element or are special in HTML: escaped, they are the same JSON.
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
 def page(run: Run) -> str:
     """Return the page.
 
-    What was recorded is data in it, never HTML and never a script: its one script is named by its hash, and nothing
-    else may run or be loaded.
+    What was recorded is data in it, never HTML and never a script: the policy allows its one script by its hash, and
+    nothing else may run or be loaded.
     """
     here = files("proxy_fsm.timeline")
     script = (here / "page.js").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def page(run: Run) -> str:
         "DATA": json.dumps(_data(run), ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES),
         "SCRIPT": script,
     }
-    # Piece by piece, so that nothing that was filled in is looked at again.
+    # Piece by piece, so that no placeholder is replaced inside what was filled in.
     template = (here / "page.html").read_text(encoding="utf-8")
     pieces = []
     for at, piece in enumerate(template.split("%%")):

@@ -1,4 +1,4 @@
-"""A run over time: states, events, and bytes a second, proxies one below the other."""
+"""A run over time: states, events, and bytes per second, proxies one below the other."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _endings(run: Run) -> str:
 
 
 class _Scale:
-    """Where times are, and how often they are written."""
+    """Maps times to positions, and places the marks of the time axis."""
 
     def __init__(self, run: Run) -> None:
         self.duration_s = max(run.duration_s, 1e-3)
@@ -134,7 +134,7 @@ _LEVELS = {"warning": "tick-warning", "error": "tick-error", "critical": "tick-e
 
 
 def _ticks(events: tuple[Event, ...], scale: _Scale, y: float) -> Iterator[Line]:
-    """Draw at most one line for a unit of width: the one that says most."""
+    """Draw at most one line per unit of width: that of the most important event."""
     loudest: dict[int, str] = {}
     kinds = ["tick", "tick-change", "tick-warning", "tick-error"]
     for event in events:
@@ -177,4 +177,4 @@ def _rate(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3f} s" if value < 100 else f"{value:,.0f} s"  # noqa: PLR2004 - thousandths say nothing then
+    return f"{value:.3f} s" if value < 100 else f"{value:,.0f} s"  # noqa: PLR2004 - milliseconds no longer matter

@@ -1,4 +1,4 @@
-"""Reads what ``proxy-fsm run`` and ``demo`` print with ``--log-format json``: one event a line."""
+"""Reads what ``proxy-fsm run`` and ``demo`` print with ``--log-format json``: one event per line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["read"]
 _REASONS = {str(reason): reason for reason in EndReason}
 #: Where triggers lead.
 _LEADS = {(str(row.trigger), str(row.source)): row.dest for row in TRANSITIONS if row.dest is not None}
-#: Each two phases of a state of which one may follow the other.
+#: Each state with two of its phases of which the second may follow the first.
 _MOVES = {(str(row.state), str(row.phase), str(row.dest)) for row in PHASES}
 #: The states, in the only order in which a proxy is in them.
 _ORDER = [*map(str, State)]
@@ -56,12 +56,12 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
     """Read a run.
 
     Args:
-        lines: Its lines, as they are in the file; empty ones are passed over.
+        lines: Its lines, as they are in the file; empty ones are skipped.
         name: What to call it in messages: the file's name.
 
     Raises:
-        TimelineError: A line is no event, is cut short, or does not follow from those before it; or no line tells of a
-            change of state.
+        TimelineError: A line is not an event, is cut short, or does not follow from those before it; or no change of
+            state is recorded.
     """
     parsed = [_parsed(number, raw, name) for number, raw in enumerate(lines, 1) if raw.strip()]
     drafts: dict[str, _Draft] = {}
@@ -85,7 +85,7 @@ def read(lines: Iterable[bytes], name: str = "The record") -> Run:
             f"{name} tells of no change of state: record a run with proxy-fsm run --log-format json, "
             "and keep its standard output."
         )
-    _straighten_clock(parsed, set(drafts))
+    _correct_clock(parsed, set(drafts))
     first = {proxy_id: draft.transitions[0] for proxy_id, draft in drafts.items()}
     origin = min([line.at_s for line in parsed] + [line.at_s - line.data["elapsed_s"] for line in first.values()])
     end_s = max(line.at_s for line in parsed) - origin
@@ -117,11 +117,11 @@ def _parsed(number: int, raw: bytes, name: str) -> _Line:
     except (ValueError, RecursionError) as error:
         if not raw.endswith(b"\n"):
             raise TimelineError(
-                f"{where} is cut short: remove that line, and what came before it can be drawn.", number
+                f"{where} is cut short: remove that line, and what precedes it can be drawn.", number
             ) from error
         if isinstance(error, UnicodeDecodeError):
             raise TimelineError(
-                f"{where} is not UTF-8: the file is damaged, or is no record of events.", number
+                f"{where} is not UTF-8: the file is damaged, or is not a record of events.", number
             ) from error
         raise TimelineError(f"{where} is no JSON: {error}.", number) from error
     if not isinstance(data, dict) or not isinstance(data.get("event"), str):
@@ -136,17 +136,17 @@ def _parsed(number: int, raw: bytes, name: str) -> _Line:
     return _Line(number, at_s, at.tzinfo, data)
 
 
-def _straighten_clock(lines: list[_Line], proxies: set[str]) -> None:
-    """Make up for a clock that was set, as far as it is known.
+def _correct_clock(lines: list[_Line], proxies: set[str]) -> None:
+    """Correct for a system clock that was set during the run, as far as possible.
 
-    Changes of a proxy are as far apart as was measured with a clock that nobody sets; what lies between two of them in
-    the record stays between them.
+    A proxy's changes of state are as far apart as the monotonic clock measured; what lies between two of them in the
+    record stays between them.
     """
     placed: dict[str | None, float] = {}
     latest = -math.inf
     owned = [(line, line.data.get("proxy_id")) for line in lines]
     owned = [(line, owner if isinstance(owner, str) and owner in proxies else None) for line, owner in owned]
-    # Changes: as far apart as was measured
+    # Changes: as far apart as measured
     for line, owner in owned:
         if line.is_change:
             if owner in placed:
@@ -179,7 +179,7 @@ def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str
     data, where = line.data, f"{name}, line {line.number}"
     for key in ("source", "dest"):
         if not isinstance(data.get(key), str) or data[key] not in set(State):
-            raise TimelineError(f"{where} has no state as '{key}': {data.get(key)!r}.", line.number)
+            raise TimelineError(f"{where} has no valid state as '{key}': {data.get(key)!r}.", line.number)
     if not isinstance(data.get("trigger"), str):
         raise TimelineError(f"{where} has no 'trigger'.", line.number)
     _number_of(line, "elapsed_s", name, below=1e9)  # about 32 years
@@ -187,18 +187,18 @@ def _check_transition(line: _Line, before: list[_Line], proxy_id: str, name: str
     if data.get("sequence") != expected:
         raise TimelineError(
             f"{where} has change {data.get('sequence')!r:.40} of proxy {printable(proxy_id)} where change {expected} "
-            "is due: lines are missing before it.",
+            "is expected: lines are missing before it.",
             line.number,
         )
     if before and before[-1].data["dest"] != data["source"]:
         raise TimelineError(
-            f"{where} leaves state {data['source']}, and proxy {printable(proxy_id)} was {before[-1].data['dest']}.",
+            f"{where} leaves state {data['source']}, but proxy {printable(proxy_id)} was in {before[-1].data['dest']}.",
             line.number,
         )
     if _LEADS.get((data["trigger"], data["source"])) != data["dest"]:
         raise TimelineError(
             f"{where} goes from {data['source']} to {data['dest']} by {printable(data['trigger']):.40}, which the "
-            "lifecycle does not allow: the file is damaged, or is of another version.",
+            "lifecycle does not allow: the file is damaged, or from another version.",
             line.number,
         )
 
@@ -207,17 +207,19 @@ def _check_phase(line: _Line, before: list[_Line], proxy_id: str, name: str) -> 
     data, where = line.data, f"{name}, line {line.number}"
     state = data.get("state")
     if not isinstance(state, str) or state not in set(State):
-        raise TimelineError(f"{where} has no state as 'state': {state!r:.40}.", line.number)
+        raise TimelineError(f"{where} has no valid state as 'state': {state!r:.40}.", line.number)
     phases = (None, *map(str, State(state).phases))
     for key, known in (("phase", phases[1:]), ("previous", phases)):
         if data.get(key) not in known:
-            raise TimelineError(f"{where} has no phase of {state} as '{key}': {data.get(key)!r:.40}.", line.number)
+            raise TimelineError(
+                f"{where} has no valid phase of {state} as '{key}': {data.get(key)!r:.40}.", line.number
+            )
     _number_of(line, "elapsed_s", name, below=1e9)
     phase, previous = data["phase"], data.get("previous")
     last_state, last = (before[-1].data["state"], before[-1].data["phase"]) if before else (state, previous)
     if last_state == state and last != previous:
         raise TimelineError(
-            f"{where} enters phase {phase} from {previous or 'none'}, and proxy {printable(proxy_id)} was in {last}: "
+            f"{where} enters phase {phase} from {previous or 'none'}, but proxy {printable(proxy_id)} was in {last}: "
             "lines are missing before it.",
             line.number,
         )
@@ -225,8 +227,8 @@ def _check_phase(line: _Line, before: list[_Line], proxy_id: str, name: str) -> 
         raise TimelineError(f"{where} has a phase of {state}, after one of {last_state}.", line.number)
     if previous is not None and (state, previous, phase) not in _MOVES:
         raise TimelineError(
-            f"{where} goes from {previous} to {phase}, which the lifecycle does not allow: the file is damaged, or is "
-            "of another version.",
+            f"{where} goes from {previous} to {phase}, which the lifecycle does not allow: the file is damaged, or "
+            "from another version.",
             line.number,
         )
 
@@ -261,7 +263,7 @@ def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str)
     phases = _phases(draft.phases, {stay.state: stay for stay in stays}, origin, name)
     reason = last.data.get("reason") if stays[-1].state.is_final else None
     if reason is not None and (not isinstance(reason, str) or reason not in _REASONS):
-        raise TimelineError(f"{name}, line {last.number} has no reason as 'reason': {reason!r:.40}.", last.number)
+        raise TimelineError(f"{name}, line {last.number} has no valid reason as 'reason': {reason!r:.40}.", last.number)
     return Track(
         proxy_id=printable(proxy_id),
         session=printable(str(first.data.get("session", ""))),
@@ -278,15 +280,15 @@ def _track(proxy_id: str, draft: _Draft, origin: float, end_s: float, name: str)
 def _phases(lines: list[_Line], stays: dict[State, Stay], origin: float, name: str) -> tuple[Stay, ...]:
     """Return the phases within the states; a proxy is in each state only once.
 
-    They are as long as was measured with a clock that nobody sets. Where a state's phases are not recorded from the
-    first on, the earliest is the one that the first change left.
+    They are as long as the monotonic clock measured. If the record of a state's phases begins late, the first is the
+    phase that the first recorded change left.
     """
     found: list[Stay] = []
     for line in lines:
         state, elapsed_s = State(line.data["state"]), line.data["elapsed_s"]
         if (around := stays.get(state)) is None:
             raise TimelineError(
-                f"{name}, line {line.number} has a phase of {state}, which its proxy never was.", line.number
+                f"{name}, line {line.number} has a phase of {state}, a state its proxy was never in.", line.number
             )
         begin_s = around.begin_s
         if (previous := line.data.get("previous")) is not None:
@@ -300,9 +302,9 @@ def _phases(lines: list[_Line], stays: dict[State, Stay], origin: float, name: s
 
 
 def _flows(lines: list[_Line], origin: float, name: str) -> tuple[Flow, ...]:
-    """Return the averages between looks (``tunnel.stats``), and what the ends of connections add to them."""
+    """Return the averages between samples (``tunnel.stats``), and what the ends of connections add to them."""
     flows: list[Flow] = []
-    seen, closed, looked_s = (0.0, 0.0), (0.0, 0.0), None
+    seen, closed, sampled_s = (0.0, 0.0), (0.0, 0.0), None
     apart: list[Flow] = []
     for line in lines:
         at_s = line.at_s - origin
@@ -310,27 +312,27 @@ def _flows(lines: list[_Line], origin: float, name: str) -> tuple[Flow, ...]:
             now = (_number_of(line, _TOTALS[0], name), _number_of(line, _TOTALS[1], name))
             if now[0] < seen[0] or now[1] < seen[1]:
                 raise TimelineError(f"{name}, line {line.number} has totals below those before it.", line.number)
-            begin_s = max(at_s - _number_of(line, "interval_s", name), looked_s or 0.0)
+            begin_s = max(at_s - _number_of(line, "interval_s", name), sampled_s or 0.0)
             flows.append(_flow(begin_s, at_s, now[0] - seen[0], now[1] - seen[1]))
-            seen, looked_s = now, at_s
+            seen, sampled_s = now, at_s
         elif line.data["event"] == "tunnel.closed":
             carried = (_number_of(line, _TOTALS[0], name), _number_of(line, _TOTALS[1], name))
             closed = (closed[0] + carried[0], closed[1] + carried[1])
             apart.append(_flow(max(at_s - _number_of(line, "duration_s", name), 0.0), at_s, *carried))
-    if looked_s is None:
-        return _added(apart)
+    if sampled_s is None:
+        return _summed(apart)
     rest = (closed[0] - seen[0], closed[1] - seen[1])
-    if apart and min(rest) >= 0 and max(rest) > 0 and apart[-1].end_s > looked_s:
-        flows.append(_flow(looked_s, apart[-1].end_s, *rest))
-    return _added(flows)
+    if apart and min(rest) >= 0 and max(rest) > 0 and apart[-1].end_s > sampled_s:
+        flows.append(_flow(sampled_s, apart[-1].end_s, *rest))
+    return _summed(flows)
 
 
 def _flow(begin_s: float, end_s: float, to_agent: float, from_agent: float) -> Flow:
-    took_s = max(end_s - begin_s, 1e-3)  # nothing is timed better
+    took_s = max(end_s - begin_s, 1e-3)  # finer differences are not measured
     return Flow(begin_s, begin_s + took_s, to_agent / took_s, from_agent / took_s)
 
 
-def _added(flows: list[Flow]) -> tuple[Flow, ...]:
+def _summed(flows: list[Flow]) -> tuple[Flow, ...]:
     """Return the sums of flows that may overlap."""
     edges = [(flow.end_s, -1, flow.to_agent, flow.from_agent) for flow in flows]
     edges += [(flow.begin_s, 1, flow.to_agent, flow.from_agent) for flow in flows]
@@ -340,7 +342,7 @@ def _added(flows: list[Flow]) -> tuple[Flow, ...]:
         if open_ and at_s > before_s:
             sums.append(Flow(before_s, at_s, to_agent, from_agent))
         open_ += step
-        # What the rounding of sums leaves is nothing that was carried.
+        # A remainder from rounding is not traffic.
         to_agent = max(to_agent + step * to_step, 0.0) if open_ else 0.0
         from_agent = max(from_agent + step * from_step, 0.0) if open_ else 0.0
         before_s = at_s

@@ -1,4 +1,4 @@
-"""A run, as it is drawn: proxies, their states over time, their events, and what their tunnels carried."""
+"""A run as data: proxies, their states over time, their events, and what their tunnels carried."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Event", "Flow", "Run", "Stay", "TimelineError", "Track"]
 
-#: Fields of every event, which are shown elsewhere or say nothing.
+#: Fields of every event that are shown elsewhere or add nothing.
 _COMMON = frozenset({"event", "level", "timestamp", "proxy_id", "session"})
 
 
 class TimelineError(ProxyFsmError, ValueError):
-    """What was recorded cannot be read; the message is a sentence with the number of the line.
+    """The record cannot be read; the message is a sentence with the number of the line.
 
     Attributes:
-        line: The number of the line, from 1; None where it is about all of them.
+        line: The number of the line, from 1; None if it concerns the whole record.
     """
 
     def __init__(self, message: str, line: int | None = None) -> None:
@@ -55,7 +55,7 @@ class Event:
 
     @property
     def words(self) -> str:
-        """What it says, for a person, on one line, its control characters spelled out."""
+        """Its content, for a person, on one line, with control characters escaped."""
         fields = self.fields
         if self.name == "proxy.transition" and {"source", "dest", "trigger"} <= fields.keys():
             words = f"{fields['source']} → {fields['dest']} ({fields['trigger']})"
@@ -64,10 +64,10 @@ class Event:
         if self.name == "proxy.phase" and {"state", "phase"} <= fields.keys():
             previous = fields.get("previous")
             return printable(f"{fields['state']}: " + (f"{previous} → " if previous else "") + str(fields["phase"]))
-        said = {
+        filled = {
             name: value for name, value in fields.items() if name not in _COMMON and value not in (None, "", [], {})
         }
-        return printable(", ".join(f"{name} {value}" for name, value in said.items()))
+        return printable(", ".join(f"{name} {value}" for name, value in filled.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,13 @@ class Stay:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What the tunnel carried for a while: an average between two looks, never more exact than those.
+    """What the tunnel carried for a while: an average between two samples, no more exact than they are.
 
     Attributes:
-        begin_s: The earlier look, in seconds since the run's beginning.
+        begin_s: The earlier sample, in seconds since the run's beginning.
         end_s: The later one.
-        to_agent: Bytes a second to the agent.
-        from_agent: Bytes a second from it.
+        to_agent: Bytes per second to the agent.
+        from_agent: Bytes per second from it.
     """
 
     begin_s: float
@@ -113,8 +113,8 @@ class Track:
         session: Its session's name.
         stays: Its states, in order.
         events: Its events, in order.
-        flows: What its tunnel carried, in order; none overlaps another, connections at the same time are added.
-        reason: Why it ended; None where the record ends before.
+        flows: What its tunnel carried, in order, without overlaps: simultaneous connections are summed.
+        reason: Why it ended; None if the record ends before that.
         detail: One sentence about that.
         hint: What to do about it.
         phases: The phases of its states, in order, as far as they were recorded.
@@ -145,13 +145,13 @@ class Track:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that a record holds.
+    """All that a record contains.
 
     Attributes:
         began: When it began.
         duration_s: How long it took, in seconds.
-        tracks: The proxies in it, by their first change of state.
-        events: Those events that belong to none.
+        tracks: Its proxies, in the order of their first change of state.
+        events: Those events that belong to no proxy.
     """
 
     began: datetime

@@ -1,4 +1,4 @@
-"""Who told whom what in a run: a sequence diagram of its first proxy."""
+"""The messages of a run: a sequence diagram of its first proxy."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = ["sequence_mermaid", "sequence_scene"]
 
-#: Who takes part: its short name, and what it is.
-_ACTORS = {
+#: The participants: short name, and what each is.
+_PARTICIPANTS = {
     "client": "your program",
     "engine": "proxy_fsm",
     "tunnel": "tunnel",
     "proxy": "proxy program",
     "agent": "agent",
 }
-#: Who has made an observation, by the reason that it is told with; the engine itself, where nobody else did.
-_FOUND_BY = {
+#: The participant that observed the cause, by its reason; for all others it is the engine itself.
+_OBSERVERS = {
     "agent_unreachable": "tunnel",
     "forwarding_denied": "tunnel",
     "negotiation_failed": "proxy",
@@ -40,7 +40,7 @@ _FOUND_BY = {
 
 
 class _Message(NamedTuple):
-    """An arrow from one to another; a note over one, where both are the same."""
+    """An arrow between two participants; a note over one, if both are the same."""
 
     at_s: float
     source: str
@@ -53,20 +53,20 @@ class _Message(NamedTuple):
 def _messages(track: Track) -> Iterator[_Message]:
     for event in track.events:
         if event.name == "proxy.transition":
-            yield from _told_by_transition(event)
+            yield from _messages_of_transition(event)
         else:
-            yield from _told_by(event)
+            yield from _messages_of_event(event)
 
 
-def _told_by_transition(event: Event) -> Iterator[_Message]:
+def _messages_of_transition(event: Event) -> Iterator[_Message]:
     fields, at_s = event.fields, event.at_s
     trigger, dest, reason = fields["trigger"], fields["dest"], fields.get("reason")
     if trigger in {"start", "stop"}:
         yield _Message(at_s, "client", "engine", f"{trigger}()")
     elif trigger in {"fault_found", "session_ended"}:
-        finder = _FOUND_BY.get(str(reason), "engine")
-        if finder != "engine":
-            yield _Message(at_s, finder, "engine", f"{trigger} ({reason})", is_answer=True)
+        observer = _OBSERVERS.get(str(reason), "engine")
+        if observer != "engine":
+            yield _Message(at_s, observer, "engine", f"{trigger} ({reason})", is_answer=True)
     elif trigger == "tunnel_opened":
         yield _Message(at_s, "tunnel", "engine", trigger, is_answer=True)
     elif trigger == "proxy_ready":
@@ -77,7 +77,7 @@ def _told_by_transition(event: Event) -> Iterator[_Message]:
         yield _Message(at_s, "engine", "client", dest, is_answer=True)
 
 
-def _told_by(event: Event) -> Iterator[_Message]:
+def _messages_of_event(event: Event) -> Iterator[_Message]:
     fields, at_s = event.fields, event.at_s
     match event.name:
         case "proxy.phase":
@@ -109,7 +109,7 @@ def sequence_mermaid(run: Run) -> str:
     """Return the sequence diagram of a run's first proxy in Mermaid's language, with the run's seconds."""
     track = run.tracks[0]
     lines = ["sequenceDiagram"]
-    lines += [f"    participant {name} as {words}" for name, words in _ACTORS.items()]
+    lines += [f"    participant {name} as {words}" for name, words in _PARTICIPANTS.items()]
     for message in _messages(track):
         words = mermaid_text(message.words)
         if message.source == message.dest:
@@ -128,11 +128,11 @@ def sequence_scene(run: Run) -> Scene:
     """Return the sequence diagram of a run's first proxy as a picture."""
     track = run.tracks[0]
     messages = list(_messages(track))
-    columns = {name: _TIME_WIDTH + _COLUMN * (at + 0.5) for at, name in enumerate(_ACTORS)}
+    columns = {name: _TIME_WIDTH + _COLUMN * (at + 0.5) for at, name in enumerate(_PARTICIPANTS)}
     height = _TOP + _ROW * (len(messages) + 1)
-    scene = Scene(_TIME_WIDTH + _COLUMN * len(_ACTORS), height, f"{run.title} – {track.ending}")
+    scene = Scene(_TIME_WIDTH + _COLUMN * len(_PARTICIPANTS), height, f"{run.title} – {track.ending}")
     scene.groups.append(Group((Text(scene.width / 2, 26, shortened(scene.title, scene.width - 20, 14), "plain", 14),)))
-    for name, words in _ACTORS.items():
+    for name, words in _PARTICIPANTS.items():
         x, wide = columns[name], width_of(words, _SIZE, bold=True) + 20
         scene.groups.append(
             Group(
@@ -164,6 +164,6 @@ def _message_group(message: _Message, columns: dict[str, float], y: float) -> Gr
     line = Line(((begin, y), (end - 8 * side, y)), "dashes" if message.is_answer else "line", tip=(end - side, y))
     wide = width_of(message.words, _SIZE) + 8
     middle = (begin + end) / 2
-    # Under the words, the others' lines would be in the way.
+    # Without it, the lines of other participants would cross the words.
     ground = Box(middle - wide / 2, y - 17, wide, 14, "paper", 0)
     return Group((ground, line, Text(middle, y - 6, message.words, "plain", _SIZE)))
