@@ -1,10 +1,9 @@
-"""Runs an example as it stands, with stand-ins for the server, the agent, nxproxy and the display.
+"""Runs an example unchanged, with stand-ins for the server, the agent, nxproxy and the display.
 
-``python -m tests.docs_scene [--window] FILE [ARGUMENT…]`` executes a file as a program; with ``--window`` there is a
-real X server for it.
-Whatever host it connects to is an embedded SSH server, with the commands of an X2Go server. A session that stands ends
-by itself a moment later, as if its user had logged out, so that an example that waits for the end comes to it; or
-after ``DOCS_SCENE_STANDS_S`` seconds.
+``python -m tests.docs_scene [--window] FILE [ARGUMENT…]`` executes a file as a program; with ``--window`` it gets a
+real X server. Every host that it connects to is an embedded SSH server with the commands of an X2Go server. An
+established session ends by itself after ``DOCS_SCENE_STANDS_S`` seconds (a moment by default), as if its user had
+logged out, so that an example that waits for the end terminates.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from .e2e.display import Display
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: For how long a session stands: longer than it takes to count as one that survives.
-STANDS_S = float(os.environ.get("DOCS_SCENE_STANDS_S", "0.7"))
+#: How long an established session lasts: longer than it takes to count as one that survives.
+SESSION_S = float(os.environ.get("DOCS_SCENE_STANDS_S", "0.7"))
 
 
 class Agents:
@@ -61,17 +60,17 @@ class Agents:
 
 
 def started(role: str, **environ: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a stand-in, and return what it says first."""
+    """Start a stand-in, and return the value in its first line."""
     process = subprocess.Popen(standins.command(role), env={**os.environ, **environ}, stdout=subprocess.PIPE)
     assert process.stdout is not None
     return process, process.stdout.readline().decode().split()[1]
 
 
 def log_out(agent: subprocess.Popen[bytes]) -> None:
-    """Once a session stands, end it a moment later."""
+    """End a session a moment after it is established."""
     assert agent.stdout is not None
     if agent.stdout.readline() == b"RUNNING\n":
-        time.sleep(STANDS_S)
+        time.sleep(SESSION_S)
         agent.send_signal(signal.SIGTERM)
 
 
@@ -85,10 +84,10 @@ def ended(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def scene(*, window: bool) -> Iterator[None]:
-    """Set everything up that an example takes for granted.
+    """Set up everything that an example relies on.
 
     Args:
-        window: whether it opens a window, so that a stand-in for the X server will not do.
+        window: Whether it opens a window, so that a stand-in for the X server does not suffice.
     """
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfsm-docs-")))

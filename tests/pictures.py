@@ -1,6 +1,6 @@
-"""Makes what is committed in ``diagrams/``, all of it from the code and from recorded runs.
+"""Generates what is committed in ``diagrams/``, all of it from the code and from recorded runs.
 
-``python -m tests.pictures`` writes it; with ``--check`` it only tells what is out of date, by its exit status too.
+``python -m tests.pictures`` writes it; with ``--check`` it only reports what is out of date, in its exit status too.
 The runs in ``diagrams/runs`` were recorded with ``proxy-fsm demo --log-format json`` and the real programs; in the one
 with a fault, the agent was killed with SIGKILL.
 """
@@ -33,7 +33,7 @@ RUNS = ("healthy", "fault")
 
 
 def module_map() -> dict[str, set[str]]:
-    """Return which module imports which when it runs; a package counts as one, ``proxy_fsm`` for its public names."""
+    """Return which module imports which at run time; a package counts as one, ``proxy_fsm`` for its public names."""
     found: dict[str, set[str]] = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         module = file.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -48,7 +48,7 @@ def module_map() -> dict[str, set[str]]:
 
 
 def reduced(graph: dict[str, set[str]]) -> dict[str, list[str]]:
-    """Leave out what follows from the rest."""
+    """Remove the edges that others imply (a transitive reduction)."""
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
@@ -70,7 +70,7 @@ def module_svg() -> str:
     graph = reduced(module_map())
     nodes = {name: Node(((name, "name"),)) for name in graph}
     edges = [Edge(name, each) for name, used in graph.items() for each in used]
-    caption = ["An arrow: imports. What follows from other arrows is left out."]
+    caption = ["An arrow: imports. Arrows that others imply are left out."]
     return svg(graph_scene("Modules of proxy_fsm", nodes, edges, caption=caption, node_gap=18, rank_gap=26))
 
 
@@ -97,13 +97,13 @@ def way() -> str | bytes:
 
 
 def overview() -> str:
-    """Return what a reader of the directory sees first."""
+    """Return the README of the directory."""
     return "\n".join(
         [
             "# Pictures",
             "",
             "`make diagrams` draws all of these from the code and from the recorded runs in `runs/`; `make test` fails",
-            "where one is out of date.",
+            "if one is out of date.",
             "",
             "## The lifecycle",
             "",
@@ -115,11 +115,11 @@ def overview() -> str:
             "",
             "![The state diagram with phases](phases.svg)",
             "",
-            "Every trigger with every state; `–` is ignored, `·` is refused. Then what ends each phase, and what",
-            "limits its time:",
+            "Every trigger with every state; `–` is ignored, `·` is refused. Then what ends each phase, and its time",
+            "limit:",
             "",
             diagram.markdown_table(),
-            "In Mermaid's language:",
+            "In Mermaid:",
             "",
             f"```mermaid\n{diagram.mermaid()}```",
             "",
@@ -135,7 +135,7 @@ def overview() -> str:
             "",
             "![The run over time](run-fault.svg)",
             "",
-            "The way of its proxy, and [a page that replays it](run-fault.html), to be opened from disk:",
+            "The way of its proxy, and [a page that replays it](run-fault.html), which opens from disk:",
             "",
             "![The lifecycle with the way from idle to failed](way.svg)",
             "",
@@ -197,7 +197,7 @@ for _name in RUNS:
 def is_same(committed: bytes, drawn: str | bytes) -> bool:
     """Tell whether a picture is what is committed: text to the byte, PNG by what it shows.
 
-    How PNG is compressed depends on the processor, and so may the last bit of a blended pixel.
+    PNG compression depends on the processor, and so may the last bit of a blended pixel.
     """
     if isinstance(drawn, str):
         return committed == drawn.encode()

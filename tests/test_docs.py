@@ -1,4 +1,4 @@
-"""What the documentation shows is true: each Python example in it is run, each command line understood."""
+"""The documentation is checked: each Python example is run, each command line is parsed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHELL = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Example(NamedTuple):
-    """A program, and what it prints where the page says so; a line that is "…" stands for any."""
+    """A program, and what it prints if the page shows it; a line "…" matches any line."""
 
     name: str
     source: str
@@ -71,30 +71,30 @@ def run(command: list[str], directory: Path, **environ: str) -> str:
 
 
 @pytest.mark.parametrize("example", MODULES, ids=str)
-def test_the_examples_of_testing_a_client(example: Example, tmp_path: Path) -> None:
-    """Each is a module of tests that pass, in an interpreter of its own, as a reader would run it."""
+def test_examples_of_the_testing_page_pass(example: Example, tmp_path: Path) -> None:
+    """Each is a test module that passes, in an interpreter of its own, as a reader would run it."""
     (tmp_path / "window.py").write_text(WINDOW.source)
     (tmp_path / "test_example.py").write_text(example.source)
     pytest_options = ["-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    told = run([sys.executable, "-m", "pytest", *pytest_options, "test_example.py"], tmp_path)
-    assert " passed" in told
-    assert "skipped" not in told
+    output = run([sys.executable, "-m", "pytest", *pytest_options, "test_example.py"], tmp_path)
+    assert " passed" in output
+    assert "skipped" not in output
 
 
 def needs_gtk(directory: Path) -> None:
-    """Put Debian's bindings for GTK into a directory; skips, or fails, where they or Xvfb are not there."""
+    """Put Debian's bindings for GTK into a directory; skips, or fails, if they or Xvfb are missing."""
     bindings = Path("/usr/lib/python3/dist-packages/gi")
     version = f"{sys.version_info[0]}{sys.version_info[1]}"
     missing = [] if any(bindings.glob(f"_gi.cpython-{version}-*.so")) else ["GTK 3 for this Python (python3-gi)"]
     missing += [name for name in ("Xvfb", "xauth") if program(name) is None]
     if missing:
-        skip_or_fail(missing, promised=version == "311")  # Debian 12 has them for that alone
+        skip_or_fail(missing, promised=version == "311")  # Debian 12 has them for 3.11 only
     (directory / "gi").symlink_to(bindings)
 
 
 @pytest.mark.parametrize("example", PROGRAMS, ids=str)
-def test_the_examples_of_all_other_pages(example: Example, tmp_path: Path) -> None:
-    """Each runs through, without a warning, and prints what the page says."""
+def test_examples_of_other_pages_print_what_the_page_says(example: Example, tmp_path: Path) -> None:
+    """Each runs to its end, without a warning, and prints what the page says."""
     file = tmp_path / "example.py"
     file.write_text(example.source)
     options, warnings = [], ["-W", "error"]
@@ -104,26 +104,26 @@ def test_the_examples_of_all_other_pages(example: Example, tmp_path: Path) -> No
         warnings += ["-W", "ignore::ImportWarning"]  # gi's own
     path = os.pathsep.join([str(PROJECT), str(tmp_path)])
     command = [sys.executable, *warnings, "-m", "tests.docs_scene", *options, str(file)]
-    told = run(command, tmp_path, PYTHONPATH=path, QT_QPA_PLATFORM="offscreen").splitlines()
+    output = run(command, tmp_path, PYTHONPATH=path, QT_QPA_PLATFORM="offscreen").splitlines()
     expected = example.prints.splitlines()
     if expected:
-        assert len(told) == len(expected), told
-        assert [one if two != "…" else "…" for one, two in zip(told, expected, strict=True)] == expected
+        assert len(output) == len(expected), output
+        assert [one if two != "…" else "…" for one, two in zip(output, expected, strict=True)] == expected
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_command_lines_are_understood(command: str) -> None:
-    """Verb and options are there; what a command does is tested with the command line."""
+def test_command_lines_are_parsed(command: str) -> None:
+    """Verb and options exist; what a command does is tested with the command line."""
     make_app().parse_args(shlex.split(command, comments=True)[1:], exit_on_error=False, print_error=False)
 
 
-def test_there_is_something_to_test() -> None:
+def test_examples_and_command_lines_are_found() -> None:
     assert len(MODULES) > 3
     assert len(PROGRAMS) > 5
     assert COMMANDS
 
 
-def test_the_exit_statuses_are_those_of_the_command_line() -> None:
+def test_exit_statuses_are_those_of_the_command_line() -> None:
     page = (PROJECT / "docs" / "command-line.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", page, re.MULTILINE)
     assert rows == [(str(status.value), status.meaning) for status in ExitStatus]
@@ -132,8 +132,8 @@ def test_the_exit_statuses_are_those_of_the_command_line() -> None:
     assert faults == [*range(int(first), int(last) + 1)]
 
 
-def test_every_name_for_tests_is_documented() -> None:
-    """Whatever `proxy_fsm.testing` offers is named in its page."""
+def test_testing_names_are_documented() -> None:
+    """Every public name of `proxy_fsm.testing` is mentioned in its page."""
     page = (PROJECT / "docs" / "testing.md").read_text()
-    offered = [*testing.__all__, *machine.__all__, *strategies.__all__]
-    assert [name for name in offered if name not in page] == []
+    public = [*testing.__all__, *machine.__all__, *strategies.__all__]
+    assert [name for name in public if name not in page] == []
