@@ -332,7 +332,7 @@ def _paint(axes: Axes, item: Box | Line | Text, style_of: Callable[[str], Style]
     from matplotlib.path import Path  # noqa: PLC0415
 
     style = style_of(item.kind)
-    looks: dict[str, Any] = {
+    patch_style: dict[str, Any] = {
         "facecolor": style.get("fill", "none"),
         "edgecolor": style.get("stroke", "none"),
         "linewidth": float(style.get("stroke-width", 0)),
@@ -342,14 +342,14 @@ def _paint(axes: Axes, item: Box | Line | Text, style_of: Callable[[str], Style]
     match item:
         case Box(kind="dot"):
             middle = (item.x + item.width / 2, item.y + item.height / 2)
-            axes.add_patch(Circle(middle, item.width / 2, **looks))
+            axes.add_patch(Circle(middle, item.width / 2, **patch_style))
         case Box():
             corners = f"round,pad=0,rounding_size={min(item.radius, item.width / 2, item.height / 2)}"
-            axes.add_patch(FancyBboxPatch((item.x, item.y), item.width, item.height, boxstyle=corners, **looks))
+            axes.add_patch(FancyBboxPatch((item.x, item.y), item.width, item.height, boxstyle=corners, **patch_style))
         case Line():
             step = Path.CURVE4 if item.curved else Path.LINETO
             codes = [Path.MOVETO, *[step] * (len(item.points) - 1)]
-            axes.add_patch(PathPatch(Path(item.points, codes), **looks))
+            axes.add_patch(PathPatch(Path(item.points, codes), **patch_style))
             if head := _head(item):
                 axes.add_patch(Polygon(head, facecolor=style_of("head")["fill"], linewidth=0, zorder=order + 1))
         case _:

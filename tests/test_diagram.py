@@ -465,7 +465,7 @@ def seen(colour: str, vision: str) -> tuple[float, float, float]:
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
-class TestLooks:
+class TestAppearance:
     @pytest.mark.parametrize("vision", VISIONS)
     @pytest.mark.parametrize("theme", ["light", "dark"])
     def test_colours_are_distinguishable_in_every_vision(self, theme: diagram.Theme, vision: str) -> None:

@@ -52,14 +52,14 @@ def dot(
     for source, dest, arrows in chart.grouped_arrows():
         taken = chart.labels_taken(way, source, dest)
         labels = [f" {words} " for words in [*map(chart.label, arrows), *taken]]
-        looks = [f"label={_quoted(chr(10).join(labels))}"]
+        attributes = [f"label={_quoted(chr(10).join(labels))}"]
         if taken:
-            looks += [f'color="{accent}"', "penwidth=2.5"]
+            attributes += [f'color="{accent}"', "penwidth=2.5"]
         if chart.phases and (source, dest) in main:
-            looks.append(
+            attributes.append(
                 "weight=1000"
             )  # more than Graphviz' own weight for narrow clusters: the main story is a column
-        lines.append(f"    {drawing.arrow(source, dest, *looks)}")
+        lines.append(f"    {drawing.arrow(source, dest, *attributes)}")
     for at, (state, remarks) in enumerate(chart.notes):
         name, words = _quoted(_unused(f"note {at}", chart)), _quoted("\n".join(remarks))
         lines.append(f'    {name} [label={words} shape=note style="" fontsize=10]')
@@ -88,33 +88,33 @@ class _Dot:
             path = inside[at].path
         return self._nodes[path], cluster
 
-    def arrow(self, source: str, dest: str, *looks: str) -> str:
+    def arrow(self, source: str, dest: str, *attributes: str) -> str:
         """Return an arrow between the nearest nodes of two states."""
         order = [*self._nodes]
         near = (-1, 0) if order.index(source) < order.index(dest) else (0, -1)
-        return self.edge(self.end(source, near[0]), self.end(dest, near[1]), *looks)
+        return self.edge(self.end(source, near[0]), self.end(dest, near[1]), *attributes)
 
     @staticmethod
-    def edge(source: tuple[str, str], dest: tuple[str, str], *looks: str) -> str:
+    def edge(source: tuple[str, str], dest: tuple[str, str], *attributes: str) -> str:
         clipped = [f"{name}={cluster}" for name, (_, cluster) in (("ltail", source), ("lhead", dest)) if cluster]
-        words = " ".join([*looks, *clipped])
+        words = " ".join([*attributes, *clipped])
         return f"{source[0]} -> {dest[0]}" + (f" [{words}]" if words else "")
 
     def beginning(self, name: str, path: str, *, inside: bool = False) -> list[str]:
         """Return the dot where a machine or a state begins, and the arrow from it."""
         dot = _quoted(_unused(name, self.chart))
-        looks = f'label="" shape=circle style=filled width=0.15 fillcolor="{self.colour["ink"]}"'
+        attributes = f'label="" shape=circle style=filled width=0.15 fillcolor="{self.colour["ink"]}"'
         node, cluster = self.end(path)
         beside = [f"{{ rank=same {dot} {node} }}"] if inside and not cluster else []
-        return [f"{dot} [{looks}]", *beside, self.edge((dot, ""), (node, cluster))]
+        return [f"{dot} [{attributes}]", *beside, self.edge((dot, ""), (node, cluster))]
 
     def state(self, path: str) -> Iterator[str]:
         """Yield the lines of a state and of what is inside."""
         inside, name = self.chart.inside(path), self.chart.name_of(path)
-        looks = {"peripheries": "2"} if path in self.chart.finals else {}
+        attributes = {"peripheries": "2"} if path in self.chart.finals else {}
         if not inside:
             label = {} if self._nodes[path] == _quoted(name) else {"label": _quoted(name)}
-            words = _attributes(label | looks | self._looks(path))
+            words = _attributes(label | attributes | self._style(path))
             yield self._nodes[path] + (f" [{words}]" if words else "")
             return
         # In full, since a cluster inherits from the one around it every attribute that it does not set.
@@ -122,7 +122,7 @@ class _Dot:
         plain = {"style": "rounded", "color": ink, "fontcolor": ink, "penwidth": "1", "peripheries": "1"}
         label = {"label": _quoted("\n".join([name, *self.chart.inner_moves(path)]))}
         yield f"subgraph {self._cluster(path)} {{"
-        yield f"    graph [{_attributes(label | plain | looks | self._looks(path))}]"
+        yield f"    graph [{_attributes(label | plain | attributes | self._style(path))}]"
         for inner in inside:
             yield from (f"    {line}" for line in self.state(inner.path))
         for inner in inside:
@@ -133,17 +133,17 @@ class _Dot:
     def _cluster(self, path: str) -> str:
         return f"cluster_{[*self._nodes].index(path)}"
 
-    def _looks(self, path: str) -> dict[str, str]:
+    def _style(self, path: str) -> dict[str, str]:
         if self.highlight is not None and path in self.chart.around(self.highlight):
             ground = self.colour["current" if path == self.highlight else "marked"]
             line, ink = self.colour["current-line"], self.colour["current-ink"]
-            looks = {"style": '"rounded,filled"', "fillcolor": f'"{ground}"', "penwidth": "3"}
-            return {**looks, "color": f'"{line}"', "fontcolor": f'"{ink}"'}
+            attributes = {"style": '"rounded,filled"', "fillcolor": f'"{ground}"', "penwidth": "3"}
+            return {**attributes, "color": f'"{line}"', "fontcolor": f'"{ink}"'}
         return {"color": f'"{self.colour["accent"]}"'} if path in self.behind else {}
 
 
-def _attributes(looks: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={value}" for name, value in looks.items())
+def _attributes(attributes: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in attributes.items())
 
 
 def _quoted(text: str) -> str:

@@ -67,15 +67,15 @@ def mermaid(
             f"    class {','.join(names[s] for s in chart.states if s in behind)} visited",
         ]
     if highlight is not None:
-        looks = f"fill:{colour['current']},stroke:{colour['current-line']},stroke-width:3px"
+        style = f"fill:{colour['current']},stroke:{colour['current-line']},stroke-width:3px"
         lines += [
-            f"    classDef current {looks},color:{colour['current-ink']}",
+            f"    classDef current {style},color:{colour['current-ink']}",
             f"    class {names[highlight]} current",
         ]
         if outer := chart.around(highlight)[:-1]:
-            looks = f"fill:{colour['marked']},stroke:{colour['current-line']},stroke-width:3px"
+            style = f"fill:{colour['marked']},stroke:{colour['current-line']},stroke-width:3px"
             lines += [
-                f"    classDef around {looks},color:{colour['current-ink']}",
+                f"    classDef around {style},color:{colour['current-ink']}",
                 f"    class {','.join(names[state] for state in outer)} around",
             ]
     return "\n".join(lines) + "\n"
