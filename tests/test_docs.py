@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import pytest
 
-from proxy_fsm import EndReason, testing
+from proxy_fsm import EndReason, State, testing
 from proxy_fsm.cli.app import make_app
 from proxy_fsm.cli.verb import ExitStatus
+from proxy_fsm.events import LEVELS
 from proxy_fsm.testing import machine, strategies
 
 from .e2e.procs import program
@@ -137,3 +138,19 @@ def test_testing_names_are_documented() -> None:
     page = (PROJECT / "docs" / "testing.md").read_text()
     public = [*testing.__all__, *machine.__all__, *strategies.__all__]
     assert [name for name in public if name not in page] == []
+
+
+def test_logging_page_has_every_event_with_its_level() -> None:
+    page = (PROJECT / "docs" / "logging.md").read_text()
+    documented: dict[str, str] = {}
+    for names, levels in re.findall(r"^\| (`\w+\.\w+`(?:, `\w+\.\w+`)*) \| ([a-z, ]+) \|", page, re.MULTILINE):
+        events = re.findall(r"`([^`]+)`", names)
+        documented.update(zip(events, levels.split(", "), strict=True))
+    assert documented.pop("tunnel.stats") == "info"  # of proxy-fsm, not of a proxy
+    assert documented == dict(LEVELS)
+
+
+def test_lifecycle_page_explains_every_phase() -> None:
+    page = (PROJECT / "docs" / "lifecycle.md").read_text()
+    rows = re.findall(r"^\| `(\w+/\w+)` \|", page, re.MULTILINE)
+    assert rows == [f"{state}/{phase}" for state in State for phase in state.phases]
