@@ -51,7 +51,7 @@ class Event:
 
     @property
     def level(self) -> str:
-        """Its level: ``debug``, ``info``, ``warning`` or ``error``."""
+        """One of ``debug``, ``info``, ``warning`` and ``error``."""
         return LEVELS[self.name]
 
     @classmethod

@@ -36,7 +36,7 @@ class State(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether this state is never left: true of ``stopped`` and ``failed``."""
+        """Whether this state is never left, as ``stopped`` and ``failed`` are."""
         return self in _FINAL
 
     @property

@@ -109,7 +109,7 @@ class Supervisor(ActiveLifecycle):
         """Handle one observation.
 
         Raises:
-            InvalidTransition: The tables refuse the trigger that follows from it: `start` twice, or a bug.
+            InvalidTransition: The tables refuse the trigger that follows from it, as for a second ``start``, or a bug.
         """
         self._now = now
         self._evidence.add(seen)
