@@ -145,6 +145,7 @@ class ActiveLifecycle(Lifecycle):
         self._unpublished: list[tuple[Event, TransitionRecord | None]] = []
         self._launch: Launch | None = None
         self._process_alive = False
+        self._crashes = 0
         #: Why it ends; published together with the state that it leads to, so that no status shows one without the
         #: other.
         self._cause: Cause | None = None
@@ -197,6 +198,8 @@ class ActiveLifecycle(Lifecycle):
 
     def _is_link_down(self) -> bool:
         """Tell whether an orderly shutdown can no longer reach the agent."""
+        if self._crashes > 1:
+            return True  # it may be this question that crashes
         failed = self.status.link is Link.SILENT or self._evidence.saw(TransportEnded, LinkDead)
         return failed or self._effects.transport_end() is not None
 
@@ -261,11 +264,15 @@ class ActiveLifecycle(Lifecycle):
             self._update(**self._record(Trigger(event.event.name), source.state), **self._enter_phase(None))
         super()._entered(event)
 
-    def _finished(self, event: EventData) -> None:  # noqa: ARG002 - the machine's signature
+    def _handled(self, event: EventData) -> None:  # noqa: ARG002 - the machine's signature
         """Publish the changes that the trigger has caused, after the effects."""
-        unpublished, self._unpublished = self._unpublished, []
-        for change in unpublished:
-            self._effects.publish(*change)
+        self.publish_changes()
+
+    def publish_changes(self) -> None:
+        """Publish what has changed; does nothing unless publishing was interrupted."""
+        while self._unpublished:
+            self._effects.publish(*self._unpublished[0])
+            del self._unpublished[0]  # only now: what was interrupted is published again
 
     def _record(self, trigger: Trigger, source: State) -> dict[str, Any]:
         """Record a change of state; return the fields of the status that it changes."""

@@ -153,7 +153,7 @@ class Engine:
                 if not self._orders.empty():
                     self.stop()  # a stop was ordered in the meantime
             raise
-        self.journal.wait(frozenset(State) - {State.IDLE}, None)
+        self.journal.wait(frozenset(State) - {State.IDLE}, None, delivered=False)
 
     def stop(self) -> None:
         """Order it to stop; a no-op in a forked child."""
@@ -165,7 +165,9 @@ class Engine:
                 self._supervisor.handle(StopOrdered(), _now())
                 return
         except BaseException:
-            if self.state is State.IDLE and claim in self._claims:
+            if self.state is not State.IDLE:
+                self._supervisor.publish_changes()
+            elif claim in self._claims:
                 self._claims.remove(claim)
             raise
         self._orders.put(StopOrdered())

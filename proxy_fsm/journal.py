@@ -26,6 +26,9 @@ _SLOW_S = 0.05
 #: How long a waiter lets subscribers be called first; a subscriber that takes longer no longer delays it.
 _SUBSCRIBERS_FIRST_S = 0.2
 
+#: How long a notifier thread waits for the next record, in seconds, before it ends.
+_IDLE_S = 5.0
+
 _NOTIFIERS: set[threading.Thread] = set()
 
 
@@ -36,7 +39,8 @@ def join_notifiers(deadline: float) -> None:
         deadline: When to stop waiting, in seconds of the monotonic clock.
     """
     for thread in tuple(_NOTIFIERS):
-        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.ident is not None:  # else the start of it was interrupted
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @dataclass(eq=False)
@@ -80,7 +84,8 @@ class Journal:
         self._log(event.level, event.name, **event.fields)
         if record is None:
             return
-        self._records.append(record)
+        if record not in self._records[-1:]:  # else its publication was interrupted, and is repeated
+            self._records.append(record)
         try:
             self._with_via.deliver()
             if self._direct.is_due():
@@ -126,8 +131,13 @@ class Journal:
         done = threading.Event()
         return self._notifier.call(done.set) or done.wait(timeout)
 
-    def wait(self, states: frozenset[State], timeout: float | None) -> State:
-        """Wait until one of the states, or a final one, was published and delivered to all but slow subscribers.
+    def wait(self, states: frozenset[State], timeout: float | None, *, delivered: bool = True) -> State:
+        """Wait until one of the states, or a final one, was published.
+
+        Args:
+            states: The states.
+            timeout: In seconds; None waits without end.
+            delivered: Whether to wait for all but slow subscribers too.
 
         Raises:
             TimeoutError: None of them was published within ``timeout`` seconds.
@@ -146,7 +156,7 @@ class Journal:
             ) from None
         finally:
             self._waiters.remove(waiter)
-        if not self.is_delivering():
+        if delivered and not self.is_delivering():
             self._notifier.wait_delivered(None if deadline is None else deadline - time.monotonic())
         return state
 
@@ -223,7 +233,8 @@ class _Delivery:
 class _Notifier:
     """The thread that calls subscribers without a `via`, so that a slow one does not delay the proxy.
 
-    It lives from the first record that is due to such a subscriber to the end of the proxy.
+    It is started by the first record that is due to such a subscriber, and ends with the proxy. It ends earlier where
+    nothing was published for a while, and is started anew by the next record: a session that runs keeps no idle thread.
     """
 
     def __init__(self, deliver: Callable[[], None], is_over: Callable[[], bool]) -> None:
@@ -237,22 +248,19 @@ class _Notifier:
     def wake(self) -> None:
         """Deliver on the notifier thread, or on this thread if no new one can be started."""
         with self._lock:
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="proxy_fsm-notifier", daemon=True)
-                _NOTIFIERS.add(thread)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    _NOTIFIERS.discard(thread)
-                    self._deliver()
-                    return
-                self._thread = thread
             self._calls.put(self._deliver)
+            try:
+                self._start()
+            except RuntimeError:
+                pass
+            else:
+                return
+        self._deliver()
 
     def call(self, function: Callable[[], None]) -> bool:
         """Call a function after all pending calls; if there is no thread, do not call it but return True."""
         with self._lock:
-            if self._thread is None:
+            if not self._is_running():
                 return True
             self._calls.put(function)
             return False
@@ -271,22 +279,47 @@ class _Notifier:
         wait_s = (now if called_at is None else called_at) + _SUBSCRIBERS_FIRST_S - now
         done.wait(max(0.0, wait_s if timeout_s is None else min(wait_s, timeout_s)))
 
+    def _start(self) -> None:
+        """Start the thread unless it runs, or is being started by whom a signal handler interrupted.
+
+        Raises:
+            RuntimeError: No thread can be started.
+        """
+        if self._is_running():
+            return
+        self._thread = thread = threading.Thread(target=self._run, name="proxy_fsm-notifier", daemon=True)
+        _NOTIFIERS.add(thread)
+        try:
+            thread.start()
+        except BaseException:
+            if thread.ident is None:  # else it runs, although this was interrupted
+                self._thread = None
+                _NOTIFIERS.discard(thread)
+            raise
+
+    def _is_running(self) -> bool:
+        """Tell whether the thread runs or will; in a forked child the parent's does not."""
+        return self._thread is not None and (self._thread.ident is None or self._thread.is_alive())
+
     def _run(self) -> None:
         try:
-            while not self._is_done():
-                call = self._calls.get()
+            while (call := self._next_call()) is not None:
                 self._called_at = time.monotonic()
                 call()
                 self._called_at = None
         finally:
             _NOTIFIERS.discard(threading.current_thread())
 
-    def _is_done(self) -> bool:
+    def _next_call(self) -> Callable[[], None] | None:
+        """Return the next call, or None once the thread has to end."""
+        with suppress(Empty):
+            return self._calls.get(timeout=0 if self._is_over() else _IDLE_S)
         with self._lock:
-            if not (self._calls.empty() and self._is_over()):
-                return False
-            self._thread = None
-            return True
+            with suppress(Empty):
+                return self._calls.get_nowait()  # it was put at the last moment
+            if self._thread is threading.current_thread():
+                self._thread = None
+            return None
 
 
 def _name(callback: Callable[..., object]) -> str:

@@ -47,7 +47,7 @@ class Lifecycle:
     A subclass adds callbacks by defining methods with the names that ``transitions`` uses, each of which receives its
     ``EventData``: ``on_enter_running`` and ``on_exit_running`` for a state, ``on_enter_stopping_draining`` and
     ``on_exit_stopping_draining`` for a phase. On entry, the state's callback runs before the phase's. A trigger fired
-    by a callback is handled after all callbacks have returned.
+    by a callback is handled after all callbacks have returned. What a trigger returns means nothing: see `fire`.
 
     Attributes:
         place: Name of the current place; set by the machine.
@@ -90,7 +90,7 @@ class Lifecycle:
             auto_transitions=False,
             queued=True,
             on_exception="_failed",
-            finalize_event="_finished",
+            after_state_change="_handled",
         )
 
     @property
@@ -158,12 +158,13 @@ class Lifecycle:
 
     def _failed(self, event: EventData) -> None:
         """Re-raise a callback's error, or raise `InvalidTransition` if the tables refuse the trigger."""
+        self._handled(event)
         if isinstance(event.error, MachineError):
             raise InvalidTransition(event.event.name, self.state) from None
         raise event.error  # type: ignore[misc]  # always set when this is called
 
-    def _finished(self, event: EventData) -> None:
-        """Called after each trigger, whether it succeeded or not; must not raise."""
+    def _handled(self, event: EventData) -> None:
+        """Called after the callbacks of each trigger, also if one of them raised."""
 
     @staticmethod
     def _source_of(event: EventData) -> Place:

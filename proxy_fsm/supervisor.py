@@ -101,6 +101,8 @@ class Supervisor(ActiveLifecycle):
         self._ask_server = ask_server
         #: The cause that becomes final once it is verified.
         self._tentative: Cause | None = None
+        #: The apparent end that the server has denied: it is not proposed again until a connection or the process ends.
+        self._denied: tuple[EndReason, str] | None = None
         self._sign_seen = self._queried = False
 
     # ---- inputs: observations, the time, and bugs ----
@@ -152,8 +154,10 @@ class Supervisor(ActiveLifecycle):
             InvalidTransition: It is idle, and there is nothing to shut down.
         """
         self._now = now
+        self._crashes += 1
         self._publish_error(error)
         if self.state is State.STOPPING:
+            self.publish_changes()
             self.deadline = now.monotonic_s if self.deadline is None else self.deadline
         elif self._cause is None:
             bug = f"An internal error: {type(error).__name__}: {error}."
@@ -271,15 +275,14 @@ class Supervisor(ActiveLifecycle):
             bytes_from_agent=seen.bytes_from_agent,
             duration_s=round(seen.duration_s, 6),
         )
-        if self.phase is Phase.ESTABLISHED and self._backend.max_connections == 1:
-            # The program should exit now, and its exit tells the cause best; otherwise it outlives its only connection.
-            self.deadline = self._now.monotonic_s + self._timeouts.stop_grace_s
+        if self.phase is Phase.ESTABLISHED:
+            self._expect_exit()
 
     # ---- cause of the end ----
 
     def _propose(self, reason: EndReason, detail: str, hint: str | None = None) -> None:
         """Propose a cause. The first one counts; an apparent end of the session is verified first."""
-        if self._cause is not None:
+        if self._cause is not None or (self._denied == (reason, detail) and self._is_connected()):
             return
         if self._tentative is not None:
             if self._tentative.reason is not reason:
@@ -313,12 +316,17 @@ class Supervisor(ActiveLifecycle):
                 self._commit(self._tentative)
 
     def _session_status_received(self, tentative: Cause, status: SessionStatus | None) -> None:
-        connected = not self._evidence.saw(ProcessExited, ConnectionEnded)
-        if status is SessionStatus.RUNNING and connected and self.phase is Phase.VERIFYING:
-            self._tentative, self._queried = None, False
-            self.fire(PhaseTrigger.END_DENIED)
-        else:
+        if status is not SessionStatus.RUNNING:
             self._commit(tentative if status is None else _CONFIRMED.get(status, tentative))
+        elif self.phase is Phase.VERIFYING and self._is_connected():
+            self._denied = tentative.reason, tentative.detail
+            self._tentative, self._queried = None, False
+            self._effects.cancel_query()
+            self.fire(PhaseTrigger.END_DENIED)
+        # Otherwise the server still lists a session that has just ended; the query goes on.
+
+    def _is_connected(self) -> bool:
+        return not self._evidence.saw(ProcessExited, ConnectionEnded)
 
     def _commit(self, cause: Cause) -> None:
         """Make a cause final and leave the state; only `stop_timeout` ever overwrites it."""
@@ -340,9 +348,20 @@ class Supervisor(ActiveLifecycle):
             else:
                 self.fire(Trigger.SESSION_ENDED if reason.clean else Trigger.FAULT_FOUND)
         except BaseException:
-            if self.place == before:
+            if self.place == before or self.status.state is State.IDLE:
                 self._cause = None  # the state was not left: the tables refused it, or the call was interrupted
+                self.machine.set_state(before, self)
             raise
+
+    def on_enter_running_established(self, _: EventData) -> None:
+        """Expect the program's exit, if its only connection has ended before the ready sign was handled."""
+        if self._evidence.saw(ConnectionEnded):
+            self._expect_exit()
+
+    def _expect_exit(self) -> None:
+        """Give a program whose only connection has ended time to exit: its exit tells the cause best."""
+        if self._backend.max_connections == 1:
+            self.deadline = self._now.monotonic_s + self._timeouts.stop_grace_s
 
     def on_enter_running_verifying(self, _: EventData) -> None:
         """Find out whether the session has ended."""

@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -19,11 +20,13 @@ from proxy_fsm import EndReason, InvalidTransition, State, Timeouts
 from proxy_fsm import engine as engine_module
 from proxy_fsm.engine import RUNNING_ENGINES, Engine
 from proxy_fsm.evidence import AgentDataReceived, LinkRestored, LinkSilent, ProcessExited, TransportEnded
+from proxy_fsm.journal import Journal
 from proxy_fsm.status import Link, TransitionRecord, TunnelStats
 from proxy_fsm.supervisor import Supervisor
 from proxy_fsm.testing.fakes import FakedProxy, FakeEffects, fake_session
 from tests.helpers.recorder import Recorder
 from tests.helpers.script import Judge
+from tests.helpers.task import Task
 from tests.helpers.wait import WAIT_S, eventually
 
 if TYPE_CHECKING:
@@ -308,6 +311,32 @@ def test_interrupted_stop_in_idle_can_be_repeated(make: Make, monkeypatch: pytes
             proxy.stop()
     proxy.stop()
     assert proxy.state is State.STOPPED
+
+
+def test_stop_in_idle_that_is_interrupted_while_it_publishes_is_published_all_the_same(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, publish, interrupts = make(), Journal.publish, [KeyboardInterrupt()]
+
+    def interrupted(*arguments: Any) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        publish(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy.effects, "_publish", partial(interrupted, proxy.engine.journal))
+        with pytest.raises(KeyboardInterrupt):
+            proxy.stop()
+    assert proxy.wait(timeout=WAIT_S) is State.STOPPED
+
+
+def test_start_does_not_wait_for_a_slow_subscriber(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy_fsm.journal._SUBSCRIBERS_FIRST_S", 1000)
+    proxy, go_on = make(), threading.Event()
+    proxy.subscribe(lambda _: go_on.wait(WAIT_S))
+    Task(proxy.start).result()
+    assert not go_on.is_set()
+    go_on.set()
 
 
 def test_forked_child_cannot_stop_or_wait_before_a_final_state(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -473,6 +473,65 @@ class TestVia:
 class TestNotifier:
     """The thread that calls subscribers without a `via`."""
 
+    def test_repeated_publication_of_a_record_is_delivered_once(self, journal: Journal) -> None:
+        received: Sequences = []
+        journal.subscribe(collect(received), None, replay=False)
+        first = record(1)
+        publish(journal, first)
+        publish(journal, first)
+        assert journal.flush(WAIT_S)
+        assert received == [1]
+
+    def test_idle_thread_ends_and_the_next_record_starts_another(
+        self, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("proxy_fsm.journal._IDLE_S", 0.01)
+        received: Sequences = []
+        journal.subscribe(collect(received), None, replay=False)
+        for sequence in (1, 2):
+            publish_range(journal, start=sequence, end=sequence)
+            threads_ended()
+        assert received == [1, 2]
+
+    @pytest.mark.parametrize("started", [False, True])
+    def test_interrupted_start_of_the_thread_loses_nothing(
+        self, journal: Journal, monkeypatch: pytest.MonkeyPatch, *, started: bool
+    ) -> None:
+        start = threading.Thread.start
+
+        def interrupted(thread: threading.Thread) -> None:
+            if started:
+                start(thread)
+            raise KeyboardInterrupt
+
+        received: Sequences = []
+        publish_range(journal, end=1)
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journal.subscribe(collect(received), None, replay=True)
+        monkeypatch.undo()
+        join_notifiers(0)  # which meets no thread that was never started
+        publish_range(journal, start=2)
+        assert received == [1, 2, 3, 4, 5]
+
+    def test_subscriber_is_called_without_the_lock_if_no_thread_can_be_started(
+        self, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        free: list[bool] = []
+
+        def callback(_: TransitionRecord) -> None:
+            monkeypatch.undo()
+            free.append(Task(journal.flush, WAIT_S).result())
+
+        unsubscribe = journal.subscribe(callback, None, replay=False)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        publish(journal, record(1))
+        unsubscribe()
+        assert free == [True]
+
     def test_blocking_subscriber_delays_nothing(self, journal: Journal) -> None:
         """Neither the publisher, nor waiters, nor subscribers with a `via`, nor those of another proxy."""
         release, other = threading.Event(), make(Recorder())

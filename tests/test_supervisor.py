@@ -695,10 +695,18 @@ def test_server_says_which_end_it_was(
 def test_server_that_says_running_denies_the_end_and_may_be_asked_again() -> None:
     script = at(VERIFYING)
     script.judge.verdict = None
-    assert script.see(SessionStatusReceived(SessionStatus.RUNNING)) == ["phase established"]
+    assert script.see(SessionStatusReceived(SessionStatus.RUNNING)) == ["cancel_query", "phase established"]
     assert (script.status.state, script.status.reason, script.deadline_s) == (State.RUNNING, None, None)
-    assert script.end_session() == ["query_session", "phase verifying"]
+    assert script.judge_now(EndReason.SESSION_ENDED, "Another sign.") == ["query_session", "phase verifying"]
     assert script.deadline_s == LIMITS[VERIFYING][0]
+
+
+def test_denied_end_is_not_proposed_again_until_the_connection_or_the_program_ends() -> None:
+    script = at(VERIFYING)
+    script.see(SessionStatusReceived(SessionStatus.RUNNING))
+    assert script.end_session() == []
+    assert script.status.phase is ESTABLISHED
+    assert script.see(ENDED) == ["tunnel.closed", "query_session", "phase verifying"]
 
 
 def test_end_that_was_denied_leaves_no_query_to_cancel() -> None:
@@ -710,10 +718,14 @@ def test_end_that_was_denied_leaves_no_query_to_cancel() -> None:
 
 
 @pytest.mark.parametrize("gone", [EXITED, ENDED])
-def test_session_that_still_runs_has_ended_for_a_proxy_whose_connection_is_gone(gone: Observation) -> None:
+def test_session_listed_as_running_is_no_denial_once_its_connection_has_ended(gone: Observation) -> None:
+    """A server lists it so for a moment after its agent has disconnected: the query goes on."""
     script = at(VERIFYING)
-    script.see(gone, SessionStatusReceived(SessionStatus.RUNNING))
-    assert script.end == (State.STOPPING, EndReason.SESSION_ENDED, SAID)
+    script.see(gone)
+    assert script.see(SessionStatusReceived(SessionStatus.RUNNING)) == []
+    assert script.status.phase is VERIFYING
+    script.see(SessionStatusReceived(SessionStatus.SUSPENDED))
+    assert script.status.reason is EndReason.SESSION_SUSPENDED
 
 
 def test_server_is_asked_once_and_not_before_the_display_is_sure() -> None:
@@ -763,11 +775,38 @@ def test_session_end_in_spawning_is_tentative_too() -> None:
     assert script.path[-1] == "session_ended"
 
 
-def test_session_that_still_runs_has_ended_for_a_proxy_that_was_not_ready() -> None:
+def test_session_listed_as_running_is_no_denial_in_spawning() -> None:
     script = at(NEGOTIATING, ask_server=True)
     script.end_session()
-    script.see(SessionStatusReceived(SessionStatus.RUNNING))
+    assert script.see(SessionStatusReceived(SessionStatus.RUNNING)) == []
+    script.pass_deadline()
     assert script.end == (State.STOPPING, EndReason.SESSION_ENDED, SAID)
+
+
+def test_program_that_is_ready_after_its_only_connection_has_ended_is_given_the_grace_to_exit() -> None:
+    script = at(NEGOTIATING)
+    script.see(ENDED, OutputLine("ready"))
+    assert (script.status.phase, script.deadline_s) == (ESTABLISHED, TIMEOUTS.stop_grace_s)
+
+
+@pytest.mark.parametrize("phase", UP)
+def test_transport_that_cannot_be_asked_counts_as_ended(phase: Phase) -> None:
+    """The question comes before the state changes: it must not keep the proxy where it is."""
+    script = at(phase)
+    script.effects.broken["transport_end"] = OSError("no idea")
+    script.run(script.supervisor.handle, StopOrdered(), script.now)
+    assert script.status.state is State.STOPPING
+    script.finish()
+    assert script.status.state.is_final
+
+
+def test_publication_that_is_interrupted_is_repeated() -> None:
+    script = at(ESTABLISHED)
+    script.effects.broken["state stopping"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        script.stop()
+    script.effects.broken.clear()
+    assert script.crash(KeyboardInterrupt()) == ["internal.error", "state stopping", "phase terminating"]
 
 
 def test_session_end_in_spawning_counts_at_once_where_nothing_is_to_be_asked() -> None:

@@ -30,7 +30,7 @@ class SessionStatusQuery:
     """Finds out whether a session was suspended or terminated, on its own thread; posts `SessionStatusReceived`.
 
     A server may still list a session as running for a moment after its agent has disconnected, so the query is
-    repeated until the status changes, or `cancel` is called.
+    repeated until the status changes, or `cancel` is called. That the session is running is posted once.
 
     Args:
         transport: Where the command is run.
@@ -55,7 +55,7 @@ class SessionStatusQuery:
         self.thread.start()
 
     def cancel(self) -> None:
-        """Stop asking: the thread ends as soon as it can."""
+        """Stop asking: the thread ends as soon as it can, and posts nothing more."""
         with self._lock:
             self._cancelled.set()
             opening, channel = self._opening, self._channel
@@ -66,16 +66,21 @@ class SessionStatusQuery:
 
     def _run(self) -> None:
         status: SessionStatus | None = None
+        listed_before = False
         try:
             while not self._cancelled.is_set():
                 listing = self._list_sessions()
                 status = None if listing is None else self._status_in(listing)
                 if status is not SessionStatus.RUNNING:
                     break
+                if not listed_before:
+                    self._post(SessionStatusReceived(status))
+                listed_before = True
                 self._cancelled.wait(_PAUSE_S)
         except (NotOpened, InvalidSession, paramiko.SSHException, OSError, EOFError):
             status = None  # unknown, which is an answer too
-        self._post(SessionStatusReceived(status))
+        if not self._cancelled.is_set():
+            self._post(SessionStatusReceived(status))
 
     def _list_sessions(self) -> str | None:
         """Return the server's list; None if the command failed, or after `cancel`."""
