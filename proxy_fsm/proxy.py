@@ -150,8 +150,8 @@ class Proxy:
         status = self.status()
         chart = replace(drawing.chart_of(self), title=f"{type(self).__name__} {status.id} of {status.session}")
         here = str(status.state) if status.phase is None else f"{status.state}/{status.phase}"
-        way = drawing.way_of(status.history)
-        return drawing.draw(chart, format, highlight=here, way=way, theme=theme, phases=phases)
+        path = drawing.path_from_history(status.history)
+        return drawing.draw(chart, format, highlight=here, path=path, theme=theme, phases=phases)
 
     def start(self) -> None:
         """Start the proxy; return as soon as it has left ``idle``.

@@ -85,15 +85,15 @@ def run(name: str) -> timeline.Run:
         return timeline.read(lines, file.name)
 
 
-def way() -> str | bytes:
-    """Draw the way of the proxy whose agent was killed."""
+def path() -> str | bytes:
+    """Draw the path of the proxy whose agent was killed."""
     (track,) = run("fault").tracks
     changes = [event.fields for event in track.events if event.name == "proxy.transition"]
     steps = [
-        diagram.Step(each["trigger"], each["source"], each["dest"], each["elapsed_s"], each["sequence"])
+        diagram.PathStep(each["trigger"], each["source"], each["dest"], each["elapsed_s"], each["sequence"])
         for each in changes
     ]
-    return diagram.draw(format="svg", highlight=steps[-1].dest, way=steps, phases=False)
+    return diagram.draw(format="svg", highlight=steps[-1].dest, path=steps, phases=False)
 
 
 def overview() -> str:
@@ -135,9 +135,9 @@ def overview() -> str:
             "",
             "![The run over time](run-fault.svg)",
             "",
-            "The way of its proxy, and [a page that replays it](run-fault.html), which opens from disk:",
+            "The path of its proxy, and [a page that replays it](run-fault.html), which opens from disk:",
             "",
-            "![The lifecycle with the way from idle to failed](way.svg)",
+            "![The lifecycle with the path from idle to failed](path.svg)",
             "",
             "## The modules",
             "",
@@ -181,7 +181,7 @@ PICTURES: dict[str, Callable[[], str | bytes]] = {
     "diagrams/phases.png": partial(diagram.draw, format="png"),
     "diagrams/modules.mmd": module_mermaid,
     "diagrams/modules.svg": module_svg,
-    "diagrams/way.svg": way,
+    "diagrams/path.svg": path,
     "proxy_fsm/timeline/lifecycle.svg": partial(diagram.draw, format="svg", phases=False),
     "proxy_fsm/timeline/phases.svg": partial(diagram.draw, format="svg"),
     "diagrams/run-fault.html": partial(run_page, "fault"),

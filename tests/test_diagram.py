@@ -38,7 +38,7 @@ from proxy_fsm import (
     diagram,
     scene,
 )
-from proxy_fsm.diagram import Arrow, Chart, DiagramError, Inner, Step
+from proxy_fsm.diagram import Arrow, Chart, DiagramError, Inner, PathStep
 from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.scene import Box, Text, width_of
 from proxy_fsm.states import PHASES, TRANSITIONS
@@ -54,7 +54,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
-WAY = (Step("start", "idle", "tunnelling", 1.25, 1), Step("tunnel_opened", "tunnelling", "spawning", 0.0123, 2))
+PATH = (
+    PathStep("start", "idle", "tunnelling", 1.25, 1),
+    PathStep("tunnel_opened", "tunnelling", "spawning", 0.0123, 2),
+)
 CHANGES = {(str(r.source), str(r.dest), str(r.trigger)) for r in TRANSITIONS if r.dest is not None}
 #: What moves a proxy inside a state. What leaves a phase and its state is drawn as the state's own arrow.
 MOVES = {
@@ -163,7 +166,7 @@ class TestLifecycle:
         assert rows.index([""]) == 2 + 8
 
     def test_json_has_the_whole_chart(self) -> None:
-        whole = json.loads(diagram.as_json(highlight="running", way=WAY))
+        whole = json.loads(diagram.as_json(highlight="running", path=PATH))
         assert [state["name"] for state in whole["states"]] == list(State)
         assert [state["name"] for state in whole["states"] if state["final"]] == ["stopped", "failed"]
         assert [state["name"] for state in whole["states"] if state["initial"]] == ["idle"]
@@ -171,7 +174,7 @@ class TestLifecycle:
         rows = {(row["trigger"], row["source"], row["dest"]) for row in whole["transitions"]}
         assert rows == {(str(r.trigger), str(r.source), r.dest and str(r.dest)) for r in TRANSITIONS}
         assert whole["highlight"] == "running"
-        assert whole["way"][1] == {
+        assert whole["path"][1] == {
             "trigger": "tunnel_opened",
             "source": "tunnelling",
             "dest": "spawning",
@@ -181,7 +184,7 @@ class TestLifecycle:
 
     def test_dot_parses_and_has_each_transition(self) -> None:
         flat = diagram.LIFECYCLE.without_phases()
-        graph = AGraph(string=diagram.dot(flat, highlight="running", way=WAY, theme="dark"))
+        graph = AGraph(string=diagram.dot(flat, highlight="running", path=PATH, theme="dark"))
         assert set(graph.nodes()) == {"[*]", *State}
         drawn = {
             (source, dest, label.strip().lower())
@@ -213,7 +216,7 @@ class TestLifecycle:
         assert any("CAPITALS" in line for line in words(svg_of()))
 
     def test_current_state_and_way_are_shown(self) -> None:
-        root = svg_of(highlight="spawning", way=WAY)
+        root = svg_of(highlight="spawning", path=PATH)
         assert [group.get("data-state") for group in groups(root, "current")] == ["spawning"]
         assert {group.get("data-state") for group in groups(root, "visited")} == {"idle", "tunnelling", "spawning"}
         assert [(g.get("data-from"), g.get("data-to")) for g in groups(root, "taken")] == [
@@ -222,7 +225,7 @@ class TestLifecycle:
         ]
         kinds = {text.text: text.get("class") for text in root.iter(f"{SVG}text")}
         assert kinds["1. START after 1.250 s"] == kinds["2. tunnel_opened after 0.012 s"] == "time"
-        drawn = diagram.mermaid(highlight="spawning", way=WAY)
+        drawn = diagram.mermaid(highlight="spawning", path=PATH)
         assert "idle --> tunnelling: START, 1. START after 1.250 s\n" in drawn
         assert "tunnelling --> spawning: tunnel_opened, 2. tunnel_opened after 0.012 s\n" in drawn
         assert "class spawning current" in drawn
@@ -234,14 +237,14 @@ class TestLifecycle:
 
     def test_taken_trigger_is_named_among_several(self) -> None:
         """Three lead from running to stopping: an order, and two observations, one of them a fault."""
-        way = (Step("fault_found", "running", "stopping", 2.161, 4),)
+        path = (PathStep("fault_found", "running", "stopping", 2.161, 4),)
         said = "4. fault_found after 2.161 s"
-        kinds = {text.text: text.get("class") for text in svg_of(way=way).iter(f"{SVG}text")}
+        kinds = {text.text: text.get("class") for text in svg_of(path=path).iter(f"{SVG}text")}
         assert kinds[said] == "time"
         light = scene.rules("light")
         assert light["", "time"] not in (light["", "order"], light["", "observation"])
-        assert f"running --> stopping: session_ended, fault_found, STOP, {said}\n" in diagram.mermaid(way=way)
-        assert said in diagram.dot(way=way)
+        assert f"running --> stopping: session_ended, fault_found, STOP, {said}\n" in diagram.mermaid(path=path)
+        assert said in diagram.dot(path=path)
 
     @pytest.mark.parametrize("picture", diagram.FORMATS)
     def test_unknown_state_is_refused(self, picture: diagram.Format) -> None:
@@ -370,7 +373,7 @@ class TestHighlightedPhases:
         assert marked == ["stopping", "stopping/draining"]
 
     def test_mermaid_marks_the_phase_and_its_state(self) -> None:
-        drawn = diagram.mermaid(highlight="stopping/draining", way=WAY).splitlines()
+        drawn = diagram.mermaid(highlight="stopping/draining", path=PATH).splitlines()
         assert "    class draining current" in drawn
         assert "    class stopping around" in drawn
         assert "    class idle,tunnelling,spawning visited" in drawn
@@ -509,11 +512,11 @@ class TestAppearance:
         assert yellow not in found[0]
         assert found[1][yellow] > 1000
 
-    @pytest.mark.parametrize("way", [(), WAY])
-    def test_main_story_is_one_straight_column(self, way: tuple[Step, ...]) -> None:
+    @pytest.mark.parametrize("path", [(), PATH])
+    def test_main_story_is_one_straight_column(self, path: tuple[PathStep, ...]) -> None:
         middles = {
             group.get("data-state"): float(box.get("x", 0)) + float(box.get("width", 0)) / 2
-            for group in groups(svg_of(way=way, phases=False), "state")
+            for group in groups(svg_of(path=path, phases=False), "state")
             for box in group.iter(f"{SVG}rect")
             if box.get("class") == "box"
         }
@@ -535,7 +538,7 @@ class TestAppearance:
     def test_labels_overlap_neither_states_nor_labels(self, thing: object, phases: bool) -> None:  # noqa: FBT001
         """Judged by the estimated widths, which are those of a wide font."""
         chart = diagram.chart_of(thing)
-        whole = chart_scene(chart if phases else chart.without_phases(), highlight="running", way=WAY)
+        whole = chart_scene(chart if phases else chart.without_phases(), highlight="running", path=PATH)
         boxes = [(i.x, i.y, i.width, i.height) for g in whole.groups for i in g.items if isinstance(i, Box)]
         boxes = [box for box in boxes if box[2] > 12]
         lines = [i for g in whole.groups if "arrow-label" in g.classes for i in g.items if isinstance(i, Text)]
@@ -856,7 +859,9 @@ class TestClientMachines:
         chart = Chart(
             title="x", states=tuple(names), initial="scale", finals=frozenset({"END"}), triggers=("on",), arrows=arrows
         )
-        drawn = diagram.mermaid(chart, highlight="click", way=(Step("on", "scale", "default", 1.0, 1),)).splitlines()
+        drawn = diagram.mermaid(
+            chart, highlight="click", path=(PathStep("on", "scale", "default", 1.0, 1),)
+        ).splitlines()
         assert [line for line in drawn if line.startswith('    state "')] == [
             f'    state "{diagram.text.mermaid_text(name)}" as state_{at}' for at, name in enumerate(names)
         ]
@@ -1110,7 +1115,7 @@ class TestProxyDiagram:
         assert Image.open(io.BytesIO(png)).convert("RGB").getpixel((3, 3)) == (13, 17, 23)
         proxy.close(timeout=10)
         assert "class stopped current" in str(proxy.diagram())
-        assert json.loads(str(proxy.diagram("json")))["way"][-1]["dest"] == "stopped"
+        assert json.loads(str(proxy.diagram("json")))["path"][-1]["dest"] == "stopped"
 
     def test_proxy_diagram_highlights_the_phase(self, monkeypatch: pytest.MonkeyPatch) -> None:
         proxy = FakedProxy()

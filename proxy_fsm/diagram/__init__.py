@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 from proxy_fsm import scene
-from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, Inner, Step, way_of
+from proxy_fsm.diagram.chart import LIFECYCLE, Arrow, Chart, Inner, PathStep, path_from_history
 from proxy_fsm.diagram.graphviz import dot
 from proxy_fsm.diagram.layout import chart_scene
 from proxy_fsm.diagram.machines import chart_of
@@ -36,7 +36,7 @@ __all__ = [
     "DiagramError",
     "Format",
     "Inner",
-    "Step",
+    "PathStep",
     "Theme",
     "as_json",
     "chart_of",
@@ -45,9 +45,9 @@ __all__ = [
     "load",
     "markdown_table",
     "mermaid",
+    "path_from_history",
     "phase_rows",
     "table_rows",
-    "way_of",
 ]
 
 Format = Literal["mermaid", "dot", "svg", "png", "table", "json"]
@@ -61,7 +61,7 @@ def draw(
     format: Format = "mermaid",
     *,
     highlight: str | None = None,
-    way: Sequence[Step] = (),
+    path: Sequence[PathStep] = (),
     theme: Theme | None = None,
     phases: bool = True,
 ) -> str | bytes:
@@ -71,7 +71,7 @@ def draw(
         machine: What to draw; see `chart_of` for what that may be.
         format: What to draw it as.
         highlight: A state to highlight, or a phase of it: ``state/phase``.
-        way: The changes that a running machine has made (see `way_of`); the table does not show them.
+        path: The changes that a running machine has made (see `path_from_history`); the table does not show them.
         phases: Whether to draw what is inside the states; if not, a highlighted phase highlights its state.
         theme: ``light`` or ``dark``. By default SVG and Mermaid follow the viewer's setting, and DOT and PNG are light.
 
@@ -88,15 +88,15 @@ def draw(
         chart = chart.without_phases()
     match format:
         case "mermaid":
-            return mermaid(chart, highlight=highlight, way=way, theme=theme)
+            return mermaid(chart, highlight=highlight, path=path, theme=theme)
         case "dot":
-            return dot(chart, highlight=highlight, way=way, theme=theme or "light")
+            return dot(chart, highlight=highlight, path=path, theme=theme or "light")
         case "table":
             return markdown_table(chart, highlight=highlight)
         case "json":
-            return as_json(chart, highlight=highlight, way=way)
+            return as_json(chart, highlight=highlight, path=path)
         case "svg":
-            return scene.svg(chart_scene(chart, highlight=highlight, way=way), theme)
+            return scene.svg(chart_scene(chart, highlight=highlight, path=path), theme)
         case "png":
-            return scene.png(chart_scene(chart, highlight=highlight, way=way), theme or "light")
+            return scene.png(chart_scene(chart, highlight=highlight, path=path), theme or "light")
     raise DiagramError(f"There is no format {format!r}; there are {', '.join(FORMATS)}.")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.status import TransitionRecord
 
-__all__ = ["LIFECYCLE", "Arrow", "Chart", "Inner", "Step", "visited", "way_of"]
+__all__ = ["LIFECYCLE", "Arrow", "Chart", "Inner", "PathStep", "path_from_history", "visited"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Inner:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PathStep:
     """One change that a running machine has made.
 
     Attributes:
@@ -178,11 +178,11 @@ class Chart:
         """Return an arrow's trigger, in capitals if it is an order, and its condition."""
         return self._shown(arrow.trigger) + (f" [{arrow.condition}]" if arrow.condition else "")
 
-    def labels_taken(self, way: Iterable[Step], source: str, dest: str) -> list[str]:
+    def labels_taken(self, path: Iterable[PathStep], source: str, dest: str) -> list[str]:
         """Return what to write on the arrows between two states: each step's number, trigger and the time before it."""
         return [
             f"{step.number}. {self._shown(step.trigger)} after {step.elapsed_s:.3f} s"
-            for step in way
+            for step in path
             if (step.source, step.dest) == (source, dest)
         ]
 
@@ -256,14 +256,14 @@ LIFECYCLE = Chart(
 )
 
 
-def way_of(history: Iterable[TransitionRecord]) -> tuple[Step, ...]:
+def path_from_history(history: Iterable[TransitionRecord]) -> tuple[PathStep, ...]:
     """Return the steps that a proxy has made, from the records of its history."""
     return tuple(
-        Step(str(record.trigger), str(record.source), str(record.dest), record.elapsed_s, record.sequence)
+        PathStep(str(record.trigger), str(record.source), str(record.dest), record.elapsed_s, record.sequence)
         for record in history
     )
 
 
-def visited(way: Iterable[Step]) -> frozenset[str]:
-    """Return the states along a way."""
-    return frozenset(state for step in way for state in (step.source, step.dest))
+def visited(path: Iterable[PathStep]) -> frozenset[str]:
+    """Return the states along a path."""
+    return frozenset(state for step in path for state in (step.source, step.dest))

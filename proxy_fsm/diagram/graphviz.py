@@ -10,7 +10,7 @@ from proxy_fsm.diagram.text import colours_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from proxy_fsm.diagram.chart import Chart, Step
+    from proxy_fsm.diagram.chart import Chart, PathStep
 
 __all__ = ["dot"]
 
@@ -23,20 +23,20 @@ def _unused(name: str, chart: Chart) -> str:
 
 
 def dot(
-    chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = (), theme: str = "light"
+    chart: Chart = LIFECYCLE, *, highlight: str | None = None, path: Sequence[PathStep] = (), theme: str = "light"
 ) -> str:
     """Return the state diagram in DOT: orders in capitals, final states with a double line.
 
     Args:
         chart: What to draw.
         highlight: A state to highlight, or a phase of it: ``state/phase``.
-        way: The changes that were made.
+        path: The changes that were made.
         theme: ``light`` or ``dark``.
 
     Raises:
         DiagramError: There is no such state.
     """
-    drawing = _Dot(chart, colours_of(theme), chart.state_named(highlight), visited(way))
+    drawing = _Dot(chart, colours_of(theme), chart.state_named(highlight), visited(path))
     ink, accent = drawing.colour["ink"], drawing.colour["accent"]
     graph = f'bgcolor="{drawing.colour["paper"]}" fontcolor="{ink}" fontname="sans-serif" nodesep=0.5'
     lines = [
@@ -50,7 +50,7 @@ def dot(
         lines += [f"    {line}" for line in drawing.beginning("[*]", chart.initial)]
     lines += [f"    {line}" for state in chart.states for line in drawing.state(state)]
     for source, dest, arrows in chart.grouped_arrows():
-        taken = chart.labels_taken(way, source, dest)
+        taken = chart.labels_taken(path, source, dest)
         labels = [f" {words} " for words in [*map(chart.label, arrows), *taken]]
         attributes = [f"label={_quoted(chr(10).join(labels))}"]
         if taken:

@@ -13,7 +13,7 @@ from proxy_fsm.scene import Box, Group, Line, Scene, Text, width_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from proxy_fsm.diagram.chart import Arrow, Chart, Step
+    from proxy_fsm.diagram.chart import Arrow, Chart, PathStep
     from proxy_fsm.scene import Point
 
 __all__ = ["Edge", "Node", "chart_scene", "graph_scene"]
@@ -78,32 +78,32 @@ def _extent(lines: Sequence[Words], size: float) -> tuple[float, float]:
     return wide, len(lines) * size * _LINE
 
 
-def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Step] = ()) -> Scene:
+def chart_scene(chart: Chart, *, highlight: str | None = None, path: Sequence[PathStep] = ()) -> Scene:
     """Lay a state machine out.
 
     Args:
         chart: What to draw.
         highlight: A state to highlight, or a phase of it: ``state/phase``.
-        way: The changes that were made.
+        path: The changes that were made.
 
     Raises:
         DiagramError: There is no such state, or pygraphviz is not installed.
     """
     highlight = chart.state_named(highlight)
     current = () if highlight is None else chart.around(highlight)
-    behind = visited(way)
+    behind = visited(path)
     # The names are the caller's; a prefix keeps them from colliding with those of the other nodes.
     nodes = {} if chart.initial is None else {"initial": Node((), kind="dot")}
     edges = [] if chart.initial is None else [Edge("initial", f"state {chart.initial}")]
-    for path in chart.paths():
-        outer = chart.around(path)[:-1]
-        marks = ("visited",) * (path in behind) + ("current",) * (path in current)
-        nodes[f"state {path}"] = Node(
-            ((chart.name_of(path), "name"), *((words, "plain") for words in chart.inner_moves(path))),
+    for place in chart.paths():
+        outer = chart.around(place)[:-1]
+        marks = ("visited",) * (place in behind) + ("current",) * (place in current)
+        nodes[f"state {place}"] = Node(
+            ((chart.name_of(place), "name"), *((words, "plain") for words in chart.inner_moves(place))),
             ("phase" if outer else "state", *marks),
-            (("phase" if outer else "state", path),),
-            kind="group" if chart.inside(path) else "box",
-            framed=path in chart.finals,
+            (("phase" if outer else "state", place),),
+            kind="group" if chart.inside(place) else "box",
+            framed=place in chart.finals,
             inside=f"state {outer[-1]}" if outer else "",
         )
     for inner in chart.phases:
@@ -113,7 +113,7 @@ def chart_scene(chart: Chart, *, highlight: str | None = None, way: Sequence[Ste
             edges.append(Edge(begin, f"state {inner.path}"))
     main, weight = chart.main_story(), _MAIN_NESTED if chart.phases else _MAIN
     for source, dest, arrows in chart.grouped_arrows():
-        taken = [(words, "time") for words in chart.labels_taken(way, source, dest)]
+        taken = [(words, "time") for words in chart.labels_taken(path, source, dest)]
         edges.append(
             Edge(
                 f"state {source}",

@@ -145,7 +145,7 @@ def _finals_of(scope: Any) -> list[str]:
 
 
 def _dead_ends(chart: Chart) -> set[str]:
-    """Return the states without a way out: of themselves, of what is inside them, or of what they are inside of."""
+    """Return the states without an exit: of themselves, of what is inside them, or of what they are inside of."""
     sources = {arrow.source for arrow in chart.arrows}
     left = {path for source in sources for path in chart.around(source)}
     return {path for path in chart.paths() if path not in left and sources.isdisjoint(chart.around(path))}

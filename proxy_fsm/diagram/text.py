@@ -12,7 +12,7 @@ from proxy_fsm.states import Phase, State
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from proxy_fsm.diagram.chart import Arrow, Chart, Inner, Step
+    from proxy_fsm.diagram.chart import Arrow, Chart, Inner, PathStep
 
 __all__ = [
     "PHASE_COLUMNS",
@@ -39,14 +39,14 @@ def mermaid_text(text: str) -> str:
 
 
 def mermaid(
-    chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = (), theme: str | None = None
+    chart: Chart = LIFECYCLE, *, highlight: str | None = None, path: Sequence[PathStep] = (), theme: str | None = None
 ) -> str:
     """Return the state diagram in Mermaid: one arrow for each pair of states, orders in capitals.
 
     Args:
         chart: What to draw; ignored triggers are left out.
         highlight: A state to highlight, or a phase of it: ``state/phase``.
-        way: The changes that were made; each adds its number, trigger and time to its arrow.
+        path: The changes that were made; each adds its number, trigger and time to its arrow.
         theme: ``light`` or ``dark``; by default the viewer decides.
 
     Raises:
@@ -56,12 +56,12 @@ def mermaid(
     names = _mermaid_names(chart)
     lines = [] if theme is None else [f'%%{{init: {{"theme": "{"dark" if theme == "dark" else "default"}"}}}}%%']
     lines.append("stateDiagram-v2")
-    lines += [f"    {line}" for line in _mermaid_level(chart, "", names, _mermaid_arrows(chart, names, way))]
+    lines += [f"    {line}" for line in _mermaid_level(chart, "", names, _mermaid_arrows(chart, names, path))]
     for state, remarks in chart.notes:
         words = "<br/>".join(map(mermaid_text, remarks))
         lines += [f"    note right of {names[state]}", f"        {words}", "    end note"]
     colour = colours_of(theme)
-    if behind := visited(way).difference(() if highlight is None else chart.around(highlight)):
+    if behind := visited(path).difference(() if highlight is None else chart.around(highlight)):
         lines += [
             f"    classDef visited fill:{colour['visited']},stroke:{colour['accent']},color:{colour['ink']}",
             f"    class {','.join(names[s] for s in chart.states if s in behind)} visited",
@@ -95,7 +95,7 @@ def _mermaid_names(chart: Chart) -> dict[str, str]:
     }
 
 
-def _mermaid_arrows(chart: Chart, names: Mapping[str, str], way: Sequence[Step]) -> dict[str, list[str]]:
+def _mermaid_arrows(chart: Chart, names: Mapping[str, str], path: Sequence[PathStep]) -> dict[str, list[str]]:
     """Return the lines of the arrows by the state that contains them; the empty name is for the outermost.
 
     Mermaid has no arrow from inside one state to inside another. It is drawn between the outer states, and its label
@@ -109,7 +109,7 @@ def _mermaid_arrows(chart: Chart, names: Mapping[str, str], way: Sequence[Step])
         ends += [f"to {dest[len(other[level]) + 1 :]}"] if dest != other[level] else []
         words = labels.setdefault((one[level - 1] if level else "", one[level], other[level]), [])
         words += [" ".join([chart.label(arrow), *ends]) for arrow in arrows]
-        words += chart.labels_taken(way, source, dest)
+        words += chart.labels_taken(path, source, dest)
     lines: dict[str, list[str]] = {}
     for (inside, source, dest), words in labels.items():
         line = f"{names[source]} --> {names[dest]}: {', '.join(map(mermaid_text, words))}"
@@ -238,13 +238,13 @@ def _code(text: str) -> str:
     return f"`{_cell(text)}`" if text else ""
 
 
-def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequence[Step] = ()) -> str:
+def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, path: Sequence[PathStep] = ()) -> str:
     """Return the whole chart as JSON; a transition's ``dest`` is null if the trigger is ignored.
 
     Args:
         chart: What to write.
         highlight: A state to highlight, or a phase of it: ``state/phase``.
-        way: The changes that were made.
+        path: The changes that were made.
 
     Raises:
         DiagramError: There is no such state.
@@ -288,7 +288,7 @@ def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequ
         ],
         "notes": {state: list(remarks) for state, remarks in chart.notes},
         "highlight": highlight,
-        "way": [
+        "path": [
             {
                 "trigger": step.trigger,
                 "source": step.source,
@@ -296,7 +296,7 @@ def as_json(chart: Chart = LIFECYCLE, *, highlight: str | None = None, way: Sequ
                 "elapsed_s": round(step.elapsed_s, 6),
                 "number": step.number,
             }
-            for step in way
+            for step in path
         ],
     }
     return json.dumps(whole, ensure_ascii=False, indent=2) + "\n"
