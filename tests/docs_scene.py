@@ -2,7 +2,7 @@
 
 ``python -m tests.docs_scene [--window] FILE [ARGUMENT…]`` executes a file as a program; with ``--window`` it gets a
 real X server. Every host that it connects to is an embedded SSH server with the commands of an X2Go server. An
-established session ends by itself after ``DOCS_SCENE_STANDS_S`` seconds (a moment by default), as if its user had
+established session ends by itself after ``DOCS_SCENE_SESSION_S`` seconds (a moment by default), as if its user had
 logged out, so that an example that waits for the end terminates.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: How long an established session lasts: longer than it takes to count as one that survives.
-SESSION_S = float(os.environ.get("DOCS_SCENE_STANDS_S", "0.7"))
+SESSION_S = float(os.environ.get("DOCS_SCENE_SESSION_S", "0.7"))
 
 
 class Agents:

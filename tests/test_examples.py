@@ -51,7 +51,7 @@ def test_client_shows_session_until_it_ends() -> None:
 
 
 def test_client_stops_cleanly_on_signal() -> None:
-    with started("client.py", "server.example", DOCS_SCENE_STANDS_S="1000") as program:
+    with started("client.py", "server.example", DOCS_SCENE_SESSION_S="1000") as program:
         assert program.stdout is not None
         while "running" not in program.stdout.readline():
             assert program.poll() is None

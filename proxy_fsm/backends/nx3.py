@@ -36,7 +36,7 @@ _READY = "Established X server connection"
 _TERMINATING = "Session: Terminating session at"
 #: It prints the first before the session is established, the second after.
 _CAUGHT_SIGNAL = ("Aborting the procedure due to signal", "Waiting the cleanup timeout")
-_SIGNALLED = EndReason.PROXY_KILLED, "nxproxy was told to end by a signal TERM, INT or HUP from outside."
+_SIGNALLED = EndReason.PROXY_KILLED, "nxproxy was terminated from outside, by signal TERM, INT or HUP."
 #: Of a unix socket, and of any other address: the tunnel's if that is TCP, and the display's.
 _SOCKET_UNREACHED, _ADDRESS_UNREACHED = "Connection to Unix file socket '", "Connection to '"
 _NEGOTIATION = (

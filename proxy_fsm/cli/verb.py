@@ -35,7 +35,7 @@ class ExitStatus(IntEnum):
     USAGE = 2, "wrong usage: an option, the session or the cookie file cannot be used"
     NOT_REACHED = (
         3,
-        "no proxy was started: the server was not reached, let nobody in or gave no session, or the demo lacks things",
+        "no proxy was started: the server was not reached, refused the login or gave no session, or demo lacks things",
     )
     LACKING = 4, "this machine lacks something that is needed (doctor)"
 
