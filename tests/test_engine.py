@@ -543,12 +543,14 @@ from pathlib import Path
 from proxy_fsm.testing import LoopbackSSHServer
 from tests.helpers.engine import Maker, HEALTHY
 from tests.helpers.agent import Agent
+from tests.helpers.wait import eventually
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # do not report the end of its server
 server, agent = LoopbackSSHServer(), Agent(serving=True)
 server.start()
 proxy = Maker(server.connect_transport(), agent, Path(sys.argv[1]))(HEALTHY)
 proxy.start()
 proxy.wait_running(timeout=10)
+eventually(lambda: agent.connections)  # whose thread cannot be started once the interpreter exits
 print(proxy.status().pid, proxy.status().listen_address, flush=True)
 """
 

@@ -85,10 +85,10 @@ class Agent:
         with suppress(OSError):
             while True:
                 connection, _ = self.listener.accept()
-                self.connections.append(connection)
                 reader = threading.Thread(target=self._read, args=(connection,), name="agent", daemon=True)
                 reader.start()
                 self._readers.append(reader)
+                self.connections.append(connection)  # last: who sees it may end the interpreter
 
     def _read(self, connection: socket.socket) -> None:
         with suppress(OSError):
