@@ -35,7 +35,16 @@ if TYPE_CHECKING:
     from proxy_fsm.evidence import Observation
     from proxy_fsm.workers.forwarder import Forwarder
 
-__all__ = ["BINDING", "CHECKS", "LOCAL_CHECKS", "Check", "CheckContext", "check_preflight", "inherited", "run_checks"]
+__all__ = [
+    "BINDING_CHECKS",
+    "CHECKS",
+    "LOCAL_CHECKS",
+    "Check",
+    "CheckContext",
+    "check_preflight",
+    "inherited_environment",
+    "run_checks",
+]
 
 #: Share of the preflight's time granted to the X server, so that its timeout is reported and not the preflight's.
 _X_SERVER_SHARE = 0.8
@@ -60,7 +69,7 @@ class CheckContext:
         backend: What would run.
         session: The session; a placeholder in a dry run.
         sessions_root: Where the session roots are.
-        environ: What the proxy program inherits; see `inherited`.
+        environ: What the proxy program inherits; see `inherited_environment`.
         timeout_s: How long the checks may take together, in seconds.
         forwarder: Binds the local end; None in a dry run, where there is neither transport nor session: then a
             temporary session root and an unused listener are made.
@@ -217,15 +226,16 @@ LOCAL_CHECKS = (
     _DISPLAY,
     Check("the SSH transport", _check_transport),
 )
-#: What comes after them: a backend has to know the local end's address.
-BINDING = (
+#: What comes after them: a backend's own preflight needs the local end's address.
+BINDING_CHECKS = (
     Check("the local end of the tunnel", _bind),
     Check("the backend's own preflight", _ask_backend),
 )
-CHECKS = LOCAL_CHECKS + BINDING
+#: All of them, in order.
+CHECKS = LOCAL_CHECKS + BINDING_CHECKS
 
 
-def inherited(environ: Mapping[str, str]) -> SecretEnvironment:
+def inherited_environment(environ: Mapping[str, str]) -> SecretEnvironment:
     """Return the environment that the proxy inherits: without that of an outer NX session, and with absolute paths."""
     variables = {key: value for key, value in environ.items() if not key.startswith("NX_")}
     if path := variables.get("XAUTHORITY"):
@@ -255,7 +265,7 @@ def check_preflight(
     """
     with ExitStack() as held:
         with ExitStack() as briefly:
-            context = _dry_run(backend, sessions_root, environ, briefly)
+            context = _dry_run_context(backend, sessions_root, environ, briefly)
             for check in CHECKS:
                 context.keep = (held if check is _DISPLAY else briefly).callback
                 check.run(context)
@@ -278,7 +288,7 @@ def run_checks(
         environ: As in `Proxy`.
     """
     with ExitStack() as held:
-        context = _dry_run(backend, sessions_root, environ, held)
+        context = _dry_run_context(backend, sessions_root, environ, held)
         for check in CHECKS:
             problem = None
             try:
@@ -288,7 +298,7 @@ def run_checks(
             yield check.name, problem
 
 
-def _dry_run(
+def _dry_run_context(
     backend: Backend,
     sessions_root: str | os.PathLike[str] | None,
     environ: Mapping[str, str] | None,
@@ -298,7 +308,7 @@ def _dry_run(
         backend=backend,
         session=_PLACEHOLDER_SESSION,
         sessions_root=(Path.home() / ".x2go" if sessions_root is None else Path(sessions_root)).absolute(),
-        environ=inherited(os.environ if environ is None else environ),
+        environ=inherited_environment(os.environ if environ is None else environ),
         timeout_s=Timeouts().preflight_s,
         forwarder=None,
         post=lambda _: None,  # the watch is not started

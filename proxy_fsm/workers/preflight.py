@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from proxy_fsm.errors import BackendError
 from proxy_fsm.evidence import ChecksPassed, PreflightFinished, PreflightPassed, WorkerCrashed, WorkerFailed
-from proxy_fsm.workers.checks import BINDING, LOCAL_CHECKS, Check, CheckContext, inherited
+from proxy_fsm.workers.checks import BINDING_CHECKS, LOCAL_CHECKS, Check, CheckContext, inherited_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ class Preflight:
             backend=backend,
             session=session,
             sessions_root=sessions_root,
-            environ=inherited(environ),
+            environ=inherited_environment(environ),
             timeout_s=timeout_s,
             forwarder=forwarder,
             post=post,
@@ -82,7 +82,7 @@ class Preflight:
             self._check(LOCAL_CHECKS)
             self.watch = self._context.watch
             self._post(ChecksPassed())
-            self._check(BINDING)
+            self._check(BINDING_CHECKS)
             self._post(PreflightPassed(self._context.listen_address, self._context.launch()))
         except BackendError as error:
             self._post(WorkerFailed(error))
