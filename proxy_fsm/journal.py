@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Journal", "join_notifiers"]
 
-#: A `via` that takes longer than this is reported as slow, since it holds up the proxy.
+#: A `via` that takes longer than this, in seconds, is reported as slow, since it holds up the proxy.
 _SLOW_S = 0.05
-#: How long a waiter lets subscribers be called first; a subscriber that takes longer no longer delays it.
+#: How long a waiter lets subscribers be called first, in seconds; one that takes longer no longer delays it.
 _SUBSCRIBERS_FIRST_S = 0.2
-
 #: How long a notifier thread waits for the next record, in seconds, before it ends.
 _IDLE_S = 5.0
 
@@ -47,7 +46,7 @@ def join_notifiers(deadline: float) -> None:
 class _Subscriber:
     callback: Callable[[TransitionRecord], object]
     via: Callable[..., object] | None
-    delivered: int
+    delivered: int  # how many of the journal's records it has received
     active: bool = True
 
 
@@ -129,7 +128,7 @@ class Journal:
     def flush(self, timeout: float) -> bool:
         """Wait until all records were delivered to subscribers without a `via`; return whether they were."""
         done = threading.Event()
-        return self._notifier.call(done.set) or done.wait(timeout)
+        return not self._notifier.call(done.set) or done.wait(timeout)
 
     def wait(self, states: frozenset[State], timeout: float | None, *, delivered: bool = True) -> State:
         """Wait until one of the states, or a final one, was published.
@@ -162,8 +161,7 @@ class Journal:
 
     def report(self, name: str, **fields: Any) -> None:
         """Log an event about a subscriber."""
-        event = Event(name, fields)
-        self._log(event.level, event.name, **event.fields)
+        self.publish(Event(name, fields))
 
     def _is_over(self) -> bool:
         return bool(self._records) and self._records[-1].dest.is_final
@@ -233,8 +231,8 @@ class _Delivery:
 class _Notifier:
     """The thread that calls subscribers without a `via`, so that a slow one does not delay the proxy.
 
-    It is started by the first record that is due to such a subscriber, and ends with the proxy. It ends earlier where
-    nothing was published for a while, and is started anew by the next record: a session that runs keeps no idle thread.
+    It is started by the first record that is due to such a subscriber, and ends with the proxy. If nothing is published
+    for a while it ends earlier, and the next record starts a new one: a running session keeps no idle thread.
     """
 
     def __init__(self, deliver: Callable[[], None], is_over: Callable[[], bool]) -> None:
@@ -258,12 +256,12 @@ class _Notifier:
         self._deliver()
 
     def call(self, function: Callable[[], None]) -> bool:
-        """Call a function after all pending calls; if there is no thread, do not call it but return True."""
+        """Call a function after all pending calls; return whether it will be called, which takes a running thread."""
         with self._lock:
-            if not self._is_running():
-                return True
-            self._calls.put(function)
-            return False
+            running = self._is_running()
+            if running:
+                self._calls.put(function)
+            return running
 
     def wait_delivered(self, timeout_s: float | None) -> None:
         """Wait until pending records were delivered, but not for a slow subscriber.
@@ -272,7 +270,7 @@ class _Notifier:
             timeout_s: The longest to wait, in seconds; None for no limit but that of a slow subscriber.
         """
         done = threading.Event()
-        if self.call(done.set):
+        if not self.call(done.set):
             return
         now = time.monotonic()
         called_at = self._called_at
@@ -280,7 +278,7 @@ class _Notifier:
         done.wait(max(0.0, wait_s if timeout_s is None else min(wait_s, timeout_s)))
 
     def _start(self) -> None:
-        """Start the thread unless it runs, or is being started by whom a signal handler interrupted.
+        """Start the thread unless it runs, or unless the code that a signal handler has interrupted is starting it.
 
         Raises:
             RuntimeError: No thread can be started.
