@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Supervisor"]
 
+#: How many of the proxy's last lines the status shows.
 _TAIL_LINES = 20
 
 #: Reasons that are mere consequences if the transport has ended.
@@ -60,6 +61,7 @@ _SECONDARY = frozenset(
     {EndReason.NEGOTIATION_FAILED, EndReason.PEER_LOST, EndReason.SESSION_ENDED, EndReason.PROXY_EXITED}
 )
 
+#: What a tentative end becomes if the server confirms it.
 _CONFIRMED = {
     SessionStatus.SUSPENDED: Cause(EndReason.SESSION_SUSPENDED, "The session was suspended on the server."),
     SessionStatus.FINISHED: Cause(EndReason.SESSION_TERMINATED, "The session was terminated on the server."),
@@ -103,6 +105,7 @@ class Supervisor(ActiveLifecycle):
         self._tentative: Cause | None = None
         #: The apparent end that the server has denied: it is not proposed again until a connection or the process ends.
         self._denied: tuple[EndReason, str] | None = None
+        #: Whether the backend has ever seen its ready sign, and whether the server was asked about the tentative end.
         self._sign_seen = self._queried = False
 
     # ---- inputs: observations, the time, and bugs ----
@@ -240,7 +243,7 @@ class Supervisor(ActiveLifecycle):
                 pass
 
     def _ask_backend(self) -> None:
-        """Ask the backend for its verdict on the evidence."""
+        """Ask the backend whether the session is ready, and for its verdict on the evidence."""
         if self.state not in {State.SPAWNING, State.RUNNING}:
             return
         try:
@@ -277,6 +280,27 @@ class Supervisor(ActiveLifecycle):
         )
         if self.phase is Phase.ESTABLISHED:
             self._expect_exit()
+
+    def _expect_exit(self) -> None:
+        """Give a program whose only connection has ended time to exit: its exit tells the cause best."""
+        if self._backend.max_connections == 1:
+            self.deadline = self._now.monotonic_s + self._timeouts.stop_grace_s
+
+    # ---- effects of states and phases ----
+
+    def on_enter_running_established(self, _: EventData) -> None:
+        """Expect the program's exit, if its only connection has ended before the ready sign was handled."""
+        if self._evidence.saw(ConnectionEnded):
+            self._expect_exit()
+
+    def on_enter_running_verifying(self, _: EventData) -> None:
+        """Find out whether the session has ended."""
+        self._verify()
+
+    def on_enter_stopping(self, _: EventData) -> None:
+        """Cancel a pending query: its answer no longer matters."""
+        if self._queried:
+            self._effects.cancel_query()
 
     # ---- cause of the end ----
 
@@ -352,25 +376,6 @@ class Supervisor(ActiveLifecycle):
                 self._cause = None  # the state was not left: the tables refused it, or the call was interrupted
                 self.machine.set_state(before, self)
             raise
-
-    def on_enter_running_established(self, _: EventData) -> None:
-        """Expect the program's exit, if its only connection has ended before the ready sign was handled."""
-        if self._evidence.saw(ConnectionEnded):
-            self._expect_exit()
-
-    def _expect_exit(self) -> None:
-        """Give a program whose only connection has ended time to exit: its exit tells the cause best."""
-        if self._backend.max_connections == 1:
-            self.deadline = self._now.monotonic_s + self._timeouts.stop_grace_s
-
-    def on_enter_running_verifying(self, _: EventData) -> None:
-        """Find out whether the session has ended."""
-        self._verify()
-
-    def on_enter_stopping(self, _: EventData) -> None:
-        """Cancel a pending query: its answer no longer matters."""
-        if self._queried:
-            self._effects.cancel_query()
 
 
 def _verdict_on_exit(exited: ProcessExited, evidence: Evidence) -> tuple[EndReason, str]:
