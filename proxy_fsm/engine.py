@@ -24,7 +24,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from proxy_fsm.active_lifecycle import Effects, Now
 from proxy_fsm.errors import InvalidTransition
@@ -38,42 +38,13 @@ from proxy_fsm.text import Redactor, Secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Protocol
 
     from proxy_fsm.backends import Backend
     from proxy_fsm.events import Event
     from proxy_fsm.session import SessionInfo
     from proxy_fsm.status import TransitionRecord, TunnelStats
 
-    class EngineEffects(Effects, Protocol):
-        """What an engine needs of its effects, besides what its supervisor needs."""
-
-        def acknowledge(self) -> None:
-            """Note that one more line of the proxy's output was handled."""
-
-        def tunnel_stats(self) -> TunnelStats:
-            """Return what the tunnel has carried so far; may be called on any thread."""
-
-    class EffectsFactory(Protocol):
-        """Makes the effects of an engine."""
-
-        def __call__(
-            self,
-            *,
-            secrets: Secrets,
-            post: Callable[[Observation], None],
-            publish: Callable[[Event, TransitionRecord | None], None],
-        ) -> EngineEffects:
-            """Make them.
-
-            Args:
-                secrets: What to redact in the proxy's output.
-                post: Receives the workers' observations; may be called on any thread.
-                publish: Publishes an event; for a change of state, with its record.
-            """
-
-
-__all__ = ["RUNNING_ENGINES", "Engine", "is_patched"]
+__all__ = ["RUNNING_ENGINES", "Engine", "EngineEffects", "is_patched"]
 
 #: How long the owner thread may take to end after it has published a final state.
 _JOIN_S = 1.0
@@ -85,6 +56,35 @@ RUNNING_ENGINES: set[Engine] = set()
 def is_patched() -> bool:
     """Tell whether gevent had patched the standard library's queues when this module imported them."""
     return SimpleQueue is not _queue.SimpleQueue
+
+
+class EngineEffects(Effects, Protocol):
+    """What an engine needs of its effects, besides what its supervisor needs."""
+
+    def acknowledge(self) -> None:
+        """Note that one more line of the proxy's output was handled."""
+
+    def tunnel_stats(self) -> TunnelStats:
+        """Return what the tunnel has carried so far; may be called on any thread."""
+
+
+class EffectsFactory(Protocol):
+    """Makes the effects of an engine."""
+
+    def __call__(
+        self,
+        *,
+        secrets: Secrets,
+        post: Callable[[Observation], None],
+        publish: Callable[[Event, TransitionRecord | None], None],
+    ) -> EngineEffects:
+        """Make them.
+
+        Args:
+            secrets: What to redact in the proxy's output.
+            post: Receives the workers' observations; may be called on any thread.
+            publish: Publishes an event; for a change of state, with its record.
+        """
 
 
 class Engine:
