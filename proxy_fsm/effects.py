@@ -34,7 +34,8 @@ _JOIN_S = 1.0
 class WorkerEffects:
     """The `Effects` of a supervisor, carried out by the workers of one proxy.
 
-    All methods but `acknowledge`, `transport_end` and `tunnel_stats` are called on the owner thread only.
+    All methods are called on the owner thread, except `tunnel_stats`, which is called on any, and `publish`, which is
+    called on the caller's thread if the proxy is stopped before it was started.
 
     Args:
         session: The session.

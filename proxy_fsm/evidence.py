@@ -249,14 +249,14 @@ class Evidence:
     """All observations of one proxy, in order.
 
     The first observation of each kind is always kept, as are the last ``KEPT`` of all kinds and the last ``KEPT`` lines
-    of the proxy's output. Backends read it; only the engine adds to it.
+    of the proxy's output. Backends read it; only the supervisor adds to it.
 
     Attributes:
         observations: The latest observations, oldest first, without output lines.
         lines: The proxy's last lines, oldest first.
         last: The newest observation, or None.
-        ready: Whether the session has become ready; set by the engine.
-        signalled: Whether we have sent the proxy a signal.
+        ready: Whether the session has become ready; set by the supervisor.
+        signalled: Whether we have sent the proxy a signal; set by the supervisor.
     """
 
     KEPT = 200

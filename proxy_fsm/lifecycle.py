@@ -46,8 +46,8 @@ class Lifecycle:
 
     A subclass adds callbacks by defining methods with the names that ``transitions`` uses, each of which receives its
     ``EventData``: ``on_enter_running`` and ``on_exit_running`` for a state, ``on_enter_stopping_draining`` and
-    ``on_exit_stopping_draining`` for a phase. On entry, the state's callback runs before the phase's. A trigger fired
-    by a callback is handled after all callbacks have returned. What a trigger returns means nothing: see `fire`.
+    ``on_exit_stopping_draining`` for a phase. The state's callback runs before the phase's, on exit too. A trigger that
+    a callback fires is handled after all callbacks have returned. What a trigger returns means nothing: see `fire`.
 
     Attributes:
         place: Name of the current place; set by the machine.
@@ -148,6 +148,7 @@ class Lifecycle:
             self._call(f"on_enter_{self.state}", event)
 
     def _exited(self, event: EventData) -> None:
+        """Call the state's callback if the state itself is left; ``transitions`` then calls the phase's."""
         source, dest = _PLACES[self.place], _PLACES[event.transition.dest]  # type: ignore[union-attr,index]
         if source.phase is not None and dest.state is not source.state:
             self._call(f"on_exit_{source.state}", event)

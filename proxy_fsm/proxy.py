@@ -282,7 +282,7 @@ def _stop_all() -> None:
         engine.stop()
     deadline = time.monotonic() + max((engine.end_within_s for engine in engines), default=_NOTIFY_S)
     for engine in engines:
-        with suppress(TimeoutError):  # the proxy program sees its socket close, and exits
+        with suppress(TimeoutError):  # this process ends first: its socket closes, and the program exits
             engine.wait(frozenset(), max(0.0, deadline - time.monotonic()))
     join_notifiers(deadline)
 
