@@ -112,7 +112,7 @@ class Backend:
         raise NotImplementedError
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:  # noqa: ARG002 - for subclasses
-        """Return why the session ends, as soon as that is known: a reason, and one sentence for a person.
+        """Return why the session ends, as soon as that is known: a reason, and one human-readable sentence.
 
         Called after each observation, and a last time when the program has exited. If it then returns None, the engine
         decides by exit code or signal alone.

@@ -55,7 +55,7 @@ class Event:
 
     @property
     def words(self) -> str:
-        """Its content, for a person, on one line, with control characters escaped."""
+        """Its content, human-readable, on one line, with control characters escaped."""
         fields = self.fields
         if self.name == "proxy.transition" and {"source", "dest", "trigger"} <= fields.keys():
             words = f"{fields['source']} → {fields['dest']} ({fields['trigger']})"

@@ -128,7 +128,7 @@ class Check:
     """One thing that must be in order.
 
     Attributes:
-        name: What is checked, for a person.
+        name: What is checked, human-readable.
         run: Checks it, and stores what it found in the context; raises `BackendError`, with reason and hint.
     """
 

@@ -29,7 +29,7 @@ class DisplayWatch:
 
     Args:
         environ: As in `proxy_fsm.x11.open_display`.
-        on_lost: Called once, with a sentence for a person, when the X server is lost.
+        on_lost: Called once, with a human-readable sentence, when the X server is lost.
         timeout_s: How long one connection may take, in seconds.
         on_restored: Called whenever a suspicion proves wrong.
 

@@ -162,7 +162,7 @@ class Forwarder:
             connection.abort()
 
     def unreleased(self) -> tuple[str, ...]:
-        """Return what has not been released yet, for a person."""
+        """Return what has not been released yet, human-readable."""
         with self._lock:
             return tuple(f"channel {connection.number} of the tunnel" for connection in self._open)
 

@@ -30,7 +30,7 @@ class Preflight:
     and `PreflightFinished` last.
 
     Attributes:
-        step: What is being waited for, for a person.
+        step: What is being waited for, human-readable.
         watch: The display watch, if the backend needs an X server; set before `ChecksPassed` is posted.
     """
 
