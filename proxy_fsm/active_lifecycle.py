@@ -119,7 +119,7 @@ class ActiveLifecycle(Lifecycle):
 
     Attributes:
         status: What is known; replaced as a whole at each change.
-        deadline: When the phase times out, in seconds of the monotonic clock; None for never.
+        deadline: When the phase times out, in seconds of the monotonic clock; None if it does not.
     """
 
     def __init__(
@@ -307,8 +307,8 @@ class ActiveLifecycle(Lifecycle):
             "reason": reason,
             "detail": detail,
             "hint": hint,
-            "retryable": final_fields.get("retryable"),
             "history": (*history, record),
+            **final_fields,
         }
 
     def _enter_phase(self, previous: Phase | None) -> dict[str, Any]:
