@@ -13,7 +13,7 @@
     assert proxy.wait(timeout=1) is State.FAILED
 
 or, where only the state matters: ``FakedProxy.in_state(State.RUNNING)``. No socket is bound, no program runs, no
-byte is sent. Events may come late, twice, or never: the engine must cope.
+byte is sent. Observations may come late, twice, or never: the engine must cope.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class FakeTransport(paramiko.Transport):
 
 
 class FakeTunnel:
-    """The observations of preflight, forwarder and monitor, posted by a test.
+    """The observations of all workers but the proxy program's, posted by a test.
 
     Attributes:
         auto_complete: Whether it closes as soon as the engine requests that; otherwise the test calls `closes`.
@@ -300,7 +300,7 @@ class FakedProxy(Proxy):
         self.wait(timeout=_SETTLE_S)
 
     def settle(self) -> None:
-        """Wait until all earlier events, and those they caused, have been handled and delivered to every subscriber.
+        """Wait until all earlier observations, and those they caused, were handled, and subscribers were called.
 
         Raises:
             TimeoutError: This did not happen within 5 s.
