@@ -12,7 +12,7 @@
     proxy.process.killed_by(signal.SIGSEGV)
     assert proxy.wait(timeout=1) is State.FAILED
 
-or, where only the state matters: ``FakedProxy.in_state(State.RUNNING)``. No socket is bound, no program runs, no
+or, if only the state matters: ``FakedProxy.in_state(State.RUNNING)``. No socket is bound, no program runs, no
 byte is sent. Observations may come late, twice, or never: the engine must cope.
 """
 

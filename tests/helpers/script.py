@@ -62,7 +62,7 @@ LAUNCH = Launch(["/fake/proxy"], {}, Path("/fake"), -1)
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 _BEGAN_S = 1000.0
 
-#: What is seen on the shortest way to each phase of a proxy that comes up.
+#: What is seen on the shortest path to each phase of a proxy that comes up.
 _WAY_UP: dict[Phase, tuple[Observation, ...]] = {
     Phase.CHECKING: (StartOrdered(),),
     Phase.BINDING: (ChecksPassed(),),
@@ -74,13 +74,13 @@ _WAY_UP: dict[Phase, tuple[Observation, ...]] = {
 
 
 class Judge(Backend):
-    """A backend that says what a test says.
+    """A backend whose verdicts a test sets.
 
     Attributes:
-        verdict: What it says from now on.
-        error: What it raises from now on, instead.
-        evidence: What it was asked about last.
-        asked: How often it was.
+        verdict: What `diagnose` returns from now on.
+        error: What `diagnose` raises from now on, instead.
+        evidence: What it was last asked about.
+        asked: How often it was asked.
     """
 
     name = "judge"
@@ -103,17 +103,17 @@ class Judge(Backend):
 
 
 class RecordedEffects:
-    """Carries out nothing: notes each effect and each publication in one list, and answers what a test says.
+    """Carries out nothing: records each effect and each publication in one list, and returns what a test sets.
 
     Attributes:
-        calls: Effects by their name (``release unwaited`` where no thread is waited for), changes as
+        calls: Effects by their name (``release unwaited`` if no thread is waited for), changes as
             ``state running`` and ``phase draining``, other events by their name.
         places: State and phase in the status, at each of these calls.
         events: The events.
         records: The records.
         launched: What was launched.
-        answers: What is answered to a question.
-        broken: What raises, and what; it is noted before.
+        answers: What each query returns, by its name.
+        broken: What an effect raises, by its name, after it was recorded.
     """
 
     def __init__(self, **answers: Any) -> None:
@@ -205,7 +205,7 @@ class Script:
         return self.see(StopOrdered())
 
     def pass_s(self, seconds: float) -> list[str]:
-        """Let some time pass; what reaches its limit in it is handled at that moment."""
+        """Let some time pass; each deadline in it expires at its moment."""
         done, until_s = len(self.effects.calls), self.now_s + seconds
         for _ in Phase:
             if (deadline := self.supervisor.deadline) is not None and deadline <= until_s:
@@ -215,7 +215,7 @@ class Script:
         return self.effects.calls[done:]
 
     def pass_deadline(self) -> list[str]:
-        """Let the time pass until the running deadline, and let that be over."""
+        """Advance the clock to the current deadline, and let it expire."""
         assert self.supervisor.deadline is not None
         done = len(self.effects.calls)
         self.now_s = max(self.now_s, self.supervisor.deadline)
@@ -228,7 +228,7 @@ class Script:
         return self.effects.calls[done:]
 
     def run(self, step: Any, *arguments: Any) -> list[str]:
-        """Do one step as the engine does it: what it raises is handed back in as a crash."""
+        """Do one step as the engine does: an exception in it is handed back as a crash."""
         done = len(self.effects.calls)
         try:
             step(*arguments)
@@ -240,7 +240,7 @@ class Script:
         return self.effects.calls[done:]
 
     def lead_to(self, wanted: Phase) -> Self:
-        """Lead it from its beginning to a phase by the shortest way, 1 s for each phase of those on the way up."""
+        """Lead a fresh one to a phase by the shortest path, spending 1 s in each phase on the way up."""
         for phase, seen in _WAY_UP.items():
             self.see(*seen)
             if phase is wanted:
@@ -258,11 +258,11 @@ class Script:
         return self
 
     def finish(self) -> list[str]:
-        """Let everything be gone."""
+        """Let the preflight finish, the program exit, and the tunnel close."""
         return self.see(PreflightFinished(), ProcessExited(0, None), TunnelClosed())
 
     def judge_now(self, reason: EndReason, detail: str = "It says so.") -> list[str]:
-        """Let the backend have a verdict, at the next line."""
+        """Let the backend give a verdict when it is asked about a line of output; return what followed."""
         self.judge.verdict = reason, detail
         return self.see(OutputLine("a line"))[1:]
 
@@ -278,7 +278,7 @@ class Script:
 
     @property
     def deadline_s(self) -> float | None:
-        """How long the running deadline is from now; None where there is none."""
+        """Seconds from now to the current deadline; None if there is none."""
         deadline = self.supervisor.deadline
         return None if deadline is None else deadline - self.now_s
 
@@ -292,10 +292,10 @@ class Script:
         return [str(record.trigger) for record in self.status.history]
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Return the events of a name: their level and their fields."""
+        """Return all events of this name, as dicts of their level and fields."""
         return [{"level": event.level, **event.fields} for event in self.effects.events if event.name == name]
 
 
 def at(phase: Phase, **options: Any) -> Script:
-    """Return a script that has been led to a phase by the shortest way; options as for `Script`."""
+    """Return a script that has been led to a phase by the shortest path; options as for `Script`."""
     return Script(**{**options, "ask_server": options.get("ask_server") or phase is Phase.VERIFYING}).lead_to(phase)
