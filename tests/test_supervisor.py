@@ -82,14 +82,14 @@ LIMITS: dict[Phase, tuple[float, str]] = {
 
 
 def after(*seen: Observation, **options: Any) -> Script:
-    """Let an established proxy see something."""
+    """Return the script of an established proxy that has then seen these."""
     script = at(ESTABLISHED, **options)
     script.see(*seen)
     return script
 
 
 def finished(*seen: Observation) -> Script:
-    """Let an established proxy end by something."""
+    """Return the script of an established proxy that these have ended."""
     script = after(*seen)
     script.finish()
     return script
@@ -245,7 +245,7 @@ def test_preflight_that_takes_too_long_says_what_to_do() -> None:
     assert script.status.hint == "Look on this machine for what it waited for, or allow more time (preflight_s)."
 
 
-def test_backend_is_asked_in_spawning_and_running_alone() -> None:
+def test_backend_is_asked_only_in_spawning_and_running() -> None:
     script = at(BINDING)
     script.see(LinkRestored(1.0))
     assert script.judge.asked == 0
@@ -272,7 +272,7 @@ def test_second_start_is_refused_with_its_name_and_the_state(place: Phase | Stat
     assert (script.status, len(script.effects.calls)) == (before, calls)
 
 
-def test_stop_of_an_idle_one_is_a_clean_end_without_effects() -> None:
+def test_stop_in_idle_is_a_clean_end_without_effects() -> None:
     script = Script()
     assert script.stop() == ["state stopped"]
     detail = "It was stopped before it was started."
@@ -282,7 +282,7 @@ def test_stop_of_an_idle_one_is_a_clean_end_without_effects() -> None:
     assert len(script.status.history) == 1
 
 
-def test_stop_of_an_idle_one_that_is_interrupted_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_stop_in_idle_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script()
     with monkeypatch.context() as patch:
         patch.setattr(script.supervisor, "fire", interrupt)
@@ -401,7 +401,7 @@ def test_tunnel_that_is_closed_when_the_program_exits_ends_it_at_once() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([EXITED, TunnelClosed(), PreflightFinished()])))
-def test_program_tunnel_and_preflight_all_have_to_be_gone(order: tuple[Observation, ...]) -> None:
+def test_stopping_ends_only_after_program_tunnel_and_preflight_have_ended(order: tuple[Observation, ...]) -> None:
     script = at(BINDING)
     script.see(PASSED, StopOrdered())
     for seen in order:
@@ -424,13 +424,13 @@ def test_program_that_cannot_start_is_not_signalled_and_frees_the_rest(*, stoppe
     )
 
 
-def test_all_that_is_gone_when_aborting_begins_ends_it_at_once() -> None:
+def test_aborting_ends_at_once_if_everything_has_ended_already() -> None:
     script = after(CUT, TunnelClosed())
     calls = ["process.exited", "drain", "phase draining", "abort", "release", "phase aborting", "state failed"]
     assert script.see(EXITED) == calls
 
 
-def test_what_is_gone_while_running_is_released_in_stopping_alone() -> None:
+def test_program_and_tunnel_that_end_in_running_are_released_only_in_stopping() -> None:
     script = at(VERIFYING)
     assert script.see(EXITED, TunnelClosed()) == ["process.exited"]
     assert script.status.phase is VERIFYING
@@ -627,7 +627,7 @@ def test_session_end_is_held_while_the_display_is_in_doubt() -> None:
     assert script.end == (State.STOPPING, EndReason.SESSION_ENDED, SAID)
 
 
-def test_display_that_proves_lost_is_the_cause_that_was_held_for() -> None:
+def test_lost_display_replaces_the_tentative_end() -> None:
     script = at(ESTABLISHED, display_in_doubt=True)
     script.end_session()
     script.see(NO_DISPLAY)
@@ -728,7 +728,7 @@ def test_session_listed_as_running_is_no_denial_once_its_connection_has_ended(go
     assert script.status.reason is EndReason.SESSION_SUSPENDED
 
 
-def test_server_is_asked_once_and_not_before_the_display_is_sure() -> None:
+def test_server_is_queried_once_and_only_after_the_display_is_verified() -> None:
     script = at(ESTABLISHED, ask_server=True, display_in_doubt=True)
     assert script.end_session() == ["phase verifying"]
     script.effects.answers["display_in_doubt"] = False
@@ -736,7 +736,7 @@ def test_server_is_asked_once_and_not_before_the_display_is_sure() -> None:
     assert script.see(DisplayRestored()) == []
 
 
-def test_query_that_cannot_be_started_leaves_the_likely_end() -> None:
+def test_query_that_cannot_be_started_commits_the_tentative_end() -> None:
     script = at(ESTABLISHED, ask_server=True)
     script.effects.broken["query_session"] = RuntimeError("can't start new thread")
     script.end_session()
@@ -790,7 +790,7 @@ def test_program_that_is_ready_after_its_only_connection_has_ended_is_given_the_
 
 
 @pytest.mark.parametrize("phase", UP)
-def test_transport_that_cannot_be_asked_counts_as_ended(phase: Phase) -> None:
+def test_stop_succeeds_even_if_the_transport_cannot_be_queried(phase: Phase) -> None:
     """The question comes before the state changes: it must not keep the proxy where it is."""
     script = at(phase)
     script.effects.broken["transport_end"] = OSError("no idea")
@@ -1072,14 +1072,14 @@ def test_program_that_cannot_be_sent_sigterm_is_killed_after_its_grace() -> None
     assert script.pass_s(300) == ["kill", "phase killing"]
 
 
-def test_watcher_that_cannot_be_detached_does_not_hold_the_end_up() -> None:
+def test_release_that_fails_does_not_prevent_the_final_state() -> None:
     script = at(DRAINING)
     script.effects.broken["release"] = OSError("of all things")
     assert script.see(TunnelClosed()) == ["release", "internal.error", "state stopped"]
     assert script.end[:2] == (State.STOPPED, EndReason.STOP_REQUESTED)
 
 
-def test_what_cannot_be_listed_is_given_up_all_the_same() -> None:
+def test_end_is_reached_even_if_unreleased_cannot_be_listed() -> None:
     script = at(ABORTING)
     script.effects.broken["unreleased"] = OSError("of all things")
     assert script.run(script.pass_deadline) == ["release", "state stopped", "internal.error"]
