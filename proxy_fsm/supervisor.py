@@ -317,7 +317,7 @@ class Supervisor(ActiveLifecycle):
         if reason is not EndReason.SESSION_ENDED:
             self._commit(Cause(reason, detail, hint))
             return
-        self._tentative = Cause(reason, detail)
+        self._tentative = Cause(reason, detail, hint)
         if self.phase is Phase.ESTABLISHED:
             self.fire(PhaseTrigger.END_SUSPECTED)
         else:

@@ -775,6 +775,12 @@ def test_session_end_in_spawning_is_tentative_too() -> None:
     assert script.path[-1] == "session_ended"
 
 
+def test_hint_of_an_apparent_end_is_kept() -> None:
+    script = at(NEGOTIATING)
+    script.see(failed(EndReason.SESSION_ENDED, "Do it."))
+    assert (script.status.reason, script.status.hint) == (EndReason.SESSION_ENDED, "Do it.")
+
+
 def test_session_listed_as_running_is_no_denial_in_spawning() -> None:
     script = at(NEGOTIATING, ask_server=True)
     script.end_session()

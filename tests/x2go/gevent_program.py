@@ -106,7 +106,13 @@ def one_round(transport: paramiko.Transport, *, idle: bool) -> dict[str, Any]:
     results["stop_s"] = time.monotonic() - began
     results["stop_hub_s"] = hub.stop()
     assert proxy.engine is not None
-    results["reason"] = str(proxy.engine.status().reason)
+    status = proxy.engine.status()
+    results["reason"] = str(status.reason)
+    results["history"] = [
+        status.detail,
+        str(status.link),
+        *(f"{each.dest} {each.elapsed_s:.3f}" for each in status.history),
+    ]
     results["waited"] = waiter.get(timeout=5)
     proxy.join(5)
     return results
