@@ -550,7 +550,7 @@ server.start()
 proxy = Maker(server.connect_transport(), agent, Path(sys.argv[1]))(HEALTHY)
 proxy.start()
 proxy.wait_running(timeout=10)
-eventually(lambda: agent.connections)  # whose thread cannot be started once the interpreter exits
+eventually(lambda: agent.serves)  # its thread cannot be started once the interpreter exits
 print(proxy.status().pid, proxy.status().listen_address, flush=True)
 """
 

@@ -57,6 +57,11 @@ class Agent:
     def listen(self) -> None:
         self.listener.listen(128)
 
+    @property
+    def serves(self) -> bool:
+        """Whether a thread serves a connection."""
+        return bool(self._readers)
+
     def accept(self) -> socket.socket:
         """Accept the next connection, as soon as there is one."""
         connection, _ = self.listener.accept()
@@ -85,10 +90,10 @@ class Agent:
         with suppress(OSError):
             while True:
                 connection, _ = self.listener.accept()
+                self.connections.append(connection)  # first: what the reader sends may lead to `disconnect`
                 reader = threading.Thread(target=self._read, args=(connection,), name="agent", daemon=True)
                 reader.start()
                 self._readers.append(reader)
-                self.connections.append(connection)  # last: who sees it may end the interpreter
 
     def _read(self, connection: socket.socket) -> None:
         with suppress(OSError):
