@@ -165,9 +165,7 @@ class Engine:
                 self._supervisor.handle(StopOrdered(), _now())
                 return
         except BaseException:
-            if self.state is not State.IDLE:
-                self._supervisor.publish_changes()
-            elif claim in self._claims:
+            if self.state is State.IDLE and claim in self._claims:
                 self._claims.remove(claim)
             raise
         self._orders.put(StopOrdered())

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from proxy_fsm.events import Event
 from proxy_fsm.states import State
@@ -30,6 +30,8 @@ _IDLE_S = 5.0
 
 _NOTIFIERS: set[threading.Thread] = set()
 
+_Member = TypeVar("_Member")
+
 
 def join_notifiers(deadline: float) -> None:
     """Wait until all pending records were delivered; called when the interpreter exits.
@@ -50,6 +52,30 @@ class _Subscriber:
     active: bool = True
 
 
+class _Members(Generic[_Member]):
+    """Members that threads add and remove while others go through them.
+
+    It is a tuple that is replaced, never a list that changes: Python 3.11 crashes where one is copied by ``tuple()``,
+    the collector runs in that, and another thread changes it meanwhile.
+
+    Attributes:
+        all: The members, in the order in which they were added.
+    """
+
+    def __init__(self) -> None:
+        self.all: tuple[_Member, ...] = ()
+        self._lock = threading.RLock()  # a signal handler may re-enter it
+
+    def add(self, member: _Member) -> None:
+        with self._lock:
+            self.all = (*self.all, member)
+
+    def remove(self, member: _Member) -> None:
+        """Remove a member; does nothing if it is none."""
+        with self._lock:
+            self.all = tuple(each for each in self.all if each is not member)
+
+
 class Journal:
     """The records of one proxy, its subscribers, and the callers that wait for a state.
 
@@ -66,7 +92,7 @@ class Journal:
         self._published_state = State.IDLE
         self._with_via, self._direct = _Delivery(self), _Delivery(self)
         self._notifier = _Notifier(self._direct.deliver, self._is_over)
-        self._waiters: list[SimpleQueue[State]] = []
+        self._waiters = _Members[SimpleQueue[State]]()
 
     @property
     def records(self) -> list[TransitionRecord]:
@@ -93,7 +119,7 @@ class Journal:
                 self._notifier.call(self._direct.deliver)  # nothing to deliver: let the notifier see the final state
         finally:
             self._published_state = record.dest
-            for waiter in tuple(self._waiters):
+            for waiter in self._waiters.all:
                 waiter.put(record.dest)
 
     def subscribe(
@@ -143,7 +169,7 @@ class Journal:
         """
         deadline = None if timeout is None else time.monotonic() + min(timeout, threading.TIMEOUT_MAX / 2)
         waiter: SimpleQueue[State] = SimpleQueue()
-        self._waiters.append(waiter)
+        self._waiters.add(waiter)
         try:
             state = self._published_state
             while state not in states and not state.is_final:
@@ -172,17 +198,16 @@ class _Delivery:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._subscribers: list[_Subscriber] = []
+        self._subscribers = _Members[_Subscriber]()
         self._lock = threading.RLock()
         self._thread: int | None = None
 
     def add(self, subscriber: _Subscriber) -> None:
-        self._subscribers.append(subscriber)
+        self._subscribers.add(subscriber)
 
     def remove(self, subscriber: _Subscriber) -> None:
         subscriber.active = False
-        with suppress(ValueError):  # it was removed before
-            self._subscribers.remove(subscriber)
+        self._subscribers.remove(subscriber)
 
     def is_due(self) -> bool:
         return self._next() is not None
@@ -203,7 +228,7 @@ class _Delivery:
     def _next(self) -> _Subscriber | None:
         """Return the subscriber to which the oldest undelivered record is due; the earliest one, if several."""
         count = len(self._journal.records)
-        due = [each for each in tuple(self._subscribers) if each.active and each.delivered < count]
+        due = [each for each in self._subscribers.all if each.active and each.delivered < count]
         return min(due, key=lambda each: each.delivered, default=None)
 
     def _hand_over(self, subscriber: _Subscriber, record: TransitionRecord) -> None:
@@ -285,9 +310,10 @@ class _Notifier:
         """
         if self._is_running():
             return
-        self._thread = thread = threading.Thread(target=self._run, name="proxy_fsm-notifier", daemon=True)
-        _NOTIFIERS.add(thread)
+        thread = threading.Thread(target=self._run, name="proxy_fsm-notifier", daemon=True)
         try:
+            self._thread = thread
+            _NOTIFIERS.add(thread)
             thread.start()
         except BaseException:
             if thread.ident is None:  # else it runs, although this was interrupted

@@ -126,7 +126,7 @@ class TestOrder:
         logger.on_event = at_event
         journal.subscribe(at_subscriber, at_once, replay=False)
         waiter = Task(wait)
-        eventually(lambda: journal._waiters)
+        eventually(lambda: journal._waiters.all)
         owner = Task(lambda: publish_range(journal, end=1))
         assert called.wait(WAIT_S)
         with pytest.raises(TimeoutError):  # a new waiter does not return before all subscribers were called either
@@ -473,6 +473,17 @@ class TestVia:
 class TestNotifier:
     """The thread that calls subscribers without a `via`."""
 
+    def test_thread_of_the_parent_is_replaced_in_a_forked_child(self, journal: Journal) -> None:
+        """There, the parent's thread has ended without a word."""
+        publish_range(journal)
+        journal._notifier._thread = ended = threading.Thread(target=int)
+        ended.start()
+        ended.join()
+        received: Sequences = []
+        journal.subscribe(collect(received), None, replay=True)
+        assert journal.flush(WAIT_S)
+        assert received == [1, 2, 3, 4, 5]
+
     def test_repeated_publication_of_a_record_is_delivered_once(self, journal: Journal) -> None:
         received: Sequences = []
         journal.subscribe(collect(received), None, replay=False)
@@ -564,7 +575,7 @@ class TestNotifier:
 
         journal.subscribe(callback, None, replay=False)
         waiter = Task(journal.wait, frozenset({State.SPAWNING}), WAIT_S)
-        eventually(lambda: journal._waiters)
+        eventually(lambda: journal._waiters.all)
         publish_range(journal, end=2, flush=False)
         waiter.result()
         assert received == [1, 2]
@@ -657,7 +668,7 @@ class TestWaiting:
         for wanted in PATH:
             journal = make(Recorder())
             waiter = Task(journal.wait, frozenset({wanted}), WAIT_S)
-            eventually(lambda: journal._waiters)  # noqa: B023
+            eventually(lambda: journal._waiters.all)  # noqa: B023
             publish_range(journal)
             assert waiter.result() is wanted
 
@@ -677,7 +688,7 @@ class TestWaiting:
         with pytest.raises(TimeoutError) as caught:
             journal.wait(frozenset(states), timeout)
         assert str(caught.value) == f"The proxy was not in {wanted} within {timeout} s; it is spawning."
-        assert journal._waiters == []
+        assert journal._waiters.all == ()
 
     def test_timeout_covers_all_changes(self, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = [100.0]
@@ -690,7 +701,7 @@ class TestWaiting:
             errors.append(caught.value)
 
         waiter = Task(wait)
-        eventually(lambda: journal._waiters)
+        eventually(lambda: journal._waiters.all)
         clock[0] += 2000
         publish_range(journal, end=1)
         waiter.result()
@@ -699,10 +710,10 @@ class TestWaiting:
     def test_many_threads_may_wait(self, journal: Journal) -> None:
         wanted = [PATH[number % len(PATH)] for number in range(60)]
         waiters = [Task(journal.wait, frozenset({state}), WAIT_S) for state in wanted]
-        eventually(lambda: len(journal._waiters) == len(wanted))
+        eventually(lambda: len(journal._waiters.all) == len(wanted))
         publish_range(journal)
         assert [waiter.result() for waiter in waiters] == wanted
-        assert journal._waiters == []
+        assert journal._waiters.all == ()
 
     @pytest.mark.usefixtures("_busy_threads")
     def test_wait_during_changes_always_returns(self) -> None:

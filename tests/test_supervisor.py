@@ -49,6 +49,7 @@ from proxy_fsm.reasons import EndReason
 from proxy_fsm.session import SessionStatus
 from proxy_fsm.states import PHASES, TRANSITIONS, Phase, State
 from proxy_fsm.status import Link
+from proxy_fsm.supervisor import Supervisor
 from tests.helpers.script import COOKIE, LAUNCH, READY, TIMEOUTS, Judge, Script, at
 
 CHECKING, BINDING, LAUNCHING, CONNECTING, NEGOTIATING, ESTABLISHED, VERIFYING, *LEAVING = Phase
@@ -804,6 +805,19 @@ def test_stop_succeeds_even_if_the_transport_cannot_be_queried(phase: Phase) -> 
     assert script.status.state is State.STOPPING
     script.finish()
     assert script.status.state.is_final
+
+
+def test_stop_in_idle_that_is_interrupted_within_the_machine_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    script = Script()
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervisor, "_record", interrupted)  # the machine is in its next place already
+        with pytest.raises(KeyboardInterrupt):
+            script.stop()
+    assert script.stop() == ["state stopped"]
+    assert script.end[:2] == (State.STOPPED, EndReason.STOP_REQUESTED)
 
 
 def test_publication_that_is_interrupted_is_repeated() -> None:
