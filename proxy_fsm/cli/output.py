@@ -35,7 +35,7 @@ class Output:
 
     Args:
         log_format: ``json``: one object a line on standard output; ``console``: lines for people on standard error.
-        verbose: Whether debug events are written too.
+        verbose: Whether debug events are written too; a record has them always.
         console_level: The lowest level on the console, of those that are written at all.
 
     Attributes:
@@ -51,12 +51,15 @@ class Output:
         self._lock = threading.Lock()
         self.redact = Redactor(cookie_values=False)
         self._record: TextIO | None = None
+        level = logging.DEBUG if verbose else logging.INFO
         self._sinks = [
-            _Sink(sys.stdout, _JSON) if self.is_json else _Sink(sys.stderr, _for_console(sys.stderr), console_level)
+            _Sink(sys.stdout, _JSON, level)
+            if self.is_json
+            else _Sink(sys.stderr, _for_console(sys.stderr), max(level, console_level))
         ]
         self.log: Any = structlog.wrap_logger(
             structlog.ReturnLogger(),
-            wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
+            wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
