@@ -548,7 +548,7 @@ class TestPicture:
         shown = words(drawn(recorded("fault")))
         assert "failed: peer_lost – nxproxy lost the agent, while the SSH connection lives." in shown
         assert any(re.fullmatch(r"idle 0\.\d+ s · tunnelling .* · stopping 0\.\d+ s", line) for line in shown)
-        assert any(line.startswith("max 85.2 kB/s") for line in shown)
+        assert any(line.startswith("max 85.3 kB/s") for line in shown)
 
     def test_picture_stacks_proxies_and_omits_details_of_many(self) -> None:
         few, many = (
