@@ -51,7 +51,7 @@ class EndReason(StrEnum):
     NEGOTIATION_FAILED = (
         "negotiation_failed",
         14,
-        "Ask the server for the session's present cookie and port; an agent that is gone needs a new session.",
+        "Ask the server for the session's present cookie and port; if the agent has ended, start a new session.",
     )
     AGENT_UNREACHABLE = (
         "agent_unreachable",
@@ -82,7 +82,7 @@ class EndReason(StrEnum):
     PROXY_KILLED = (
         "proxy_killed",
         21,
-        "Find out what ended the proxy program (a crash, or somebody's signal), then resume the session.",
+        "Find out what ended the proxy program (a crash, or a signal from outside), then resume the session.",
     )
     PROXY_EXITED = "proxy_exited", 22, "Read the last lines of the proxy program in the session's log."
     START_TIMEOUT = (

@@ -234,7 +234,7 @@ class Supervisor(ActiveLifecycle):
                 self._propose(EndReason.TRANSPORT_SILENT, unheard)
             case DisplayLost(detail=detail):
                 self._tentative = None  # the proxy's output looks like the session's end if the display is lost
-                self._propose(EndReason.DISPLAY_LOST, f"The X server has gone. {detail}")
+                self._propose(EndReason.DISPLAY_LOST, f"The X server no longer answers. {detail}")
             case DisplayRestored():
                 self._verify()
             case SessionStatusReceived(status=status) if self._tentative is not None:
@@ -382,7 +382,7 @@ def _verdict_on_exit(exited: ProcessExited, evidence: Evidence) -> tuple[EndReas
     if exited.signal is not None:
         return EndReason.PROXY_KILLED, f"The proxy program was ended by {_signal_name(exited.signal)}."
     if exited.exit_code is None:
-        return EndReason.PROXY_EXITED, "The proxy program ended; somebody else has taken its exit status."
+        return EndReason.PROXY_EXITED, "The proxy program ended; its exit status was collected elsewhere."
     last = next((line.text for line in reversed(evidence.lines) if line.text.strip()), None)
     output = f'; its last line: "{last}".' if last is not None else " and printed nothing."
     return EndReason.PROXY_EXITED, f"The proxy program ended with exit code {exited.exit_code}{output}"

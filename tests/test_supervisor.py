@@ -478,7 +478,7 @@ def test_program_that_survived_sigkill_is_not_waited_for_any_more() -> None:
         (CUT, EndReason.TRANSPORT_LOST, "It was cut."),
         (DEAD, EndReason.TRANSPORT_SILENT, "The SSH server has not been heard for 45 s."),
         (LinkDead(45.06), EndReason.TRANSPORT_SILENT, "The SSH server has not been heard for 45.1 s."),
-        (NO_DISPLAY, EndReason.DISPLAY_LOST, "The X server has gone. It is not there."),
+        (NO_DISPLAY, EndReason.DISPLAY_LOST, "The X server no longer answers. It is not there."),
         (
             WorkerCrashed("tunnel", ZeroDivisionError(COOKIE)),
             EndReason.INTERNAL_ERROR,
@@ -582,7 +582,7 @@ CODE = "The proxy program ended with exit code"
             [],
             ProcessExited(None, None),
             EndReason.PROXY_EXITED,
-            "The proxy program ended; somebody else has taken its exit status.",
+            "The proxy program ended; its exit status was collected elsewhere.",
         ),
         ([], ProcessExited(None, 11), EndReason.PROXY_KILLED, "The proxy program was ended by signal SIGSEGV."),
         ([], ProcessExited(None, 99), EndReason.PROXY_KILLED, "The proxy program was ended by signal 99."),
@@ -632,7 +632,7 @@ def test_lost_display_replaces_the_tentative_end() -> None:
     script = at(ESTABLISHED, display_in_doubt=True)
     script.end_session()
     script.see(NO_DISPLAY)
-    assert script.end == (State.STOPPING, EndReason.DISPLAY_LOST, "The X server has gone. It is not there.")
+    assert script.end == (State.STOPPING, EndReason.DISPLAY_LOST, "The X server no longer answers. It is not there.")
 
 
 @pytest.mark.parametrize("option", ["ask_server", "display_in_doubt"])

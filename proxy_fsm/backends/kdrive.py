@@ -78,7 +78,7 @@ class KDriveBackend(OptionStringBackend):
         if agent_closed and not evidence.ready:
             return EndReason.NEGOTIATION_FAILED, (
                 "The agent closed the connection before it sent anything: "
-                "the session cookie is wrong, or the agent has gone."
+                "the session cookie is wrong, or the agent has ended."
             )
         if agent_closed:
             return EndReason.SESSION_ENDED, "The agent closed the session: it was suspended or terminated."

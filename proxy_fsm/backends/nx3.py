@@ -141,7 +141,7 @@ class NX3Backend(OptionStringBackend):
         if _any_in(output, _NEGOTIATION):
             return EndReason.NEGOTIATION_FAILED, (
                 "The agent closed the connection during negotiation: "
-                "the session cookie is wrong, or the agent has gone."
+                "the session cookie is wrong, or the agent has ended."
             )
         if _any_in(output, _PEER_BROKEN):
             return EndReason.PEER_LOST, "nxproxy lost the agent before the session was established."

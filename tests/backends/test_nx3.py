@@ -456,7 +456,7 @@ class TestDiagnosis:
         for name in ("wrong_cookie", "agent_killed_negotiating"):
             verdict = judge(replay(name))[1]
             assert "cookie is wrong" in verdict[1]
-            assert "agent has gone" in verdict[1]
+            assert "agent has ended" in verdict[1]
 
     def test_silent_agent_is_lost(self) -> None:
         seen = [
