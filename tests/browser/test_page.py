@@ -101,10 +101,15 @@ def opened(browser: Chrome, tmp_path: Path) -> Iterator[Callable[[timeline.Run],
     assert [name for name in loaded if not name.startswith("data:")] == []
 
 
+def events_of(name: str) -> list[dict[str, Any]]:
+    """Return the events of a recorded run."""
+    lines = (Path(__file__).parents[2] / "diagrams/runs" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def transitions(name: str) -> list[tuple[int, str]]:
     """Return the indexes of the events that change the state, with the new state."""
-    lines = (Path(__file__).parents[2] / "diagrams/runs" / f"{name}.jsonl").read_text().splitlines()
-    return [(at, e["dest"]) for at, e in enumerate(map(json.loads, lines)) if e["event"] == "proxy.transition"]
+    return [(at, event["dest"]) for at, event in enumerate(events_of(name)) if event["event"] == "proxy.transition"]
 
 
 @pytest.mark.parametrize("name", ["healthy", "fault"])
@@ -120,7 +125,7 @@ def test_scrubber_moves_the_highlighted_state(opened: Callable[[timeline.Run], P
         page.scrub(at)
         path.add(f"{before} {state}")
         assert page.states == [state]
-        assert page.taken == path
+        assert {each for each in page.taken if "/" not in each} == path  # those of phases have a test of their own
         assert f"demo: {state}" in page.text("where")
         before = state
     page.scrub(0)
@@ -207,10 +212,12 @@ def test_controls_have_names_and_a_visible_focus(opened: Callable[[timeline.Run]
         if seen[-1] == "events":
             break
     assert {"play", "next", "speed", "scrubber", "events"} <= set(seen)
-    page.scrub(6)
+    (running,) = (at for at, state in transitions("healthy") if state == State.RUNNING)
+    page.scrub(running)
     announced = page.browser.find_element(By.ID, "scrubber").get_attribute("aria-valuetext")
-    assert str(announced).startswith("event 7 of 14: ")
-    assert page.text("now").startswith("event 7 of 14 · ")
+    events = len(events_of("healthy"))
+    assert str(announced).startswith(f"event {running + 1} of {events}: ")
+    assert page.text("now").startswith(f"event {running + 1} of {events} · ")
     assert "spawning → running" in str(announced)
 
 
