@@ -27,13 +27,15 @@ sys.exit(int(connection.recv(1) or b"0"))
 """
 FLOODS = 8
 FLOOD = f"""
-import socket, sys, threading
-def flood():
-    connection = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+import signal, socket, sys, threading
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+connections = [socket.create_connection((sys.argv[1], int(sys.argv[2]))) for _ in range({FLOODS})]
+signal.sigwait([signal.SIGUSR1])
+def flood(connection):
     while True:
         connection.sendall(bytes(1 << 16))
-for _ in range({FLOODS}):
-    threading.Thread(target=flood).start()
+for each in connections:
+    threading.Thread(target=flood, args=[each]).start()
 """
 
 

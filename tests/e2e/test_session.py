@@ -380,7 +380,11 @@ def test_any_viewer(ssh_client: paramiko.SSHClient, runtime: Path, address: tupl
 def test_channels_blocked_by_a_silent_server_are_abandoned_and_freed_later(
     x2go_server: X2GoServer, ssh_client: paramiko.SSHClient, runtime: Path
 ) -> None:
-    """A relay blocked in sending cannot be freed while the server reads nothing; the engine ends nevertheless."""
+    """A relay blocked in sending cannot be freed while the server reads nothing; the engine ends nevertheless.
+
+    The flood begins when the server is stopped: before, it could fill the channels' windows, and then wait for those
+    instead of the connection.
+    """
     transport = transport_of(ssh_client)
     with Service(echo=False) as service:
         before = Holdings.now([transport])
@@ -390,12 +394,13 @@ def test_channels_blocked_by_a_silent_server_are_abandoned_and_freed_later(
             {"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(runtime / "run")},
             runtime / "sessions",
             backend=viewer(FLOOD, TCP, ready_when="connected", max_connections=None),
-            timeouts=Timeouts(link_probe_s=0.3, link_dead_s=5, kill_s=0.5),  # enough time to block
+            timeouts=Timeouts(link_probe_s=0.3, link_dead_s=5, kill_s=0.5),  # time to fill the buffers
         )
         pids = x2go_server.session_pids(ssh_client)
         attempt.run()
         eventually(lambda: len(attempt.named("tunnel.connected")) == FLOODS, RUNNING_S)
         with stopped(pids):
+            os.kill(attempt.proxy.status().pid or 0, signal.SIGUSR1)
             assert attempt.wait() is State.FAILED
             status = attempt.proxy.status()
             assert status.reason is EndReason.TRANSPORT_SILENT
