@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ProxyMachine"]
 
-_TIMEOUTS = Timeouts(kill_s=0.05, stop_grace_s=0.05, ask_server_s=0.05)
+# Deadlines expire when a rule lets them: one that passed by itself could do so in the middle of a check.
+_TIMEOUTS = Timeouts(
+    preflight_s=600, ready_s=600, agent_connect_s=600, stop_grace_s=600, kill_s=600, drain_s=600, ask_server_s=600
+)
 _FAULTS = [reason for reason in EndReason if not reason.clean and reason is not EndReason.INTERNAL_ERROR]
 _END_S = 5.0
 _CLOSING_LINE = "Session: Terminating session at 'now'."
