@@ -32,24 +32,27 @@ NXPROXY = Program(
     "Install nxproxy (on Debian, Ubuntu and Fedora the package nxproxy), or name it in NXPROXY_BINARY.",
 )
 
-_READY = "Established X server connection"
+# How its lines begin. The level belongs to each: of what ends nxproxy with an "Error:" it warns earlier in the same
+# words, and within a line it quotes names that others have chosen.
+_READY = "Info: Established X server connection"
 _TERMINATING = "Session: Terminating session at"
 #: It prints the first before the session is established, the second after.
-_CAUGHT_SIGNAL = ("Aborting the procedure due to signal", "Waiting the cleanup timeout")
+_CAUGHT_SIGNAL = ("Info: Aborting the procedure due to signal", "Info: Waiting the cleanup timeout")
 _SIGNALLED = EndReason.PROXY_KILLED, "nxproxy was terminated from outside, by signal TERM, INT or HUP."
 #: Of a unix socket, and of any other address: the tunnel's if that is TCP, and the display's.
-_SOCKET_UNREACHED, _ADDRESS_UNREACHED = "Connection to Unix file socket '", "Connection to '"
+_SOCKET_UNREACHED, _ADDRESS_UNREACHED = "Error: Connection to Unix file socket '", "Error: Connection to '"
 _NEGOTIATION = (
-    "Failure negotiating the session in stage",
-    "Wrong version or invalid session authentication cookie",
-    "The remote NX proxy closed the connection",
+    "Error: Failure negotiating the session in stage",
+    "Error: Wrong version or invalid session authentication cookie",
+    "Error: The remote NX proxy closed the connection",
 )
-_PEER_BROKEN = ("Failure reading from the peer proxy", "Connection with remote peer broken")
-_PEER_SILENT = "No data received"
+_PEER_BROKEN = ("Error: Failure reading from the peer proxy", "Error: Connection with remote peer broken")
+#: After its option ``timeout``, by default 120 s. At a quarter of that it only warns, and goes on if the agent does.
+_PEER_SILENT = "Error: No data received from remote proxy"
 _NO_DISPLAY = (
-    "Host X server DISPLAY is not set",
-    "X connection failed with error",
-    "closed before reaching a usable state",
+    "Error: Host X server DISPLAY is not set",
+    "Warning: X connection failed with error",  # a warning, but the agent then ends
+    "Info: Your session was closed before reaching a usable state",
 )
 
 #: How long an X server, which has accepted us a moment ago, may take to do so again.
@@ -101,7 +104,7 @@ class NX3Backend(OptionStringBackend):
 
     def ready(self, evidence: Evidence) -> bool:
         """The X server has accepted nxproxy, which prints its earlier lines even if it is refused afterwards."""
-        return evidence.said(_READY)
+        return _printed(evidence.lines, _READY)
 
     def diagnose(self, evidence: Evidence) -> tuple[EndReason, str] | None:
         """Read the cause from nxproxy's lines, since its exit code says nothing."""
@@ -114,8 +117,7 @@ class NX3Backend(OptionStringBackend):
             return None
         if evidence.signalled:
             return None
-        output = "\n".join(line.text for line in lines)
-        return self._after_ready(evidence, output) if evidence.ready else self._before_ready(evidence, output)
+        return self._after_ready(evidence, lines) if evidence.ready else self._before_ready(evidence, lines)
 
     def _option_string(self, context: BackendContext) -> str:
         # connect comes first: without it nxproxy would listen on every interface. And the cookie is in no local
@@ -126,42 +128,43 @@ class NX3Backend(OptionStringBackend):
         )
 
     @staticmethod
-    def _before_ready(evidence: Evidence, output: str) -> tuple[EndReason, str] | None:
+    def _before_ready(evidence: Evidence, lines: Iterable[OutputLine]) -> tuple[EndReason, str] | None:
         connected = evidence.saw(ChannelOpened)  # it connects to the tunnel first, to the X server second
-        if _any_in(output, _NO_DISPLAY) or (connected and _ADDRESS_UNREACHED in output):
+        if _printed(lines, *_NO_DISPLAY) or (connected and _printed(lines, _ADDRESS_UNREACHED)):
             return (
                 EndReason.DISPLAY_UNAVAILABLE,
                 "The X server refused nxproxy, or DISPLAY does not reach one.",
             )
-        if _any_in(output, _CAUGHT_SIGNAL):
+        if _printed(lines, *_CAUGHT_SIGNAL):
             return _SIGNALLED
         if not connected:
             unconnected = EndReason.LISTEN_FAILED, "nxproxy could not connect to the local end of the tunnel."
-            return unconnected if _any_in(output, (_SOCKET_UNREACHED, _ADDRESS_UNREACHED)) else None
-        if _any_in(output, _NEGOTIATION):
+            return unconnected if _printed(lines, _SOCKET_UNREACHED, _ADDRESS_UNREACHED) else None
+        if _printed(lines, *_NEGOTIATION):
             return EndReason.NEGOTIATION_FAILED, (
                 "The agent closed the connection during negotiation: "
                 "the session cookie is wrong, or the agent has ended."
             )
-        if _any_in(output, _PEER_BROKEN):
+        if _printed(lines, _PEER_SILENT, *_PEER_BROKEN):
             return EndReason.PEER_LOST, "nxproxy lost the agent before the session was established."
         return None
 
     @staticmethod
-    def _after_ready(evidence: Evidence, output: str) -> tuple[EndReason, str] | None:
-        if _PEER_SILENT in output:
+    def _after_ready(evidence: Evidence, lines: Iterable[OutputLine]) -> tuple[EndReason, str] | None:
+        if _printed(lines, _PEER_SILENT):
             return EndReason.PEER_LOST, "nxproxy has not heard from the agent for too long."
-        if _any_in(output, _PEER_BROKEN):
+        if _printed(lines, *_PEER_BROKEN):
             return EndReason.PEER_LOST, "nxproxy lost the agent, while the SSH connection lives."
-        if _any_in(output, _CAUGHT_SIGNAL):
+        if _printed(lines, *_CAUGHT_SIGNAL):
             return _SIGNALLED
-        if _TERMINATING in output and evidence.exited:
+        if evidence.exited and _printed(lines, _TERMINATING):
             return EndReason.SESSION_ENDED, "The agent closed the session: it was suspended or terminated."
         return None
 
 
-def _any_in(output: str, texts: Iterable[str]) -> bool:
-    return any(text in output for text in texts)
+def _printed(lines: Iterable[OutputLine], *starts: str) -> bool:
+    """Tell whether any line begins with one of these texts."""
+    return any(line.text.startswith(starts) for line in lines)
 
 
 def check_xauth(environ: Mapping[str, str]) -> None:

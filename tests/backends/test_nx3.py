@@ -316,9 +316,9 @@ EXPECTED: dict[str, tuple[bool, tuple[Observation, ...], bool, EndReason | None,
         AGENT_CLOSED,
         False,
         EndReason.NEGOTIATION_FAILED,
-        "PANIC! The remote NX proxy closed",
+        "Error: The remote NX proxy closed",
     ),
-    "nobody_listens": (False, (), False, EndReason.LISTEN_FAILED, "PANIC! Connection to Unix file socket"),
+    "nobody_listens": (False, (), False, EndReason.LISTEN_FAILED, "Error: Connection to Unix file socket"),
     "port_refused": (False, (), False, None, EXIT),  # the tunnel reports it
     "resumed_suspended": (True, AGENT_CLOSED, True, EndReason.SESSION_ENDED, EXIT),
     "sighup": (True, (), True, EndReason.PROXY_KILLED, "Waiting the cleanup timeout"),
@@ -334,15 +334,52 @@ EXPECTED: dict[str, tuple[bool, tuple[Observation, ...], bool, EndReason | None,
         TUNNEL_CLOSED,
         False,
         EndReason.NEGOTIATION_FAILED,
-        "PANIC! The remote NX proxy closed",
+        "Error: The remote NX proxy closed",
     ),
-    "wrong_cookie": (True, AGENT_CLOSED, False, EndReason.NEGOTIATION_FAILED, "PANIC! The remote NX proxy closed"),
+    "wrong_cookie": (True, AGENT_CLOSED, False, EndReason.NEGOTIATION_FAILED, "Error: The remote NX proxy closed"),
     "x_absent": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "Error: Connection to ':0' failed"),
     "x_killed": (True, (), True, EndReason.SESSION_ENDED, EXIT),  # the display watch reports it
     "x_refused": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "X connection failed with error"),
     "x_refused_with_command": (True, (), False, EndReason.DISPLAY_UNAVAILABLE, "X connection failed with error"),
-    "x_unset": (False, (), False, EndReason.DISPLAY_UNAVAILABLE, "PANIC! Host X server DISPLAY is not set"),
+    "x_unset": (False, (), False, EndReason.DISPLAY_UNAVAILABLE, "Error: Host X server DISPLAY is not set"),
 }
+
+READY = OutputLine("Info: Established X server connection.")
+CONNECTED_PEER = (ChannelOpened(1), AgentDataReceived(1))
+#: Lines that nxproxy prints and survives: it warns, it retries, or it echoes what it was given (in quotes).
+HARMLESS = (
+    # Proxy.cpp, handlePing: the first at a quarter of its timeout, once a stall
+    "Warning: No data received from remote proxy within 30 seconds.",
+    "Proxy: WARNING! No data received from remote proxy on FD#5 since 30003 ms.",
+    # ServerProxy.cpp, Loop.cpp: every try but the last
+    "ServerProxy: WARNING! Connection to ':0' failed with error 'Connection refused'. Retrying.",
+    "Loop: Connection to '127.0.0.1:40001' failed with error 'Connection refused'. Retrying.",
+    "Loop: Connection to Unix socket file '/run/p.sock' failed with error 'Connection refused'. Retrying.",
+    # Loop.cpp: names and values, of the options that we give, of the session root, and of those that the agent sends
+    "Warning: Ignoring unknown option 'a' with value '{text}'.",
+    "Warning: Ignoring unknown remote option 'a' with value '{text}'.",
+    "Warning: Unrecognized session type '{text}'. Assuming agent session.",
+    "Info: Using errors file '/home/{text}/S-x/errors'.",
+    "Info: Using pack method '{text}' with session 'x'.",
+    "Info: Forwarding X11 connections to display '{text}'.",
+    "xauth:  file {text} does not exist",
+)
+#: What nxproxy prints at its end, and what that means before and after the session is established.
+FATAL: tuple[tuple[str, EndReason | None, EndReason | None], ...] = (
+    ("Error: No data received from remote proxy within 120 seconds.", EndReason.PEER_LOST, EndReason.PEER_LOST),
+    ("Error: Failure reading from the peer proxy.", EndReason.PEER_LOST, EndReason.PEER_LOST),
+    ("Error: Connection with remote peer broken.", EndReason.PEER_LOST, EndReason.PEER_LOST),
+    ("Info: Aborting the procedure due to signal '15'.", EndReason.PROXY_KILLED, EndReason.PROXY_KILLED),
+    ("Info: Waiting the cleanup timeout to complete.", EndReason.PROXY_KILLED, EndReason.PROXY_KILLED),
+    ("Error: Failure negotiating the session in stage '7'.", EndReason.NEGOTIATION_FAILED, None),
+    ("Error: Wrong version or invalid session authentication cookie.", EndReason.NEGOTIATION_FAILED, None),
+    ("Error: The remote NX proxy closed the connection.", EndReason.NEGOTIATION_FAILED, None),
+    ("Error: Host X server DISPLAY is not set.", EndReason.DISPLAY_UNAVAILABLE, None),
+    ("Error: Connection to ':0' failed. Error is 111 'Connection refused'.", EndReason.DISPLAY_UNAVAILABLE, None),
+    # a warning, though no session comes of it
+    ("Warning: X connection failed with error 'Invalid MIT-MAGIC-COOKIE-1 key'.", EndReason.DISPLAY_UNAVAILABLE, None),
+    ("Info: Your session was closed before reaching a usable state.", EndReason.DISPLAY_UNAVAILABLE, None),
+)
 
 
 def read(output: bytes) -> list[str]:
@@ -458,17 +495,37 @@ class TestDiagnosis:
             assert "cookie is wrong" in verdict[1]
             assert "agent has ended" in verdict[1]
 
-    def test_silent_agent_is_lost(self) -> None:
-        seen = [
-            ChannelOpened(1),
-            OutputLine("Info: Established X server connection."),
-            OutputLine("Loop: PANIC! No data received from remote proxy on FD#5 within 120 seconds."),
-        ]
-        assert judge(seen)[1][0] is EndReason.PEER_LOST
+    @pytest.mark.parametrize(("line", "before", "after"), FATAL)
+    def test_fatal_line_has_its_reason(self, line: str, before: EndReason | None, after: EndReason | None) -> None:
+        for seen, reason in (((), before), ((READY,), after)):
+            verdict = judge([*CONNECTED_PEER, *seen, OutputLine(line)])[1]
+            assert (verdict and verdict[0]) is reason
 
-    def test_peer_broken_before_the_session_is_established_is_lost(self) -> None:
-        seen = [ChannelOpened(1), OutputLine("Error: Failure reading from the peer proxy.")]
-        assert judge(seen)[1][0] is EndReason.PEER_LOST
+    @pytest.mark.parametrize("ready", [False, True])
+    @pytest.mark.parametrize("line", HARMLESS)
+    def test_warning_and_echoed_text_are_not_the_end(self, line: str, *, ready: bool) -> None:
+        start = [*CONNECTED_PEER, *([READY] if ready else [])]
+        for text in [fatal for fatal, _, _ in FATAL] if "{text}" in line else [""]:
+            echoed = OutputLine(line.format(text=text))
+            without_level = OutputLine(line.format(text=text.partition(": ")[2]))
+            assert judge([*start, echoed, without_level])[1] is None
+            # nor are they the cause if something else ends it later
+            assert judge([*start, echoed, without_level, ProcessExited(None, 9)])[1] is None
+
+    def test_echoed_text_does_not_mean_ready(self) -> None:
+        for line in HARMLESS:
+            echoed = OutputLine(line.format(text=READY.text))
+            without_level = OutputLine(line.format(text=READY.text.partition(": ")[2]))
+            assert not NX3Backend().ready(Evidence(*CONNECTED_PEER, echoed, without_level))
+
+    def test_warning_of_silence_is_not_the_end(self) -> None:
+        """It comes at a quarter of the timeout, and nxproxy goes on when the agent does."""
+        warning = OutputLine("Warning: No data received from remote proxy within 30 seconds.")
+        given_up = OutputLine("Error: No data received from remote proxy within 120 seconds.")
+        assert judge([*CONNECTED_PEER, READY, warning, ProcessExited(None, 9)])[1] is None
+        _, verdict, at = judge([*CONNECTED_PEER, READY, warning, given_up])
+        assert verdict[0] is EndReason.PEER_LOST
+        assert at == given_up.text
 
     def test_only_a_line_or_the_exit_is_examined(self) -> None:
         """The tunnel's observations are judged elsewhere; a verdict from older lines would take their place."""
