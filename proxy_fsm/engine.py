@@ -34,6 +34,7 @@ from proxy_fsm.journal import Journal
 from proxy_fsm.states import State, Trigger
 from proxy_fsm.status import Link, ProxyStatus, Timeouts
 from proxy_fsm.supervisor import Supervisor
+from proxy_fsm.suspension import excused_s
 from proxy_fsm.text import Redactor, Secrets
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ __all__ = ["RUNNING_ENGINES", "Engine", "EngineEffects", "is_patched"]
 
 #: How long the owner thread may take to end after it has published a final state.
 _JOIN_S = 1.0
+
+#: The longest single wait for a deadline: a longer one would not show for how long this process was suspended.
+_MAX_WAIT_S = 1.0
 
 #: Engines whose owner thread runs, to be stopped when the interpreter exits.
 RUNNING_ENGINES: set[Engine] = set()
@@ -265,15 +269,17 @@ class Engine:
         if not self._orders.empty():
             self._supervisor.handle(self._orders.get(), _now())
             return
-        deadline = self._supervisor.deadline
-        wait_s = None if deadline is None else deadline - time.monotonic()
-        if wait_s is not None and wait_s <= 0:
+        now, deadline = time.monotonic(), self._supervisor.deadline
+        if deadline is not None and deadline <= now:
             self._supervisor.deadline_passed(_now())
             return
+        until = None if deadline is None else min(deadline, now + _MAX_WAIT_S)
         try:
-            item = self._inbox.get(timeout=wait_s)
+            item = self._inbox.get(timeout=None if until is None else until - now)
         except Empty:
-            return
+            item = None
+        if deadline is not None and until is not None:
+            self._supervisor.deadline = deadline + excused_s(time.monotonic() - until)
         if isinstance(item, Observation):
             self._handle(item)
         elif item is not None:

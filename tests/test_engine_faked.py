@@ -91,6 +91,27 @@ class Proxy(FakedProxy):
         return self.wait(timeout=WAIT_S), self.status().reason
 
 
+class Clock:
+    """The time as an engine reads it, which can be advanced."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+        self.readings = 0
+
+    def monotonic(self) -> float:
+        self.readings += 1
+        return time.monotonic() + self.ahead_s
+
+    def suspend(self, proxy: Proxy, *, something_wakes_it: bool) -> None:
+        """Advance it by an hour while the owner thread waits, and wait until the engine has noticed."""
+        proxy.settle()
+        self.ahead_s += 3600
+        seen = self.readings
+        if something_wakes_it:
+            proxy.engine.call_soon(lambda: None)
+        eventually(lambda: self.readings >= seen + 3, what="the next wait")
+
+
 class Make(Protocol):
     def __call__(self, state: State = State.IDLE, **options: Any) -> Proxy: ...
 
@@ -395,6 +416,32 @@ def test_deadline_passes_without_observations(make: Make) -> None:
     assert proxy.ended() == (State.FAILED, EndReason.START_TIMEOUT)
     assert 0.02 <= proxy.status().history[1].elapsed_s < 5
     assert proxy.log.named("internal.error") == []
+
+
+@pytest.mark.parametrize("something_wakes_it", [True, False])
+def test_suspension_of_the_process_is_not_counted_against_a_deadline(
+    make: Make, monkeypatch: pytest.MonkeyPatch, *, something_wakes_it: bool
+) -> None:
+    """Ctrl-Z for an hour: the clock has advanced, and what the workers have posted meanwhile is still unread."""
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    proxy = make(timeouts=Timeouts(preflight_s=1000, ready_s=1000, stop_grace_s=1000))
+    proxy.start()
+    clock.suspend(proxy, something_wakes_it=something_wakes_it)
+    proxy.tunnel.opens()
+    proxy.settle()
+    clock.suspend(proxy, something_wakes_it=something_wakes_it)
+    proxy.process.starts()
+    proxy.tunnel.connects()
+    proxy.process.prints_ready()
+    proxy.wait_running(timeout=WAIT_S)
+    proxy.process.auto_complete = False
+    proxy.stop()
+    proxy.settle()
+    clock.suspend(proxy, something_wakes_it=something_wakes_it)
+    assert proxy.process.signals == [signal.SIGTERM]
+    proxy.process.exits()
+    assert proxy.ended() == (State.STOPPED, EndReason.STOP_REQUESTED)
 
 
 def test_expire_deadline_without_a_deadline_is_a_no_op(make: Make) -> None:

@@ -23,7 +23,7 @@ Backend Link fast_transport
 #: the design's list: errors carry a State, an EndReason and a ProxyStatus, which are plain data and import no errors;
 #: and backends read evidence, which imports no backends.
 LAYERS = """
-states reasons status errors lifecycle events text private_files session ssh x11 evidence backends workers
+states reasons status errors lifecycle events text private_files suspension session ssh x11 evidence backends workers
 active_lifecycle supervisor effects journal engine scene diagram proxy aio timeline x2go sphinx testing cli
 """.split()
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded, WorkerCrashed
 from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received, why_ended
+from proxy_fsm.suspension import excused_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Watcher", "attach"]
 
-#: A sleep that is so much too long means that this process was suspended, in seconds.
-_SUSPENDED_S = 0.1
 #: A kind of channel that no server knows.
 _PROBE = "probe@proxy-fsm"
 
@@ -247,11 +246,11 @@ class _TransportMonitor:
                 self._post_to_all(TransportEnded(why_ended(transport)))
                 return
             now = time.monotonic()
-            overslept_s = now - due  # negative if it was woken before
+            excused = excused_s(now - due)
             posts: list[tuple[Watcher, Observation]] = []
             with self._lock:
-                if overslept_s > _SUSPENDED_S:
-                    self._silence.process_was_suspended(overslept_s, now)
+                if excused:
+                    self._silence.process_was_suspended(excused, now)
                 if (count := packets_received(transport)) != packets:
                     packets = count
                     posts += self._silence.heard(now)

@@ -645,6 +645,25 @@ class TestSilence:
                 server.wait_for(lambda: server.probes >= 2)
         assert LinkDead not in inbox.kinds()
 
+    def test_answer_unread_after_a_suspension_of_the_process_is_no_silence(
+        self,
+        server: LoopbackSSHServer,
+        transport: paramiko.Transport,
+        inbox: Inbox,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The monitor's thread may run before the transport's has read what arrived meanwhile."""
+        clock = Clock()
+        monkeypatch.setattr(link_monitor, "time", clock)
+        server.freeze()
+        with watching(transport, Timeouts(link_probe_s=0.5, link_dead_s=300), inbox.post) as watcher:
+            eventually(lambda: watcher.monitor._probe is not None, what="a probe is out")
+            clock.ahead_s += 3600
+            eventually(lambda: watcher.since > clock.monotonic() - 1, what="the suspension was noticed")
+            server.thaw()
+            server.wait_for(lambda: server.probes >= 2)
+        assert LinkSilent not in inbox.kinds()
+
     def test_pending_probe_does_not_block_detach(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
