@@ -47,7 +47,7 @@ transport made by `fast_transport` has a packetizer of its own (`fast`).
 
 from proxy_fsm.ssh.channel import WINDOW_BYTES, SafeChannel
 from proxy_fsm.ssh.errors import ChannelRefused, NotOpened, OpenAbandoned, TransportClosed
-from proxy_fsm.ssh.fast import fast_transport, set_nodelay
+from proxy_fsm.ssh.fast import fast_transport, received_ago_s, set_nodelay
 from proxy_fsm.ssh.opening import ChannelOpening, EndWatch, packets_received, why_ended
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "TransportClosed",
     "fast_transport",
     "packets_received",
+    "received_ago_s",
     "set_nodelay",
     "why_ended",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import sys
 from contextlib import suppress
 from logging import DEBUG
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from threading import RLock
 
-__all__ = ["Messages", "Packetizer", "acknowledge", "fast_transport", "set_nodelay", "tcp_socket"]
+__all__ = [
+    "Messages",
+    "Packetizer",
+    "acknowledge",
+    "fast_transport",
+    "received_ago_s",
+    "set_nodelay",
+    "tcp_socket",
+]
 
 #: How much is read ahead.
 _AHEAD_BYTES = 256 << 10
@@ -34,6 +43,11 @@ _TAG_BYTES = 16
 _LONGEST_BYTES = 64 << 20
 #: The least padding of any packet (RFC 4253, 6).
 _LEAST_PADDING_BYTES = 4
+
+#: The beginning of Linux's ``struct tcp_info``; the last field is ``tcpi_last_data_recv``.
+_TCP_INFO = struct.Struct("=8B12I")
+#: The kernel counts in ticks, the longest of which is so long, in seconds.
+_TICK_S = 0.01
 
 
 class Messages(Message):
@@ -228,6 +242,22 @@ def tcp_socket(transport: paramiko.Transport) -> socket.socket | None:
     if isinstance(sock, socket.socket) and sock.family in {socket.AF_INET, socket.AF_INET6}:
         return sock
     return None
+
+
+def received_ago_s(transport: paramiko.Transport) -> float:
+    """Return how long ago the last bytes arrived, in seconds; 0 where that cannot be known.
+
+    Source: ``tcpi_last_data_recv`` of Linux's ``struct tcp_info`` (linux/tcp.h), in milliseconds.
+    """
+    sock = tcp_socket(transport)
+    if sock is None or sys.platform != "linux":
+        return 0.0
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    except OSError:  # it is closed, which is reported elsewhere
+        return 0.0
+    ago_ms: int = _TCP_INFO.unpack(info)[-1]
+    return max(0.0, ago_ms / 1000 - _TICK_S)
 
 
 def set_nodelay(transport: paramiko.Transport) -> None:

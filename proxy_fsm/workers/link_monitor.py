@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from proxy_fsm.evidence import LinkDead, LinkRestored, LinkSilent, TransportEnded, WorkerCrashed
-from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received, why_ended
+from proxy_fsm.ssh import ChannelOpening, EndWatch, NotOpened, packets_received, received_ago_s, why_ended
 from proxy_fsm.suspension import excused_s
 
 if TYPE_CHECKING:
@@ -130,9 +130,10 @@ class _Silence:
         marks = [mark for mark in marks if mark > self._checked_at]
         return min(marks, default=self._checked_at + min(a.probe_s for a in self.watchers))
 
-    def heard(self, now: float) -> list[tuple[Watcher, Observation]]:
-        """Note that something was received; return what to post."""
-        silent_s, self._heard_at = now - self._heard_at, now
+    def heard(self, at: float) -> list[tuple[Watcher, Observation]]:
+        """Note that something was received, and when; return what to post."""
+        silent_s = max(0.0, at - self._heard_at)  # not what came while this process was suspended
+        self._heard_at += silent_s
         relieved = [a for a in self.watchers if a.silent_posted]
         for a in relieved:
             a.silent_posted = False
@@ -253,7 +254,7 @@ class _TransportMonitor:
                     self._silence.process_was_suspended(excused, now)
                 if (count := packets_received(transport)) != packets:
                     packets = count
-                    posts += self._silence.heard(now)
+                    posts += self._silence.heard(now - received_ago_s(transport))
                 if self._silence.needs_probe(now) and not self._send_probe(transport):
                     self._silence.probe_not_sent(now)
                 posts += self._silence.check(now)

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import socket
 import ssl
+import sys
 import threading
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +25,7 @@ from proxy_fsm.ssh import (
     fast,
     fast_transport,
     packets_received,
+    received_ago_s,
     set_nodelay,
     why_ended,
 )
@@ -49,6 +52,27 @@ def test_packets_received_changes_with_each_answer(transport: paramiko.Transport
         opening.wait().send_close()
         seen.append(packets_received(transport))
     assert len(set(seen)) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when something was last received")
+def test_received_ago_s_is_the_time_since_the_last_answer(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    began = time.monotonic()
+    opening = ChannelOpening(transport, "session")
+    opening.send()
+    opening.wait().send_close()
+    server.freeze()
+    eventually(lambda: received_ago_s(transport) > 0.1)
+    assert received_ago_s(transport) <= time.monotonic() - began
+
+
+def test_received_ago_s_is_zero_where_it_cannot_be_known(transport: paramiko.Transport) -> None:
+    transport.close()
+    assert received_ago_s(transport) == 0
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert received_ago_s(paramiko.Transport(ours)) == 0
 
 
 def test_packets_received_stays_while_the_server_is_silent(

@@ -568,6 +568,18 @@ class TestSilence:
         assert inbox.kinds()[:2] == [LinkSilent, LinkRestored]
         assert LinkDead not in inbox.kinds()
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when something was last received")
+    def test_silence_begins_with_the_last_bytes_and_not_when_they_are_noticed(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
+    ) -> None:
+        """The monitor looks only when a probe could be due, here after a second."""
+        with watching(transport, Timeouts(link_probe_s=1, link_dead_s=50), inbox.post):
+            transport.global_request("anything", wait=True)
+            heard_by = time.monotonic()
+            server.freeze()
+            silent = inbox.wait(LinkSilent)
+        assert silent.heard_at <= heard_by + 0.02
+
     def test_silent_link_is_dead_after_dead_s_and_not_closed(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, inbox: Inbox
     ) -> None:
@@ -594,6 +606,7 @@ class TestSilence:
             return len(counts)
 
         monkeypatch.setattr(link_monitor, "packets_received", another)
+        monkeypatch.setattr(link_monitor, "received_ago_s", lambda _: 0)
         with watching(transport, Timeouts(link_probe_s=0.02, link_dead_s=0.1), inbox.post):
             eventually(lambda: len(counts) > 20)
         assert inbox.seen == []
