@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from proxy_fsm import EndReason
 
 from .e2e.fault_table import JSON, MARKDOWN, PYTHON_X2GO, SIGNS, masked, merged, rendered
-from .e2e.faults import CAUSES, FAULTS, When
+from .e2e.faults import CAUSES, FAULTS, STALLS, Stalled, When
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,16 @@ def test_measurements_agree_with_the_matrix(measured: dict[str, Any]) -> None:
         assert (row["reason"], row["retryable"], row["again"]) == (str(fault.reason), fault.retryable, fault.left.again)
         assert fault.in_detail in row["detail"]
         assert row["hint"] or fault.reason.clean
+
+
+def test_measured_stalls_agree_with_their_table(measured: dict[str, Any]) -> None:
+    rows = measured["stalls"]["rows"]
+    assert [(row["stall"], row["reason"]) for row in rows] == [(stall.name, stall.ends) for stall in STALLS]
+    assert all((row["reason"] is None) == (row["ended_s"] is None) for row in rows)
+
+
+def test_each_kind_of_stall_has_each_duration() -> None:
+    assert [(stall.stalled, stall.duration_s) for stall in STALLS] == list(product(Stalled, (20, 40, 60, 130)))
 
 
 def test_rows_are_consistent() -> None:

@@ -19,6 +19,7 @@ from .x2go import LOOPBACK, AgentSession
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+AUTHORITY = "Xauthority"
 START_S = 10.0
 DISPLAYS = range(300, 400)  # x2goserver counts from 50
 
@@ -33,6 +34,14 @@ def plain_agent() -> Iterator[AgentSession]:
         yield next(filter(None, (_started_on(display, directory, stack) for display in DISPLAYS)))
 
 
+def plain_environment(agent: AgentSession) -> dict[str, str]:
+    """Return the environment that a program needs to run in the session of an agent started by hand."""
+    if agent.log is None:
+        raise ValueError("x2goserver started this agent.")
+    cookies = agent.log.with_name(AUTHORITY)
+    return {"PATH": SYSTEM_PATH, "DISPLAY": f":{agent.display}", "XAUTHORITY": str(cookies)}
+
+
 def _started_on(display: int, directory: Path, stack: contextlib.ExitStack) -> AgentSession | None:
     """Start it on this display, None if that is in use; the stack ends it."""
     if any(path.exists() for path in _files_of(display)):
@@ -43,7 +52,7 @@ def _started_on(display: int, directory: Path, stack: contextlib.ExitStack) -> A
     cookie, options, log = token_hex(16), directory / "options", directory / "log"
     options.touch(mode=0o600)
     options.write_text(f"nx/nx,accept={LOOPBACK},listen={port},cookie={cookie},link=lan,geometry=800x600:{display}")
-    authority = directory / "Xauthority"  # its cookie for the user's X server; nxproxy substitutes the real one
+    authority = directory / AUTHORITY  # its cookie for the user's X server; nxproxy substitutes the real one
     authority.touch(mode=0o600)
     entry = f"add :{display} MIT-MAGIC-COOKIE-1 {cookie}\n".encode()
     subprocess.run([program("xauth") or "xauth", "-q", "-f", authority, "source", "-"], input=entry, check=True)

@@ -14,6 +14,7 @@ from tests.helpers.real import skip_or_fail
 
 from .agent import plain_agent
 from .attempt import Holdings, nothing_gained_since
+from .namespace import is_allowed
 from .procs import alive, established
 from .scene import Scene, WaitingAgents, opened_scene
 from .stalls import Stalls
@@ -57,6 +58,13 @@ def x2go_server(real_programs: None) -> Iterator[X2GoServer]:
     del real_programs
     with X2GoServer() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def own_namespaces() -> None:
+    """Skip, or fail, if this machine does not allow them even to root."""
+    if not is_allowed():
+        skip_or_fail(["the right to mount, and to have a network of one's own (CAP_SYS_ADMIN)"])
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Generates docs/faults.md from the fault matrix and its measurements.
 
 ``python -m tests.e2e.fault_table`` generates it from docs/faults.json; with ``--measure`` the matrix is run first,
-three times, and docs/faults.json is rewritten too.
+three times, and then the stalls, and docs/faults.json is rewritten too; with ``--measure-stalls`` only the stalls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from proxy_fsm import Timeouts
 from proxy_fsm.evidence import ProcessExited, SessionStatusReceived
 
-from .faults import CAUSES, FAULTS, MISHAPS, Fault, When
+from .faults import CAUSES, FAULTS, MISHAPS, STALLS, Fault, Stalled, When
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +34,7 @@ RUNS = 3
 TIMES = ("sign_to_stopping", "sign_to_final", "cause_to_final", "cause_to_event")
 DEBIAN = ("openssh-server", "x2goserver", "nxagent", "nxproxy", "xvfb")
 RECORD = "PROXY_FSM_RECORD_FAULTS"  # the file to which a run of the matrix appends its rows
+FULL_LENGTH = "PROXY_FSM_FULL_STALLS"  # makes tests/e2e/test_stalls.py run all stalls, at full length
 LEAD = """\
 # What can go wrong, and what a proxy reports
 
@@ -61,6 +62,24 @@ The session continues, paints, and is stopped in order afterwards.
 
 | cause | event | recovery event | published after |
 |---|---|---|---|
+"""
+STALLED = """\
+## Stalls
+
+Something stops for a while, and then continues. Each stall was made at full length, with the default time limits: after
+45 s without a sign of life the SSH connection counts as dead (`link_dead_s`), and nxproxy gives up after 120 s without
+data from the agent. At 30 s nxproxy prints a warning that ends nothing. A session that continues paints, and is stopped
+in order afterwards. *(silent)*: `link.silent` was published meanwhile.
+
+"""
+STALLS_END = """
+Lost packets cost more than the time in which they are lost: TCP doubles its pause after every try, so that after 40 s
+the next try comes at 51 to 59 s. To wait for that, set `link_dead_s` to 75 s. The time for which the host
+program is stopped counts against nothing, but nxproxy goes on counting.
+
+Measured on {date}, side by side, on {machine},
+with `proxy_fsm/` as of git tree {tree} and the programs named below.
+
 """
 METHOD = """\
 ## How it was measured
@@ -131,8 +150,9 @@ def rendered(measured: dict[str, Any]) -> str:
         published = _time(rows[mishap.cause], "cause_to_event") + _limits(mishap.limits)
         recovery = _code(mishap.recovery_event) if mishap.recovery_event else "–"
         text += _cells([mishap.cause, _code(mishap.event), recovery, published])
+    text += f"\n{_stalls(measured['stalls'])}"
     versions = "\n".join(f"- {each};" for each in about["versions"])
-    return f"{text}\n{METHOD.format(**{**about, 'versions': versions.removesuffix(';') + '.'})}"
+    return f"{text}{METHOD.format(**{**about, 'versions': versions.removesuffix(';') + '.'})}"
 
 
 def _line(fault: Fault, row: dict[str, Any]) -> str:
@@ -151,6 +171,21 @@ def _line(fault: Fault, row: dict[str, Any]) -> str:
             PYTHON_X2GO.get(fault.cause, ""),
         ]
     )
+
+
+def _stalls(measured: dict[str, Any]) -> str:
+    """Render the table of stalls: one line for what stalls, one column for how long."""
+    rows = {row["stall"]: row for row in measured["rows"]}
+    times = [stall.duration_s for stall in STALLS if stall.stalled is Stalled.AGENT]  # all have the same
+    text = STALLED + _cells(["what stalls", *(f"for {s} s" for s in times)]) + _cells(["---"] * (len(times) + 1))
+    for stalled in Stalled:
+        text += _cells([stalled.title, *(_outcome(rows[stall.name]) for stall in STALLS if stall.stalled is stalled)])
+    return text + STALLS_END.format(**measured["measured"])
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    end = "continues" if row["reason"] is None else f"{_code(row['reason'])} after {row['ended_s']:.1f} s"
+    return f"{end} *(silent)*" if row["silent"] and row["reason"] is None else end
 
 
 def _limits(limits: Mapping[str, float]) -> str:
@@ -205,33 +240,48 @@ def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return result
 
 
-def measure() -> None:
-    """Run the matrix several times, and write docs/faults.json."""
+def measure() -> dict[str, Any]:
+    """Run the matrix several times; return what docs/faults.json has of it."""
+    runs = [run_once("tests/e2e/test_faults.py") for _ in range(RUNS)]
+    return {"measured": {**surroundings(), "runs": RUNS}, "rows": merged(runs)}
+
+
+def measure_stalls() -> dict[str, Any]:
+    """Run all stalls once at full length, side by side since each only waits; return the same of them."""
+    rows = run_once("tests/e2e/test_stalls.py", "--numprocesses", str(len(STALLS)), **{FULL_LENGTH: "1"})
+    found = {row["stall"]: row for row in rows}
+    about = surroundings()
+    return {
+        "stalls": {
+            "measured": {key: about[key] for key in ("date", "machine", "tree")},
+            "rows": [found[stall.name] for stall in STALLS],
+        }
+    }
+
+
+def run_once(*arguments: str, **environ: str) -> list[dict[str, Any]]:
+    """Run tests, and return the rows that they record."""
     with tempfile.TemporaryDirectory() as directory:
-        runs = [run_once(Path(directory, f"{number}.jsonl")) for number in range(RUNS)]
-    measured = {"measured": {**surroundings(), "runs": RUNS}, "rows": merged(runs)}
-    JSON.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
-
-
-def run_once(record: Path) -> list[dict[str, Any]]:
-    """Run the matrix, and return its rows."""
-    environ = {**os.environ, RECORD: str(record), "PROXY_FSM_REQUIRE_REAL": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/e2e/test_faults.py"]
-    subprocess.run(command, cwd=ROOT, env=environ, check=True)
-    return [json.loads(line) for line in record.read_text().splitlines()]
+        record = Path(directory, "rows.jsonl")
+        command = [sys.executable, "-m", "pytest", "-q", *arguments]
+        environ = {**os.environ, **environ, RECORD: str(record), "PROXY_FSM_REQUIRE_REAL": "1"}
+        subprocess.run(command, cwd=ROOT, env=environ, check=True)
+        return [json.loads(line) for line in record.read_text().splitlines()]
 
 
 def surroundings() -> dict[str, Any]:
     """Return when, where and with what it was measured."""
+    tree = _output("git", "rev-parse", "--short", "HEAD:proxy_fsm")
     shown = [
         f"CPython {platform.python_version()}",
-        f"`proxy_fsm/` as of git tree {_output('git', 'rev-parse', '--short', 'HEAD:proxy_fsm')}",
+        f"`proxy_fsm/` as of git tree {tree}",
         *(f"{name} {version(name)}" for name in ("paramiko", "transitions", "structlog")),
         *(f"{name} {_output('dpkg-query', '--show', '--showformat=${Version}', name)}" for name in DEBIAN),
     ]
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "machine": f"{os.cpu_count()} cores, {platform.freedesktop_os_release()['PRETTY_NAME']}",
+        "tree": tree,
         "versions": shown,
     }
 
@@ -243,10 +293,16 @@ def _output(*command: str) -> str:
 def main() -> None:
     """Measure if requested, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="run the matrix first")
-    if parser.parse_args().measure:
-        measure()
-    MARKDOWN.write_text(rendered(json.loads(JSON.read_text())))
+    parser.add_argument("--measure", action="store_true", help="run the matrix and the stalls first")
+    parser.add_argument("--measure-stalls", action="store_true", help="run only the stalls first")
+    arguments = parser.parse_args()
+    measured = json.loads(JSON.read_text())
+    if arguments.measure:
+        measured |= measure()
+    if arguments.measure or arguments.measure_stalls:
+        measured |= measure_stalls()
+    JSON.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n")
+    MARKDOWN.write_text(rendered(measured))
 
 
 if __name__ == "__main__":

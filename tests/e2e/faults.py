@@ -1,28 +1,33 @@
-"""The fault matrix: what can go wrong, and what a proxy must report. One row per fault.
+"""The fault matrix: what can go wrong, and what a proxy must report. One row per fault, and one per stall.
 
-`causes.py` causes each for real; `test_faults.py` runs every row; `fault_table.py` generates docs/faults.md from the
-rows and the measurements.
+`causes.py` and `stalled.py` cause each for real; `test_faults.py` and `test_stalls.py` run every row; `fault_table.py`
+generates docs/faults.md from the rows and the measurements.
 """
 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from proxy_fsm import EndReason
+from proxy_fsm import EndReason, Timeouts
 from proxy_fsm.evidence import LinkDead, ProcessExited, SessionStatusReceived, TransportEnded, WorkerFailed
 
-from . import causes
+from . import causes, stalled
 from .attempt import Attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+    from typing import TypeAlias
 
     from proxy_fsm.evidence import Observation
 
     from .scene import Scene
+
+    #: Opens a session of a scene, with NX options.
+    OpenedSession: TypeAlias = Callable[[Scene, Mapping[str, str]], AbstractContextManager[stalled.StalledSession]]
 
 # design.md, section 6: from the first sign, or from the proxy's exit, to the final state
 DEAD_S, AFTER_EXIT_S = 0.1, 0.02
@@ -127,12 +132,53 @@ class Mishap:
     unshares: bool = False
 
 
+class Stalled(Enum):
+    """What stalls: as the document names it, and what opens a session in which it can be stopped."""
+
+    AGENT = "the agent", stalled.agent
+    SERVER = "the SSH server (the sshd of this connection)", stalled.server
+    HOST = "the host program (Ctrl-Z; nxproxy goes on)", stalled.host
+    NETWORK = "the network (packets dropped)", stalled.network
+
+    def __init__(self, title: str, opened: OpenedSession) -> None:
+        self.title = title
+        self.opened = opened
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A row of the third table: a stall, and what it comes to with the default time limits.
+
+    Attributes:
+        stalled: What is stopped and, unless that ends the session, continued.
+        duration_s: For how long.
+        ends: The reason for which the session ends; None if it continues.
+        quick: Whether `make test` runs it too, with time limits of a tenth (see `QUICK`). All are run by `make faults`.
+    """
+
+    stalled: Stalled
+    duration_s: int
+    ends: EndReason | None = None
+    _: KW_ONLY
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name, for example ``agent-20``."""
+        return f"{self.stalled.name.lower()}-{self.duration_s}"
+
+
 E, EXIT = EndReason, ProcessExited
 START = partial(Fault, when=When.START, left=Left.UNTOUCHED)
 NEGOTIATION = partial(Fault, when=When.NEGOTIATION, left=Left.DEAD)
 RESUMING = partial(Fault, when=When.RESUMING, left=Left.SUSPENDED)
 RUNNING = partial(Fault, when=When.RUNNING, left=Left.SUSPENDED)
 YES, NO, UNKNOWN = True, False, None
+# The time limits for a stall of a tenth: the link's, and nxproxy's, by default 120 s. Whatever that is, nxproxy looks
+# every 5 s, and does nothing in the first 10 s: it warns after 10 s, and gives up after 15 s (measured; its source is
+# Proxy::handlePing in nx-libs).
+QUICK = 0.1
+QUICK_TIMEOUTS, QUICK_OPTIONS = Timeouts(link_probe_s=1.5, link_dead_s=4.5), {"timeout": "12"}
 # nxproxy's messages
 BROKEN, CAUGHT = "Failure reading from the peer proxy", "Waiting the cleanup timeout"
 REFUSED = "The remote NX proxy closed the connection"
@@ -231,6 +277,25 @@ MISHAPS: tuple[Mishap, ...] = (
     Mishap("SSH server silent for a while", causes.stop_server_for_a_while, "link.silent", "link.restored",
            limits=PROBE),
     Mishap("disk fills up", causes.fill_disk, "process.log_failed", make=causes.disk_fills_up, unshares=True),
+)
+
+STALLS: tuple[Stall, ...] = (
+    Stall(Stalled.AGENT, 20),
+    Stall(Stalled.AGENT, 40, quick=True),
+    Stall(Stalled.AGENT, 60),
+    Stall(Stalled.AGENT, 130, E.PEER_LOST),
+    Stall(Stalled.SERVER, 20),
+    Stall(Stalled.SERVER, 40),  # a tenth of its margin is half a second
+    Stall(Stalled.SERVER, 60, E.TRANSPORT_SILENT),
+    Stall(Stalled.SERVER, 130, E.TRANSPORT_SILENT),
+    Stall(Stalled.HOST, 20),
+    Stall(Stalled.HOST, 40),
+    Stall(Stalled.HOST, 60, quick=True),
+    Stall(Stalled.HOST, 130, E.PEER_LOST, quick=True),
+    Stall(Stalled.NETWORK, 20, quick=True),
+    Stall(Stalled.NETWORK, 40, E.TRANSPORT_SILENT),  # TCP tries again after 51 s or more
+    Stall(Stalled.NETWORK, 60, E.TRANSPORT_SILENT, quick=True),
+    Stall(Stalled.NETWORK, 130, E.TRANSPORT_SILENT),
 )
 # fmt: on
 

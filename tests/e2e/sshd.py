@@ -173,8 +173,15 @@ class SshServer:
 
         return eventually(serving_pids, START_S)  # just after the login an unprivileged helper is still exiting
 
-    def connect(self, user: str = "root", *, timeout_s: float = START_S, port: int | None = None) -> paramiko.SSHClient:
-        """Open a fresh connection for `user`, through another port if one is given; the host key is checked."""
+    def connect(
+        self,
+        user: str = "root",
+        *,
+        timeout_s: float = START_S,
+        port: int | None = None,
+        sock: socket.socket | None = None,
+    ) -> paramiko.SSHClient:
+        """Open a fresh connection for `user`, through another port or socket if one is given; checks the host key."""
         port = port or self.port
         client = paramiko.SSHClient()
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
@@ -186,6 +193,7 @@ class SshServer:
                 user,
                 pkey=self.client_key,
                 timeout=timeout_s,
+                sock=sock,
                 allow_agent=False,
                 look_for_keys=False,
             )

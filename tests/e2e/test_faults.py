@@ -18,7 +18,6 @@ import pytest
 
 from proxy_fsm import Link, ProxyStatus, State, Timeouts
 from proxy_fsm.evidence import ProcessExited
-from tests.helpers.real import skip_or_fail
 from tests.helpers.wait import eventually
 
 from .attempt import FINAL_S, RUNNING_S, Attempt, Holdings, WatchedViewer, nothing_gained_since
@@ -26,7 +25,6 @@ from .causes import viewer
 from .conftest import check_untouched
 from .fault_table import RECORD, masked
 from .faults import FAULTS, MISHAPS, Fault, Left, Mishap, When
-from .namespace import is_allowed
 from .procs import alive
 from .x2go import transport_of
 
@@ -39,13 +37,6 @@ STOPPING_S = 0.05  # from a fault's first sign
 KILLED_S = 0.5  # until a killed process has exited
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-@pytest.fixture(scope="module")
-def own_namespaces() -> None:
-    """Skip, or fail, if this machine does not allow them even to root."""
-    if not is_allowed():
-        skip_or_fail(["the right to mount, and to have a network of one's own (CAP_SYS_ADMIN)"])
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.cause.replace(" ", "-"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,13 +16,14 @@ import paramiko
 import pytest
 
 from tests.helpers.real import REQUIRE
-from tests.helpers.wait import eventually
+from tests.helpers.wait import WAIT_S, eventually
 
 from . import conftest
 from .byhand import ESTABLISHED, Forwarder, NxProxy
 from .display import RED
+from .namespace import Network
 from .procs import alive, processes_of
-from .x2go import CommandError, Display, SshServer, X2GoServer, kill, missing_programs, run
+from .x2go import LOOPBACK, CommandError, Display, SshServer, X2GoServer, kill, missing_programs, run
 
 if TYPE_CHECKING:
     from .x2go import AgentSession
@@ -121,6 +123,25 @@ def test_rootless_session_by_hand(x2go_server: X2GoServer, ssh_client: paramiko.
     assert x2go_server.status(ssh_client, session.name) == "S"
     x2go_server.end(session)
     assert not alive(session.pid)
+
+
+@pytest.mark.usefixtures("own_namespaces")
+def test_packets_are_dropped_while_the_loopback_of_a_network_is_down() -> None:
+    """TCP sends them again afterwards."""
+    with (
+        Network() as network,
+        network.call(lambda: socket.create_server((LOOPBACK, 0))) as listener,
+        network.call(lambda: socket.create_connection(listener.getsockname())) as sender,
+        listener.accept()[0] as receiver,
+    ):
+        receiver.settimeout(0.3)
+        network.set_loopback(up=False)
+        sender.sendall(b"late")
+        with pytest.raises(TimeoutError):
+            receiver.recv(4)
+        network.set_loopback(up=True)
+        receiver.settimeout(WAIT_S)
+        assert receiver.recv(4) == b"late"
 
 
 def test_cleanup_leaves_no_process_of_the_user() -> None:

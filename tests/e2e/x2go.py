@@ -32,6 +32,7 @@ from .procs import alive, is_listening, missing_programs, processes_of, program,
 from .sshd import LOOPBACK, CommandError, SshPids, SshServer, run, transport_of
 
 if TYPE_CHECKING:
+    import socket
     from typing import IO
 
     import paramiko
@@ -169,10 +170,15 @@ class X2GoServer(SshServer):
             self._lock = None
 
     def connect(
-        self, user: str | None = None, *, timeout_s: float = 10.0, port: int | None = None
+        self,
+        user: str | None = None,
+        *,
+        timeout_s: float = 10.0,
+        port: int | None = None,
+        sock: socket.socket | None = None,
     ) -> paramiko.SSHClient:
         """Open a fresh connection, by default for the test user."""
-        return super().connect(user or self.user, timeout_s=timeout_s, port=port)
+        return super().connect(user or self.user, timeout_s=timeout_s, port=port, sock=sock)
 
     def start_agent(
         self,
