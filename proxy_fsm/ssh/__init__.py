@@ -5,7 +5,7 @@ This is the only part that depends on paramiko's internals. What it uses beyond 
 
 * ``Transport``: ``lock``, ``_channels`` (``put``, ``delete``), ``_next_channel``, ``channel_events``,
   ``channels_seen``, ``saved_exception``, ``_send_user_message``, ``_send_message``, ``clear_to_send``,
-  ``clear_to_send_lock``, ``packetizer``, ``run``, ``_handler_table``
+  ``clear_to_send_lock``, ``packetizer``, ``run``, ``_handler_table``, ``_parse_disconnect``
 * ``Channel``: ``_set_transport``, ``_set_window``, ``_close_internal``, ``_set_closed``, ``_unlink``,
   ``_check_add_window``, ``_wait_for_send_window``, ``in_buffer``
 * ``BufferedPipe``: ``_lock``, ``_cv``, ``_buffer``, ``_closed``
@@ -46,22 +46,40 @@ transport made by `fast_transport` has a packetizer of its own (`fast`).
 """
 
 from proxy_fsm.ssh.channel import WINDOW_BYTES, SafeChannel
-from proxy_fsm.ssh.errors import ChannelRefused, NotOpened, OpenAbandoned, TransportClosed
+from proxy_fsm.ssh.command import CompletedCommand, RemoteCommand
+from proxy_fsm.ssh.errors import (
+    ChannelRefused,
+    CommandCancelled,
+    CommandFailed,
+    CommandNotRun,
+    NotOpened,
+    OpenAbandoned,
+    TransportClosed,
+)
 from proxy_fsm.ssh.fast import fast_transport, received_ago_s, set_nodelay
-from proxy_fsm.ssh.opening import ChannelOpening, EndWatch, packets_received, why_ended
+from proxy_fsm.ssh.framed import FramedCommand, words
+from proxy_fsm.ssh.opening import ChannelOpening, EndWatch, packets_received, said_instead, why_ended
 
 __all__ = [
     "WINDOW_BYTES",
     "ChannelOpening",
     "ChannelRefused",
+    "CommandCancelled",
+    "CommandFailed",
+    "CommandNotRun",
+    "CompletedCommand",
     "EndWatch",
+    "FramedCommand",
     "NotOpened",
     "OpenAbandoned",
+    "RemoteCommand",
     "SafeChannel",
     "TransportClosed",
     "fast_transport",
     "packets_received",
     "received_ago_s",
+    "said_instead",
     "set_nodelay",
     "why_ended",
+    "words",
 ]

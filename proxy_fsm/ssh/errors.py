@@ -1,8 +1,16 @@
-"""Why a channel was not opened, or can no longer send."""
+"""Why a channel was not opened, can no longer send, or gave no answer to a command."""
 
 from __future__ import annotations
 
-__all__ = ["ChannelRefused", "NotOpened", "OpenAbandoned", "TransportClosed"]
+__all__ = [
+    "ChannelRefused",
+    "CommandCancelled",
+    "CommandFailed",
+    "CommandNotRun",
+    "NotOpened",
+    "OpenAbandoned",
+    "TransportClosed",
+]
 
 
 class NotOpened(Exception):  # noqa: N818 - a refusal, an end or a cancellation, not a failure on this side
@@ -33,3 +41,15 @@ class TransportClosed(NotOpened, ConnectionError):  # noqa: N818 - as its siblin
 
 class OpenAbandoned(NotOpened):
     """The open was abandoned before the server answered."""
+
+
+class CommandFailed(Exception):  # noqa: N818 - as its siblings
+    """A command gave no answer that can be used; the transport is alive."""
+
+
+class CommandNotRun(CommandFailed):
+    """The server does not run commands for this account."""
+
+
+class CommandCancelled(Exception):  # noqa: N818 - as its siblings
+    """The command was cancelled on this side."""

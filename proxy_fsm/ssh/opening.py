@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,11 +15,15 @@ from proxy_fsm.ssh.channel import PACKET_BYTES, WINDOW_BYTES, SafeChannel
 from proxy_fsm.ssh.errors import ChannelRefused, OpenAbandoned, TransportClosed
 from proxy_fsm.ssh.fast import acknowledge, tcp_socket
 from proxy_fsm.ssh.sending import DeferredSender
+from proxy_fsm.text import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ChannelOpening", "EndWatch", "packets_received", "why_ended"]
+__all__ = ["ChannelOpening", "EndWatch", "packets_received", "said_instead", "why_ended"]
+
+#: Of paramiko, for a server whose first lines are no SSH greeting.
+_NO_GREETING = re.compile(r'Indecipherable protocol version "(?P<said>.*)"', re.DOTALL)
 
 
 class _Refusals:
@@ -40,6 +45,26 @@ class _Refusals:
         else:
             message.rewind()
             self._original(message)
+
+
+class _DisconnectReader:
+    """Keeps the text of the server's DISCONNECT message, which paramiko only logs."""
+
+    def __init__(self, transport: Any) -> None:
+        self._original = transport._parse_disconnect  # noqa: SLF001
+        self.text = ""
+
+    def __call__(self, message: Message) -> None:
+        message.get_int()
+        self.text = message.get_text()
+        message.rewind()
+        self._original(message)
+
+
+def _read_disconnect(transport: Any) -> None:
+    """Put a `_DisconnectReader` into a transport, once; call it under the transport's lock."""
+    if not isinstance(transport._parse_disconnect, _DisconnectReader):  # noqa: SLF001
+        transport._parse_disconnect = _DisconnectReader(transport)  # noqa: SLF001
 
 
 def _install_hooks(transport: Any) -> None:
@@ -195,6 +220,7 @@ class EndWatch:
     def __init__(self, transport: paramiko.Transport, callback: Callable[[], None]) -> None:
         self._transport = cast("Any", transport)
         with self._transport.lock:
+            _read_disconnect(self._transport)
             number = self._transport._next_channel()  # noqa: SLF001
             self._sentinel = _Sentinel(number, callback)
             self._transport._channels.put(number, self._sentinel)  # noqa: SLF001
@@ -225,6 +251,21 @@ def packets_received(transport: paramiko.Transport) -> int:
 
 
 def why_ended(transport: paramiko.Transport) -> str:
-    """Return a sentence that says that a transport ended, with paramiko's error if there was one."""
+    """Return a sentence that says that a transport ended, and why if that is known.
+
+    That is the text of the server's DISCONNECT message, or what it said instead of an SSH greeting, or else paramiko's
+    error. What a server says is cut to 200 characters and made harmless.
+    """
+    reader = cast("Any", transport)._parse_disconnect  # noqa: SLF001
+    if isinstance(reader, _DisconnectReader) and reader.text.strip():
+        return f'The SSH connection ended: the server said "{excerpt(reader.text.strip())}".'
     error = str(cast("Any", transport).saved_exception or "").removesuffix(".")
+    if (said := said_instead(error)) is not None:
+        return f'The SSH connection ended: instead of an SSH greeting the server said "{said}".'
     return "The SSH connection ended" + (f": {error}." if error else ".")
+
+
+def said_instead(error: str) -> str | None:
+    """Return what a server said instead of an SSH greeting, made harmless; None for another error of paramiko's."""
+    found = _NO_GREETING.fullmatch(error)
+    return None if found is None else excerpt(found["said"].strip())

@@ -21,6 +21,7 @@ from paramiko.packet import NeedRekeyException, Packetizer
 
 from proxy_fsm.ssh import (
     ChannelOpening,
+    EndWatch,
     TransportClosed,
     fast,
     fast_transport,
@@ -451,8 +452,31 @@ def test_rejected_packet_ends_the_transport_and_is_named_as_the_reason(server: L
             "The SSH connection ended: [Errno 104] Connection reset by peer.",
         ),
         (paramiko.SSHException("A packet without a message."), "The SSH connection ended: A packet without a message."),
+        (
+            paramiko.SSHException('Indecipherable protocol version "Not allowed\x1b[2J at this time"'),
+            'The SSH connection ended: instead of an SSH greeting the server said "Not allowed\\x1b[2J at this time".',
+        ),
     ],
 )
 def test_reason_of_an_end_has_one_full_stop(error: Exception | None, sentence: str) -> None:
-    transport: Any = SimpleNamespace(saved_exception=error)
+    transport: Any = SimpleNamespace(saved_exception=error, _parse_disconnect=None)
     assert why_ended(transport) == sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("The system is going down for maintenance.", '"The system is going down for maintenance.".'),
+        ("bye\x1b[2J", '"bye\\x1b[2J".'),
+        ("x" * 1000, "x" * 200 + '…".'),
+        ("  ", "ended."),
+    ],
+)
+def test_reason_of_the_server_is_quoted(server: LoopbackSSHServer, text: str, quoted: str) -> None:
+    transport = server.connect_transport()
+    ended = threading.Event()
+    watch = EndWatch(transport, ended.set)
+    server.disconnect(text)
+    assert ended.wait(WAIT_S)
+    watch.cancel()
+    assert why_ended(transport).endswith(quoted)

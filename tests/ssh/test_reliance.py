@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import socket
 import threading
@@ -17,6 +18,7 @@ import paramiko
 import pytest
 from paramiko.buffered_pipe import BufferedPipe
 from paramiko.common import CONNECTION_FAILED_CODE
+from paramiko.message import Message
 from paramiko.packet import Packetizer
 
 from proxy_fsm import ssh
@@ -129,6 +131,19 @@ def rely_on_handler_table(transport: Any, _: Agent) -> None:
     assert refused.value.code == ChannelRefused.CONNECT_FAILED
     assert [each[1:] for each in seen] == [(False, transport)], "called once, without the lock"
     assert refused.value.text == CONNECTION_FAILED_CODE[ChannelRefused.CONNECT_FAILED]
+
+
+def rely_on_parse_disconnect(transport: Any, _: Agent) -> None:
+    """It is looked up for each message, which is positioned at the code."""
+    message = Message()
+    message.add_int(11)
+    message.add_string("bye")
+    message.rewind()
+    texts: list[str] = []
+    transport._log = lambda _level, text: texts.append(text)
+    transport._parse_disconnect(message)
+    assert texts == ["Disconnect (code 11): bye"]
+    assert "self._parse_disconnect(m)" in inspect.getsource(paramiko.Transport.run)
 
 
 def rely_on_send_user_message(transport: Any, _: Agent) -> None:
@@ -410,6 +425,7 @@ RELIED_ON: dict[str, Callable[[Any, Agent], None]] = {
     "Transport.run": rely_on_own_thread,
     "Transport._handler_table": rely_on_handler_table,
     "Transport.packetizer": rely_on_packetizer,
+    "Transport._parse_disconnect": rely_on_parse_disconnect,
     "Channel._set_transport": rely_on_set_transport,
     "Channel._set_window": rely_on_set_window,
     "Channel._close_internal": rely_on_close_internal,
