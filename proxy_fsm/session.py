@@ -23,6 +23,16 @@ __all__ = [
     "parse_session_list",
 ]
 
+#: What lists the account's sessions. The server merges Perl's warnings about an unknown locale into the list.
+LIST_SCRIPT = "LC_ALL=C x2golistsessions"
+#: What prints the letter of one session's status in the database; the session's name follows. Unlike the list it does
+#: so for an account with a domain in its name.
+STATUS_SCRIPT = 'LC_ALL=C PATH="$(x2gopath libexec):$PATH" x2gogetstatus'
+
+#: What prints the pids of the account's programs that resume a session at this moment, to be formatted with its name.
+#: The brackets keep it from finding itself.
+RESUMING_SCRIPT = 'LC_ALL=C pgrep -u "$(id -u)" -f "x2goresume-sessio[n].*{}"'
+
 _NAME_MAX = 200
 _HOST_MAX = 253
 _TEXT_MAX = 253
@@ -44,7 +54,10 @@ _REFUSALS = {
     "LIMIT": "the server says LIMIT, since this user has as many sessions as are allowed. End one first.",
 }
 _AGENT_LINES = 7  # two more, Telekinesis' ports, if the server has it
-_LIST_COLUMNS = 14  # two more, as above
+_NAME_COLUMN, _SSHFS_COLUMN = 1, 13
+_MIN_COLUMNS, _MAX_COLUMNS = 12, 16  # up to the user; with Telekinesis' ports
+#: The name that x2gostartagent makes: user, display, time, kind with program, and depth.
+GENERATED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*-[0-9]+-[0-9]+_st[A-Za-z0-9_.@-]+")
 
 _RESUMED_PORTS = ("gr_port", "sound_port", "fs_port")
 
@@ -66,6 +79,9 @@ class SessionInfo:
         display: The number of the session's X display on the server, 0 to 65535; None if there is none.
         agent_host: Where the agent listens, as seen from the SSH server: a host name, an IPv4 or an IPv6
             address (without zone), at most 253 characters.
+        agent_pid: The agent's process id on the server, from 1; None if it is not known.
+        sound_port: The server's port for sound, 1 to 65535, or None.
+        sshfs_port: The server's port for shared folders, 1 to 65535, or None.
 
     Raises:
         InvalidSession: A field cannot be used; the message names it, and does not contain the cookie.
@@ -78,13 +94,22 @@ class SessionInfo:
     graphics_port: int
     display: int | None = None
     agent_host: str = "127.0.0.1"
+    agent_pid: int | None = None
+    sound_port: int | None = None
+    sshfs_port: int | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         _check_cookie(self.cookie)
         _check_int("graphics_port", self.graphics_port, 1, _PORT_MAX)
-        if self.display is not None:
-            _check_int("display", self.display, 0, _DISPLAY_MAX)
+        for title, value, low, high in (
+            ("display", self.display, 0, _DISPLAY_MAX),
+            ("agent_pid", self.agent_pid, 1, _PID_MAX),
+            ("sound_port", self.sound_port, 1, _PORT_MAX),
+            ("sshfs_port", self.sshfs_port, 1, _PORT_MAX),
+        ):
+            if value is not None:
+                _check_int(title, value, low, high)
         _check_host(self.agent_host)
         _check_free_of_cookie("name", self.name, self.cookie)
         _check_free_of_cookie("agent_host", self.agent_host, self.cookie)
@@ -108,50 +133,72 @@ class ListedSession:
     """One row of ``x2golistsessions``.
 
     Args:
-        info: What a proxy needs. The graphics port of a suspended session is its last one; resuming assigns another.
+        info: What a proxy needs. The ports of a suspended session are its last ones; resuming assigns others.
         status: Its status in the server's database.
-        agent_pid: The agent's process id on the server, from 1.
         server: The host name of the server that runs it.
         created: When it was created, in the server's local time and format (``YYYY-MM-DDTHH:MM:SS``).
         client: The address from which it was last used.
+        used: When it was last started, resumed or suspended, in the same format as ``created``.
         user: Its owner; for a shared desktop, the user who asked for it.
-        sound_port: The server's port for sound, or None.
-        sshfs_port: The server's port for shared folders, or None.
     """
 
     info: SessionInfo
     status: SessionStatus
-    agent_pid: int
     server: str
     created: str
     client: str
     user: str
-    sound_port: int | None = None
-    sshfs_port: int | None = None
+    used: str = ""
 
 
 def parse_agent_output(text: str, *, agent_host: str = "127.0.0.1") -> SessionInfo:
     """Parse the session that ``x2gostartagent`` created.
 
+    Lines before and after the answer, such as those that a login shell prints, are ignored.
+
     Args:
         text: Its standard output: display, cookie, agent pid, session name, graphics port, sound port and
-            file-sharing port, one per line; anything after them is ignored. If it is empty, pass the standard error
-            instead: the exception then quotes what the server said.
+            file-sharing port, one per line. If it is empty, pass the standard error instead: the exception then quotes
+            what the server said.
         agent_host: As in `SessionInfo`.
 
     Raises:
-        InvalidSession: A line is invalid (the message names the field), or the ``output`` is not a session at all.
+        InvalidSession: A line is invalid (the message names the field), or the ``output`` is not a session at all, or
+            more than one.
 
     Source: the end of ``x2gostartagent``, and its exit codes 8 (``ACCESS DENIED``) and 9 (``LIMIT``).
     """
     lines = [line.strip() for line in text.strip().split("\n")]
+    starts = [number - 1 for number, line in enumerate(lines) if number and _COOKIE.fullmatch(line)]
+    answers: list[SessionInfo] = []
+    errors: list[InvalidSession] = []
+    for start in starts:
+        try:
+            answers.append(_agent_answer(lines[start:], agent_host))
+        except InvalidSession as error:
+            errors.append(error)
+    if len(answers) == 1:
+        return answers[0]
+    if answers:
+        raise InvalidSession("output", f"it describes {len(answers)} sessions.")
+    if len(errors) == 1:
+        raise errors[0]
+    return _agent_answer(lines, agent_host)  # which raises
+
+
+def _agent_answer(lines: list[str], agent_host: str) -> SessionInfo:
+    """Parse an answer that begins with the first of these lines."""
     if len(lines) < _AGENT_LINES:
         raise InvalidSession("output", _problem_of(lines))
     display, cookie, agent_pid, name, graphics_port, sound_port, sshfs_port = lines[:_AGENT_LINES]
-    _number("agent_pid", agent_pid, 1, _PID_MAX)
-    _optional_port("sound_port", sound_port)
-    _optional_port("sshfs_port", sshfs_port)
-    return _session_info(name, cookie, graphics_port, display, agent_host)
+    pid = _number("agent_pid", agent_pid, 1, _PID_MAX)
+    sound, sshfs = _optional_port("sound_port", sound_port), _optional_port("sshfs_port", sshfs_port)
+    return replace(
+        _session_info(name, cookie, graphics_port, display, agent_host),
+        agent_pid=pid,
+        sound_port=sound,
+        sshfs_port=sshfs,
+    )
 
 
 def parse_resume_output(text: str, session: SessionInfo) -> SessionInfo:
@@ -166,7 +213,7 @@ def parse_resume_output(text: str, session: SessionInfo) -> SessionInfo:
         session: The session as it was before.
 
     Returns:
-        The session with its current graphics port.
+        The session with its current ports.
 
     Raises:
         InvalidSession: A port is invalid or repeated, or there is no ``gr_port`` at all.
@@ -185,62 +232,94 @@ def parse_resume_output(text: str, session: SessionInfo) -> SessionInfo:
     if "gr_port" not in ports:
         problem = "the server printed nothing" if lines == [""] else f"the first line is {_excerpt(lines[0])}"
         raise InvalidSession("output", f"there is no line gr_port=…, and {problem}. Its standard error may tell why.")
-    for key in _RESUMED_PORTS[1:]:
-        _optional_port(key, ports.get(key, ""))
-    return replace(session, graphics_port=_number("graphics_port", ports["gr_port"], 1, _PORT_MAX))
+    return replace(
+        session,
+        graphics_port=_number("graphics_port", ports["gr_port"], 1, _PORT_MAX),
+        sound_port=_optional_port("sound_port", ports.get("sound_port", "")),
+        sshfs_port=_optional_port("fs_port", ports.get("fs_port", "")),
+    )
 
 
-def parse_session_list(text: str, *, agent_host: str = "127.0.0.1") -> tuple[ListedSession, ...]:
+def parse_session_list(
+    text: str, *, name: str | None = None, agent_host: str = "127.0.0.1"
+) -> tuple[ListedSession, ...]:
     """Parse the output of ``x2golistsessions`` or ``x2golistshadowsessions``.
 
     A row without pid, cookie and graphics port is skipped: the server has recorded the session's name but not yet, or
-    never, started its agent. Perl's warnings about the locale, which the server merges into the list, are skipped too.
+    never, started its agent. Lines that are no rows are ignored, such as what a login shell prints, and Perl's
+    warnings about the locale, which the server merges into the list.
 
     Args:
         text: Its standard output, one session per line, columns separated by ``|``: agent pid, name, display, server,
-            status, created, cookie, client, graphics port, sound port, last use, user, age, file-sharing port; anything
-            after them is ignored.
+            status, created, cookie, client, graphics port, sound port, last use, user, age, file-sharing port, and two
+            more; an old server's row may end with the user.
+        name: Return this session alone: the rows of others are not checked.
         agent_host: As in `SessionInfo`, for every session in the list.
 
     Returns:
         The sessions in the server's order; empty for an empty text.
 
     Raises:
-        InvalidSession: A row is invalid; the message names the field and the line, counted from 1.
+        InvalidSession: A row is invalid, or a session has more than one; the message names the field and the line,
+            counted from 1.
 
     Source: ``x2golistsessions``, ``db_listsessions`` in ``X2Go/Server/DB/SQLite3.pm`` and ``PostgreSQL.pm``.
     """
-    sessions = []
+    sessions: dict[str, ListedSession] = {}
     for number, line in enumerate(text.split("\n"), start=1):
-        row = line.strip()
-        if not row or _LOCALE_WARNING.match(row):
+        columns = _columns(line)
+        if columns is None or (name is not None and columns[_NAME_COLUMN] != name):
             continue
         try:
-            session = _listed_session(row, agent_host)
+            session = _listed_session(columns, agent_host)
         except InvalidSession as error:
             raise InvalidSession(error.field, f"line {number}: {error.problem}") from None
-        if session is not None:
-            sessions.append(session)
-    return tuple(sessions)
+        if session is not None and sessions.setdefault(session.info.name, session) != session:
+            raise InvalidSession("row", f"line {number}: another one has the same name.")
+    return tuple(sessions.values())
 
 
-def _listed_session(row: str, agent_host: str) -> ListedSession | None:
-    columns = [column.strip() for column in row.split("|")][:_LIST_COLUMNS]
-    if len(columns) < _LIST_COLUMNS:
-        raise InvalidSession("row", f"it has {len(columns)} of {_LIST_COLUMNS} columns: {_excerpt(columns[0])}.")
-    pid, name, display, server, status, created, cookie, client, graphics, sound, _, user, _, sshfs = columns
+def parse_status(text: str) -> SessionStatus | None:
+    """Parse the output of ``x2gogetstatus``; None for a session that the database does not have."""
+    return _STATUS.get(text.strip())
+
+
+def _columns(line: str) -> list[str] | None:
+    """Split a row into its columns; None for a line that is no row.
+
+    A line whose second column is the name of a session counts as a row, however few columns it has, so that a session
+    is not lost with a part of its row.
+    """
+    columns = [column.strip() for column in line.split("|")]
+    if len(columns) <= _NAME_COLUMN or _LOCALE_WARNING.match(columns[0]):
+        return None
+    name = columns[_NAME_COLUMN]
+    is_row = len(columns) >= _MIN_COLUMNS or GENERATED_NAME.fullmatch(name)
+    return columns if is_row else None
+
+
+def _listed_session(columns: list[str], agent_host: str) -> ListedSession | None:
+    if not _MIN_COLUMNS <= len(columns) <= _MAX_COLUMNS:
+        raise InvalidSession(
+            "row", f"it has {len(columns)} columns, not {_MIN_COLUMNS} to {_MAX_COLUMNS}: {_excerpt(columns[0])}."
+        )
+    pid, name, display, server, status, created, cookie, client, graphics, sound, used, user = columns[:_MIN_COLUMNS]
     if not (pid or cookie or graphics):
         return None
+    sshfs = columns[_SSHFS_COLUMN] if len(columns) > _SSHFS_COLUMN else ""
     return ListedSession(
-        info=_session_info(name, cookie, graphics, display, agent_host),
+        info=replace(
+            _session_info(name, cookie, graphics, display, agent_host),
+            agent_pid=_number("agent_pid", pid, 1, _PID_MAX),
+            sound_port=_optional_port("sound_port", sound),
+            sshfs_port=_optional_port("sshfs_port", sshfs),
+        ),
         status=_status(status),
-        agent_pid=_number("agent_pid", pid, 1, _PID_MAX),
         server=_text("server", server, cookie),
         created=_text("created", created, cookie),
         client=_text("client", client, cookie),
+        used=_text("used", used, cookie),
         user=_text("user", user, cookie),
-        sound_port=_optional_port("sound_port", sound),
-        sshfs_port=_optional_port("sshfs_port", sshfs),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,6 +48,10 @@ ROW = (
     "-1",
     "-1",
 )
+SESSION = SessionInfo(
+    name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_pid=4711, sound_port=30002, sshfs_port=30003
+)
+LISTS = json.loads((Path(__file__).parent / "data" / "x2go" / "session_lists.json").read_text(encoding="utf-8"))
 LOCALE_WARNING = """\
 perl:warning:Settinglocalefailed.
 perl:warning:Pleasecheckthatyourlocalesettings:
@@ -77,6 +83,11 @@ def assert_no_cookie(error: InvalidSession) -> None:
     for shown in (str(error), repr(error), error.field, error.problem, repr(error.__cause__)):
         assert COOKIE not in shown.lower()
     assert error.__context__ is None or COOKIE not in repr(error.__context__).lower()
+
+
+NOISE = st.text() | st.sampled_from(
+    [*AGENT_LINES, "0" * 32, NAME.replace("alice", "bob"), row(), row(c4="S"), row()[:60], "|".join(ROW[6:])]
+)
 
 
 class TestSessionInfo:
@@ -252,7 +263,7 @@ class TestParseAgentOutput:
     @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n-1\n-1\n", "\n30004\n30005\n"])
     def test_output_of_x2gostartagent_is_parsed(self, end: str) -> None:
         info = parse_agent_output("\n".join(AGENT_LINES) + end, agent_host="::1")
-        assert info == SessionInfo(name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_host="::1")
+        assert info == dataclasses.replace(SESSION, agent_host="::1")
 
     def test_terminal_line_endings_are_accepted(self) -> None:
         assert parse_agent_output("\r\n" + "\r\n".join(AGENT_LINES) + "\r\n").display == 51
@@ -305,6 +316,22 @@ class TestParseAgentOutput:
         assert words in error.problem
         assert len(str(error)) < 250
 
+    def test_answer_is_found_among_other_lines(self) -> None:
+        text = "\n".join(["Last login: today", "51", *AGENT_LINES, "4711", "Bye."])
+        assert parse_agent_output(text) == SESSION
+
+    def test_two_answers_are_refused(self) -> None:
+        other = "\n".join(AGENT_LINES).replace("30001", "30011")
+        assert "2 sessions" in refusal(lambda: parse_agent_output("\n".join(AGENT_LINES) + "\n" + other)).problem
+
+    @given(st.lists(NOISE), st.lists(NOISE))
+    @example([COOKIE, "51"], [])
+    @example(["51", COOKIE, "4711", NAME], ["1", "2", "3"])
+    @example(["51"], [COOKIE, "4711", NAME, "1", "2", "3"])
+    def test_noise_around_the_answer_changes_nothing_or_is_refused(self, before: list[str], after: list[str]) -> None:
+        with contextlib.suppress(InvalidSession):
+            assert parse_agent_output("\n".join([*before, *AGENT_LINES, *after])) == SESSION
+
     def test_user_named_like_a_refusal_is_accepted(self) -> None:
         lines = "\n".join(AGENT_LINES).replace("alice", "LIMIT")
         assert parse_agent_output(lines).name.startswith("LIMIT-51")
@@ -326,12 +353,13 @@ class TestParseAgentOutput:
 
 
 class TestParseResumeOutput:
-    SESSION = SessionInfo(name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_host="192.0.2.9")
+    SESSION = dataclasses.replace(SESSION, agent_host="192.0.2.9")
 
     @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
-    def test_graphics_port_is_replaced_and_the_rest_kept(self, end: str) -> None:
+    def test_ports_are_replaced_and_the_rest_kept(self, end: str) -> None:
         text = f"gr_port=30011{end or chr(10)}sound_port=30012{end or chr(10)}fs_port=30013{end}"
-        assert parse_resume_output(text, self.SESSION) == dataclasses.replace(self.SESSION, graphics_port=30011)
+        resumed = dataclasses.replace(self.SESSION, graphics_port=30011, sound_port=30012, sshfs_port=30013)
+        assert parse_resume_output(text, self.SESSION) == resumed
 
     def test_other_lines_are_ignored(self) -> None:
         """A server with Telekinesis prints two more ports, and one without file sharing prints none for it."""
@@ -369,25 +397,40 @@ class TestParseSessionList:
     def test_row_is_parsed(self) -> None:
         assert parse_session_list(row() + "\n", agent_host="agent") == (
             ListedSession(
-                info=SessionInfo(name=NAME, cookie=COOKIE, graphics_port=30001, display=51, agent_host="agent"),
+                info=dataclasses.replace(SESSION, agent_host="agent"),
                 status=SessionStatus.RUNNING,
-                agent_pid=4711,
                 server="server",
                 created="2026-11-22T11:38:00",
                 client="192.0.2.7",
+                used="2026-11-22T11:39:00",
                 user="alice",
-                sound_port=30002,
-                sshfs_port=30003,
             ),
         )
 
-    def test_row_without_telekinesis_columns_is_parsed(self) -> None:
-        assert len(parse_session_list("|".join(ROW[:14]))) == 1
+    @pytest.mark.parametrize("case", LISTS, ids=lambda case: case["case"].replace(" ", "-"))
+    def test_lists_of_servers_are_parsed_or_refused(self, case: dict[str, Any]) -> None:
+        if "error" in case:
+            assert refusal(lambda: parse_session_list(case["text"])).field == case["error"]
+        else:
+            sessions = parse_session_list(case["text"])
+            found = {each.info.name: [str(each.status), each.info.graphics_port] for each in sessions}
+            assert found == case["sessions"]
+        for name, (status, port) in case.get("named", case.get("sessions", {})).items():
+            (session,) = parse_session_list(case["text"], name=name)
+            assert (session.info.name, str(session.status), session.info.graphics_port) == (name, status, port)
 
     def test_order_of_the_server_is_kept(self) -> None:
-        text = "\n".join(row(c4=letter) for letter in "SRFR")
+        text = "\n".join(row(c1=f"{NAME}{number}", c4=letter) for number, letter in enumerate("SRFR"))
         words = [str(session.status) for session in parse_session_list(text)]
         assert words == ["suspended", "running", "finished", "running"]
+
+    @given(st.lists(NOISE), st.lists(NOISE))
+    @example([row().replace("|R|", "|S|")], [])
+    @example([f"|{NAME}"], [])
+    def test_noise_around_a_session_changes_nothing_or_is_refused(self, before: list[str], after: list[str]) -> None:
+        with contextlib.suppress(InvalidSession):
+            (session,) = parse_session_list("\n".join([*before, row(), *after]), name=NAME)
+            assert (session.info, session.status) == (SESSION, SessionStatus.RUNNING)
 
     @pytest.mark.parametrize("text", ["", "\n", " \r\n\n"])
     def test_empty_list_has_no_sessions(self, text: str) -> None:
@@ -403,7 +446,7 @@ class TestParseSessionList:
     @pytest.mark.parametrize("port", ["", "-1"])
     def test_missing_ports_are_none(self, port: str) -> None:
         (session,) = parse_session_list(row(c9=port, c13=port))
-        assert (session.sound_port, session.sshfs_port) == (None, None)
+        assert (session.info.sound_port, session.info.sshfs_port) == (None, None)
 
     def test_domain_user_with_backslash_is_accepted(self) -> None:
         assert parse_session_list(row(c11="DOMAIN\\alice"))[0].user == "DOMAIN\\alice"
@@ -438,10 +481,8 @@ class TestParseSessionList:
         assert error.problem.startswith("line 3: ")
 
     @pytest.mark.parametrize("text", ["nonsense", "a|b", COOKIE, "|".join(ROW[6:])])
-    def test_line_that_is_no_row_is_refused(self, text: str) -> None:
-        error = refusal(lambda: parse_session_list(text))
-        assert error.field == "row"
-        assert "of 14 columns" in error.problem
+    def test_line_that_is_no_row_is_ignored(self, text: str) -> None:
+        assert len(parse_session_list(f"{text}\n{row()}\n{text}")) == 1
 
     def test_repr_hides_the_cookie(self) -> None:
         sessions = parse_session_list(row())
