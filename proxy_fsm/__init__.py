@@ -11,11 +11,12 @@ from proxy_fsm.errors import (
     ProxyFailed,
     ProxyFsmError,
     ProxyStopped,
+    ServerError,
 )
 from proxy_fsm.evidence import Evidence
 from proxy_fsm.lifecycle import Lifecycle
 from proxy_fsm.proxy import Proxy
-from proxy_fsm.reasons import EndReason
+from proxy_fsm.reasons import EndReason, ServerReason
 from proxy_fsm.session import (
     ListedSession,
     SessionInfo,
@@ -58,6 +59,8 @@ __all__ = [
     "ProxyFsmError",
     "ProxyStatus",
     "ProxyStopped",
+    "ServerError",
+    "ServerReason",
     "SessionInfo",
     "SessionStatus",
     "State",

@@ -149,7 +149,7 @@ class WorkerEffects:
 
     def query_session(self) -> None:
         """Ask the server for the status of the session."""
-        self._query = SessionStatusQuery(self._transport, self._session.name, self._post)
+        self._query = SessionStatusQuery(self._transport, self._session, self._post)
         self._query.start()
 
     def cancel_query(self) -> None:

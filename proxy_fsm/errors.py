@@ -7,6 +7,7 @@
     ├── InvalidSession         a field of a session cannot be used (also a ValueError)
     ├── DiagramError           a picture cannot be drawn (also a ValueError)
     ├── BackendError           a backend cannot continue; carries reason, detail and hint
+    ├── ServerError            an X2Go server did not do what it was asked for; carries reason, detail and hint
     └── ProxyEnded
         ├── ProxyFailed        the engine ended with a fault; carries the status
         └── ProxyStopped       the engine ended cleanly while a caller waited for RUNNING; carries the status
@@ -19,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from proxy_fsm.reasons import EndReason
+    from proxy_fsm.reasons import EndReason, ServerReason
     from proxy_fsm.states import State
     from proxy_fsm.status import ProxyStatus
 
@@ -32,6 +33,7 @@ __all__ = [
     "ProxyFailed",
     "ProxyFsmError",
     "ProxyStopped",
+    "ServerError",
 ]
 
 
@@ -98,6 +100,29 @@ class BackendError(ProxyFsmError):
 
     def __reduce__(self) -> tuple[type[BackendError], tuple[EndReason, str, str | None]]:
         return type(self), (self.reason, self.detail, self.hint)
+
+
+class ServerError(ProxyFsmError):
+    """An X2Go server did not do what it was asked for.
+
+    Attributes:
+        reason: Why, as a `ServerReason`.
+        detail: One human-readable sentence: what happened. What the server printed is quoted in it, without cookies.
+        hint: What to do about it.
+        exit_status: That of the server's command; None if there was none.
+    """
+
+    def __init__(
+        self, reason: ServerReason, detail: str, hint: str | None = None, *, exit_status: int | None = None
+    ) -> None:
+        self.reason = reason
+        self.detail = detail
+        self.hint = reason.hint if hint is None else hint
+        self.exit_status = exit_status
+        super().__init__(f"{detail} {self.hint}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.reason, self.detail, self.hint), {"exit_status": self.exit_status}
 
 
 class ProxyEnded(ProxyFsmError):  # noqa: N818 - the contract names both of its subclasses so

@@ -40,6 +40,7 @@ __all__ = [
     "ProcessExited",
     "ProcessSpawned",
     "SessionStatusReceived",
+    "SessionTakenOver",
     "SpawnFailed",
     "StartOrdered",
     "StopOrdered",
@@ -240,6 +241,19 @@ class SessionStatusReceived(Observation):
     """The X2Go server reported the session's status; None if it could not."""
 
     status: SessionStatus | None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTakenOver(Observation):
+    """The X2Go server reported that another client has resumed the session, or is about to.
+
+    Attributes:
+        client: That client's address; empty if it is not known yet.
+        used: When it resumed the session, in the server's time and format; empty if it is not known yet.
+    """
+
+    client: str
+    used: str
 
 
 _Seen = TypeVar("_Seen", bound=Observation)

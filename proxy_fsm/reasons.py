@@ -1,11 +1,11 @@
-"""Why a proxy ends, what to do about it, and whether to try again."""
+"""Why a proxy ends, or a server's command fails, what to do about it, and whether to try again."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from typing import Self
 
-__all__ = ["EndReason", "hint_for", "is_retryable"]
+__all__ = ["EndReason", "ServerReason", "hint_for", "is_retryable"]
 
 
 class EndReason(StrEnum):
@@ -31,6 +31,11 @@ class EndReason(StrEnum):
     SESSION_ENDED = "session_ended", 0, "Ask the server whether the session is suspended and can be resumed."
     SESSION_SUSPENDED = "session_suspended", 0, "Resume the session to go on with it."
     SESSION_TERMINATED = "session_terminated", 0
+    SESSION_TAKEN_OVER = (
+        "session_taken_over",
+        0,
+        "Go on where it is shown now, or get it back on purpose: proxy-fsm connect --session NAME --take-over.",
+    )
     VIEWER_CLOSED = "viewer_closed", 0
     PROXY_NOT_FOUND = "proxy_not_found", 10, "Install the proxy program, or say where it is."
     PROXY_NOT_STARTABLE = (
@@ -103,6 +108,8 @@ class EndReason(StrEnum):
         return self.cli_status == 0
 
 
+#: What the server told about the session; of these only a suspended one is there to be attached to again.
+_TOLD = frozenset({EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED, EndReason.SESSION_TAKEN_OVER})
 #: Reasons after which the session is suspended or lost, and only the server knows which.
 _SERVER_KNOWS = frozenset({EndReason.SESSION_ENDED, EndReason.AGENT_UNREACHABLE, EndReason.PEER_LOST})
 
@@ -129,14 +136,24 @@ def is_retryable(reason: EndReason, *, channel_opened: bool, running_s: float | 
     """
     if reason in _SERVER_KNOWS or (resumed and reason is EndReason.NEGOTIATION_FAILED):
         return None
-    if reason in {EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED}:
+    if reason in _TOLD:
         return reason is EndReason.SESSION_SUSPENDED
     if running_s is not None and not resumed:
         return True if running_s >= _AGENT_FRAGILE_S else None
     return resumed or not channel_opened
 
 
-def hint_for(reason: EndReason, *, channel_opened: bool, was_running: bool, resumed: bool) -> str | None:
+#: Where there is nothing that could be suspended or resumed.
+_PLAIN_HINTS = {
+    EndReason.SESSION_ENDED: "Find out on the server why it closed the connection, then try again.",
+    EndReason.AGENT_UNREACHABLE: "Make sure that the service runs on the server, and on this port.",
+    EndReason.PEER_LOST: "Make sure that the service still runs on the server, then try again.",
+}
+
+
+def hint_for(
+    reason: EndReason, *, channel_opened: bool, was_running: bool, resumed: bool, resumable: bool = True
+) -> str | None:
     """Return what to do about a reason; the hint does not say to resume a session that is lost.
 
     Args:
@@ -144,11 +161,49 @@ def hint_for(reason: EndReason, *, channel_opened: bool, was_running: bool, resu
         channel_opened: Whether a channel to the graphics port was ever opened.
         was_running: Whether ``running`` was reached.
         resumed: Whether the session was resumed.
+        resumable: Whether there is a session at all, which can be suspended and resumed.
     """
-    if reason.hint is None or was_running or resumed:
+    if not resumable and reason in _PLAIN_HINTS:
+        return _PLAIN_HINTS[reason]
+    if reason.hint is None or (resumable and (was_running or resumed)):
         return reason.hint
-    if not channel_opened:
+    if not (channel_opened and resumable):
         return reason.hint.replace("then resume the session", "then try again")
     lost = "then start a new session: this one has not survived"
     hint = reason.hint.replace("then resume the session", lost)
     return hint if "new session" in hint or reason in _SERVER_KNOWS else f"{hint[:-1]}; {lost}."
+
+
+class ServerReason(StrEnum):
+    """Why an X2Go server did not do what it was asked for.
+
+    Attributes:
+        hint: What to do about it, one sentence.
+    """
+
+    hint: str
+
+    def __new__(cls, value: str, hint: str) -> Self:
+        """Make a member from its row below."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.hint = hint
+        return member
+
+    NO_COMMANDS = "no_commands", "Use an account with a login shell, or ask the server's administrator for one."
+    NOT_X2GO = "not_x2go", "Install the package x2goserver there, or connect to a server that has it."
+    LIMIT_REACHED = "limit_reached", "End one of the account's sessions, or ask the server's administrator."
+    ACCESS_DENIED = "access_denied", "Ask the owner of the desktop to share it, then try again."
+    NO_RESOURCES = "no_resources", "Try again later, or ask the server's administrator: no display or port is free."
+    AGENT_FAILED = "agent_failed", "Ask the server's administrator: the log of the session is on the server."
+    PROGRAM_NOT_FOUND = "program_not_found", "Install the program there, or start another one."
+    NO_SUCH_SESSION = "no_such_session", "List the sessions, and choose one of them, or start a new one."
+    SESSION_IN_USE = "session_in_use", "End it there, or take it over."
+    COMMAND_FAILED = "command_failed", "Ask the server's administrator: the command works with a healthy X2Go server."
+    UNREADABLE_ANSWER = (
+        "unreadable_answer",
+        "Report it with the server's version: its answer is not the documented one.",
+    )
+    NO_ANSWER = "no_answer", "Try again; if it stays so, look at the load of the server."
+    CONNECTION_LOST = "connection_lost", "Connect again."
+    CANCELLED = "cancelled", "Call it again; nothing else has changed."

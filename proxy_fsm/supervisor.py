@@ -31,6 +31,7 @@ from proxy_fsm.evidence import (
     ProcessExited,
     ProcessSpawned,
     SessionStatusReceived,
+    SessionTakenOver,
     SpawnFailed,
     StartOrdered,
     StopOrdered,
@@ -239,6 +240,10 @@ class Supervisor(ActiveLifecycle):
                 self._verify()
             case SessionStatusReceived(status=status) if self._tentative is not None:
                 self._session_status_received(self._tentative, status)
+            case SessionTakenOver(client=client, used=used) if self._tentative is not None:
+                by = f", at {client}," if client else ""
+                since = f", since {used} (the server's time)" if used else ""
+                self._commit(Cause(EndReason.SESSION_TAKEN_OVER, f"Another client{by} has the session now{since}."))
             case _:
                 pass
 
@@ -362,6 +367,7 @@ class Supervisor(ActiveLifecycle):
             channel_opened=self._evidence.saw(ChannelOpened),
             was_running=self._evidence.ready,
             resumed=self._resumed,
+            resumable=self._backend.resumable,
         )
         # A backend's text may contain the secrets that it was given.
         self._cause = Cause(reason, self._redact(detail), None if hint is None else self._redact(hint))

@@ -58,6 +58,10 @@ class Agents:
         """Answer ``x2golistsessions``."""
         return 0, "".join(row for agent, row in self._listed if agent.poll() is None).encode(), b""
 
+    def status(self, _command: str) -> tuple[int, bytes, bytes]:
+        """Answer ``x2gogetstatus``, which is asked for those that are not listed."""
+        return 0, b"F", b""
+
 
 def started(role: str, **environ: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start a stand-in, and return the value in its first line."""
@@ -100,7 +104,13 @@ def scene(*, window: bool) -> Iterator[None]:
             stack.callback(ended, display)
             screen = {"DISPLAY": name}
         agents = Agents(stack)
-        commands = {"x2gostartagent": agents.start, "x2golistsessions": agents.listed}
+        commands = {
+            "command": lambda _: (0, b"", b""),
+            "setsid": lambda _: (0, b"", b""),
+            "x2gostartagent": agents.start,
+            "x2golistsessions": agents.listed,
+            "x2gogetstatus": agents.status,
+        }
         server = stack.enter_context(LoopbackSSHServer(username="alice", commands=commands))
         path = f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"
         os.environ.update(screen, HOME=str(home), PATH=path, XDG_RUNTIME_DIR=str(home))

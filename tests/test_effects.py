@@ -142,7 +142,7 @@ def test_each_effect_calls_its_worker(workers: Workers, effect: str, calls: list
 
 
 def test_query_is_made_anew_for_each_question(workers: Workers) -> None:
-    made = call.SessionStatusQuery(workers.transport, SESSION.name, workers.post)
+    made = call.SessionStatusQuery(workers.transport, SESSION, workers.post)
     for _ in range(2):
         assert workers.calls_of("query_session") == [made, call.query.start()]
 

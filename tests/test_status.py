@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from datetime import UTC, datetime
 
 import pytest
 
 from proxy_fsm import errors
-from proxy_fsm.reasons import EndReason, hint_for, is_retryable
+from proxy_fsm.reasons import EndReason, ServerReason, hint_for, is_retryable
 from proxy_fsm.states import State, Trigger
 from proxy_fsm.status import Link, ProxyStatus, Timeouts, TransitionRecord, TunnelStats
 
@@ -33,11 +34,12 @@ STATUS = ProxyStatus(
 )
 
 REASONS = """
-stop_requested session_ended session_suspended session_terminated viewer_closed proxy_not_found proxy_not_startable
-display_unavailable display_lost negotiation_failed agent_unreachable forwarding_denied listen_failed transport_lost
-transport_silent peer_lost proxy_killed proxy_exited start_timeout stop_timeout internal_error
+stop_requested session_ended session_suspended session_terminated session_taken_over viewer_closed proxy_not_found
+proxy_not_startable display_unavailable display_lost negotiation_failed agent_unreachable forwarding_denied
+listen_failed transport_lost transport_silent peer_lost proxy_killed proxy_exited start_timeout stop_timeout
+internal_error
 """.split()
-CLEAN = set(REASONS[:5])
+CLEAN = set(REASONS[:6])
 
 
 def test_reason_names_are_the_contracts() -> None:
@@ -133,6 +135,8 @@ RETRYABLE = [
     (EndReason.SESSION_ENDED, True, LONG, False, None),
     (EndReason.SESSION_SUSPENDED, True, LONG, False, True),
     (EndReason.SESSION_TERMINATED, True, LONG, True, False),
+    (EndReason.SESSION_TAKEN_OVER, True, LONG, True, False),
+    (EndReason.SESSION_TAKEN_OVER, True, BRIEFLY, False, False),
     (EndReason.STOP_REQUESTED, True, LONG, False, True),
     (EndReason.STOP_REQUESTED, True, BRIEFLY, False, None),
     (EndReason.STOP_REQUESTED, True, NEVER, False, False),
@@ -160,6 +164,22 @@ def test_hint_does_not_resume_a_lost_session(
     assert hint.endswith(ending)
 
 
+TOLD = {EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED, EndReason.SESSION_TAKEN_OVER}
+
+
+@pytest.mark.parametrize("reason", [reason for reason in EndReason if reason not in TOLD], ids=str)
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("opened", [True, False])
+def test_hint_for_a_program_without_sessions_speaks_of_none(reason: EndReason, *, opened: bool, ran: bool) -> None:
+    """A VNC server cannot suspend or resume."""
+    hint = hint_for(reason, channel_opened=opened, was_running=ran, resumed=False, resumable=False) or ""
+    assert not re.search("suspend|resum|has not survived", hint)
+
+
+def test_hint_of_a_session_taken_over_names_the_option_that_takes_it_back() -> None:
+    assert "--take-over" in (EndReason.SESSION_TAKEN_OVER.hint or "")
+
+
 @pytest.mark.parametrize("reason", [reason for reason in EndReason if reason.hint is not None], ids=str)
 def test_hint_for_a_lost_session_is_to_start_a_new_one(reason: EndReason) -> None:
     hint = hint_for(reason, channel_opened=True, was_running=False, resumed=False)
@@ -185,6 +205,7 @@ def test_retryable_depends_on_progress_of_the_attempt(
         errors.InvalidSession("cookie", "it is too short."),
         errors.BackendError(EndReason.PROXY_NOT_FOUND, "It is not there.", "Install it."),
         errors.BackendError(EndReason.PROXY_NOT_FOUND, "It is not there."),
+        errors.ServerError(ServerReason.LIMIT_REACHED, "There are too many.", exit_status=9),
         errors.ProxyFailed(STATUS),
         errors.ProxyStopped(dataclasses.replace(STATUS, reason=None, hint=None, detail="")),
     ],

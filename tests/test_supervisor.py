@@ -37,6 +37,7 @@ from proxy_fsm.evidence import (
     ProcessExited,
     ProcessSpawned,
     SessionStatusReceived,
+    SessionTakenOver,
     SpawnFailed,
     StartOrdered,
     StopOrdered,
@@ -693,6 +694,34 @@ def test_server_says_which_end_it_was(
     assert script.status.hint == reason.hint
 
 
+@pytest.mark.parametrize(
+    ("client", "used", "detail"),
+    [
+        (
+            "192.0.2.7",
+            "2026-11-28T10:00:00",
+            "Another client, at 192.0.2.7, has the session now, since 2026-11-28T10:00:00 (the server's time).",
+        ),
+        ("", "", "Another client has the session now."),
+    ],
+)
+@pytest.mark.parametrize("phase", [ESTABLISHED, NEGOTIATING])
+def test_session_that_another_client_has_was_taken_over(phase: Phase, client: str, used: str, detail: str) -> None:
+    script = at(phase, ask_server=True, resumed=True)
+    script.end_session()
+    script.see(SessionTakenOver(client, used))
+    assert script.end == (State.STOPPING, EndReason.SESSION_TAKEN_OVER, detail)
+    assert script.status.hint == EndReason.SESSION_TAKEN_OVER.hint
+
+
+def test_session_taken_over_after_the_end_is_known_changes_nothing() -> None:
+    script = at(ESTABLISHED, ask_server=True)
+    assert script.see(SessionTakenOver("192.0.2.7", "")) == []
+    script.stop()
+    script.see(SessionTakenOver("192.0.2.7", ""))
+    assert script.end[1] is EndReason.STOP_REQUESTED
+
+
 def test_server_that_says_running_denies_the_end_and_may_be_asked_again() -> None:
     script = at(VERIFYING)
     script.judge.verdict = None
@@ -1164,6 +1193,7 @@ _SEEN: list[list[Observation]] = [
     [DisplayRestored()],
     [WorkerCrashed("tunnel", ZeroDivisionError())],
     [SessionStatusReceived(status) for status in (None, *SessionStatus)],
+    [SessionTakenOver("192.0.2.7", "2026-11-28T10:00:00")],
     [WorkerFailed(error) for error in _ERRORS],
     [SpawnFailed(error) for error in _ERRORS],
 ]

@@ -69,12 +69,14 @@ class Backend:
         name: A short name for events and messages.
         listen_kind: ``"unix"`` or ``"tcp"``: how the program can connect.
         max_connections: How many connections it makes; None for any number.
+        resumable: Whether a session outlives its proxy, and can be suspended and resumed; hints speak of that.
         needs_display: Whether it cannot run without an X server, which is then checked before it starts.
     """
 
     name: str = "proxy"
     listen_kind: ListenKind = "tcp"
     max_connections: int | None = 1
+    resumable: bool = True
     needs_display: bool = False
 
     def check_session(self, session: SessionInfo) -> None:
@@ -200,6 +202,7 @@ class CommandBackend(Backend):
     """
 
     name = "command"
+    resumable = False
     _PLACEHOLDER: ClassVar[re.Pattern[str]] = re.compile(r"\{(host|port|path)\}")
 
     def __init__(

@@ -13,6 +13,8 @@ from proxy_fsm.cli.diagram import diagram
 from proxy_fsm.cli.doctor import doctor
 from proxy_fsm.cli.run import run
 from proxy_fsm.cli.sessions import sessions
+from proxy_fsm.cli.suspend import suspend
+from proxy_fsm.cli.terminate import terminate
 from proxy_fsm.cli.timeline import timeline
 from proxy_fsm.cli.verb import ExitStatus
 
@@ -40,7 +42,7 @@ def make_app() -> App:
         result_action="return_value",
         exit_on_error=False,
     )
-    for verb in (demo, doctor, sessions, connect, run, diagram, timeline):
+    for verb in (demo, doctor, sessions, connect, suspend, terminate, run, diagram, timeline):
         app.command(verb)
     return app
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from proxy_fsm import EndReason, InvalidSession
+from proxy_fsm import EndReason, InvalidSession, ServerError
 from proxy_fsm.cli.interrupts import Interrupted, Interrupts
 
 if TYPE_CHECKING:
@@ -86,24 +86,34 @@ def run_verb(output: Output, body: Callable[[Interrupts], int]) -> int:
     try:
         with Interrupts() as interrupts:
             return body(interrupts)
-    except UsageError as error:
-        output.log.error("usage.invalid", detail=error.detail, hint=error.hint)  # noqa: TRY400 - no bug, so no traceback
-        return ExitStatus.USAGE
-    except InvalidSession as error:
-        output.log.error("usage.invalid", detail=str(error), field=error.field, hint=None)  # noqa: TRY400
-        return ExitStatus.USAGE
-    except NotReachedError as error:
-        output.log.error(error.event, **error.fields)  # noqa: TRY400
-        return ExitStatus.NOT_REACHED
     except Interrupted as signal:
         output.log.info("interrupted", signal=str(signal))
         return ExitStatus.CLEAN
-    except Exception as error:
-        detail = f"An internal error: {type(error).__name__}: {error}."
-        output.log.exception("internal.error", detail=detail, hint=EndReason.INTERNAL_ERROR.hint)
-        return EndReason.INTERNAL_ERROR.cli_status
+    except Exception as error:  # noqa: BLE001 - reported
+        return _report(error, output)
     finally:
         output.close()
+
+
+def _report(error: Exception, output: Output) -> int:
+    """Write the event that reports an error; return the exit status."""
+    match error:
+        case UsageError(detail=detail, hint=hint):
+            output.log.error("usage.invalid", detail=detail, hint=hint)
+            return ExitStatus.USAGE
+        case InvalidSession(field=field):
+            output.log.error("usage.invalid", detail=str(error), field=field, hint=None)
+            return ExitStatus.USAGE
+        case NotReachedError(event=event, fields=known):
+            output.log.error(event, **known)
+            return ExitStatus.NOT_REACHED
+        case ServerError(reason=reason, detail=detail, hint=hint, exit_status=exit_status):
+            output.log.error("server.failed", reason=str(reason), exit_code=exit_status, detail=detail, hint=hint)
+            return ExitStatus.NOT_REACHED
+        case _:
+            detail = f"An internal error: {type(error).__name__}: {error}."
+            output.log.error("internal.error", exc_info=error, detail=detail, hint=EndReason.INTERNAL_ERROR.hint)
+            return EndReason.INTERNAL_ERROR.cli_status
 
 
 def write_output(picture: str | bytes, path: Path | None, events: Output) -> int:

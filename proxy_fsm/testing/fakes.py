@@ -50,6 +50,7 @@ from proxy_fsm.evidence import (
     ProcessExited,
     ProcessSpawned,
     SessionStatusReceived,
+    SessionTakenOver,
     SpawnFailed,
     TransportEnded,
     TunnelClosed,
@@ -183,6 +184,10 @@ class FakeTunnel:
     def server_answers(self, status: SessionStatus | None) -> None:
         """The X2Go server has returned the session's status."""
         self.post(SessionStatusReceived(status))
+
+    def taken_over(self, client: str = "192.0.2.7", used: str = "2026-11-28T10:00:00") -> None:
+        """The X2Go server has said that another client has resumed the session."""
+        self.post(SessionTakenOver(client, used))
 
 
 class FakeProcess:

@@ -22,6 +22,7 @@ import enum
 import hmac
 import ipaddress
 import logging
+import re
 import secrets
 import socket
 import struct
@@ -39,7 +40,10 @@ from paramiko.common import (
     OPEN_FAILED_CONNECT_FAILED,
     OPEN_FAILED_UNKNOWN_CHANNEL_TYPE,
     OPEN_SUCCEEDED,
+    cMSG_DISCONNECT,
 )
+
+from proxy_fsm.ssh.framed import framed_output, script_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +55,9 @@ CommandHandler: TypeAlias = Callable[[str], tuple[int, bytes, bytes]]
 """Takes the whole command line; returns exit status, standard output and standard error."""
 
 _CHUNK_BYTES = 64 * 1024
+_ASSIGNMENTS = re.compile(r'^(\w+=("[^"]*"|[^"\s])* )+')
 _DIAL_S = 2.0
+_BY_APPLICATION = 11  # SSH_DISCONNECT_BY_APPLICATION of RFC 4253
 _LOG_NAME = "proxy_fsm.testing.ssh_server"
 _CONNECTION_ENDED = (OSError, EOFError, paramiko.SSHException)
 """What paramiko raises when a connection ends during a call; which of them is a race."""
@@ -82,7 +88,7 @@ class LoopbackSSHServer:
         username: The user who is accepted.
         password: The password that is accepted.
         commands: What ``exec`` requests can call: first word of the command line to function. An unknown word
-            gives exit status 127.
+            gives exit status 127. What `X2GoServer` runs in ``sh`` is found by its script's first word, and framed.
         forwarding: How further requests for ``direct-tcpip`` channels are answered.
         channels_opened: How many ``direct-tcpip`` channels were opened so far.
         sessions_opened: How many ``session`` channels were opened so far.
@@ -261,6 +267,22 @@ class LoopbackSSHServer:
         for connection in connections:
             connection.cut(reset=reset)
 
+    def disconnect(self, text: str) -> None:
+        """Send a DISCONNECT message on all SSH connections, as a server does that gives a reason, and cut them.
+
+        Args:
+            text: The reason.
+        """
+        with self._shared.changed:
+            connections = list(self._connections)
+        for connection in connections:
+            message = paramiko.Message()
+            message.add_byte(cMSG_DISCONNECT)
+            message.add_int(_BY_APPLICATION)
+            message.add_string(text)
+            message.add_string("")
+            connection.send_last(message)
+
     def freeze(self) -> None:
         """Neither read from nor write to any SSH connection, like a stopped sshd: they stay open but unanswered.
 
@@ -434,6 +456,12 @@ class _Connection(paramiko.Transport):
         for forward in forwards:
             forward.cut()
 
+    def send_last(self, message: paramiko.Message) -> None:
+        """Send a message, and end the connection."""
+        with contextlib.suppress(*_CONNECTION_ENDED):
+            self._send_message(message)  # type: ignore[attr-defined]
+        self.cut()
+
     def answer(self, message: paramiko.Message) -> None:
         """Answer an open that was held."""
         if self.is_active():
@@ -477,12 +505,16 @@ class _Connection(paramiko.Transport):
             self._shared.spawn(self._execute, channel, command)
 
     def _execute(self, channel: paramiko.Channel, command: str) -> None:
-        word = command.split(maxsplit=1)[0] if command.strip() else ""
+        script, mark = script_in(command) or (command, None)
+        line = _ASSIGNMENTS.sub("", script)
+        word = line.split(maxsplit=1)[0] if line.strip() else ""
         handler = self._server.commands.get(word)
         try:
             status, output, errors = (
-                handler(command) if handler is not None else (127, b"", f"{word}: command not found\n".encode())
+                handler(line) if handler is not None else (127, b"", f"{word}: command not found\n".encode())
             )
+            if mark is not None:
+                output, errors = (framed_output(each, mark, status) for each in (output, errors))
             with contextlib.suppress(*_CONNECTION_ENDED):
                 channel.sendall(output)
                 channel.sendall_stderr(errors)

@@ -32,6 +32,7 @@ _OBSERVERS = {
     "proxy_killed": "proxy",
     "session_ended": "agent",
     "session_suspended": "agent",
+    "session_taken_over": "agent",
     "session_terminated": "agent",
     "transport_lost": "tunnel",
     "transport_silent": "tunnel",

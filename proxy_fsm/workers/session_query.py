@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
-import re
 import threading
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import paramiko
-
 from proxy_fsm.errors import InvalidSession
-from proxy_fsm.evidence import SessionStatusReceived
-from proxy_fsm.session import SessionStatus, parse_session_list
-from proxy_fsm.ssh import ChannelOpening, NotOpened, SafeChannel
+from proxy_fsm.evidence import SessionStatusReceived, SessionTakenOver
+from proxy_fsm.session import (
+    LIST_SCRIPT,
+    RESUMING_SCRIPT,
+    STATUS_SCRIPT,
+    SessionStatus,
+    parse_session_list,
+    parse_status,
+)
+from proxy_fsm.ssh import CommandCancelled, CommandFailed, FramedCommand, NotOpened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import paramiko
+
     from proxy_fsm.evidence import Observation
+    from proxy_fsm.session import SessionInfo
 
 __all__ = ["SessionStatusQuery"]
 
-_MAX_ANSWER_BYTES = 1 << 20
 _PAUSE_S = 0.1
-#: A row of the list, up to the session's name.
-_ROW = re.compile(r"[^|]*\|\s*(?P<name>[\w.@-]+)\s*\|", re.ASCII)
+#: A client that takes a session over with two commands resumes it a moment after it has suspended it.
+_SECOND_LOOK_S = 0.4
+#: A server that takes longer to list the sessions is not asked a second time.
+_SLOW_S = 0.4
 
 
 class SessionStatusQuery:
-    """Finds out whether a session was suspended or terminated, on its own thread; posts `SessionStatusReceived`.
+    """Finds out how a session ended, on its own thread: suspended, terminated, or taken over by another client.
 
-    A server may still list a session as running for a moment after its agent has disconnected, so the query is
-    repeated until the status changes, or `cancel` is called. That the session is running is posted once.
+    Posts `SessionStatusReceived` or `SessionTakenOver`. A server may still list a session as running for a moment after
+    its agent has disconnected, so the query is repeated until the status changes, or `cancel` is called. That the
+    session is running is posted once.
+
+    A session that is listed as running on another port than ours, or again after it was suspended, has been taken over.
+    So one that is suspended is looked at again after a moment, and so are the programs that resume sessions.
 
     Args:
-        transport: Where the command is run.
-        name: The session's name.
+        transport: Where the commands are run.
+        session: The session as this attempt knows it.
         post: Receives the answer.
     """
 
-    COMMAND = "x2golistsessions"
-
-    def __init__(self, transport: paramiko.Transport, name: str, post: Callable[[Observation], None]) -> None:
+    def __init__(
+        self, transport: paramiko.Transport, session: SessionInfo, post: Callable[[Observation], None]
+    ) -> None:
         self._transport = transport
-        self._name = name
+        self._session = session
         self._post = post
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
-        self._opening: ChannelOpening | None = None
-        self._channel: SafeChannel | None = None
+        self._command: FramedCommand | None = None
         self.thread = threading.Thread(target=self._run, name="proxy_fsm-query", daemon=True)
 
     def start(self) -> None:
@@ -58,65 +71,83 @@ class SessionStatusQuery:
         """Stop asking: the thread ends as soon as it can, and posts nothing more."""
         with self._lock:
             self._cancelled.set()
-            opening, channel = self._opening, self._channel
-        if opening is not None:
-            opening.abandon()
-        if channel is not None:
-            channel.close()
+            command = self._command
+        if command is not None:
+            command.cancel()
 
     def _run(self) -> None:
-        status: SessionStatus | None = None
-        listed_before = False
+        answer: Observation
+        running_posted = False
+        began = time.monotonic()
         try:
-            while not self._cancelled.is_set():
-                listing = self._list_sessions()
-                status = None if listing is None else self._status_in(listing)
-                if status is not SessionStatus.RUNNING:
-                    break
-                if not listed_before:
-                    self._post(SessionStatusReceived(status))
-                listed_before = True
+            while _status_of(answer := self._answer()) is SessionStatus.RUNNING:
+                if not running_posted:
+                    self._post(answer)
+                running_posted = True
                 self._cancelled.wait(_PAUSE_S)
-        except (NotOpened, InvalidSession, paramiko.SSHException, OSError, EOFError):
-            status = None  # unknown, which is an answer too
+                began = time.monotonic()
+            if _status_of(answer) is SessionStatus.SUSPENDED:
+                answer = self._look_again(answer, is_slow=time.monotonic() - began > _SLOW_S)
+        except (NotOpened, CommandFailed, InvalidSession):
+            answer = SessionStatusReceived(None)  # unknown, which is an answer too
+        except CommandCancelled:
+            return
         if not self._cancelled.is_set():
-            self._post(SessionStatusReceived(status))
+            self._post(replace(answer, at=time.monotonic()))  # it is known only now
 
-    def _list_sessions(self) -> str | None:
-        """Return the server's list; None if the command failed, or after `cancel`."""
+    def _answer(self, *, after_suspension: bool = False) -> SessionStatusReceived | SessionTakenOver:
+        """Return what the server lists of the session, or else what its database has.
+
+        Args:
+            after_suspension: Whether it was suspended a moment ago.
+
+        Raises:
+            CommandCancelled: `cancel` was called.
+        """
+        name = self._session.name
+        listed = parse_session_list(self._output_of(LIST_SCRIPT), name=name)
+        if not listed:
+            return SessionStatusReceived(parse_status(self._output_of(f"{STATUS_SCRIPT} {name}")))
+        (found,) = listed
+        elsewhere = after_suspension or found.info.graphics_port != self._session.graphics_port
+        if found.status is SessionStatus.RUNNING and elsewhere:
+            return SessionTakenOver(found.client, found.used)
+        return SessionStatusReceived(found.status)
+
+    def _look_again(self, suspended: Observation, *, is_slow: bool) -> Observation:
+        """Find out whether another client resumes the session that has just been suspended.
+
+        Args:
+            suspended: The answer that it is suspended.
+            is_slow: Whether that took so long that a second one may come too late.
+        """
+        if self._is_being_resumed():
+            return SessionTakenOver("", "")
+        if is_slow or self._cancelled.wait(_SECOND_LOOK_S):
+            return suspended
+        answer = self._answer(after_suspension=True)
+        if _status_of(answer) is SessionStatus.SUSPENDED and self._is_being_resumed():
+            return SessionTakenOver("", "")
+        return answer
+
+    def _is_being_resumed(self) -> bool:
+        """Return whether the server runs a program that resumes the session; False where it cannot tell."""
+        try:
+            return bool(self._output_of(RESUMING_SCRIPT.format(self._session.name)).strip())
+        except CommandFailed:  # pgrep found none, or is not there
+            return False
+
+    def _output_of(self, script: str) -> str:
+        command = FramedCommand(self._transport, script)
         with self._lock:
             if self._cancelled.is_set():
-                return None
-            opening = self._opening = ChannelOpening(self._transport, "session")
-        opening.send()
-        channel = opening.wait()
-        try:
-            with self._lock:
-                self._opening, self._channel = None, channel
-            if self._cancelled.is_set():
-                return None
-            channel.exec_command(self.COMMAND)
-            answer = b""
-            while len(answer) < _MAX_ANSWER_BYTES and (data := channel.recv(1 << 16)):
-                answer += data
-            cut_short = channel.transport_ended or self._cancelled.is_set() or len(answer) >= _MAX_ANSWER_BYTES
-            if cut_short or channel.recv_exit_status() != 0:
-                return None
-            return answer.decode("utf-8", "replace")
-        finally:
-            with self._lock:
-                self._channel = None
-            channel.send_close()
+                raise CommandCancelled("The query was cancelled.")
+            self._command = command
+        completed = command.run()
+        if completed.exit_status != 0:
+            raise CommandFailed(f"The command exited with status {completed.exit_status}.")
+        return completed.output.decode(errors="replace")
 
-    def _status_in(self, listing: str) -> SessionStatus:
-        """Return the listed status; a session that is not listed is finished."""
-        lines = listing.split("\n")
-        for listed in parse_session_list("\n".join(line for line in lines if not self._is_other_session(line))):
-            if listed.info.name == self._name:
-                return listed.status
-        return SessionStatus.FINISHED
 
-    def _is_other_session(self, line: str) -> bool:
-        """Return whether a line is the row of another session, which may be malformed."""
-        row = _ROW.match(line)
-        return row is not None and row["name"] != self._name
+def _status_of(answer: Observation) -> SessionStatus | None:
+    return answer.status if isinstance(answer, SessionStatusReceived) else None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from secrets import token_hex
 from typing import IO, TYPE_CHECKING, Any
@@ -170,7 +171,7 @@ def run(home: Home, *arguments: str | Path, stdin: str = "", **environ: str) -> 
         start_new_session=True,
     )
     running = Running(_Ended(process))  # type: ignore[arg-type]  # it has what `Running` uses
-    if "json" in arguments:
+    if ("--log-format", "json") in pairwise(arguments):
         running.finish()
     return running
 

@@ -18,8 +18,8 @@ from proxy_fsm.cli.connect import connect
 from proxy_fsm.testing import standins
 from proxy_fsm.testing.scripted import install
 from tests.helpers.wait import WAIT_S
+from tests.helpers.x2go_server import COOKIE, NAME, FakeX2Go, row
 
-from .fake_x2go import COOKIE, NAME, FakeX2Go, row
 from .program import Home, Running, run, started
 
 if TYPE_CHECKING:
@@ -117,6 +117,15 @@ class TestNewSession:
         assert x2go.called("x2goterminate-session") == []
         assert {event["session"] for event in program.named("proxy.transition")} == {NAME}
 
+    def test_unlisted_session_is_reported_as_suspended(self, user: User, x2go: FakeX2Go) -> None:
+        """As for an account with a domain in its name, to which x2golistsessions shows nothing."""
+        x2go.answer("x2golistsessions")
+        with user.started(*FRESH) as program:
+            program.until(lambda event: event["event"] == "session.program_started")
+            program.process.terminate()
+            assert program.finish() == 0
+        assert released(program)[0] == "suspended"
+
     def test_new_session_logs_tunnel_stats(self, user: User) -> None:
         with user.started(*FRESH) as program:
             stats = program.until(lambda event: event["event"] == "tunnel.stats")
@@ -150,7 +159,10 @@ class TestNewSession:
             program.process.terminate()
             program.finish()
         space = "X2GO_SPACE_CHAR"
-        assert x2go.ran[0][4] == f"xterm{space}-e{space}$(reboot);`reboot`'\"&|>x"
+        (line,) = (line for line in x2go.lines if line.startswith("setsid"))
+        words = line.removeprefix("setsid ").removesuffix(" >/dev/null 2>&1 </dev/null &")
+        parsed = subprocess.run(["sh", "-c", f"printf '%s\n' {words}"], capture_output=True, text=True, check=True)
+        assert parsed.stdout.splitlines()[5] == f"xterm{space}-e{space}$(reboot);`reboot`'\"&|>x"
 
     def test_new_session_never_shown_is_terminated(self, user: User, x2go: FakeX2Go) -> None:
         user.break_nxproxy()
@@ -162,7 +174,7 @@ class TestNewSession:
 
     def test_new_session_without_program_is_terminated(self, user: User, x2go: FakeX2Go) -> None:
         """It would be empty, with nothing in it to end it."""
-        x2go.answer("x2golistsessions", 1)
+        x2go.answer("setsid", 1)
         program = user.run(*FRESH)
         assert "status 1" in failure(program)
         assert program.states[-1] == "stopped"
@@ -257,7 +269,7 @@ class TestServer:
     def test_server_without_x2go_is_reported_with_package(self, user: User, x2go: FakeX2Go) -> None:
         x2go.without("x2gostartagent")
         words = failure(user.run(*FRESH))
-        assert words.startswith("x2goserver_missing: ")
+        assert words.startswith("not_x2go: ")
         assert "package x2goserver" in words
 
     def test_server_without_program_gets_no_session_request(self, user: User, x2go: FakeX2Go) -> None:
@@ -267,29 +279,28 @@ class TestServer:
     def test_session_limit_is_reported_in_words(self, user: User, x2go: FakeX2Go) -> None:
         x2go.answer("x2gostartagent", 9, errors="LIMIT 5\n")
         words = failure(user.run(*FRESH))
-        assert words.startswith("not_started: ")
+        assert words.startswith("limit_reached: ")
         assert "as many sessions as are allowed" in words
 
     def test_session_of_unreadable_answer_is_terminated(self, user: User, x2go: FakeX2Go) -> None:
         x2go.answer("x2gostartagent", output=f"50\n{COOKIE}\n4711\n{NAME}\nno port\n30002\n30003\n")
         words = failure(user.run(*FRESH))
-        assert words.startswith("not_started: ")
+        assert words.startswith("unreadable_answer: ")
         assert "started no session" not in words
-        assert f"{NAME} was unusable, so it was terminated" in words
+        assert f"{NAME} was unusable, so it was ended" in words
         assert x2go.called("x2goterminate-session") == [[NAME]]
 
     def test_failed_termination_after_unreadable_answer_is_reported(self, user: User, x2go: FakeX2Go) -> None:
         x2go.answer("x2gostartagent", output=f"50\n{COOKIE}\n4711\n{NAME}\n")
         x2go.answer("x2goterminate-session", 1)
         words = failure(user.run(*FRESH))
-        assert f"{NAME} may have been started" in words
-        assert "proxy-fsm sessions" in words
+        assert f"{NAME} may have been started anyway: list the sessions." in words
 
     def test_nonzero_exit_status_is_a_failure_despite_valid_answer(self, user: User, x2go: FakeX2Go) -> None:
         output = f"50\n{COOKIE}\n4711\n{NAME}\n30001\n30002\n30003\n"
         x2go.answer("x2gostartagent", 1, output=output, errors="no database today\n")
         words = failure(user.run(*FRESH))
-        assert words.startswith("not_started: x2gostartagent exited with status 1")
+        assert words.startswith("command_failed: x2gostartagent exited with status 1")
         assert "no database today" in words
         assert x2go.called("x2goterminate-session") == [[NAME]]
 
@@ -297,14 +308,14 @@ class TestServer:
         x2go.answer("x2gostartagent", output="Welcome\nto\nour\nserver\n")
         words = failure(user.run(*FRESH))
         assert "started no session" not in words
-        assert "may have started one anyway: see proxy-fsm sessions" in words
+        assert "may have started one anyway: list the sessions." in words
         assert x2go.called("x2goterminate-session") == []
 
     @pytest.mark.parametrize("name", ["-rf", "a b", "../x", "x;reboot"])
     def test_invalid_session_name_in_answer_is_rejected(self, user: User, x2go: FakeX2Go, name: str) -> None:
         x2go.answer("x2gostartagent", output=f"50\n{COOKIE}\n4711\n{name}\n30001\n30002\n30003\n")
-        assert failure(user.run(*FRESH)).startswith("not_started: ")
-        assert {words[0] for words in x2go.calls} == {"sh", "x2gostartagent"}
+        assert failure(user.run(*FRESH)).startswith("unreadable_answer: ")
+        assert {words[0] for words in x2go.calls} == {"command", "x2gostartagent"}
 
     def test_connection_lost_during_start_may_hide_a_started_session(self, user: User, x2go: FakeX2Go) -> None:
         def drop(_line: str) -> tuple[int, bytes, bytes]:
@@ -314,7 +325,7 @@ class TestServer:
         x2go.ssh.commands = {**x2go.ssh.commands, "x2gostartagent": drop}
         words = failure(user.run(*FRESH))
         assert words.startswith("connection_lost: ")
-        assert "proxy-fsm sessions" in words
+        assert "may have started one anyway" in words
 
 
 class TestSuspendedSession:
@@ -362,13 +373,13 @@ class TestSuspendedSession:
         errors = f"ERROR: failed to resume session with ID {NAME}\nand more\n"
         x2go.answer("x2goresume-session", output="gr_port=30001\n", errors=errors)
         words = failure(user.run("--session", NAME))
-        assert words.startswith("not_resumed: ")
+        assert words.startswith("command_failed: ")
         assert f"failed to resume session with ID {NAME}" in words
 
     def test_unreadable_port_of_resumed_session_is_reported(self, user: User, x2go: FakeX2Go) -> None:
         x2go.answer("x2goresume-session", output="gr_port=x\n")
         program = user.run("--session", NAME)
-        assert failure(program).startswith("answer_unreadable: ")
+        assert failure(program).startswith("unreadable_answer: ")
         assert released(program)[0] == "suspended"
 
     def test_session_with_another_name_is_not_resumed(self, user: User, x2go: FakeX2Go) -> None:
@@ -376,6 +387,24 @@ class TestSuspendedSession:
         words = failure(user.run("--session", "alice"), 2, "usage.invalid")
         assert f"It lists: {NAME} (suspended), bob-51 (running)." in words
         assert x2go.called("x2goresume-session") == []
+
+    def test_session_is_resumed_beside_malformed_ones(self, user: User, x2go: FakeX2Go) -> None:
+        x2go.other_rows = [row("bob-51", "X")]
+        with user.started("--session", NAME) as program:
+            program.until_state("running")
+            program.process.terminate()
+            assert program.finish() == 0
+
+    def test_session_that_another_client_resumes_first_is_left_to_it(self, user: User, x2go: FakeX2Go) -> None:
+        listings = iter([row(status="S")])
+        x2go.ssh.commands = {
+            **x2go.ssh.commands,
+            "x2golistsessions": lambda _: (0, next(listings, row(status="R")).encode(), b""),
+        }
+        program = user.run("--session", NAME)
+        assert failure(program).startswith("session_in_use: ")
+        assert released(program)[0] == "running"
+        assert x2go.called("x2gosuspend-session") == x2go.called("x2goresume-session") == []
 
     def test_empty_session_list_is_reported(self, user: User, x2go: FakeX2Go) -> None:
         x2go.status = None
@@ -390,48 +419,46 @@ class TestSessionShownElsewhere:
     def test_session_shown_elsewhere_is_not_taken_over_by_default(self, user: User, x2go: FakeX2Go) -> None:
         words = failure(user.run("--session", NAME), 2, "usage.invalid")
         assert "192.0.2.7" in words
-        assert "x2gosuspend-session" in words
+        assert "proxy-fsm suspend" in words
         assert "--take-over" in words
         assert [words[0] for words in x2go.calls] == ["x2golistsessions"]
 
-    def test_session_shown_elsewhere_is_suspended_before_resume(self, user: User, x2go: FakeX2Go) -> None:
-        """That takes a while: the server lists it as running until its agent has disconnected."""
-        x2go.answer("x2gosuspend-session")
-        listings = iter([row(status="R"), row(status="R"), row(status="R"), row(status="S")])
-
-        def listing(line: str) -> tuple[int, bytes, bytes]:
-            x2go.calls.append([line])
-            return 0, next(listings, row(status="S")).encode(), b""
-
-        x2go.ssh.commands = {**x2go.ssh.commands, "x2golistsessions": listing}
+    def test_session_shown_elsewhere_is_taken_over_on_request(self, user: User, x2go: FakeX2Go) -> None:
         with user.started("--session", NAME, "--take-over") as program:
             program.until_state("running")
             program.process.terminate()
             assert program.finish() == 0
-        names = [words[0] for words in x2go.calls]
-        asked = ["x2golistsessions", "x2gosuspend-session", *["x2golistsessions"] * 3, "x2goresume-session"]
-        assert names[: len(asked)] == asked
-        assert program.named("session.taken_over")
+        assert [words[0] for words in x2go.calls][:3] == ["x2golistsessions"] * 2 + ["x2goresume-session"]
+        (taken,) = program.named("session.taken_over")
+        assert taken["client"] == "192.0.2.7"
 
     def test_session_ending_instead_of_suspending_is_reported(self, user: User, x2go: FakeX2Go) -> None:
         def end(_line: str) -> tuple[int, bytes, bytes]:
             x2go.status = None
-            return 0, b"", b""
+            return 3, b"", f"session {NAME} terminated\n".encode()
 
-        x2go.ssh.commands = {**x2go.ssh.commands, "x2gosuspend-session": end}
+        x2go.ssh.commands = {**x2go.ssh.commands, "x2goresume-session": end, "x2gosuspend-session": end}
         program = user.run("--session", NAME, "--take-over")
-        assert "ended instead" in failure(program)
-        assert released(program) == ("finished", "")
+        assert f"session {NAME} terminated" in failure(program)
+        assert released(program)[0] in {"finished", "unknown"}
 
-    def test_signal_ends_wait_for_suspension(self, user: User, x2go: FakeX2Go) -> None:
-        x2go.answer("x2gosuspend-session")
+    def test_signal_ends_the_wait_for_a_session_that_is_taken_over(self, user: User, x2go: FakeX2Go) -> None:
+        asked, proceed = threading.Event(), threading.Event()
+
+        def slow(_line: str) -> tuple[int, bytes, bytes]:
+            asked.set()
+            assert proceed.wait(WAIT_S)
+            return 0, b"gr_port=30011\n", b""
+
+        x2go.ssh.commands = {**x2go.ssh.commands, "x2goresume-session": slow}
         with user.started("--session", NAME, "--take-over") as program:
-            program.until(lambda event: event["event"] == "session.taken_over")
+            assert asked.wait(WAIT_S)
             program.process.send_signal(signal.SIGINT)
-            x2go.status = "S"
             assert program.finish() == 0
+            proceed.set()
         assert program.events[-1]["event"] == "interrupted"
-        assert x2go.called("x2goresume-session") == []
+        assert program.named("session.taken_over") == []
+        assert x2go.called("x2gosuspend-session") == [[NAME]]
         status, hint = released(program)
         assert status == "suspended"
         assert hint.endswith(f"--session {NAME}")

@@ -16,8 +16,8 @@ from proxy_fsm.cli import main
 from proxy_fsm.testing import standins
 from proxy_fsm.testing.scripted import Gate, install
 from proxy_fsm.workers import checks
+from tests.helpers.x2go_server import COOKIE
 
-from .fake_x2go import COOKIE
 from .program import Running, run, started
 
 if TYPE_CHECKING:

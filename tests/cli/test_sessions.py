@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
-from .fake_x2go import COOKIE, NAME, FakeX2Go, row
+from proxy_fsm.cli import sessions
+from proxy_fsm.cli.output import LogFormat, Output
+from proxy_fsm.server import X2GoServer
+from tests.helpers.x2go_server import COOKIE, NAME, FakeX2Go, row
+
 from .program import Running, run
 
 if TYPE_CHECKING:
@@ -22,11 +28,11 @@ def x2go() -> Iterator[FakeX2Go]:
         yield x2go
 
 
-def listed(home: Home, x2go: FakeX2Go, log_format: str = "json") -> Running:
+def listed(home: Home, x2go: FakeX2Go, log_format: str = "json", *options: str) -> Running:
     server = x2go.ssh
     access: list[str | Path] = ["--key", home.write_key(server), "--known-hosts", home.add_known_host(server, "hosts")]
     where = [f"{server.username}@{server.host}", "--port", str(server.port)]
-    return run(home, "sessions", *where, *access, "--log-format", log_format)
+    return run(home, "sessions", *where, *access, "--log-format", log_format, *options)
 
 
 def test_each_session_is_one_event(home: Home, x2go: FakeX2Go) -> None:
@@ -59,6 +65,32 @@ def test_console_prints_table_on_standard_output(home: Home, x2go: FakeX2Go) -> 
     assert COOKIE not in table + program.errors
 
 
+def test_json_is_one_array_on_standard_output(home: Home, x2go: FakeX2Go) -> None:
+    x2go.other_rows = [row(), row("bob-51", "R")]
+    program = listed(home, x2go, "console", "--format", "json")
+    found = json.loads(program.process.stdout.read())  # type: ignore[union-attr]  # it is there
+    assert [(each["session"], each["status"], each["resumable"]) for each in found] == [
+        (NAME, "suspended", True),
+        ("bob-51", "running", False),
+    ]
+    assert listed(home, x2go, "json", "--format", "json").process.returncode == 2
+
+
+def test_narrow_terminal_shows_whole_names(
+    x2go: FakeX2Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x2go.other_rows = [row(), row("b" * 150, "R")]
+    with contextlib.closing(x2go.ssh.connect_transport()) as transport:
+        found = X2GoServer(transport).sessions()
+    monkeypatch.setattr("proxy_fsm.cli.sessions._UNWRAPPED_WIDTH", 40)
+    sessions._print(Output(LogFormat.CONSOLE), found)
+    lines = capsys.readouterr().out.splitlines()
+    assert NAME in lines
+    assert "b" * 150 in lines
+    assert all(len(line) <= 40 for line in lines if "-5" not in line and "b" not in line)
+    assert any("can be resumed yes" in line for line in lines)
+
+
 def test_cookie_in_another_field_is_hidden(home: Home, x2go: FakeX2Go) -> None:
     """Within one row this is rejected; here it is in another session's row."""
     x2go.other_rows = [row(), row("bob-51", client=f"x{COOKIE.upper()}y", cookie="f" * 32)]
@@ -86,7 +118,7 @@ def failure(program: Running) -> tuple[str, str]:
 def test_server_without_x2go_is_reported_with_package(home: Home, x2go: FakeX2Go) -> None:
     x2go.without("x2golistsessions")
     reason, words = failure(listed(home, x2go))
-    assert reason == "x2goserver_missing"
+    assert reason == "not_x2go"
     assert "package x2goserver" in words
 
 
@@ -100,12 +132,12 @@ def test_failed_command_is_reported_with_its_error_but_without_cookie(home: Home
 
 def test_unreadable_list_is_reported(home: Home, x2go: FakeX2Go) -> None:
     x2go.answer("x2golistsessions", output=row().replace("|S|", "|X|"))
-    assert failure(listed(home, x2go))[0] == "answer_unreadable"
+    assert failure(listed(home, x2go))[0] == "unreadable_answer"
 
 
 def test_oversized_answer_is_an_error(home: Home, x2go: FakeX2Go) -> None:
     x2go.answer("x2golistsessions", output="\n" * (1 << 21))
-    assert failure(listed(home, x2go))[0] == "connection_lost"
+    assert failure(listed(home, x2go))[0] == "unreadable_answer"
 
 
 def test_lost_connection_is_reported(home: Home, x2go: FakeX2Go) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from proxy_fsm.evidence import SessionStatusReceived
-from proxy_fsm.session import SessionStatus
+from proxy_fsm.evidence import SessionStatusReceived, SessionTakenOver
+from proxy_fsm.session import SessionInfo, SessionStatus
 from proxy_fsm.testing.ssh_server import LoopbackSSHServer
 from proxy_fsm.workers.session_query import SessionStatusQuery
 from tests.helpers.inbox import Inbox
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 NAME = "alice-51-1795334442_stDxterm_dp24"
 OTHER = "alice-50-1795334441_stDxterm_dp24"
+SESSION = SessionInfo(name=NAME, graphics_port=30001)
 
 
-def row(status: str, name: str = NAME) -> bytes:
+def row(status: str, name: str = NAME, port: int = 30001) -> bytes:
     """One line of x2golistsessions."""
     return (
-        f"4711|{name}|51|server|{status}|2026-11-22T11:38:00|0123456789abcdef0123456789abcdef|192.0.2.7|30001|30002|"
+        f"4711|{name}|51|server|{status}|2026-11-22T11:38:00|0123456789abcdef0123456789abcdef|192.0.2.7|{port}|30002|"
         "2026-11-22T11:39:00|alice|60|30003|-1|-1\n"
     ).encode()
 
@@ -56,7 +57,7 @@ class Trial:
 
     def __init__(self, transport: paramiko.Transport) -> None:
         self.inbox = Inbox()
-        self.query = SessionStatusQuery(transport, NAME, self.inbox.post)
+        self.query = SessionStatusQuery(transport, SESSION, self.inbox.post)
 
     def start(self) -> Trial:
         self.query.start()
@@ -103,22 +104,92 @@ def assert_usable(server: LoopbackSSHServer, transport: paramiko.Transport) -> N
         (row("S"), SessionStatus.SUSPENDED),
         (row("F"), SessionStatus.FINISHED),
         (row("R", OTHER) + row("S") + row("F", OTHER + "x"), SessionStatus.SUSPENDED),
-        (row("R", OTHER), SessionStatus.FINISHED),
-        (row("S", NAME + "x") + row("S", NAME[:-1]), SessionStatus.FINISHED),
-        (b"", SessionStatus.FINISHED),
         (row("S") + row("X", OTHER), SessionStatus.SUSPENDED),
         (row("R", OTHER).replace(b"30001", b"none") + row("S"), SessionStatus.SUSPENDED),
-        (f"|{OTHER}|\n".encode(), SessionStatus.FINISHED),
         (b"perl:warning:Settinglocalefailed.\n" + row("S"), SessionStatus.SUSPENDED),
+        (b"gibberish\n" + row("S"), SessionStatus.SUSPENDED),
     ],
 )
-def test_listed_status_is_posted_and_an_unlisted_session_is_finished(
+def test_listed_status_is_posted(
     server: LoopbackSSHServer, transport: paramiko.Transport, output: bytes, status: SessionStatus
 ) -> None:
     lister = Lister(output)
     server.commands = {"x2golistsessions": lister}
     assert Trial(transport).start().answer() is status
-    assert lister.calls == ["x2golistsessions"]
+    assert set(lister.calls) == {"x2golistsessions"}
+    assert_usable(server, transport)
+
+
+def test_session_on_another_port_was_taken_over(server: LoopbackSSHServer, transport: paramiko.Transport) -> None:
+    server.commands = {"x2golistsessions": Lister(row("R"), row("R", port=30011))}
+    trial = Trial(transport).start()
+    assert trial.answers() == [SessionStatus.RUNNING]
+    taken = trial.inbox.seen[-1]
+    assert isinstance(taken, SessionTakenOver)
+    assert (taken.client, taken.used) == ("192.0.2.7", "2026-11-22T11:39:00")
+
+
+def test_session_running_again_after_it_was_suspended_was_taken_over(
+    server: LoopbackSSHServer, transport: paramiko.Transport
+) -> None:
+    """Also on the port that it had, which x2goresume-session keeps if it is free."""
+    server.commands = {"x2golistsessions": Lister(row("R"), row("S"), row("R"))}
+    trial = Trial(transport).start()
+    assert trial.answers() == [SessionStatus.RUNNING]
+    assert isinstance(trial.inbox.seen[-1], SessionTakenOver)
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_suspended_session_that_is_being_resumed_was_taken_over(
+    server: LoopbackSSHServer, transport: paramiko.Transport, looks: int
+) -> None:
+    """A client that takes it over with one command, or with two."""
+    found = iter([(1, b"", b"")] * (looks - 1) + [(0, b"4712\n", b"")])
+    server.commands = {"x2golistsessions": Lister(row("S")), "pgrep": lambda _: next(found)}
+    trial = Trial(transport).start()
+    assert trial.answers() == []
+    taken = trial.inbox.seen[-1]
+    assert isinstance(taken, SessionTakenOver)
+    assert (taken.client, taken.used) == ("", "")
+
+
+def test_slow_server_is_not_asked_twice(
+    server: LoopbackSSHServer, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy_fsm.workers.session_query._SLOW_S", 0.0)
+    lister = Lister(row("S"))
+    server.commands = {"x2golistsessions": lister}
+    assert Trial(transport).start().answer() is SessionStatus.SUSPENDED
+    assert len(lister.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        b"",
+        row("R", OTHER),
+        row("S", NAME + "x") + row("S", NAME[:-1]),
+        f"|{OTHER}|\n".encode(),
+        b"gibberish\n",
+        b"\xff\xfe|" * 20,
+    ],
+)
+@pytest.mark.parametrize(
+    ("recorded", "status"),
+    [(b"F", SessionStatus.FINISHED), (b"S\n", SessionStatus.SUSPENDED), (b"", None), (b"X", None)],
+)
+def test_session_that_is_not_listed_has_its_recorded_status(
+    server: LoopbackSSHServer,
+    transport: paramiko.Transport,
+    output: bytes,
+    recorded: bytes,
+    status: SessionStatus | None,
+) -> None:
+    """The list is empty for an account with a domain in its name, and lacks the sessions of other accounts."""
+    database = Lister(recorded)
+    server.commands = {"x2golistsessions": Lister(output), "x2gogetstatus": database}
+    assert Trial(transport).start().answer() is status
+    assert set(database.calls) == {f"x2gogetstatus {NAME}"}
     assert_usable(server, transport)
 
 
@@ -128,7 +199,7 @@ def test_query_is_repeated_while_the_session_is_listed_as_running(
     lister = Lister(row("R"), row("R"), row("S"))
     server.commands = {"x2golistsessions": lister}
     assert Trial(transport).start().answers() == [SessionStatus.RUNNING, SessionStatus.SUSPENDED]
-    assert len(lister.calls) == 3
+    assert len(lister.calls) == 4
     assert_usable(server, transport)
 
 
@@ -145,20 +216,20 @@ def test_query_is_repeated_until_it_is_cancelled(server: LoopbackSSHServer, tran
 @pytest.mark.parametrize(
     "lister",
     [
-        Lister(b"gibberish\n"),
-        Lister(b"\xff\xfe|" * 20),
+        Lister(b""),
         Lister(row("X")),
-        Lister(row("R", OTHER) + b"gibberish\n"),
+        Lister(row("S")[:60]),
+        Lister(row("R") + row("S")),
         Lister(row("S"), status=1),
         Lister(b"", status=127),
         Lister(b"x" * (6 << 20)),  # more than fits into the channel's window
         None,
     ],
     ids=[
-        "gibberish",
-        "no text",
+        "no record of what is not listed",
         "unknown status",
-        "gibberish among rows",
+        "a part of a row",
+        "two rows",
         "exit status 1",
         "exit status 127",
         "no end",
@@ -191,7 +262,7 @@ def test_cancel_ends_the_wait_for_a_channel(server: LoopbackSSHServer, transport
     server.commands = {"x2golistsessions": Lister(row("S"))}
     server.freeze()
     trial = Trial(transport).start()
-    eventually(lambda: trial.query._opening is not None)
+    eventually(lambda: trial.query._command is not None)
     trial.query.cancel()
     assert trial.answers() == []
     server.thaw()
@@ -217,7 +288,7 @@ def test_cancel_after_the_answer_or_twice_is_harmless(server: LoopbackSSHServer,
     assert_usable(server, transport)
 
 
-TRACED = (SessionStatusQuery._run, SessionStatusQuery._list_sessions)
+TRACED = (SessionStatusQuery._run, SessionStatusQuery._answer, SessionStatusQuery._output_of)
 LINES = [
     (function.__qualname__, line)
     for function in TRACED

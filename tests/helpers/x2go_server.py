@@ -27,6 +27,7 @@ class FakeX2Go:
     Attributes:
         ssh: The SSH server, whose commands can be replaced.
         calls: The commands received, as argument lists.
+        lines: The same, as they came.
         status: The session's status letter; None before there is a session.
         other_rows: Further rows of the session list.
         programs: What ``command -v`` finds.
@@ -34,6 +35,7 @@ class FakeX2Go:
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
+        self.lines: list[str] = []
         self.status: str | None = None
         self.other_rows: list[str] = []
         self.programs = {"xterm"}
@@ -45,7 +47,9 @@ class FakeX2Go:
             "x2goresume-session": self._resume,
             "x2gosuspend-session": self._suspend,
             "x2goterminate-session": self._terminate,
-            "sh": self._shell,
+            "x2gogetstatus": self._status_of,
+            "command": self._find,
+            "setsid": lambda _words: (0, b"", b""),
         }
         self.ssh = LoopbackSSHServer(
             commands={name: self._recorded(function) for name, function in self.commands.items()}
@@ -77,8 +81,7 @@ class FakeX2Go:
     @property
     def ran(self) -> list[list[str]]:
         """The arguments of each x2goruncommand call."""
-        scripts = [shlex.split(words[2]) for words in self.calls if words[0] == "sh"]
-        return [words[2:-4] for words in scripts if words[:2] == ["setsid", "x2goruncommand"]]
+        return [words[2:-4] for words in self.calls if words[:2] == ["setsid", "x2goruncommand"]]
 
     def start_agent(self) -> None:
         """Start an agent, which then waits for a proxy."""
@@ -96,13 +99,18 @@ class FakeX2Go:
         def record(line: str) -> tuple[int, bytes, bytes]:
             words = shlex.split(line)
             self.calls.append(words)
+            self.lines.append(line)
             return function(words)
 
         return record
 
-    def _list(self, _words: list[str]) -> tuple[int, bytes, bytes]:
+    def _notice_end(self) -> None:
+        """Have a session whose agent has been left as suspended: the agent itself reports it to the database."""
         if self.status == "R" and self.agents and self.agents[-1].poll() is not None:
             self.status = "S"
+
+    def _list(self, _words: list[str]) -> tuple[int, bytes, bytes]:
+        self._notice_end()
         own = [] if self.status is None else [row(status=self.status, port=self.port)]
         return 0, "\n".join([*own, *self.other_rows]).encode(), b""
 
@@ -114,14 +122,20 @@ class FakeX2Go:
         self.start_agent()
         return 0, f"gr_port={self.port}\nsound_port=30002\nfs_port=30003\n".encode(), b""
 
-    def _suspend(self, _words: list[str]) -> tuple[int, bytes, bytes]:
-        self.status = "S"
+    def _suspend(self, words: list[str]) -> tuple[int, bytes, bytes]:
+        if words[1] == NAME and self.status is not None:
+            self.status = "S"
         return 0, b"", b""
 
-    def _terminate(self, _words: list[str]) -> tuple[int, bytes, bytes]:
-        self.status = None
+    def _terminate(self, words: list[str]) -> tuple[int, bytes, bytes]:
+        if words[1] == NAME:
+            self.status = None
         return 0, b"", b""
 
-    def _shell(self, words: list[str]) -> tuple[int, bytes, bytes]:
-        found = "command -v" not in words[2] or words[-1] in self.programs
-        return 0 if found else 1, b"", b""
+    def _status_of(self, words: list[str]) -> tuple[int, bytes, bytes]:
+        self._notice_end()
+        return 0, (self.status or "F" if words[1] == NAME else "").encode(), b""
+
+    def _find(self, words: list[str]) -> tuple[int, bytes, bytes]:
+        """Of ``command -v PROGRAM >/dev/null``."""
+        return 0 if words[2] in self.programs else 127, b"", b""
