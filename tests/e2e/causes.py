@@ -16,6 +16,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import SessionInfo
+from proxy_fsm.server import SessionOptions, X2GoServer
 from tests.helpers.wait import eventually
 
 from .attempt import Attempt, WatchedNX3, WatchedViewer
@@ -23,7 +24,7 @@ from .namespace import MOUNTS, NETWORK, in_namespace
 from .procs import alive, program, send_signal
 from .relay import Relay
 from .service import CLIENT, Service
-from .x2go import LOOPBACK, Display, SshServer
+from .x2go import LOOPBACK, Display, SshServer, transport_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -261,6 +262,12 @@ def asking(scene: Scene) -> Attempt:
 
 def suspend(scene: Scene, _attempt: Attempt) -> None:
     scene.server.suspend(scene.admin, scene.agent.name)
+
+
+def take_over(scene: Scene, _attempt: Attempt) -> None:
+    """Another client resumes the session, and leaves it again when the repairs are made."""
+    X2GoServer(transport_of(scene.admin)).resume(scene.agent.name, SessionOptions(link="lan"), take_over=True)
+    scene.repairs.callback(scene.server.suspend, scene.admin, scene.agent.name)
 
 
 def terminate(scene: Scene, _attempt: Attempt) -> None:

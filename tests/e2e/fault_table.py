@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxy_fsm import Timeouts
-from proxy_fsm.evidence import ProcessExited, SessionStatusReceived
+from proxy_fsm.evidence import ProcessExited, SessionStatusReceived, SessionTakenOver
 
 from .faults import CAUSES, FAULTS, MISHAPS, STALLS, Fault, Stalled, When
 
@@ -134,7 +134,8 @@ PYTHON_X2GO = {
     "SSH connection closed by the server": "`ok()` false, no reason; 0.2 s",
     "SSH server silent for good": "`ok()` still true at 40 s",
 }
-SIGNS: dict[object, str] = {ProcessExited: "nxproxy's exit", SessionStatusReceived: "the server's answer"}
+ANSWER = "the server's answer"
+SIGNS: dict[object, str] = {ProcessExited: "nxproxy's exit", SessionStatusReceived: ANSWER, SessionTakenOver: ANSWER}
 
 
 def rendered(measured: dict[str, Any]) -> str:

@@ -12,7 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from proxy_fsm import EndReason, Timeouts
-from proxy_fsm.evidence import LinkDead, ProcessExited, SessionStatusReceived, TransportEnded, WorkerFailed
+from proxy_fsm.evidence import (
+    LinkDead,
+    ProcessExited,
+    SessionStatusReceived,
+    SessionTakenOver,
+    TransportEnded,
+    WorkerFailed,
+)
 
 from . import causes, stalled
 from .attempt import Attempt
@@ -182,7 +189,7 @@ QUICK_TIMEOUTS, QUICK_OPTIONS = Timeouts(link_probe_s=1.5, link_dead_s=4.5), {"t
 # nxproxy's messages
 BROKEN, CAUGHT = "Failure reading from the peer proxy", "Waiting the cleanup timeout"
 REFUSED = "The remote NX proxy closed the connection"
-SUSPEND, TERMINATE = "x2gosuspend-session", "x2goterminate-session"
+SUSPEND, TERMINATE, RESUME = "x2gosuspend-session", "x2goterminate-session", "x2goresume-session"
 PROBE = {"link_probe_s": 0.3}
 
 # fmt: off
@@ -246,6 +253,8 @@ FAULTS: tuple[Fault, ...] = (
     RUNNING("session terminated, server asked", E.SESSION_TERMINATED, "was terminated", NO,
             make=causes.asking, strike=causes.terminate, script=TERMINATE, left=Left.TERMINATED,
             sign=SessionStatusReceived),
+    RUNNING("taken over by another client", E.SESSION_TAKEN_OVER, "Another client has the session now", NO,
+            make=causes.asking, strike=causes.take_over, script=RESUME, sign=SessionTakenOver),
     RUNNING("X server killed", E.DISPLAY_LOST, "The X server no longer answers", YES,
             make=causes.on_another_display, strike=causes.kill_display, orderly=True),
     RUNNING("proxy killed (SIGKILL)", E.PROXY_KILLED, "SIGKILL", YES, strike=causes.kill_proxy),

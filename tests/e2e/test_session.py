@@ -207,7 +207,7 @@ def test_session_list_and_agent_output_name_the_same_session(untouched: Scene) -
     listed = parse_session_list(untouched.server.list_sessions(untouched.admin))
     row = next(each for each in listed if each.info.name == untouched.agent.name)
     assert row.info == untouched.session
-    assert (row.agent_pid, row.user) == (untouched.agent.pid, untouched.server.user)
+    assert (row.info.agent_pid, row.user) == (untouched.agent.pid, untouched.server.user)
 
 
 def test_session_stopped_at_once_is_not_called_retryable(scene: Scene) -> None:

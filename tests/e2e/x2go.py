@@ -153,8 +153,8 @@ class X2GoServer(SshServer):
         try:
             pwd.getpwnam(self.user)
         except KeyError:
-            command = [program("useradd") or "useradd", "--create-home", "--shell", "/bin/bash", self.user]
-            subprocess.run(command, check=True)
+            command = [program("useradd") or "useradd", "--badname", "--create-home", "--shell", "/bin/bash"]
+            subprocess.run([*command, self.user], check=True)  # a domain's user has a backslash in the name
         usermod = program("usermod") or "usermod"  # an account with "*" is not locked, yet has no password
         subprocess.run([usermod, "--password", "*", "--append", "--groups", "x2gouser", self.user], check=True)
 
@@ -324,7 +324,7 @@ class X2GoServer(SshServer):
 
         Ended ones keep their display and ports there, and x2gostartagent skips each of them.
         """
-        own = (f"{self.user}-*",)
+        own = (f"{self.user.replace(chr(92), '')}-*",)
         with contextlib.closing(sqlite3.connect(DATABASE, timeout=AGENT_S)) as database, database:
             for table in ("used_ports", "sessions"):
                 database.execute(f"DELETE FROM {table} WHERE session_id GLOB ?", own)  # noqa: S608 - names from above
