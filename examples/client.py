@@ -12,10 +12,20 @@ import sys
 
 import paramiko
 
-from proxy_fsm import InvalidSession, Proxy, ProxyFailed, ProxyStopped, fast_transport, parse_agent_output
+from proxy_fsm import (
+    BackendError,
+    NX3Backend,
+    Proxy,
+    ProxyFailed,
+    ProxyStopped,
+    ServerError,
+    SessionInfo,
+    check_preflight,
+    fast_transport,
+)
+from proxy_fsm.server import SessionOptions, X2GoServer
 
-#: Size, link, packing, type and colours, keyboard (layout, model, whether to set it), desktop, name, clipboard.
-START = "x2gostartagent 800x600 lan 16m-jpeg-9 unix-kde-depth_24 us auto 1 D xterm both"
+PROGRAM = "xterm"
 
 
 def main() -> int:
@@ -27,20 +37,23 @@ def main() -> int:
         client.load_system_host_keys()
         try:
             client.connect(host, transport_factory=fast_transport)
-            _, out, err = client.exec_command(START)
-            session = parse_agent_output(out.read().decode() or err.read().decode())
-        except (OSError, paramiko.SSHException, InvalidSession) as error:
-            sys.exit(f"{host} gave no session: {error}")
-        return show(Proxy(session, client.get_transport()))
+            server = X2GoServer(client.get_transport())
+            with check_preflight(NX3Backend()):  # a session that this machine cannot show would be lost
+                session = server.start(SessionOptions(link="lan"), PROGRAM)
+        except (BackendError, OSError, paramiko.SSHException, ServerError) as error:
+            sys.exit(f"There is no session: {error}")
+        return show(server, session)
 
 
-def show(proxy: Proxy) -> int:
-    """Run a proxy until it ends, printing its progress."""
+def show(server: X2GoServer, session: SessionInfo) -> int:
+    """Show a session until it ends, printing its progress."""
+    proxy = Proxy(session, server.transport, ask_server=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: proxy.stop())
     proxy.subscribe(lambda record: print(record.source, "→", record.dest), replay=True)
     try:
         with proxy:
+            server.run(session, PROGRAM)
             proxy.wait()
     except (ProxyFailed, ProxyStopped):
         pass  # it did not start; its status says why

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import paramiko
 
-from proxy_fsm import Proxy, SessionInfo, aio, fast_transport, parse_agent_output
+from proxy_fsm import Proxy, SessionInfo, State, aio, fast_transport
+from proxy_fsm.server import SessionOptions, X2GoServer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-START = "x2gostartagent 800x600 lan 16m-jpeg-9 unix-kde-depth_24 us auto 1 D xterm both"
+PROGRAM = "xterm"
 
 
 def log_in(host: str) -> paramiko.SSHClient:
@@ -30,17 +31,13 @@ def log_in(host: str) -> paramiko.SSHClient:
     return client
 
 
-def start_session(client: paramiko.SSHClient) -> SessionInfo:
-    """Start a desktop on the server; this blocks."""
-    _, out, err = client.exec_command(START)
-    return parse_agent_output(out.read().decode() or err.read().decode())
-
-
-async def hold(proxy: Proxy) -> None:
+async def hold(proxy: Proxy, server: X2GoServer, session: SessionInfo) -> None:
     """Run one proxy until it ends, printing its progress."""
     proxy.start()
     try:
         async for record in aio.transitions(proxy):
+            if record.dest is State.RUNNING:
+                await asyncio.to_thread(server.run, session, PROGRAM)
             print(json.dumps({"session": record.session, "state": record.dest, "reason": record.reason}), flush=True)
     finally:
         await aio.close(proxy)
@@ -49,14 +46,15 @@ async def hold(proxy: Proxy) -> None:
 async def serve(host: str, count: int) -> None:
     """Hold ``count`` sessions until all have ended."""
     with await asyncio.to_thread(log_in, host) as client:
-        sessions = [await asyncio.to_thread(start_session, client) for _ in range(count)]
-        proxies = [Proxy(session, client.get_transport()) for session in sessions]
+        server = X2GoServer(client.get_transport())
+        sessions = [await asyncio.to_thread(server.start, SessionOptions(link="lan"), PROGRAM) for _ in range(count)]
+        proxies = [Proxy(session, server.transport) for session in sessions]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop_all, proxies)
         async with asyncio.TaskGroup() as group:
-            for proxy in proxies:
-                group.create_task(hold(proxy))
+            for proxy, session in zip(proxies, sessions, strict=True):
+                group.create_task(hold(proxy, server, session))
 
 
 def stop_all(proxies: Sequence[Proxy]) -> None:

@@ -47,7 +47,7 @@ def test_client_shows_session_until_it_ends() -> None:
     assert (program.returncode, errors) == (0, "")
     lines = output.splitlines()
     assert [line.partition(" → ")[2] for line in lines[:5]] == STATES
-    assert lines[5].startswith("session_ended: ")
+    assert lines[5].startswith("session_terminated: ")
 
 
 def test_client_stops_cleanly_on_signal() -> None:
@@ -66,7 +66,7 @@ def test_client_reports_missing_session() -> None:
         output, errors = program.communicate(timeout=PROGRAM_S)
     assert program.returncode == 1
     assert output == ""
-    assert errors.startswith("127.0.0.1 gave no session: ")
+    assert errors.startswith("There is no session: ")
     assert "Traceback" not in errors
 
 
