@@ -594,11 +594,11 @@ class TestDiagnosis:
         evidence.ready, evidence.signalled = ready, signalled
         for observation in seen:
             evidence.add(observation)
-            assert backend.ready(evidence) in {True, False}
             verdict = backend.diagnose(evidence)
             assert verdict is None or verdict[0].name in EndReason.__members__
             assert verdict is None or verdict[1].endswith(".")
             assert verdict is None or not signalled
+        assert backend.ready(evidence) in {True, False}  # it reads each line by itself
 
     @pytest.mark.parametrize("length", [0, 9_000, 20_000])
     def test_verdict_does_not_cost_more_with_more_output(self, length: int) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OPTIONS = SessionOptions(link="lan")
 #: A shell, its start-up file, and what that prints: at the beginning, and where the shell can, at the end.
 NOISY = {
-    "bash": (".bashrc", "sleep 3 & echo hello; echo 'LIMIT 1' >&2; printf tail; trap 'echo bye' EXIT"),
+    "bash": (".bashrc", "echo hello; echo 'LIMIT 1' >&2; printf tail; trap 'echo bye' EXIT"),
     "zsh": (".zshenv", "echo hello; echo 'ACCESS DENIED' >&2; printf tail; zshexit() { echo bye }"),
     "tcsh": (".cshrc", 'echo hello; echo "4711|x-50-1_stDx_dp24|50"; printf tail'),
     "fish": (
