@@ -309,7 +309,7 @@ class X2GoServer:
 
     @_cancellable
     def resume(self, name: str, options: SessionOptions, *, take_over: bool = False) -> SessionInfo:
-        """Resume a suspended session; its agent then waits for a proxy, on another port than before.
+        """Resume a suspended session; its agent then waits for a proxy, as a rule on another port than before.
 
         Args:
             name: Its name.
