@@ -108,8 +108,8 @@ class EndReason(StrEnum):
         return self.cli_status == 0
 
 
-#: What the server told about the session; of these only a suspended one is there to be attached to again.
-_TOLD = frozenset({EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED, EndReason.SESSION_TAKEN_OVER})
+#: What the server reported about the session; of these only a suspended one is there to be attached to again.
+_REPORTED = frozenset({EndReason.SESSION_SUSPENDED, EndReason.SESSION_TERMINATED, EndReason.SESSION_TAKEN_OVER})
 #: Reasons after which the session is suspended or lost, and only the server knows which.
 _SERVER_KNOWS = frozenset({EndReason.SESSION_ENDED, EndReason.AGENT_UNREACHABLE, EndReason.PEER_LOST})
 
@@ -136,7 +136,7 @@ def is_retryable(reason: EndReason, *, channel_opened: bool, running_s: float | 
     """
     if reason in _SERVER_KNOWS or (resumed and reason is EndReason.NEGOTIATION_FAILED):
         return None
-    if reason in _TOLD:
+    if reason in _REPORTED:
         return reason is EndReason.SESSION_SUSPENDED
     if running_s is not None and not resumed:
         return True if running_s >= _AGENT_FRAGILE_S else None

@@ -70,7 +70,7 @@ _ANSWER_S = 30.0
 _START_S = 60.0
 _SUSPEND_S = 45.0
 _POLL_S = 0.2
-#: How long a session that nobody waits for any more may take to start, before it is given up.
+#: How long an abandoned start may take to name its session, before that is given up.
 _LATE_S = 60.0
 #: The exit statuses of a shell that does not find a program, or may not run it.
 _NOT_RUN = frozenset({126, 127})
@@ -99,8 +99,10 @@ _GENERIC_PROGRAMS = frozenset(
         *("LXQt", "IceWM", "TRINITY", "OPENBOX", "ICEWM", "WWWBROWSER", "MAILCLIENT", "OFFICE", "TERMINAL"),
     }
 )
-#: A line of standard error that is rather quoted than another.
-_TELLING = re.compile(r"\b(error|fail(ed|ure)?|denied|limit|unable|cannot|not (allowed|found|set))\b", re.IGNORECASE)
+#: A line of standard error that is worth quoting before others.
+_INFORMATIVE = re.compile(
+    r"\b(error|fail(ed|ure)?|denied|limit|unable|cannot|not (allowed|found|set))\b", re.IGNORECASE
+)
 #: The first match names the reason; a refusal begins its line.
 _REFUSALS = (
     (
@@ -240,10 +242,10 @@ class X2GoServer:
     def status(self, name: str) -> SessionStatus | None:
         """Return a session's status as the server lists it, or else as its database has it; None if neither has it.
 
-        The database tells it to an account with a domain in its name too.
+        The database has it for an account with a domain in its name too.
 
         Raises:
-            ServerError: The server tells nothing.
+            ServerError: The server does not report it.
         """
         found = self.session(name)
         if found is not None:
@@ -290,7 +292,7 @@ class X2GoServer:
             command: The program and its arguments, at most 1000 printable ASCII characters. The server splits it at
                 blanks, without quoting, and expands wildcards.
             published: Whether the session is one of single windows that stays when the program ends: nothing that the
-                server lists tells it from one that does not.
+                server lists distinguishes it from one that does not.
 
         Raises:
             ValueError: The command, or the session's display or ``agent_pid``, is missing or invalid.
@@ -327,7 +329,7 @@ class X2GoServer:
         if found.status is SessionStatus.RUNNING and not take_over:
             detail = f"The session {name} is shown elsewhere, at {found.client or 'an unknown address'}."
             raise ServerError(ServerReason.SESSION_IN_USE, detail)
-        # x2goresume-session itself suspends a running one first; whoever loses it can see that program meanwhile.
+        # x2goresume-session itself suspends a running one first; the client that loses it can see that program.
         script = _command("x2goresume-session", *_resume_arguments(options, name))
         answer = self._checked_answer("x2goresume-session", script, _START_S)
         if "failed to resume" in answer.errors:  # with exit status 0
@@ -373,7 +375,7 @@ class X2GoServer:
         """Return the server's versions and features.
 
         Raises:
-            ServerError: It does not tell them.
+            ServerError: It does not report them.
         """
         versions = self._checked_answer("x2goversion", "x2goversion").output.splitlines()
         features = self._checked_answer("x2gofeaturelist", "x2gofeaturelist").output.splitlines()
@@ -416,7 +418,7 @@ class X2GoServer:
         return _ENDED_HINT.format(", ".join(sorted(names)))
 
     def _end_late(self, answer: _Answer) -> None:
-        """End a session whose start nobody waits for any more; `cancel` does not cancel this."""
+        """End the session of an abandoned start; `cancel` does not cancel this."""
         X2GoServer(self.transport)._end_named_in(answer)  # noqa: SLF001 - its calls are not among this one's
 
     def _checked_answer(self, command: str, script: str, timeout_s: float | None = None) -> _Answer:
@@ -443,7 +445,7 @@ class X2GoServer:
             script: What `sh` runs.
             timeout_s: How long to wait.
             hint: What to do where it may have had an effect though there is no answer.
-            on_late: Called, on another thread, with an answer that comes when nobody waits for it any more.
+            on_late: Called, on another thread, with an answer that comes after the wait has ended.
         """
         call = _Call(FramedCommand(self.transport, script), on_late)
         with self._changed:
@@ -515,10 +517,10 @@ class _Answer:
 
     @property
     def said(self) -> str:
-        """A sentence that quotes the line of its standard error that tells most; empty if there is none."""
+        """A sentence that quotes the most informative line of its standard error; empty if there is none."""
         lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
-        telling = [line for line in lines if _TELLING.search(line)] or lines
-        return f' It said: "{excerpt(telling[-1], _QUOTED_CHARS)}".' if telling else ""
+        informative = [line for line in lines if _INFORMATIVE.search(line)] or lines
+        return f' It said: "{excerpt(informative[-1], _QUOTED_CHARS)}".' if informative else ""
 
     @property
     def refusal(self) -> tuple[ServerReason, str] | None:
@@ -533,7 +535,7 @@ class _Answer:
 
 
 class _Call:
-    """One command on a thread of its own, so that whoever waits for it has a time limit, and can be interrupted.
+    """One command on a thread of its own, so that the wait for it has a time limit, and can be interrupted.
 
     Args:
         command: The command.
@@ -574,7 +576,7 @@ class _Call:
         return result
 
     def release(self) -> None:
-        """Have nobody wait any more: an answer that `result` has not returned is late."""
+        """End the wait: an answer that `result` has not returned is late."""
         self.cancel()
         self._released.set()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,12 +16,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm import ListedSession
 
-__all__ = ["choose", "is_interactive"]
-
-
-def is_interactive() -> bool:
-    """Return whether a person can be asked: standard input and standard error are a terminal."""
-    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+__all__ = ["choose"]
 
 
 def choose(listed: Sequence[ListedSession], redact: Callable[[str], str]) -> tuple[str, bool]:

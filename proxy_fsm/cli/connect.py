@@ -21,13 +21,13 @@ from proxy_fsm import (
     check_preflight,
 )
 from proxy_fsm import server as x2go
-from proxy_fsm.cli.choosing import choose, is_interactive
+from proxy_fsm.cli.choosing import choose
 from proxy_fsm.cli.connecting import SSHOptions, ssh_login
 from proxy_fsm.cli.output import LogFormat, Output
 from proxy_fsm.cli.run import AttachOptions, attach
 from proxy_fsm.cli.sampling import sampled
 from proxy_fsm.cli.session_verb import list_hint
-from proxy_fsm.cli.verb import UsageError, run_verb, to_argv
+from proxy_fsm.cli.verb import UsageError, is_interactive, run_verb, to_argv
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from cyclopts.validators import Number
 
 from proxy_fsm import fast_transport
 from proxy_fsm.cli.ssh_config import read_ssh_config
-from proxy_fsm.cli.verb import NotReachedError, UsageError
+from proxy_fsm.cli.verb import NotReachedError, UsageError, is_interactive
 from proxy_fsm.text import printable
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def ssh_login(target: str, options: SSHOptions, output: Output, interrupts: Inte
         Interrupted: A signal came while connecting.
     """
     started = time.monotonic()
-    dialogue = _Dialogue(all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)))
+    dialogue = _Dialogue(is_interactive())
     hops = _hops(target, options, output, dialogue)
     try:
         worker = threading.Thread(target=_open_all, args=(hops, dialogue), name="connect", daemon=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from proxy_fsm.cli.output import Output
 
-__all__ = ["ExitStatus", "NotReachedError", "UsageError", "run_verb", "to_argv", "write_output"]
+__all__ = ["ExitStatus", "NotReachedError", "UsageError", "is_interactive", "run_verb", "to_argv", "write_output"]
 
 
 class ExitStatus(IntEnum):
@@ -61,6 +61,11 @@ class NotReachedError(Exception):
         self.event = event
         self.fields = {**fields, "detail": detail, "hint": hint}
         super().__init__(detail)
+
+
+def is_interactive() -> bool:
+    """Return whether a person can be asked: standard input and standard error are a terminal."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
 
 
 def to_argv(options: Any, *, without: frozenset[str] = frozenset()) -> list[str]:

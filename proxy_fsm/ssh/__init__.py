@@ -58,7 +58,7 @@ from proxy_fsm.ssh.errors import (
 )
 from proxy_fsm.ssh.fast import fast_transport, received_ago_s, set_nodelay
 from proxy_fsm.ssh.framed import FramedCommand, words
-from proxy_fsm.ssh.opening import ChannelOpening, EndWatch, packets_received, said_instead, why_ended
+from proxy_fsm.ssh.opening import ChannelOpening, EndWatch, packets_received, why_ended
 
 __all__ = [
     "WINDOW_BYTES",
@@ -78,7 +78,6 @@ __all__ = [
     "fast_transport",
     "packets_received",
     "received_ago_s",
-    "said_instead",
     "set_nodelay",
     "why_ended",
     "words",

@@ -43,7 +43,7 @@ class CompletedCommand:
 class RemoteCommand:
     """One command, run once: `run` on one thread, `cancel` on any other.
 
-    It gets an empty standard input, and no terminal. Nothing here has a time limit: whoever waits calls `cancel`.
+    It gets an empty standard input, and no terminal. It has no time limit: the caller enforces one with `cancel`.
 
     Args:
         transport: An authenticated transport.

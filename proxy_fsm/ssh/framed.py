@@ -1,4 +1,4 @@
-"""A script that `sh` runs on the server, told apart from all that the account's own shell prints.
+"""A script that `sh` runs on the server, whose output is separated from all that the account's own shell prints.
 
 A login shell reads start-up files before it runs a command, and some print: a greeting, an error, a warning. So both
 outputs are framed: a line with a random mark comes before what the script prints, and one after it.

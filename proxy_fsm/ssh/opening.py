@@ -20,7 +20,7 @@ from proxy_fsm.text import excerpt
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ChannelOpening", "EndWatch", "packets_received", "said_instead", "why_ended"]
+__all__ = ["ChannelOpening", "EndWatch", "packets_received", "why_ended"]
 
 #: Of paramiko, for a server whose first lines are no SSH greeting.
 _NO_GREETING = re.compile(r'Indecipherable protocol version "(?P<said>.*)"', re.DOTALL)
@@ -260,12 +260,12 @@ def why_ended(transport: paramiko.Transport) -> str:
     if isinstance(reader, _DisconnectReader) and reader.text.strip():
         return f'The SSH connection ended: the server said "{excerpt(reader.text.strip())}".'
     error = str(cast("Any", transport).saved_exception or "").removesuffix(".")
-    if (said := said_instead(error)) is not None:
+    if (said := _said_instead(error)) is not None:
         return f'The SSH connection ended: instead of an SSH greeting the server said "{said}".'
     return "The SSH connection ended" + (f": {error}." if error else ".")
 
 
-def said_instead(error: str) -> str | None:
+def _said_instead(error: str) -> str | None:
     """Return what a server said instead of an SSH greeting, made harmless; None for another error of paramiko's."""
     found = _NO_GREETING.fullmatch(error)
     return None if found is None else excerpt(found["said"].strip())

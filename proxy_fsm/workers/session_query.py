@@ -131,7 +131,7 @@ class SessionStatusQuery:
         return answer
 
     def _is_being_resumed(self) -> bool:
-        """Return whether the server runs a program that resumes the session; False where it cannot tell."""
+        """Return whether the server runs a program that resumes the session; False where it cannot find out."""
         try:
             return bool(self._output_of(RESUMING_SCRIPT.format(self._session.name)).strip())
         except CommandFailed:  # pgrep found none, or is not there

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import shutil
 import signal
@@ -20,7 +22,7 @@ from proxy_fsm.testing.scripted import install
 from tests.helpers.wait import WAIT_S
 from tests.helpers.x2go_server import COOKIE, NAME, FakeX2Go, row
 
-from .program import Home, Running, run, started
+from .program import Home, Running, command, run, started
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -409,6 +411,34 @@ class TestSuspendedSession:
     def test_empty_session_list_is_reported(self, user: User, x2go: FakeX2Go) -> None:
         x2go.status = None
         assert "There is no session." in failure(user.run("--session", NAME), 2, "usage.invalid")
+
+
+def test_person_at_a_terminal_is_offered_the_sessions(user: User, x2go: FakeX2Go) -> None:
+    """Without a terminal, or with events as JSON, one of the two options is required."""
+    x2go.status = "S"
+    near, far = os.openpty()
+    arguments = command("connect", *user.access)
+    environ = user.home.environ | user.environ
+    with subprocess.Popen(
+        arguments, env=environ, cwd=user.home.path, stdin=far, stdout=far, stderr=far, start_new_session=True
+    ) as process:
+        os.close(far)
+        shown = b""
+        try:
+            while b"running" not in shown.partition(b"Which session")[2]:
+                shown += os.read(near, 4096)
+                if b"Which session" in shown and shown.endswith(b": "):
+                    os.write(near, b"1\n")
+            process.terminate()
+            with contextlib.suppress(OSError):  # the terminal's other end was closed
+                while os.read(near, 4096):
+                    pass
+            assert process.wait(WAIT_S) == 0
+        finally:
+            process.kill()
+            os.close(near)
+    assert NAME.encode() in shown
+    assert x2go.called("x2goresume-session")[0][0] == NAME
 
 
 class TestSessionShownElsewhere:

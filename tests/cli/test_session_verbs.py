@@ -9,6 +9,7 @@ import pytest
 
 from proxy_fsm import parse_session_list
 from proxy_fsm.cli import choosing
+from proxy_fsm.cli import verb as verb_module
 from proxy_fsm.cli.verb import UsageError
 from tests.helpers.wait import eventually
 from tests.helpers.x2go_server import NAME, FakeX2Go, row
@@ -125,6 +126,6 @@ def test_no_session_is_a_usage_error() -> None:
 
 def test_person_is_asked_at_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    assert not choosing.is_interactive()
+    assert not verb_module.is_interactive()
     monkeypatch.setattr("sys.stdin", None)
-    assert not choosing.is_interactive()
+    assert not verb_module.is_interactive()

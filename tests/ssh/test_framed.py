@@ -16,29 +16,15 @@ from hypothesis import strategies as st
 
 from proxy_fsm.ssh import CommandFailed, CommandNotRun, FramedCommand, TransportClosed
 from proxy_fsm.ssh.framed import frame, framed_output, script_in, unframe, word, words
-from proxy_fsm.testing import LoopbackSSHServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import paramiko
+
+    from proxy_fsm.testing import LoopbackSSHServer
 
 MARK = "0123456789abcdef0123456789abcdef"
 PRINTABLE = string.printable[:95]
 SHELLS = [shell for shell in ("sh", "bash", "dash", "zsh", "tcsh", "csh", "fish", "ksh", "mksh") if shutil.which(shell)]
-
-
-@pytest.fixture
-def server() -> Iterator[LoopbackSSHServer]:
-    with LoopbackSSHServer() as running:
-        yield running
-
-
-@pytest.fixture
-def transport(server: LoopbackSSHServer) -> Iterator[paramiko.Transport]:
-    connected = server.connect_transport()
-    yield connected
-    connected.close()
 
 
 class TestFrame:
