@@ -128,6 +128,13 @@ class TestNewSession:
             assert program.finish() == 0
         assert released(program)[0] == "suspended"
 
+    def test_published_session_stays_when_its_program_ends(self, user: User, x2go: FakeX2Go) -> None:
+        with user.started(*FRESH, "--kind", "published") as program:
+            program.until(lambda event: event["event"] == "session.program_started")
+            program.process.terminate()
+            program.finish()
+        assert x2go.ran[0][-1] == "P"
+
     def test_new_session_logs_tunnel_stats(self, user: User) -> None:
         with user.started(*FRESH) as program:
             stats = program.until(lambda event: event["event"] == "tunnel.stats")

@@ -8,6 +8,8 @@ import shutil
 import string
 import subprocess
 import sys
+import threading
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from proxy_fsm.ssh import CommandFailed, CommandNotRun, FramedCommand, TransportClosed
 from proxy_fsm.ssh.framed import frame, framed_output, script_in, unframe, word, words
+from tests.helpers.wait import WAIT_S
 
 if TYPE_CHECKING:
     import paramiko
@@ -146,6 +149,17 @@ class TestFramedCommand:
         with pytest.raises(CommandNotRun, match="does not run commands"):
             FramedCommand(transport, "true").run()
         assert transport.is_active()
+
+    def test_answer_is_returned_though_another_program_has_the_outputs_open(
+        self, server: LoopbackSSHServer, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one that a start-up file has left in the background: then no end of the outputs follows the last mark."""
+        monkeypatch.setattr("proxy_fsm.testing.ssh_server._close", lambda _: None)
+        server.commands = {"greet": lambda _: (0, b"hello", b"")}
+        answers: SimpleQueue[bytes] = SimpleQueue()
+        command = FramedCommand(transport, "greet")
+        threading.Thread(target=lambda: answers.put(command.run().output), daemon=True).start()
+        assert answers.get(timeout=WAIT_S) == b"hello"
 
     def test_script_that_is_cut_short_is_an_error(
         self, server: LoopbackSSHServer, transport: paramiko.Transport, monkeypatch: pytest.MonkeyPatch
